@@ -1,0 +1,210 @@
+"""From text to speech: the verb `speak`, and the `Speaker` behind it."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from higgstune.data.audio import read_audio, resample
+from higgstune.data.text import normalize_text
+from higgstune.errors import CheckpointError, InputError
+from higgstune.generate.chunks import frame_cap, join, split_text
+from higgstune.generate.engine import Generated, generate
+from higgstune.generate.sampling import Sampling
+from higgstune.generate.wav import write_wav
+from higgstune.model.adapters import adapter_card, find_adapter, load_adapter
+from higgstune.model.layout import read_json
+from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
+from higgstune.prompt.example import Example, Prompter, SpecialIds
+from higgstune.prompt.template import DEFAULT_SCENE, speech_messages
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A reference: somebody's words and their codes [frames, K]."""
+
+    text: str
+    codes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Speech:
+    """One spoken text."""
+
+    text: str  # as it was given to the model, normalised
+    waveform: np.ndarray  # [samples] float32
+    sample_rate: int
+    hit_cap: bool  # some piece was ended by its frame cap, not by the model
+
+    @property
+    def seconds(self) -> float:
+        """Duration."""
+        return len(self.waveform) / self.sample_rate
+
+
+class Speaker:
+    """A loaded checkpoint, with or without an adapter, that speaks."""
+
+    def __init__(self, loaded: ModelAndTokenizers, adapter: Path | None = None) -> None:
+        """Raises CheckpointError when the adapter does not fit the checkpoint or was trained with another codec."""
+        self.loaded = loaded
+        self.codec = loaded.audio_tokenizer
+        self.prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
+        self.model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
+        trained_with = adapter_card(adapter).get("codec_revision") if adapter is not None else None
+        if trained_with not in (None, self.codec.revision):
+            raise CheckpointError(
+                f"the adapter {adapter} was trained on codes of another codec (revision {trained_with}) than "
+                f"{loaded.codec} (revision {self.codec.revision}): name its codec with --codec"
+            )
+
+    def reference(self, path: str | Path, text: str) -> Voice:
+        """A recording and what is said in it, as a voice to imitate. Raises DataError when it cannot be read."""
+        waveform, rate = read_audio(path)
+        return Voice(normalize_text(text), self.codec.encode(resample(waveform, rate, self.codec.sample_rate)))
+
+    def say(
+        self,
+        texts: Sequence[str],
+        *,
+        reference: Voice | None = None,
+        scene: str | None = DEFAULT_SCENE,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        max_seconds: float | None = None,
+        batch_size: int = 8,
+        on_spoken: Callable[[int], None] | None = None,
+    ) -> list[Speech]:
+        """Speak texts, `batch_size` at a time. Text i is drawn with seed + i; each piece of a long text hears the one before.
+
+        `max_seconds` caps every piece, in place of the cap from the text's length. Raises InputError on an empty
+        text, DataError on control tokens in it. `on_spoken` is told how many texts are done.
+        """
+        clips = [_Clip(normalize_text(text), seed + i) for i, text in enumerate(texts)]
+        for first in range(0, len(clips), batch_size):
+            batch = clips[first : first + batch_size]
+            while pending := [clip for clip in batch if not clip.done]:
+                prompts = [self._prompt(clip, reference, scene) for clip in pending]
+                caps = [self._cap(clip.next_text, max_seconds) for clip in pending]
+                spoken = generate(
+                    self.model, prompts, max_frames=caps, seeds=[clip.seed for clip in pending], sampling=sampling
+                )
+                for clip, piece in zip(pending, spoken, strict=True):
+                    clip.spoken.append(piece)
+            if on_spoken is not None:
+                on_spoken(min(first + batch_size, len(clips)))
+        return [self._speech(clip) for clip in clips]
+
+    def _prompt(self, clip: "_Clip", reference: Voice | None, scene: str | None) -> Example:
+        context = [] if reference is None else [reference]
+        if clip.spoken:
+            context.append(Voice(clip.pieces[len(clip.spoken) - 1], clip.spoken[-1].codes))
+        messages = speech_messages(clip.next_text, scene=scene, context=[(voice.text, "context") for voice in context])
+        return self.prompter.prompt(messages, [voice.codes for voice in context])
+
+    def _cap(self, text: str, max_seconds: float | None) -> int:
+        rate = self.codec.frame_rate
+        return frame_cap(text, rate) if max_seconds is None else max(1, round(max_seconds * rate))
+
+    def _speech(self, clip: "_Clip") -> Speech:
+        hit_cap = any(piece.hit_cap for piece in clip.spoken)
+        if hit_cap:
+            logger.warning("did not stop by itself and was cut at the frame cap: %s", clip.text)
+        waveform = join([self.codec.decode(piece.codes) for piece in clip.spoken], self.codec.sample_rate)
+        return Speech(clip.text, waveform, self.codec.sample_rate, hit_cap)
+
+
+class _Clip:
+    """A text on its way: its pieces, and those already spoken."""
+
+    def __init__(self, text: str, seed: int) -> None:
+        self.text = text
+        self.seed = seed
+        self.pieces = split_text(text)
+        self.spoken: list[Generated] = []
+        if not self.pieces:
+            raise InputError("there is no text to speak")
+
+    @property
+    def done(self) -> bool:
+        return len(self.spoken) == len(self.pieces)
+
+    @property
+    def next_text(self) -> str:
+        return self.pieces[len(self.spoken)]
+
+
+def load_speaker(
+    model: str | Path | None = None,
+    adapter: str | Path | None = None,
+    *,
+    codec: str | Path | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+) -> Speaker:
+    """A speaker from a base, an adapter (its folder or its run's), or both; the adapter knows its base and codec.
+
+    Raises CheckpointError.
+    """
+    folder = find_adapter(adapter) if adapter is not None else None
+    if folder is not None:
+        card = adapter_card(folder)
+        if model is None:
+            model = read_json(folder / "adapter_config.json", "")["base_model_name_or_path"]
+            revision = revision or card.get("revision")
+        codec = codec or card.get("codec")
+    if model is None:
+        raise InputError("name a base (--model) or an adapter (--adapter)")
+    try:
+        loaded = load_model_and_tokenizers(model, codec=codec, dtype=dtype, device=device, revision=revision)
+    except CheckpointError as error:
+        if folder is None:
+            raise
+        raise CheckpointError(
+            f"{error}\n(the adapter {folder} names its base and codec; where they have moved, say so with --model and "
+            "--codec)"
+        ) from error
+    return Speaker(loaded, folder)
+
+
+def speak(
+    text: str | Sequence[str],
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    adapter: str | Path | None = None,
+    codec: str | Path | None = None,
+    reference: str | Path | None = None,
+    reference_text: str | None = None,
+    scene: str | None = DEFAULT_SCENE,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    max_seconds: float | None = None,
+    batch_size: int = 8,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    on_spoken: Callable[[int], None] | None = None,
+) -> list[Path]:
+    """Speak one text into the file `out`, or several into the folder `out` (0001.wav, ...). Gives the files.
+
+    Raises InputError, CheckpointError or DataError as `load_speaker`, `Speaker.reference` and `Speaker.say`.
+    """
+    if (reference is None) != (reference_text is None):
+        raise InputError("a reference needs both the recording (--reference) and its words (--reference-text)")
+    speaker = load_speaker(model, adapter, codec=codec, dtype=dtype, device=device, revision=revision)
+    voice = speaker.reference(reference, reference_text) if reference is not None and reference_text else None
+    texts = [text] if isinstance(text, str) else list(text)
+    spoken = speaker.say(
+        texts, reference=voice, scene=scene, sampling=sampling, seed=seed, max_seconds=max_seconds,
+        batch_size=batch_size, on_spoken=on_spoken,
+    )  # fmt: skip
+    names = [Path(out)] if isinstance(text, str) else [Path(out) / f"{i:04d}.wav" for i in range(1, len(texts) + 1)]
+    for path, speech in zip(names, spoken, strict=True):
+        write_wav(path, speech.waveform, speech.sample_rate)
+    return names

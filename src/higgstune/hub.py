@@ -1,0 +1,59 @@
+"""From a name to a folder: a local path as it is, a hub id through the hub's own cache."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from higgstune.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Weights as safetensors only: a pickle from a stranger runs code when it is loaded.
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
+
+
+def fetch(
+    name_or_path: str | Path, *, what: str, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """The folder of a checkpoint, an adapter or a codec (`what` names it in errors).
+
+    Raises CheckpointError when it is neither a folder here nor a repository that can be fetched, with what to do.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(name_or_path)
+    if folder.exists():
+        raise CheckpointError(f"the {what} {name} is a file: name the folder that holds it")
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"the {what} {name} does not exist: give a folder or a hub id such as owner/name")
+    try:
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=_FILES))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"the {what} {name} is gated: accept its licence on its page at the hub, then log in with "
+            "`hf auth login` (or set HF_TOKEN)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"the {what} {name} has no revision {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"the {what} {name} is neither a folder here nor a repository at the hub that this login can see: "
+            "check the spelling; a private one needs `hf auth login`"
+        ) from error
+    except HFValidationError as error:
+        raise CheckpointError(f"the {what} {name} is neither a folder here nor a valid hub id: {error}") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"the {what} {name} is not a folder here, not in the hub's cache, and the hub could not be reached: "
+            f"download it where there is a network (`hf download {name}`) and give its folder [{error}]"
+        ) from error

@@ -1,0 +1,202 @@
+"""Load a checkpoint: the native model with its text head, and everything that belongs to it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+
+from higgstune.codec import DEFAULT_CODEC, Codec, load_codec
+from higgstune.errors import CheckpointError, ConfigError
+from higgstune.hub import fetch
+from higgstune.model.convert import native_config, read_original
+from higgstune.model.layout import Layout, read_layout
+from higgstune.prompt.template import AUDIO_OUT, AUDIO_OUT_BOS
+
+CODEC_FOLDER = "codec"  # a checkpoint may bring its codec along, in a sub-folder of this name
+_TEXT_HEAD = "text_lm_head.weight"
+
+
+@dataclass(frozen=True)
+class ModelAndTokenizers:
+    """A checkpoint with all that training and speaking need. The codec is no part of the model's module tree."""
+
+    model: HiggsAudioV2ForConditionalGeneration
+    tokenizer: Any
+    audio_tokenizer: Codec
+    whisper_processor: Any | None  # only where Whisper conditioning or Whisper ASR is asked for
+    config: HiggsAudioV2Config
+    checkpoint: str  # as named by the user, with `revision`
+    revision: str | None
+    codec: str  # as named by the user or found
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> HiggsAudioV2ForConditionalGeneration:
+    """The native model with text head, in eval mode, from a native or original-format folder or hub id.
+
+    `dtype` and `device` are chosen where not given: see `choose_device`, `choose_dtype`. Raises CheckpointError.
+    """
+    layout = read_layout(fetch(path, what="checkpoint", revision=revision, cache_dir=cache_dir))
+    return _load(layout, choose_device(device), dtype)
+
+
+def load_model_and_tokenizers(
+    checkpoint: str | Path,
+    *,
+    codec: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    codec_device: str | torch.device = "cpu",
+    whisper: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> ModelAndTokenizers:
+    """Model, tokenizer, codec and, where `whisper` names one, the Whisper processor of a checkpoint.
+
+    The codec is the given one, else the checkpoint's sub-folder `codec`, else the released one. Everything small is
+    checked, and the codec loaded, before the model's weights are read. Raises CheckpointError.
+    """
+    folder = fetch(checkpoint, what="checkpoint", revision=revision, cache_dir=cache_dir)
+    layout = read_layout(folder)
+    config = _config(layout)
+    target = choose_device(device)
+    tokenizer = load_tokenizer(folder, config)
+    codec_name = str(codec or (folder / CODEC_FOLDER if (folder / CODEC_FOLDER).is_dir() else DEFAULT_CODEC))
+    audio_tokenizer = load_codec(codec_name, device=str(codec_device), cache_dir=cache_dir)
+    check_codec(audio_tokenizer, config, codec_name)
+    return ModelAndTokenizers(
+        model=_load(layout, target, dtype),
+        tokenizer=tokenizer,
+        audio_tokenizer=audio_tokenizer,
+        whisper_processor=_whisper_processor(whisper, cache_dir) if whisper else None,
+        config=config,
+        checkpoint=str(checkpoint),
+        revision=revision,
+        codec=codec_name,
+    )
+
+
+def load_tokenizer(folder: Path, config: HiggsAudioV2Config) -> Any:
+    """The checkpoint's own tokenizer. Raises CheckpointError when it is missing or does not fit the config."""
+    if not (folder / "tokenizer.json").exists():
+        raise CheckpointError(f"{folder / 'tokenizer.json'} is missing: the tokenizer belongs to the checkpoint")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    for token, expected in {AUDIO_OUT: config.audio_token_id, AUDIO_OUT_BOS: config.audio_bos_token_id}.items():
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != expected:
+            raise CheckpointError(
+                f"the tokenizer in {folder} gives {token} the id {found}, the config says {expected}: "
+                "tokenizer and weights are not of the same checkpoint"
+            )
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model {config.vocab_size}: "
+            "tokenizer and weights are not of the same checkpoint"
+        )
+    return tokenizer
+
+
+def check_codec(codec: Codec, config: HiggsAudioV2Config, name: str) -> None:
+    """Raises CheckpointError unless the codec's codes are what the model predicts."""
+    if codec.num_codebooks != config.num_codebooks or codec.codebook_size != config.audio_stream_bos_id:
+        raise CheckpointError(
+            f"the codec {name} has {codec.num_codebooks} codebooks of {codec.codebook_size}, the checkpoint expects "
+            f"{config.num_codebooks} of {config.audio_stream_bos_id}: give the checkpoint's own codec"
+        )
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """The given device, else CUDA where there is one, else the CPU. Raises ConfigError for one that is not there."""
+    if device is None or str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {device!r}: cpu, cuda or cuda:N") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device} was asked for, but PyTorch {torch.__version__} sees no CUDA device here")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The given dtype, else bf16 where the device computes in it natively, else float32. Raises ConfigError."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is None or dtype == "auto":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float64": torch.float64}
+    if dtype not in named:
+        raise ConfigError(f"unknown dtype {dtype!r}: auto, {', '.join(named)}")
+    return named[dtype]
+
+
+def _config(layout: Layout) -> HiggsAudioV2Config:
+    if layout.kind == "original":
+        return native_config(layout.config)
+    return HiggsAudioV2Config.from_dict(layout.config)
+
+
+def _load(
+    layout: Layout, device: torch.device, dtype: str | torch.dtype | None
+) -> HiggsAudioV2ForConditionalGeneration:
+    chosen = choose_dtype(dtype, device)
+    model = _load_original(layout, chosen) if layout.kind == "original" else _load_native(layout, chosen)
+    return model.to(device).eval()
+
+
+def _load_native(layout: Layout, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGeneration:
+    if _TEXT_HEAD not in layout.keys:
+        raise CheckpointError(
+            f"{layout.folder} has no {_TEXT_HEAD}: it was saved without its text head, which the text loss needs; "
+            "save it again with use_text_head=True"
+        )
+    model, info = HiggsAudioV2ForConditionalGeneration.from_pretrained(
+        layout.folder, use_text_head=True, dtype=dtype, output_loading_info=True
+    )
+    problems = [*info["missing_keys"], *(str(item) for item in info["mismatched_keys"])]
+    if problems:
+        raise CheckpointError(
+            f"the weights in {layout.folder} do not fill the model: {len(problems)} missing or of another shape, "
+            f"such as {problems[0]}; copy or download the checkpoint again"
+        )
+    return model
+
+
+def _load_original(layout: Layout, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGeneration:
+    config, state = read_original(layout)
+    # Built on the meta device first: names and shapes are compared before memory is taken for the weights.
+    with torch.device("meta"):
+        expected = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True).state_dict()
+    shapes = {key: tuple(value.shape) for key, value in expected.items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    wrong = sorted(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
+    if wrong:
+        raise CheckpointError(
+            f"the original-format weights in {layout.folder} do not fit its config: {len(wrong)} tensors missing, "
+            f"unknown or of another shape, such as {wrong[0]} (expected {shapes.get(wrong[0])}, got {found.get(wrong[0])})"
+        )
+    model = HiggsAudioV2ForConditionalGeneration._from_config(config, use_text_head=True, dtype=dtype)
+    model.load_state_dict(state)
+    return model
+
+
+def _whisper_processor(name: str, cache_dir: str | Path | None) -> Any:
+    from transformers import WhisperProcessor
+
+    folder = fetch(name, what="Whisper checkpoint", cache_dir=cache_dir)
+    try:
+        return WhisperProcessor.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"the Whisper processor in {folder} cannot be read: {error}") from error

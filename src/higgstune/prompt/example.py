@@ -1,0 +1,202 @@
+"""From a conversation with codes to what the model sees: token ids, delayed rows, labels.
+
+`Prompter.example` (training) and `Prompter.prompt` (generation) render with the same template, tokenize the same
+string and fill the same placeholders, so the positions before the target are the same positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from higgstune.errors import CheckpointError, DataError
+from higgstune.prompt.delay import IGNORE, build_frames
+from higgstune.prompt.template import (
+    AUDIO_EOS,
+    AUDIO_OUT,
+    AUDIO_OUT_BOS,
+    END_OF_TURN,
+    Message,
+    Piece,
+    content_parts,
+    pieces,
+)
+
+TextTargets = Literal["transcript", "assistant", "none"]
+Codes = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The ids that a checkpoint's configuration gives to the prompt's special positions."""
+
+    audio_token: int  # <|AUDIO_OUT|>: a row of audio
+    audio_delay_token: int  # the last K - 1 rows of an audio
+    stream_bos: int
+    stream_eos: int
+    num_codebooks: int
+
+    @classmethod
+    def from_config(cls, config: Any) -> "SpecialIds":
+        """Read from a native `HiggsAudioV2Config`."""
+        return cls(
+            audio_token=config.audio_token_id,
+            audio_delay_token=config.audio_delay_token_id,
+            stream_bos=config.audio_stream_bos_id,
+            stream_eos=config.audio_stream_eos_id,
+            num_codebooks=config.num_codebooks,
+        )
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation, expanded. S positions of which A are rows of audio with K codebooks. Labels are not shifted."""
+
+    prompt: str  # as rendered: each audio is one placeholder
+    input_ids: NDArray[np.int64]  # [S]
+    audio_mask: NDArray[np.bool_]  # [S] True where a row of audio stands
+    audio_input_ids: NDArray[np.int64]  # [A, K]
+    text_labels: NDArray[np.int64]  # [S]
+    audio_labels: NDArray[np.int64]  # [A, K]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+class Prompter:
+    """Turns conversations into examples for one tokenizer and one checkpoint's special ids."""
+
+    def __init__(self, tokenizer: Any, ids: SpecialIds) -> None:
+        """`tokenizer` must be a fast one: labels need the character offsets of tokens. Raises CheckpointError."""
+        if not getattr(tokenizer, "is_fast", False):
+            raise CheckpointError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer: the checkpoint needs its tokenizer.json"
+            )
+        self.tokenizer = tokenizer
+        self.ids = ids
+
+    def example(
+        self,
+        messages: Sequence[Message],
+        codes: Sequence[Codes],
+        *,
+        text_targets: TextTargets = "none",
+        target_from: int | None = None,
+    ) -> Example:
+        """A training example.
+
+        `codes` are the [frames, K] codes of every audio part in order. Targets are the assistant messages from
+        index `target_from` on; without it, the last message. Only their audio is labelled.
+
+        Raises DataError when placeholders and codes do not match, no target is left, or `text_targets` is
+        "assistant" and no target has text.
+        """
+        targets = _target_turns(messages, target_from)
+        if text_targets == "assistant" and not any(_has_text(messages[turn]) for turn in targets):
+            raise DataError(
+                "text_targets: assistant, but no target message has text: the labels would be three control "
+                "tokens a clip; use text_targets: transcript"
+            )
+        parts = pieces(messages)
+        return self._expand(parts, codes, _labelled_pieces(messages, parts, targets, text_targets), set(targets))
+
+    def prompt(self, messages: Sequence[Message], codes: Sequence[Codes]) -> Example:
+        """The prompt that asks for the next speech; ends with `<|audio_out_bos|>` and carries no labels."""
+        return self._expand(pieces(messages, generation=True), codes, set(), set())
+
+    def _expand(
+        self, parts: list[Piece], codes: Sequence[Codes], labelled: set[int], targets: set[int]
+    ) -> Example:
+        audio_parts = [part for part in parts if part.kind == "audio"]
+        if len(audio_parts) != len(codes):
+            raise DataError(f"the conversation has {len(audio_parts)} audio parts and got codes for {len(codes)}")
+        tokens, owners = self._tokenize(parts)
+        frames = iter([self._frames(c, labelled=p.turn in targets) for p, c in zip(audio_parts, codes, strict=True)])
+        ids: list[NDArray[np.int64]] = []
+        text_labels: list[NDArray[np.int64]] = []
+        rows: list[NDArray[np.int64]] = []
+        row_labels: list[NDArray[np.int64]] = []
+        start = 0
+        for position in [i for i, owner in enumerate(owners) if parts[owner].kind == "audio"] + [len(tokens)]:
+            ids.append(tokens[start:position])
+            text_labels.append(_text_labels(tokens[start:position], owners[start:position], labelled))
+            start = position + 1
+            if position < len(tokens):
+                row, label = next(frames)
+                rows.append(row)
+                row_labels.append(label)
+                ids.append(self._placeholders(len(row)))
+                text_labels.append(np.full(len(row), IGNORE, dtype=np.int64))
+        input_ids = np.concatenate(ids)
+        empty = np.empty((0, self.ids.num_codebooks), dtype=np.int64)
+        return Example(
+            prompt="".join(part.text for part in parts),
+            input_ids=input_ids,
+            audio_mask=(input_ids == self.ids.audio_token) | (input_ids == self.ids.audio_delay_token),
+            audio_input_ids=np.concatenate([empty, *rows]),
+            text_labels=np.concatenate(text_labels),
+            audio_labels=np.concatenate([empty, *row_labels]),
+        )
+
+    def _tokenize(self, parts: list[Piece]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Token ids of the whole string, and for each the index of the piece that its first character is in."""
+        encoded = self.tokenizer(
+            "".join(part.text for part in parts), add_special_tokens=False, return_offsets_mapping=True
+        )
+        ends = np.cumsum([len(part.text) for part in parts])
+        starts = np.array([offset[0] for offset in encoded["offset_mapping"]], dtype=np.int64)
+        return np.array(encoded["input_ids"], dtype=np.int64), np.searchsorted(ends, starts, side="right")
+
+    def _frames(self, codes: Codes, *, labelled: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        if codes.ndim != 2 or codes.shape[1] != self.ids.num_codebooks:
+            raise DataError(f"codes of shape {codes.shape} do not have {self.ids.num_codebooks} codebooks")
+        rows, labels = build_frames(codes, bos_id=self.ids.stream_bos, eos_id=self.ids.stream_eos)
+        return rows, labels if labelled else np.full_like(labels, IGNORE)
+
+    def _placeholders(self, rows: int) -> NDArray[np.int64]:
+        ids = np.full(rows, self.ids.audio_token, dtype=np.int64)
+        ids[rows - (self.ids.num_codebooks - 1) :] = self.ids.audio_delay_token
+        return ids
+
+
+def _target_turns(messages: Sequence[Message], target_from: int | None) -> list[int]:
+    first = len(messages) - 1 if target_from is None else target_from
+    turns = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+    if not any(part["type"] == "audio" for turn in turns for part in content_parts(messages[turn])):
+        raise DataError(f"no assistant message with audio from message {first} on: there is nothing to learn to say")
+    return turns
+
+
+def _has_text(message: Message) -> bool:
+    return any(part["type"] == "text" and part["text"].strip() for part in content_parts(message))
+
+
+def _labelled_pieces(
+    messages: Sequence[Message], parts: list[Piece], targets: list[int], text_targets: TextTargets
+) -> set[int]:
+    """Indices of the pieces whose tokens are text labels: the table in docs/prompt.md."""
+    if text_targets == "none":
+        return set()
+    asked = {_user_turn_before(messages, turn) for turn in targets} if text_targets == "transcript" else set()
+    labelled = set()
+    for index, part in enumerate(parts):
+        in_target = part.turn in targets and (
+            part.text in (AUDIO_OUT_BOS, AUDIO_EOS, END_OF_TURN)
+            or (text_targets == "assistant" and part.kind == "text")
+        )
+        in_user = part.turn in asked and (part.kind == "text" or part.text == END_OF_TURN)
+        if (in_target or in_user) and part.text != AUDIO_OUT:
+            labelled.add(index)
+    return labelled
+
+
+def _user_turn_before(messages: Sequence[Message], turn: int) -> int | None:
+    return next((i for i in range(turn - 1, -1, -1) if messages[i]["role"] == "user"), None)
+
+
+def _text_labels(
+    tokens: NDArray[np.int64], owners: NDArray[np.int64], labelled: set[int]
+) -> NDArray[np.int64]:
+    return np.where(np.isin(owners, list(labelled)), tokens, IGNORE)

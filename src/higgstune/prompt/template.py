@@ -1,0 +1,207 @@
+"""From a conversation to the prompt string: the only place that knows how Higgs Audio v2 writes it.
+
+Two templates: `native` is what the released checkpoint's own chat template (transformers) writes, and what we train
+and speak with; `chatml` is the original code's (boson_multimodal), which writes audio that the model listens
+to as `<|audio_bos|><|AUDIO|><|audio_eos|>`. They agree wherever both can say a thing.
+
+A message is {"role": "system" | "scene" | "user" | "assistant", "content": [part, ...]} and a part
+{"type": "text", "text": ...} or {"type": "audio", ...}; a content that is a plain string is one text part.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal
+
+from higgstune.data.text import find_control_tokens
+from higgstune.errors import DataError
+
+Template = Literal["native", "chatml"]
+Message = Mapping[str, Any]
+
+BEGIN_OF_TEXT = "<|begin_of_text|>"
+END_OF_TURN = "<|eot_id|>"
+SCENE_START = "<|scene_desc_start|>"
+SCENE_END = "<|scene_desc_end|>"
+AUDIO_OUT_BOS = "<|audio_out_bos|>"
+AUDIO_OUT = "<|AUDIO_OUT|>"
+AUDIO_BOS = "<|audio_bos|>"
+AUDIO_IN = "<|AUDIO|>"
+AUDIO_EOS = "<|audio_eos|>"
+
+DEFAULT_SYSTEM = "Generate audio following instruction."
+DEFAULT_SCENE = "Audio is recorded from a quiet room."
+ROLES = ("system", "scene", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of the prompt: control tokens, a person's text, or one audio placeholder."""
+
+    text: str
+    kind: Literal["control", "text", "audio"]
+    turn: int  # index of the message it came from; -1 before the first
+
+
+def render(messages: Sequence[Message], *, template: Template = "native", generation: bool = False) -> str:
+    """The prompt of a conversation; each audio part stays one placeholder.
+
+    With `generation` it ends with `<|audio_out_bos|>`, where the model begins to speak: an assistant message at
+    the end gives its text, and its audio is what is to be generated.
+
+    Raises DataError for an unknown template, role or part, and for control tokens in a user's or assistant's text.
+    """
+    return "".join(piece.text for piece in pieces(messages, template=template, generation=generation))
+
+
+def pieces(
+    messages: Sequence[Message], *, template: Template = "native", generation: bool = False
+) -> list[Piece]:
+    """What `render` joins, piece by piece, so that labels can be told from context. Raises as `render`."""
+    if template not in ("native", "chatml"):
+        raise DataError(f"unknown template {template!r}: native or chatml")
+    if not messages:
+        raise DataError("a conversation needs at least one message")
+    writer = _Writer(template)
+    for turn, message in enumerate(messages):
+        if message.get("role") not in ROLES:
+            raise DataError(f"message {turn} has the role {message.get('role')!r}: one of {', '.join(ROLES)}")
+        is_last = turn == len(messages) - 1
+        writer.message(turn, messages, stop_at_audio=generation and is_last and message["role"] == "assistant")
+    if generation and messages[-1]["role"] != "assistant":
+        writer.header(len(messages), "assistant")
+        writer.control(len(messages), AUDIO_OUT_BOS)
+    return writer.pieces
+
+
+def content_parts(message: Message) -> list[Mapping[str, Any]]:
+    """The parts of a message; a plain string is one text part. Raises DataError for anything else."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, Sequence):
+        raise DataError(f"the content of a {message.get('role')} message must be a string or a list of parts")
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") not in ("text", "audio"):
+            raise DataError(f"a content part must have the type text or audio, got {part!r}")
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            raise DataError(f"a text part needs a string `text`, got {part!r}")
+    return list(content)
+
+
+class _Writer:
+    """Collects pieces in the order of the prompt."""
+
+    def __init__(self, template: Template) -> None:
+        self.template = template
+        self.pieces = [Piece(BEGIN_OF_TEXT, "control", -1)]
+
+    def control(self, turn: int, text: str) -> None:
+        self.pieces.append(Piece(text, "control", turn))
+
+    def text(self, turn: int, role: str, text: str) -> None:
+        allowed = (SCENE_START, SCENE_END) if role == "system" else ()
+        found = [token for token in find_control_tokens(text) if token not in allowed]
+        if found:
+            raise DataError(
+                f"the {role} text of message {turn} holds the control token {found[0]}: remove it, "
+                "control tokens are written by the prompt alone"
+            )
+        # The native chat template trims every text part, the original code none.
+        text = text.strip() if self.template == "native" else text
+        if text:
+            self.pieces.append(Piece(text, "text", turn))
+
+    def audio(self, turn: int, *, listened: bool) -> None:
+        bos, placeholder = (AUDIO_BOS, AUDIO_IN) if listened else (AUDIO_OUT_BOS, AUDIO_OUT)
+        self.control(turn, bos)
+        self.pieces.append(Piece(placeholder, "audio", turn))
+        self.control(turn, AUDIO_EOS)
+
+    def header(self, turn: int, role: str) -> None:
+        self.control(turn, f"<|start_header_id|>{role}<|end_header_id|>\n\n")
+
+    def message(self, turn: int, messages: Sequence[Message], *, stop_at_audio: bool) -> None:
+        message = messages[turn]
+        if message["role"] == "scene":
+            if turn != 1 or messages[0]["role"] != "system":
+                raise DataError("a scene message must be the second one, right after the system message")
+            return  # written inside the system turn
+        self.header(turn, message["role"])
+        if stop_at_audio:
+            self._assistant_until_audio(turn, message)
+            return
+        for part in content_parts(message):
+            if part["type"] == "text":
+                self.text(turn, message["role"], part["text"])
+            else:
+                self.audio(turn, listened=self.template == "chatml" and message["role"] != "assistant")
+        if message["role"] == "system" and len(messages) > 1 and messages[1]["role"] == "scene":
+            self._scene(1, messages[1])
+        self.control(turn, END_OF_TURN)
+
+    def _assistant_until_audio(self, turn: int, message: Message) -> None:
+        for part in content_parts(message):
+            if part["type"] == "audio":
+                break
+            self.text(turn, "assistant", part["text"])
+        self.control(turn, AUDIO_OUT_BOS)
+
+    def _scene(self, turn: int, message: Message) -> None:
+        self.control(turn, f"\n\n{SCENE_START}\n")
+        parts = content_parts(message)
+        for index, part in enumerate(parts):
+            if part["type"] == "audio":
+                self.control(turn, " ")
+                self.audio(turn, listened=self.template == "chatml")
+            else:
+                self.text(turn, "scene", part["text"])
+            self.control(turn, _scene_separator(parts, index))
+        self.control(turn, f"\n{SCENE_END}")
+
+
+def _scene_separator(parts: Sequence[Mapping[str, Any]], index: int) -> str:
+    """What the native template writes after scene part `index`: a blank line after the description, then lines."""
+    if index == len(parts) - 1:
+        return ""
+    if parts[index]["type"] == "audio":
+        return "\n"
+    if index == 0:
+        return "\n\n"
+    return "" if parts[index + 1]["type"] == "audio" else "\n"
+
+
+def speech_messages(
+    text: str,
+    *,
+    scene: str | None = DEFAULT_SCENE,
+    system: str = DEFAULT_SYSTEM,
+    context: Sequence[tuple[str, str]] = (),
+) -> list[Message]:
+    """The conversation that asks for `text`, ending with the user's turn.
+
+    `context` holds earlier (text, name of its audio) turns: a reference voice, or what was spoken before.
+    """
+    messages: list[Message] = [_say("system", system)]
+    if scene:
+        messages.append(_say("scene", scene))
+    for spoken, audio in context:
+        messages.append(_say("user", spoken))
+        messages.append({"role": "assistant", "content": [{"type": "audio", "url": audio}]})
+    return [*messages, _say("user", text)]
+
+
+def _say(role: str, text: str) -> Message:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def audio_turns(messages: Sequence[Message]) -> Iterator[int]:
+    """The message index of every audio part, in the order of the prompt."""
+    for piece in pieces(messages):
+        if piece.kind == "audio":
+            yield piece.turn
+
+
+def native_chat_template() -> str:
+    """The native template as Jinja, for a tokenizer's `chat_template`: what other software renders with."""
+    return (resources.files("higgstune.prompt") / "native_template.jinja").read_text(encoding="utf-8")

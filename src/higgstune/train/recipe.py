@@ -1,0 +1,190 @@
+"""The recipe: one strict configuration tree from YAML, saved resolved beside what it made."""
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from higgstune.errors import ConfigError
+from higgstune.model.adapters import Lora, StageKind
+from higgstune.prompt.example import TextTargets
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(_Strict):
+    """Which checkpoint, and how it is loaded."""
+
+    checkpoint: str = Field("bosonai/higgs-tts-2-3b-base", description="folder or hub id of the base")
+    revision: str | None = Field(None, description="commit, tag or branch at the hub")
+    codec: str | None = Field(None, description="folder or hub id; the checkpoint's own where not given")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the base weights: bfloat16 where the device computes in it, else float32"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+
+
+class DataSettings(_Strict):
+    """What is trained on."""
+
+    store: str = Field(description="folder that `higgstune prepare` wrote")
+    workers: int = Field(0, ge=0, description="processes that build examples; 0: the training process itself")
+
+
+class Stage(_Strict):
+    """One stage of training: what is trained, with which losses, for how long."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="folder of the stage in the run")
+    kind: StageKind = Field(description="text: LoRA on the text pathway, audio frozen; full: on both pathways")
+    epochs: float | None = Field(None, gt=0, description="passes over the data; or give max_steps")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
+    learning_rate: float = Field(1e-4, gt=0, description="peak")
+    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup_steps: float = Field(0, ge=0, description="optimizer steps; below 1: a share of all steps")
+    weight_decay: float = Field(0.0, ge=0)
+    batch_size: int = Field(1, ge=1, description="clips in a forward pass, for each process")
+    gradient_accumulation: int = Field(1, ge=1, description="forward passes in an optimizer step")
+    max_grad_norm: float = Field(1.0, gt=0)
+    text_weight: float = Field(1.0, ge=0, description="weight of the text loss")
+    audio_weight: float = Field(1.0, ge=0, description="weight of the audio loss")
+    codebook_weights: tuple[float, ...] | None = Field(None, description="one for each codebook; equal where not given")
+    text_targets: TextTargets = Field("transcript", description="which text is a label: transcript, assistant, none")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("give either epochs or max_steps")
+        if self.text_targets == "none" and self.text_weight > 0:
+            raise ValueError("text_weight has no effect with text_targets: none; set text_weight: 0")
+        if self.text_weight == 0 and self.audio_weight == 0:
+            raise ValueError("text_weight and audio_weight are both 0: nothing would be learned")
+        weights = self.codebook_weights
+        if weights is not None and (min(weights, default=-1) < 0 or sum(weights) == 0):
+            raise ValueError("codebook_weights must be >= 0 and not all 0")
+        return self
+
+
+class Recipe(_Strict):
+    """A whole run."""
+
+    model: ModelSettings = ModelSettings()  # type: ignore[call-arg]
+    data: DataSettings
+    lora: Lora = Lora()  # type: ignore[call-arg]
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    init_adapter: str | None = Field(None, description="adapter or run that the first stage goes on from")
+    seed: int = Field(0, ge=0)
+    gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
+    log_steps: int = Field(10, ge=1)
+    eval_steps: int = Field(200, ge=1)
+    save_steps: int = Field(200, ge=1)
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept in each stage")
+    report_to: tuple[str, ...] = Field(("tensorboard",), description="as in transformers: tensorboard, wandb, ...")
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages need different names, got {', '.join(names)}")
+        kinds = [stage.kind for stage in self.stages]
+        if "text" in kinds[kinds.index("full") :] if "full" in kinds else False:
+            raise ValueError("a text stage cannot follow a full one: its adapter has no audio layers to keep them in")
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from YAML, with `key.path=value` overrides (list entries by number: `stages.0.max_steps=50`).
+
+    Paths in the recipe are as seen from the working directory; ${VARIABLES} are not expanded.
+    Raises ConfigError with the path of every wrong field.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"the recipe {path} must be a mapping with model, data, lora and stages")
+    for override in overrides:
+        _set(tree, override)
+    return parse_recipe(tree, where=str(path))
+
+
+def parse_recipe(tree: Any, *, where: str) -> Recipe:
+    """A recipe from plain data. Raises ConfigError that names `where` and the path of every wrong field."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(item["loc"], item["type"], item["msg"]) for item in error.errors()]
+        raise ConfigError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe as YAML, under a temporary name first."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _set(tree: Any, override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise ConfigError(f"--set {override}: write key=value, such as stages.0.learning_rate=1e-4")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        node = _child(node, parent, override)
+    try:
+        parsed = yaml.safe_load(value)
+        # YAML 1.1 reads 1e-4 as a string; a number is meant.
+        parsed = float(parsed) if isinstance(parsed, str) and _is_number(parsed) else parsed
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
+    if isinstance(node, list):
+        _child(node, last, override)
+        node[int(last)] = parsed
+    else:
+        node[last] = parsed
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, dict):
+        return node.setdefault(key, {})
+    if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+        return node[int(key)]
+    if isinstance(node, list):
+        raise ConfigError(f"--set {override}: {key!r} is no entry of a list of {len(node)}; entries count from 0")
+    raise ConfigError(f"--set {override}: {key!r} stands inside a plain value")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    path = ".".join(str(part) for part in location)
+    if kind != "extra_forbidden":
+        return f"{path or 'recipe'}: {message.removeprefix('Value error, ')}"
+    known = _known_keys(location[:-1])
+    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
+    return f"{path}: unknown key; the nearest one is {near[0]}" if near else f"{path}: unknown key"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    node: type[BaseModel] = Recipe
+    children: dict[str, type[BaseModel]] = {
+        "model": ModelSettings, "data": DataSettings, "lora": Lora, "stages": Stage,
+    }  # fmt: skip
+    for part in location:
+        node = children.get(str(part), node)
+    return list(node.model_fields)

@@ -1,0 +1,306 @@
+"""A recipe as one job: its stages in order, resumable, each proven by loading what it saved."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import TrainingArguments
+
+import higgstune
+from higgstune.batch.padded import Batch, PaddedCollator
+from higgstune.data.store import CodeStore
+from higgstune.errors import ConfigError, DataError
+from higgstune.model.adapters import (
+    ADAPTER_CARD,
+    RUN_STATE,
+    adapted_layers,
+    add_lora,
+    base_shape,
+    continue_lora,
+    find_adapter,
+)
+from higgstune.model.forward import with_training_forward
+from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
+from higgstune.model.loss import LossWeights
+from higgstune.prompt.example import Prompter, SpecialIds
+from higgstune.prompt.rows import RowExamples
+from higgstune.train.metrics import check_possible
+from higgstune.train.progress import ProgressReport
+from higgstune.train.recipe import Recipe, Stage, load_recipe, save_recipe
+from higgstune.train.trainer import HiggsAudioTrainer
+from higgstune.train.verify import verify_in_fresh_process, write_probe
+
+RECIPE_FILE = "recipe.yaml"
+_PROBE_CLIPS = 4
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run."""
+
+    folder: Path
+    adapter: Path  # of the last stage
+    stages: dict[str, Any]  # by name: steps, layers, parameters, last losses, verification
+
+
+def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False) -> RunResult:
+    """Train a recipe into the run folder `out`; with `resume`, go on where an earlier run of it stopped.
+
+    Raises ConfigError (the folder is in use, or the recipe is another one than it began with), DataError,
+    CheckpointError, TrainingError (what is seen cannot be), VerificationError (what was saved is not what was trained).
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    run = _Run(Path(out), recipe)
+    run.open(resume=resume)
+    store = CodeStore.open(recipe.data.store)
+    settings = recipe.model
+    loaded = load_model_and_tokenizers(
+        settings.checkpoint,
+        codec=settings.codec,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        device=_device(settings.device),
+    )
+    check_store(store, loaded)
+    adapter = find_adapter(recipe.init_adapter) if recipe.init_adapter else None
+    for stage in recipe.stages:
+        if not run.has_finished(stage):
+            run.finished(stage, _train_stage(run, stage, loaded, store, adapter))
+        adapter = run.adapter(stage)
+    assert adapter is not None
+    run.close(adapter)
+    return RunResult(run.folder, adapter, run.state["stages"])
+
+
+def check_store(store: CodeStore, loaded: ModelAndTokenizers) -> None:
+    """Raises DataError unless the store has training rows, encoded by the checkpoint's codec."""
+    if store.info.codec_revision != loaded.audio_tokenizer.revision:
+        raise DataError(
+            f"{store.folder} was encoded by the codec {store.info.codec} (revision {store.info.codec_revision}); this "
+            f"checkpoint speaks through {loaded.codec} (revision {loaded.audio_tokenizer.revision}): prepare the data "
+            "with that codec, or name the store's codec in the recipe (model.codec)"
+        )
+    if not len(store.split("train")):
+        raise DataError(f"{store.folder} has no training rows")
+
+
+class _Run:
+    """The run's folder: `recipe.yaml`, `run.json`, and a folder for each stage."""
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self.state: dict[str, Any] = {"status": "running", "higgstune": higgstune.__version__, "stages": {}}
+        self.is_main = int(os.environ.get("RANK", "0")) == 0
+
+    def open(self, *, resume: bool) -> None:
+        """Take the folder, or say why not."""
+        path = self.folder / RUN_STATE
+        if not path.exists():
+            if self.folder.is_dir() and any(self.folder.iterdir()):
+                raise ConfigError(f"{self.folder} exists and is no run: give another --out")
+            self._begin()
+            return
+        self.state = json.loads(path.read_text(encoding="utf-8"))
+        if self.state["status"] == "finished":
+            raise ConfigError(f"the run {self.folder} is finished and is not overwritten: give another --out")
+        if not resume:
+            raise ConfigError(f"the run {self.folder} was begun already: continue it with --resume, or give another --out")
+        begun_with = load_recipe(self.folder / RECIPE_FILE)
+        changed = _differences(begun_with.model_dump(mode="json"), self.recipe.model_dump(mode="json"))
+        if changed:
+            raise ConfigError(
+                f"the run {self.folder} was begun with another recipe ({', '.join(changed)} differ): continue it with "
+                f"{self.folder / RECIPE_FILE}, or give another --out"
+            )
+
+    def _begin(self) -> None:
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_recipe(self.recipe, self.folder / RECIPE_FILE)
+            self._save()
+
+    def _save(self) -> None:
+        if self.is_main:
+            temporary = self.folder / (RUN_STATE + ".tmp")
+            temporary.write_text(json.dumps(self.state, indent=2), encoding="utf-8")
+            os.replace(temporary, self.folder / RUN_STATE)
+
+    def stage_folder(self, stage: Stage) -> Path:
+        return self.folder / stage.name
+
+    def adapter(self, stage: Stage) -> Path:
+        return self.stage_folder(stage) / "adapter"
+
+    def has_finished(self, stage: Stage) -> bool:
+        return stage.name in self.state["stages"]
+
+    def finished(self, stage: Stage, result: dict[str, Any]) -> None:
+        self.state["stages"][stage.name] = result
+        self.state["adapter"] = self.adapter(stage).relative_to(self.folder).as_posix()
+        self._save()
+
+    def close(self, adapter: Path) -> None:
+        self.state["status"] = "finished"
+        self._save()
+
+
+def _train_stage(
+    run: _Run, stage: Stage, loaded: ModelAndTokenizers, store: CodeStore, start_from: Path | None
+) -> dict[str, Any]:
+    """Train, save and prove one stage; the base is left as it was."""
+    recipe = run.recipe
+    torch.manual_seed(recipe.seed)  # the adapter's start, the same for the same recipe
+    with_training_forward(loaded.model)
+    if start_from is None:
+        model = add_lora(loaded.model, recipe.lora, stage.kind)
+    else:
+        model = continue_lora(loaded.model, start_from, recipe.lora, stage.kind)
+    prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
+    train_rows, validation_rows = (
+        RowExamples(store.split(name), prompter, stage.text_targets) for name in ("train", "validation")
+    )
+    folder = run.stage_folder(stage)
+    trainer = HiggsAudioTrainer(
+        loaded,
+        _training_arguments(recipe, stage, folder, loaded, evaluate=len(validation_rows) > 0),
+        train_dataset=train_rows,
+        eval_dataset=validation_rows if len(validation_rows) else None,
+        model=model,
+        weights=LossWeights(stage.text_weight, stage.audio_weight, stage.codebook_weights),
+        callbacks=[ProgressReport(stage.name)],
+    )
+    outcome = trainer.train(resume_from_checkpoint=_newest_checkpoint(folder))
+    evaluated_at = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if len(validation_rows) and trainer.state.global_step not in evaluated_at:
+        check_possible(trainer.evaluate()["eval_code_loss"], step=trainer.state.global_step)
+    result: dict[str, Any] = {
+        "kind": stage.kind,
+        "steps": outcome.global_step,
+        "layers": len(adapted_layers(model)),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "history": trainer.state.log_history,
+    }
+    if run.is_main:
+        probe = folder / "verify" / "probe.safetensors"
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        write_probe(model, _probe_batch(validation_rows if len(validation_rows) else train_rows, loaded), probe)
+        _save_adapter(run, stage, model, loaded)
+        device = str(next(model.parameters()).device)
+        del trainer
+        _free(model)  # a second base has to fit beside it
+        verification = verify_in_fresh_process(
+            adapter=run.adapter(stage),
+            checkpoint=loaded.checkpoint,
+            revision=loaded.revision,
+            dtype=str(loaded.model.dtype).removeprefix("torch."),
+            device=device,
+            probe=probe,
+        )
+        loaded.model.to(device)
+        result["verification"] = asdict(verification)
+    model.unload()
+    return result
+
+
+def _training_arguments(
+    recipe: Recipe, stage: Stage, folder: Path, loaded: ModelAndTokenizers, *, evaluate: bool
+) -> TrainingArguments:
+    device = loaded.model.device
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=stage.max_steps if stage.max_steps is not None else -1,
+        num_train_epochs=stage.epochs if stage.epochs is not None else 1.0,
+        per_device_train_batch_size=stage.batch_size,
+        per_device_eval_batch_size=stage.batch_size,
+        gradient_accumulation_steps=stage.gradient_accumulation,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=stage.scheduler,
+        warmup_steps=stage.warmup_steps,
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        logging_steps=recipe.log_steps,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=recipe.eval_steps,
+        eval_on_start=evaluate,
+        save_steps=recipe.save_steps,
+        save_total_limit=recipe.save_total_limit,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        bf16=loaded.model.dtype == torch.bfloat16,
+        use_cpu=device.type == "cpu",
+        dataloader_num_workers=recipe.data.workers,
+        dataloader_pin_memory=device.type == "cuda",
+        seed=recipe.seed,
+        report_to=list(recipe.report_to),
+        disable_tqdm=True,
+    )
+
+
+def _newest_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint of a stage; one that was cut off while it was written has no such name."""
+    found = sorted(
+        (folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])
+    )
+    return str(found[-1]) if found else None
+
+
+def _probe_batch(examples: RowExamples, loaded: ModelAndTokenizers) -> Batch:
+    """A few clips; their transcripts are labelled whatever the stage does, so that text logits are compared too."""
+    probe = RowExamples(examples.rows, examples.prompter, "transcript")
+    collate = PaddedCollator(
+        pad_id=loaded.config.pad_token_id or 0, stream_eos=loaded.config.audio_stream_eos_id
+    )
+    return collate([probe[i] for i in range(min(_PROBE_CLIPS, len(probe)))])
+
+
+def _save_adapter(run: _Run, stage: Stage, model: PeftModel, loaded: ModelAndTokenizers) -> None:
+    """Write the adapter folder under a temporary name, then rename it."""
+    folder = run.adapter(stage)
+    temporary = folder.with_name("adapter.tmp")
+    for leftover in (temporary, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = _portable(loaded.checkpoint)
+    config.revision = loaded.revision
+    model.save_pretrained(str(temporary), save_embedding_layers=False)
+    card = {
+        "higgstune": higgstune.__version__,
+        "checkpoint": _portable(loaded.checkpoint),
+        "revision": loaded.revision,
+        "codec": _portable(loaded.codec),
+        "codec_revision": loaded.audio_tokenizer.revision,
+        "base_shape": base_shape(loaded.config),
+        "stage": stage.name,
+        "recipe": run.recipe.model_dump(mode="json"),
+    }
+    (temporary / ADAPTER_CARD).write_text(json.dumps(card, indent=2), encoding="utf-8")
+    os.replace(temporary, folder)
+
+
+def _portable(name: str) -> str:
+    """A hub id as it is, a folder as an absolute path: the adapter is used from other working directories."""
+    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
+
+
+def _free(model: PeftModel) -> None:
+    if torch.cuda.is_available():
+        model.to("cpu")
+        torch.cuda.empty_cache()
+
+
+def _device(name: str) -> str:
+    """Under torchrun each process has its own GPU."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local_rank}" if name == "auto" and local_rank and torch.cuda.is_available() else name
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    return [key for key in a.keys() | b.keys() if a.get(key) != b.get(key)]

@@ -1,0 +1,118 @@
+"""Proof that what was saved is what was trained: the adapter, loaded by a fresh process onto a fresh base.
+
+    python -m higgstune.train.verify REQUEST.json     prints one JSON line
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from higgstune.batch.padded import Batch
+from higgstune.errors import VerificationError
+from higgstune.model.adapters import load_adapter
+from higgstune.model.load import load_model
+
+# The largest difference of a logit in float32. In bfloat16 the mean difference: a logit of 8 has steps of 0.03 there,
+# so one rounding that falls otherwise is allowed, many are not.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
+MARGIN = 100  # the adapter must move the base's logits by this many tolerances, or it may as well not be there
+_POSITIONS = 256  # as many labelled positions are compared at the most, audio and text each
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared, and how it came out; differences are those of `TOLERANCE`'s dtype."""
+
+    dtype: str
+    tolerance: float
+    from_trained: float  # |fresh process - trained model|
+    from_base: float  # |fresh process - base without adapter|
+
+    @property
+    def passed(self) -> bool:
+        """Equal to the trained model, and clearly not the base."""
+        return self.from_trained <= self.tolerance and self.from_base > MARGIN * self.tolerance
+
+
+def probe_logits(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """Audio logits [M, K * V] and text logits [N, vocab] at labelled positions of a batch, float32 on the CPU."""
+    model.eval()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) for key, value in batch.items() if not key.endswith(("_positions", "_targets"))}
+    with torch.no_grad():
+        hidden = base.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        audio = base.audio_lm_head(hidden[batch["audio_positions"][:_POSITIONS].to(device)])
+        text = base.text_lm_head(hidden[batch["text_positions"][:_POSITIONS].to(device)])
+    return {"audio_logits": audio.float().cpu(), "text_logits": text.float().cpu()}
+
+
+def write_probe(model: Any, batch: Batch, path: Path) -> None:
+    """Save a batch with the trained model's logits on it."""
+    save_file({**{k: v.contiguous() for k, v in batch.items()}, **probe_logits(model, batch)}, path)
+
+
+def verify_in_fresh_process(
+    *, adapter: Path, checkpoint: str, revision: str | None, dtype: str, device: str, probe: Path
+) -> Verification:
+    """Load base and adapter in a new process and compare with the probe. Raises VerificationError if it differs."""
+    request = {
+        "adapter": str(adapter), "checkpoint": checkpoint, "revision": revision,
+        "dtype": dtype, "device": device, "probe": str(probe),
+    }  # fmt: skip
+    path = probe.with_name("request.json")
+    path.write_text(json.dumps(request, indent=2), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "higgstune.train.verify", str(path)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise VerificationError(f"the adapter {adapter} could not be loaded in a fresh process:\n{done.stderr[-4000:]}")
+    result = Verification(**json.loads(done.stdout.splitlines()[-1]))
+    if not result.passed:
+        raise VerificationError(_explain(result, adapter))
+    return result
+
+
+def _explain(result: Verification, adapter: Path) -> str:
+    if result.from_trained > result.tolerance:
+        return (
+            f"the adapter {adapter}, loaded in a fresh process, does not give the trained model's logits: they differ "
+            f"by {result.from_trained:.2e}, more than {result.tolerance:.0e} ({result.dtype}). Something that was "
+            "trained is not in the adapter; do not use it"
+        )
+    return (
+        f"the adapter {adapter} hardly changes the base: its logits differ by {result.from_base:.2e}, which is not "
+        f"more than {MARGIN} x {result.tolerance:.0e} ({result.dtype}). It was trained too little (more steps, a "
+        "higher learning rate) or is not applied"
+    )
+
+
+def _compare(request: dict[str, Any]) -> Verification:
+    probe = load_file(request["probe"])
+    trained = {key: probe.pop(key) for key in ("audio_logits", "text_logits")}
+    model = load_model(
+        request["checkpoint"], revision=request["revision"], dtype=request["dtype"], device=request["device"]
+    )
+    base = probe_logits(model, probe)
+    fresh = probe_logits(load_adapter(model, Path(request["adapter"])), probe)
+    dtype = request["dtype"]
+    return Verification(
+        dtype, TOLERANCE[dtype], _difference(fresh, trained, dtype), _difference(fresh, base, dtype)
+    )
+
+
+def _difference(a: dict[str, Tensor], b: dict[str, Tensor], dtype: str) -> float:
+    """The largest (float32) or mean (bfloat16) difference, of audio or text logits, whichever is larger."""
+    gaps = [(a[key] - b[key]).abs() for key in a if a[key].numel()]
+    return max((gap.max() if dtype == "float32" else gap.mean()).item() for gap in gaps)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_compare(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))))  # noqa: T201

@@ -1,0 +1,179 @@
+"""Training is generation: the same logits, and a clip that was learned is spoken back."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_checkpoint import random_codes, tiny_prompter
+
+from higgstune.batch.padded import PaddedCollator
+from higgstune.generate.engine import Decoder, generate
+from higgstune.generate.sampling import RowSampler, Sampling
+from higgstune.model.adapters import Lora, adapted_layers, add_lora
+from higgstune.model.forward import with_training_forward
+from higgstune.model.loss import LossWeights, combine, label_counts
+from higgstune.prompt.delay import build_frames, codes_from_frames
+from higgstune.prompt.example import Example, Prompter
+from higgstune.prompt.rows import TARGET
+from higgstune.prompt.template import speech_messages
+
+CODES = 64
+GREEDY = Sampling(temperature=0)
+
+
+def clips(prompter: Prompter) -> list[tuple[Example, Example, np.ndarray]]:
+    """(training example, generation prompt, target codes): unequal lengths, one with a reference in the prompt."""
+    made = []
+    for index, (text, frames, reference) in enumerate(
+        [("The sun rises in the east.", 9, None), ("Hello.", 4, 6), ("It was the night before my birthday.", 14, None)]
+    ):
+        target = random_codes(frames, seed=index, codes=CODES)
+        context = [] if reference is None else [random_codes(reference, seed=100 + index, codes=CODES)]
+        asked = speech_messages(text, context=[("Good morning.", "reference.wav") for _ in context])
+        made.append((prompter.example([*asked, TARGET], [*context, target]), prompter.prompt(asked, context), target))
+    return made
+
+
+def with_random_lora(model: Any, *, dora: bool = False) -> Any:
+    adapted = add_lora(model, Lora(r=4, alpha=8, dora=dora), "full")
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapted.eval()
+
+
+def teacher_forced(model: Any, examples: list[Example]) -> list[torch.Tensor]:
+    """For each example the audio logits [T + K, K, V] that predict rows 1, 2, ... of the target."""
+    batch = PaddedCollator(pad_id=model.config.pad_token_id, stream_eos=model.config.audio_stream_eos_id)(examples)
+    inputs = {k: v for k, v in batch.items() if not k.endswith(("_positions", "_targets"))}
+    with torch.no_grad():
+        logits = model(**inputs).logits.float()
+    shape = (model.config.num_codebooks, model.config.codebook_size)
+    result = []
+    for b, example in enumerate(examples):
+        rows = np.flatnonzero((example.audio_labels != -100).any(-1))
+        positions = np.flatnonzero(example.audio_mask)[rows] - 1
+        result.append(logits[b, positions].unflatten(-1, shape))
+    return result
+
+
+def step_by_step(model: Any, made: list[tuple[Example, Example, np.ndarray]]) -> list[torch.Tensor]:
+    """The same logits from generation: a batch of left-padded prompts, row after row through the KV cache."""
+    eos, bos = model.config.audio_stream_eos_id, model.config.audio_stream_bos_id
+    rows = [build_frames(target, bos_id=bos, eos_id=eos)[0] for _, _, target in made]
+    collected: list[list[torch.Tensor]] = [[] for _ in made]
+    with torch.inference_mode():
+        decoder = Decoder(model, [prompt for _, prompt, _ in made])
+        for r in range(max(len(x) for x in rows) - 1):
+            logits = decoder.step(torch.tensor(np.stack([x[min(r, len(x) - 1)] for x in rows])))
+            for b, x in enumerate(rows):
+                if r < len(x) - 1:
+                    collected[b].append(logits[b].float())
+    return [torch.stack(logits) for logits in collected]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("dora", [False, True])
+def test_teacher_forced_logits_equal_step_by_step_generation(
+    dtype: torch.dtype, tolerance: float, dora: bool
+) -> None:
+    model, prompter = tiny_prompter(codes=CODES)
+    adapted = with_random_lora(model.to(dtype), dora=dora)
+    assert len(adapted_layers(adapted)) == 2 * 10
+    made = clips(prompter)
+    forced = teacher_forced(adapted, [example for example, _, _ in made])
+    stepped = step_by_step(adapted, made)
+    for a, b in zip(forced, stepped, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() < tolerance
+    # The comparison can fail: the adapter matters, and so does the reference.
+    with adapted.disable_adapter():
+        assert (teacher_forced(adapted, [made[0][0]])[0] - forced[0]).abs().max() > 100 * 1e-4
+
+
+def test_an_overfitted_clip_is_spoken_back_exactly_and_stops_by_itself() -> None:
+    model, prompter = tiny_prompter(codes=CODES)
+    with_training_forward(model)
+    made = clips(prompter)
+    batch = PaddedCollator(pad_id=1, stream_eos=CODES + 1)([example for example, _, _ in made])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    counts = label_counts(batch, eos_id=CODES + 1)
+    for _ in range(150):
+        loss = combine(model(**batch), counts, LossWeights(text=0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+    spoken = generate(model, [prompt for _, prompt, _ in made], max_frames=[40] * 3, seeds=[0] * 3, sampling=GREEDY)
+    for clip, (_, _, target) in zip(spoken, made, strict=True):
+        np.testing.assert_array_equal(clip.codes, target)
+        assert not clip.hit_cap
+    alone = generate(model, [made[1][1]], max_frames=[40], seeds=[0], sampling=GREEDY)[0]
+    np.testing.assert_array_equal(alone.codes, made[1][2])
+
+
+def sampler(sampling: Sampling, **changes: Any) -> RowSampler:
+    settings: dict[str, Any] = {"num_codebooks": 8, "bos_id": 32, "eos_id": 33, "max_frames": 5, "seed": 3}
+    return RowSampler(sampling, **(settings | changes))
+
+
+def test_rows_follow_the_delay_pattern_and_the_cap_ends_a_clip() -> None:
+    drawn = sampler(Sampling())
+    generator = torch.Generator().manual_seed(0)
+    while not drawn.finished:
+        logits = torch.randn(8, 34, generator=generator)
+        logits[:, 33] = -20.0  # never ends by itself
+        drawn.step(logits)
+    assert drawn.hit_cap
+    rows = np.array(drawn.rows)
+    codes = np.stack([rows[1 + k : 6 + k, k] for k in range(8)], axis=1)
+    np.testing.assert_array_equal(rows, build_frames(codes, bos_id=32, eos_id=33)[0])
+
+
+@pytest.mark.parametrize("codebook", [0, 3, 7])
+def test_the_first_eos_of_any_codebook_fixes_the_end_as_training_has_it(codebook: int) -> None:
+    drawn = sampler(GREEDY, max_frames=50)
+    while not drawn.finished:
+        logits = torch.zeros(8, 34)
+        logits[:, 7] = 1.0
+        if len(drawn.rows) == 12:
+            logits[codebook, 33] = 2.0
+        drawn.step(logits)
+    frames = 12 - 1 - codebook
+    assert not drawn.hit_cap
+    assert drawn.frames == frames
+    rows = np.array(drawn.rows)
+    assert len(rows) == frames + 9
+    for k in range(8):
+        first_eos = int((rows[:, k] == 33).argmax())
+        # A codebook that was ahead of the one that ended has said a little more, which is trimmed.
+        assert first_eos == max(frames + 1 + k, 12 if k < codebook else 0)
+        assert (rows[first_eos:, k] == 33).all()
+    assert codes_from_frames(rows, eos_id=33).shape == (frames, 8)
+
+
+def test_repetition_aware_sampling_limits_repeats_but_not_greedy_nor_the_end() -> None:
+    likely = torch.zeros(8, 34)
+    likely[:, 5] = 4.0  # two draws in three give code 5; top-p 0.5 leaves nothing else
+    likely[:, 33] = -30.0
+
+    def share_of_code_5(sampling: Sampling) -> float:
+        drawn = sampler(sampling, max_frames=200)
+        while not drawn.finished:
+            drawn.step(likely)
+        return float((np.array(drawn.rows)[10:200, 0] == 5).mean())
+
+    assert share_of_code_5(Sampling(top_p=0.5, repeat_window=0)) == 1.0
+    assert share_of_code_5(Sampling(temperature=0)) == 1.0
+    assert 0.4 < share_of_code_5(Sampling(top_p=0.5)) < 0.85  # drawn anew, from all codes
+
+
+def test_a_seed_repeats_a_clip_whatever_stands_beside_it_in_the_batch() -> None:
+    model, prompter = tiny_prompter(codes=CODES)
+    prompts = [prompt for _, prompt, _ in clips(prompter)]
+    together = generate(model, prompts, max_frames=[12] * 3, seeds=[1, 2, 3])
+    alone = generate(model, prompts[2:], max_frames=[12], seeds=[3])
+    np.testing.assert_array_equal(together[2].codes, alone[0].codes)
+    other = generate(model, prompts[2:], max_frames=[12], seeds=[4])
+    assert other[0].codes.shape != alone[0].codes.shape or (other[0].codes != alone[0].codes).any()

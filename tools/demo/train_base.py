@@ -1,0 +1,215 @@
+"""Train the miniature base checkpoint of the demo from scratch: one voice, the native architecture, 10 M parameters.
+
+    python tools/demo/train_base.py --codes base.parquet --out src/higgstune/demo/assets/base --minutes 60
+
+`--codes` is what `fit_codec.py` writes: text and codes [frames, 8] of the base voice. Progress goes to stdout as one
+JSON line a report; the checkpoint is written at every report, so that a stopped run leaves its last state.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    HiggsAudioV2Config,
+    HiggsAudioV2ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from higgstune.batch.padded import Batch, PaddedCollator
+from higgstune.model.forward import with_training_forward
+from higgstune.model.loss import LossWeights, combine, label_counts
+from higgstune.prompt.example import Example, Prompter, SpecialIds
+from higgstune.prompt.template import native_chat_template, speech_messages
+
+# The control tokens of the released checkpoint that a prompt can hold, in the order of their ids there.
+SPECIAL_TOKENS = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|scene_desc_start|>", "<|scene_desc_end|>", "<|start_header_id|>",
+    "<|end_header_id|>", "<|eot_id|>", "<|audio_bos|>", "<|audio_eos|>", "<|audio_out_bos|>",
+    "<|reserved_special_token_6|>", "<|AUDIO|>", "<|AUDIO_OUT|>",
+]  # fmt: skip
+VOCABULARY = 512
+CONTEXT_SHARE = 0.25  # of the examples have an earlier turn, as references and long texts do
+
+
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A small byte-level BPE over `texts`, with the control tokens of the released checkpoint."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        pad_token="<|end_of_text|>",
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = native_chat_template()
+    return fast
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> HiggsAudioV2ForConditionalGeneration:
+    """The native architecture at 1/12 of its width and 5 of its 28 layers."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    config = HiggsAudioV2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=576,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        codebook_size=1026,
+        bos_token_id=ids["<|begin_of_text|>"],
+        eos_token_id=ids["<|eot_id|>"],
+        pad_token_id=ids["<|end_of_text|>"],
+        audio_token_id=ids["<|AUDIO_OUT|>"],
+        audio_bos_token_id=ids["<|audio_out_bos|>"],
+        audio_delay_token_id=ids["<|reserved_special_token_6|>"],
+    )
+    model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=50, top_p=0.95, bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
+    )  # fmt: skip
+    model.generation_config.ras_win_len = 7
+    model.generation_config.ras_win_max_num_repeat = 2
+    return model
+
+
+class Corpus:
+    """Texts and codes of one voice."""
+
+    def __init__(self, path: Path, prompter: Prompter) -> None:
+        table = pq.read_table(path, columns=["text", "codes"])
+        self.texts = table["text"].to_pylist()
+        self.codes = [np.array(codes.as_py(), dtype=np.int64) for codes in table["codes"]]
+        self.prompter = prompter
+
+    def example(self, index: int, context: int | None) -> Example:
+        turns = [] if context is None else [(self.texts[context], "context")]
+        messages = [*speech_messages(self.texts[index], context=turns), _TARGET]
+        codes = [self.codes[i] for i in ([] if context is None else [context]) + [index]]
+        return self.prompter.example(messages, codes, text_targets="transcript")
+
+    def batches(self, clips: range, tokens: int, generator: np.random.Generator) -> Iterator[list[Example]]:
+        """Endless batches of about `tokens` positions, of clips that are about equally long."""
+        while True:
+            order = generator.permutation(np.array(clips))
+            for window in np.array_split(order, max(1, len(order) // 512)):
+                yield from self._window(window, tokens, generator)
+
+    def _window(self, window: np.ndarray, tokens: int, generator: np.random.Generator) -> Iterator[list[Example]]:
+        contexts = [int(generator.choice(window)) if generator.random() < CONTEXT_SHARE else None for _ in window]
+        examples = [self.example(int(i), c) for i, c in zip(window, contexts, strict=True)]
+        examples.sort(key=len)
+        batches: list[list[Example]] = [[]]
+        for example in examples:
+            if (len(batches[-1]) + 1) * len(example) > tokens:
+                batches.append([])
+            batches[-1].append(example)
+        for index in generator.permutation(len(batches)):
+            if batches[index]:
+                yield batches[index]
+
+
+_TARGET = {"role": "assistant", "content": [{"type": "audio", "url": "target"}]}
+
+
+def learning_rate(progress: float, peak: float) -> float:
+    """Warm-up over the first 3 %, then a cosine to 2 % of the peak; `progress` in 0..1."""
+    if progress < 0.03:
+        return peak * progress / 0.03
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--codes", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--tokens", type=int, default=6000)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+
+    texts = pq.read_table(args.codes, columns=["text"])["text"].to_pylist()
+    tokenizer = build_tokenizer(texts)
+    model = with_training_forward(build_model(tokenizer))
+    prompter = Prompter(tokenizer, SpecialIds.from_config(model.config))
+    corpus = Corpus(args.codes, prompter)
+    collate = PaddedCollator(pad_id=model.config.pad_token_id, stream_eos=model.config.audio_stream_eos_id)
+    held_out = collate([corpus.example(i, None) for i in range(32)])
+    batches = corpus.batches(range(32, len(corpus.texts)), args.tokens, np.random.default_rng(args.seed))
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
+    )
+    weights = LossWeights(text=0.2, audio=1.0)
+    started, seen, step, reported = time.monotonic(), 0, 0, 0.0
+    while (progress := (time.monotonic() - started) / (60 * args.minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress, args.lr)
+        batch = collate(next(batches))
+        loss = losses(model, batch, weights)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step, seen = step + 1, seen + int(batch["attention_mask"].sum())
+        if time.monotonic() - reported > 60:
+            reported = time.monotonic()
+            report(model, tokenizer, args.out, held_out, step, seen, float(loss.detach()), progress)
+    report(model, tokenizer, args.out, held_out, step, seen, float(loss.detach()), 1.0)
+
+
+def losses(model: torch.nn.Module, batch: Batch, weights: LossWeights) -> torch.Tensor:
+    """The training loss of one batch."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sums = model(**batch)
+    return combine(sums, label_counts(batch, eos_id=model.config.audio_stream_eos_id), weights)
+
+
+@torch.no_grad()
+def report(
+    model: HiggsAudioV2ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path, held_out: Batch,
+    step: int, seen: int, loss: float, progress: float,
+) -> None:  # fmt: skip
+    """Print one JSON line and write the checkpoint."""
+    sums = model(**held_out)
+    counts = label_counts(held_out, eos_id=model.config.audio_stream_eos_id)
+    per_codebook = (sums["audio_loss"] / counts["audio"]).tolist()
+    line = {
+        "progress": round(progress, 3), "step": step, "tokens": seen, "loss": round(loss, 4),
+        "held_out_audio": round(sum(per_codebook) / len(per_codebook), 4),
+        "held_out_codebooks": [round(x, 2) for x in per_codebook],
+    }  # fmt: skip
+    print(json.dumps(line), flush=True)  # noqa: T201
+    copy = HiggsAudioV2ForConditionalGeneration(model.config, use_text_head=True)
+    copy.load_state_dict(model.state_dict())
+    copy.generation_config = model.generation_config
+    copy.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    main()
