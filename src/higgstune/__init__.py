@@ -1,3 +1,41 @@
 """Fine-tune Higgs Audio v2 on your own recordings: prepare, train in two stages, speak."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from higgstune.data.prepare import prepare as prepare
+    from higgstune.generate.speak import speak as speak
+    from higgstune.inspection import inspect_row as inspect_row
+    from higgstune.model.load import ModelAndTokenizers as ModelAndTokenizers
+    from higgstune.model.load import load_model as load_model
+    from higgstune.model.load import load_model_and_tokenizers as load_model_and_tokenizers
+    from higgstune.prompt.delay import build_frames as build_frames
+    from higgstune.prompt.template import render as render
+    from higgstune.train.recipe import load_recipe as load_recipe
+    from higgstune.train.run import train as train
+    from higgstune.train.trainer import HiggsAudioTrainer as HiggsAudioTrainer
+
 __version__ = "0.1.0"
+
+_HOME = {
+    "HiggsAudioTrainer": "higgstune.train.trainer",
+    "ModelAndTokenizers": "higgstune.model.load",
+    "build_frames": "higgstune.prompt.delay",
+    "inspect_row": "higgstune.inspection",
+    "load_model": "higgstune.model.load",
+    "load_model_and_tokenizers": "higgstune.model.load",
+    "load_recipe": "higgstune.train.recipe",
+    "prepare": "higgstune.data.prepare",
+    "render": "higgstune.prompt.template",
+    "speak": "higgstune.generate.speak",
+    "train": "higgstune.train.run",
+}
+__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first used: `import higgstune` alone does not bring torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'higgstune' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -18,13 +18,19 @@ from higgstune.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Weights as safetensors only: a pickle from a stranger runs code when it is loaded.
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
+_WEIGHTS = ["*.safetensors"]
 
 
 def fetch(
-    name_or_path: str | Path, *, what: str, revision: str | None = None, cache_dir: str | Path | None = None
+    name_or_path: str | Path,
+    *,
+    what: str,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    weights: bool = True,
 ) -> Path:
-    """The folder of a checkpoint, an adapter or a codec (`what` names it in errors).
+    """The folder of a checkpoint, an adapter or a codec (`what` names it in errors), with or without its weights.
 
     Raises CheckpointError when it is neither a folder here nor a repository that can be fetched, with what to do.
     """
@@ -37,7 +43,8 @@ def fetch(
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"the {what} {name} does not exist: give a folder or a hub id such as owner/name")
     try:
-        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=_FILES))
+        files = _SMALL_FILES + (_WEIGHTS if weights else [])
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=files))
     except GatedRepoError as error:
         raise CheckpointError(
             f"the {what} {name} is gated: accept its licence on its page at the hub, then log in with "

@@ -69,7 +69,7 @@ def load_model_and_tokenizers(
     config = _config(layout)
     target = choose_device(device)
     tokenizer = load_tokenizer(folder, config)
-    codec_name = str(codec or (folder / CODEC_FOLDER if (folder / CODEC_FOLDER).is_dir() else DEFAULT_CODEC))
+    codec_name = checkpoint_codec(folder, codec)
     audio_tokenizer = load_codec(codec_name, device=str(codec_device), cache_dir=cache_dir)
     check_codec(audio_tokenizer, config, codec_name)
     return ModelAndTokenizers(
@@ -82,6 +82,14 @@ def load_model_and_tokenizers(
         revision=revision,
         codec=codec_name,
     )
+
+
+def checkpoint_codec(checkpoint: str | Path | None, codec: str | Path | None = None) -> str:
+    """The codec that a checkpoint speaks through: the given one, else its sub-folder `codec`, else the released one."""
+    if codec is not None:
+        return str(codec)
+    own = Path(checkpoint).expanduser() / CODEC_FOLDER if checkpoint is not None else None
+    return str(own) if own is not None and own.is_dir() else DEFAULT_CODEC
 
 
 def load_tokenizer(folder: Path, config: HiggsAudioV2Config) -> Any:

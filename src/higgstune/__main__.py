@@ -1,0 +1,5 @@
+"""`python -m higgstune`: the same as the command, for torchrun."""
+
+from higgstune.cli import main
+
+main()

@@ -1,0 +1,301 @@
+"""The command `higgstune`: one verb a function of the package, with the same options."""
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from higgstune.errors import ConfigError, HiggstuneError, InputError, WorkError
+
+# Modules that bring torch are imported by the verb that needs them: `--help` answers at once.
+
+app = typer.Typer(
+    name="higgstune",
+    help="Fine-tune Higgs Audio v2 on your own recordings: from a folder of audio to a voice that speaks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+errors = Console(stderr=True)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
+
+def main() -> NoReturn:
+    """Run a verb; exit 0 when done, 1 when the work failed, 2 when the user's input is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except HiggstuneError as error:
+        errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except OSError as error:
+        errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("stopped; what was finished is kept, and the same command goes on from there", highlight=False)
+        sys.exit(130)
+    sys.exit(0)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        import higgstune
+
+        typer.echo(higgstune.__version__)
+        raise typer.Exit
+
+
+@app.command(epilog="Example: higgstune prepare recordings/ --out data/voice --speaker anna")
+def prepare(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of audio with .txt/.lab beside each file, LJSpeech folder, .jsonl manifest, ChatML .json or "
+            "metadata.json with samples."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the code store; adding to an existing one works.")],
+    model: Annotated[str | None, typer.Option(help="Checkpoint that will be trained: its codec encodes.")] = None,
+    codec: Annotated[str | None, typer.Option(help="Folder or hub id of another codec.")] = None,
+    speaker: Annotated[str | None, typer.Option(help="Speaker of all rows.")] = None,
+    language: Annotated[str | None, typer.Option(help="Language of all rows.")] = None,
+    scene: Annotated[str | None, typer.Option(help="Scene description of all rows.")] = None,
+    references: Annotated[
+        str, typer.Option(help="none, or same_speaker: pair each clip with another one of its speaker.")
+    ] = "none",
+    validation_fraction: Annotated[float, typer.Option(help="Share of recordings kept for validation.")] = 0.05,
+    max_seconds: Annotated[float, typer.Option(help="Longest clip.")] = 30.0,
+    allow_long: Annotated[bool, typer.Option(help="Take longer clips, too.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the reference pairing.")] = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Check recordings, encode them once, and store their codes."""
+    from higgstune.data.prepare import prepare as run
+    from higgstune.model.load import checkpoint_codec, choose_device
+
+    with _Bar() as bar:
+        summary = run(
+            source,
+            out,
+            codec=checkpoint_codec(model, codec),
+            device=str(choose_device(device)),
+            model=model,
+            validation_fraction=validation_fraction,
+            references=references,  # type: ignore[arg-type]
+            max_seconds=max_seconds,
+            allow_long=allow_long,
+            seed=seed,
+            speaker=speaker,
+            language=language,
+            scene=scene,
+            progress=bar,
+        )
+    _result(dataclasses.asdict(summary), as_json)
+
+
+@app.command(epilog="Example: higgstune inspect data/voice --row 0")
+def inspect(
+    store: Annotated[Path, typer.Argument(help="Folder of the code store.")],
+    row: Annotated[str, typer.Option(help="Number (train rows first) or id of the row.")] = "0",
+    model: Annotated[str | None, typer.Option(help="Checkpoint whose tokenizer reads the text.")] = None,
+    text_targets: Annotated[str, typer.Option(help="transcript, assistant or none.")] = "transcript",
+    as_json: JsonOption = False,
+) -> None:
+    """Show one row as the model sees it: prompt, tokens, frames, labels."""
+    from higgstune.inspection import inspect_row, label_table
+
+    if text_targets not in ("transcript", "assistant", "none"):
+        raise ConfigError(f"--text-targets {text_targets}: transcript, assistant or none")
+    found = inspect_row(store, row, model=model, text_targets=text_targets)  # type: ignore[arg-type]
+    if as_json:
+        _result(dataclasses.asdict(found), as_json)
+        return
+    typer.echo(f"{found.id} ({found.split}): {found.seconds:.2f} s, {found.frames} frames\n")
+    typer.echo(found.prompt + "\n")
+    typer.echo(
+        f"{found.positions} positions: {found.text_tokens} text tokens, {found.audio_rows} rows of audio; "
+        f"{len(found.text_labels)} text labels, {found.audio_label_cells} audio label cells\n"
+    )
+    typer.echo("text labels (position token): " + " ".join(f"{p} {token!r}" for p, _, token in found.text_labels) + "\n")
+    table = Table("position", *(f"k={k}" for k in range(len(found.audio_labels[0][1]))), title="audio labels")
+    for cells in label_table(found):
+        table.add_row(*map(str, cells))
+    Console().print(table)
+
+
+@app.command(epilog="Example: higgstune train recipes/voice.yaml --out runs/voice --set data.store=data/voice")
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe in YAML; see recipes/.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, such as stages.0.max_steps=50; may be repeated.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on where the run stopped.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the stages of a recipe, and prove that what was saved is what was trained."""
+    from higgstune.train.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from higgstune.train.run import train as run
+
+    result = run(loaded, out, resume=resume)
+    stages = {
+        name: {key: value for key, value in stage.items() if key != "history"} for name, stage in result.stages.items()
+    }
+    _result({"run": str(result.folder), "adapter": str(result.adapter), "stages": stages}, as_json)
+
+
+@app.command(epilog='Example: higgstune speak "Hello there." --adapter runs/voice --out hello.wav')
+def speak(
+    text: Annotated[str | None, typer.Argument(help="What to say.")] = None,
+    out: Annotated[Path, typer.Option(help="A .wav file; with --file, a folder.")] = Path("speech.wav"),
+    file: Annotated[Path | None, typer.Option(help="Text file, one clip a line.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base checkpoint; an adapter knows its own.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter or of a run.")] = None,
+    codec: Annotated[str | None, typer.Option(help="Folder or hub id of another codec.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Recording of a voice to imitate.")] = None,
+    reference_text: Annotated[str | None, typer.Option(help="What is said in it.")] = None,
+    scene: Annotated[str | None, typer.Option(help="Scene description; empty for none.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option()] = 0.95,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 50,
+    repeat_window: Annotated[int, typer.Option(help="Rows looked back on for repeats; 0 is off.")] = 7,
+    max_repeats: Annotated[int, typer.Option(help="Repeats of a code allowed in the window.")] = 2,
+    seed: Annotated[int, typer.Option()] = 0,
+    max_seconds: Annotated[float | None, typer.Option(help="Cap of a piece; from the text's length if unset.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Clips spoken at a time.")] = 8,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Speak a text, or each line of a file."""
+    if (text is None) == (file is None):
+        raise ConfigError("give either a text or --file")
+    from higgstune.generate.sampling import Sampling
+    from higgstune.generate.speak import speak as run
+    from higgstune.prompt.template import DEFAULT_SCENE
+
+    with _Bar() as bar:
+        said = text if text is not None else _lines(file)
+        files = run(
+            said,
+            out,
+            model=model,
+            adapter=adapter,
+            codec=codec,
+            reference=reference,
+            reference_text=reference_text,
+            scene=DEFAULT_SCENE if scene is None else scene or None,
+            sampling=Sampling(temperature, top_k, top_p, repeat_window, max_repeats),
+            seed=seed,
+            max_seconds=max_seconds,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            on_spoken=lambda done: bar("speaking", done, 1 if isinstance(said, str) else len(said)),
+        )
+    _result({"files": [str(path) for path in files]}, as_json)
+
+
+@app.command(epilog="Example: higgstune demo --out runs/demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("runs/demo"),
+    asr: Annotated[str | None, typer.Option(help="faster-whisper name or folder that measures error rates.")] = None,
+    speaker_judge: Annotated[
+        str | None,
+        typer.Option(help="Command that is given --reference FILES -- FILES and prints a JSON line a file."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Teach a miniature a second voice: prepare, two stages, speak, report. No network, no GPU, a few minutes.
+
+    With judges it measures the result, and exits with 1 when it is not good enough.
+    """
+    from higgstune.demo.demo import run_demo
+
+    with _Bar() as bar:
+        result = run_demo(out, asr=asr, speaker_judge=speaker_judge, progress=bar)
+    _result(dataclasses.asdict(result), as_json)
+    if result.measurement is not None and not result.measurement.passed:
+        broken = [bar.name for bar in result.measurement.bars if not bar.holds]
+        raise WorkError(f"the demo's result is not good enough: {', '.join(broken)}; see {result.report}")
+
+
+def _lines(file: Path | None) -> list[str]:
+    assert file is not None
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--file {file} cannot be read: {error}") from error
+    if not any(lines):
+        raise ConfigError(f"--file {file} has no text")
+    return [line for line in lines if line]
+
+
+class _Bar:
+    """Progress of a verb: a bar on a terminal, a line at every tenth elsewhere; on stderr, stdout is the result's."""
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+        self.tasks: dict[str, Any] = {}
+        self.tenths: dict[str, int] = {}
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        if sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=errors)
+            self.progress.start()
+        return self._show
+
+    def __exit__(self, *exception: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def _show(self, what: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            if what not in self.tasks:
+                self.tasks[what] = self.progress.add_task(what, total=total)
+            self.progress.update(self.tasks[what], completed=done, total=total)
+        elif (tenth := 10 * done // max(1, total)) != self.tenths.get(what, 0):
+            self.tenths[what] = tenth
+            errors.print(f"{what} {done}/{total}", highlight=False)
+
+
+def _result(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(values, ensure_ascii=False, default=str))
+        return
+    for key, value in values.items():
+        typer.echo(f"{key}: {_plain(value)}")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    main()

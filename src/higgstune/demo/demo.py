@@ -1,0 +1,236 @@
+"""The embedded demo: a miniature base learns a second voice, through the same functions as the real job.
+
+Everything comes from the package: the sample recordings, the fitted codec, the miniature base. No network, no GPU.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from higgstune.data.manifest import read_manifest, write_manifest
+from higgstune.data.manifest import Utterance
+from higgstune.data.prepare import prepare
+from higgstune.data.store import CodeStore
+from higgstune.data.store import Row as StoreRow
+from higgstune.demo.measure import Clips, Measurement, measure
+from higgstune.errors import ConfigError
+from higgstune.evaluate.judges import FasterWhisper, SpeakerJudge
+from higgstune.generate.sampling import Sampling
+from higgstune.generate.speak import Speaker, load_speaker
+from higgstune.generate.wav import write_wav
+from higgstune.model.load import CODEC_FOLDER
+from higgstune.report.page import Report, Section, write_report
+from higgstune.train.recipe import Recipe, load_recipe
+from higgstune.train.run import RunResult, train
+
+TARGET_VOICE = "rms"
+SPOKEN_SENTENCES = 24  # training sentences that are spoken, and measured where judges are at hand
+SAMPLING = Sampling(temperature=0.5)
+_SEED = 7
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo left."""
+
+    folder: Path
+    adapter: Path
+    report: Path
+    seconds: float
+    measurement: Measurement | None  # None where no judge was at hand
+
+
+@dataclass
+class _Clock:
+    """How long each step took, in seconds."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+
+def run_demo(
+    out: str | Path, *, asr: str | None = None, speaker_judge: str | None = None, progress: Progress | None = None
+) -> DemoResult:
+    """Prepare, train two stages, speak before and after, report; all of it under `out`, which must not exist.
+
+    `asr` (a faster-whisper name or folder) and `speaker_judge` (a command, see `SpeakerJudge`) add measured figures
+    to the report. Raises ConfigError, and whatever the steps raise.
+    """
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} exists: remove it, or give another --out")
+    transcriber = FasterWhisper(asr) if asr else None
+    judge = SpeakerJudge(speaker_judge) if speaker_judge else None
+    show = progress or (lambda what, done, total: None)
+    clock, started = _Clock(), time.monotonic()
+    with clock.step("unpack the sample recordings and the base"):
+        manifest = _unpack(out)
+    with clock.step("prepare"):
+        prepare(
+            manifest, out / "data", codec=out / "base" / CODEC_FOLDER, model=str(out / "base"),
+            validation_fraction=0.12, progress=show,
+        )  # fmt: skip
+    with clock.step("train, two stages"):
+        run = train(_recipe(out), out / "run")
+    store = CodeStore.open(out / "data")
+    trained = list(store.split("train"))[:SPOKEN_SENTENCES]
+    unseen = list(store.split("validation"))
+    with clock.step("speak before and after"):
+        spoken = _speak(out, run, trained, unseen)
+    measurement = None
+    if transcriber is not None or judge is not None:
+        with clock.step("judge"):
+            spoken |= _speak_controls(out, run, trained)
+            measurement = measure(_clip_sets(spoken, trained, unseen), spoken["original"][:10], transcriber, judge)
+    clock.seconds["all"] = time.monotonic() - started
+    report = _report(out, run, store, spoken, trained, unseen, measurement, clock.seconds)
+    return DemoResult(out, run.adapter, report, clock.seconds["all"], measurement)
+
+
+def _unpack(out: Path) -> Path:
+    """Copy what the package ships; the manifest of the target voice."""
+    with resources.as_file(resources.files("higgstune.demo") / "assets") as assets:
+        shutil.copytree(assets / "voices", out / "dataset")
+        shutil.copytree(assets / "base", out / "base")
+        shutil.copytree(assets / "codec", out / "base" / CODEC_FOLDER)
+    rows = [row for _, row in read_manifest(out / "dataset" / "metadata.jsonl") if isinstance(row, Utterance)]
+    manifest = out / "dataset" / f"{TARGET_VOICE}.jsonl"
+    write_manifest(manifest, [row for row in rows if row.speaker == TARGET_VOICE])
+    return manifest
+
+
+def _recipe(out: Path) -> Recipe:
+    with resources.as_file(resources.files("higgstune.demo") / "assets" / "recipe.yaml") as path:
+        return load_recipe(path, [f"model.checkpoint={out / 'base'}", f"data.store={out / 'data'}"])
+
+
+def _speak(
+    out: Path, run: RunResult, trained: Sequence[StoreRow], unseen: Sequence[StoreRow]
+) -> dict[str, list[Path]]:
+    """Originals and their codec round trip, and the same sentences by the base and with the adapter."""
+    rows = [*trained, *unseen]
+    recorded = {row.id: row for _, row in read_manifest(out / "dataset" / f"{TARGET_VOICE}.jsonl") if isinstance(row, Utterance)}
+    base = load_speaker(out / "base", device="cpu")
+    files = {"original": [out / "dataset" / str(recorded[row.id].audio) for row in rows]}
+    files["round trip"] = _write(out, "round_trip", rows, base, [base.codec.decode(row.codes) for row in rows])
+    files["base"] = _say(out, "before", rows, base)
+    files["adapted"] = _say(out, "after", rows, load_speaker(adapter=run.adapter, device="cpu"))
+    return files
+
+
+def _speak_controls(out: Path, run: RunResult, trained: Sequence[StoreRow]) -> dict[str, list[Path]]:
+    """What must not pass: each sentence's clip with the next one's text, and the adapter with zeroed weights."""
+    speaker = load_speaker(adapter=run.adapter, device="cpu")
+    swapped = _say(out, "swapped", trained, speaker, texts=[row.text for row in [*trained[1:], trained[0]]])
+    with torch.no_grad():
+        for name, parameter in speaker.model.named_parameters():
+            if "lora_" in name:
+                parameter.zero_()
+    return {"swapped": swapped, "zeroed": _say(out, "zeroed", trained, speaker)}
+
+
+def _say(
+    out: Path, name: str, rows: Sequence[StoreRow], speaker: Speaker, texts: Sequence[str] | None = None
+) -> list[Path]:
+    spoken = speaker.say(texts or [row.text for row in rows], sampling=SAMPLING, seed=_SEED)
+    return _write(out, name, rows, speaker, [speech.waveform for speech in spoken])
+
+
+def _write(out: Path, name: str, rows: Sequence[StoreRow], speaker: Speaker, waveforms: Sequence) -> list[Path]:
+    files = [out / "speech" / name / f"{row.id}.wav" for row in rows]
+    for file, waveform in zip(files, waveforms, strict=True):
+        write_wav(file, waveform, speaker.codec.sample_rate)
+    return files
+
+
+def _clip_sets(
+    spoken: dict[str, list[Path]], trained: Sequence[StoreRow], unseen: Sequence[StoreRow]
+) -> list[Clips]:
+    texts = [row.text for row in trained]
+    sets = [Clips(name, files[: len(trained)], texts) for name, files in spoken.items()]
+    unseen_texts = [row.text for row in unseen]
+    for name in ("round trip", "adapted"):
+        sets.append(Clips(f"{name}, unseen sentences", spoken[name][len(trained) :], unseen_texts))
+    return [clips for clips in sets if clips.files]
+
+
+def _report(
+    out: Path,
+    run: RunResult,
+    store: CodeStore,
+    spoken: dict[str, list[Path]],
+    trained: Sequence[StoreRow],
+    unseen: Sequence[StoreRow],
+    measurement: Measurement | None,
+    seconds: dict[str, float],
+) -> Path:
+    columns = ("original", "round trip", "base", "adapted")
+    titles = ("original", "codec round trip", "before: the base", "after: with the adapter")
+    clips = [(row.text, [spoken[name][i] for name in columns]) for i, row in enumerate([*trained, *unseen])]
+    path = out / "report.html"
+    write_report(
+        Report(
+            title="A miniature learns a voice",
+            introduction=(
+                "A 10-million-parameter base with Higgs Audio's architecture, trained on one synthetic voice, was "
+                "taught another with LoRA in two stages. It speaks through a codec fitted in a minute, which sounds "
+                "rough: listen to the round trip to hear how good it can get at best."
+            ),
+            facts=_facts(run, store),
+            histories={name: stage["history"] for name, stage in run.stages.items()},
+            sections=[
+                Section("Sentences it was trained on", titles, clips[: len(trained)]),
+                Section("Sentences it has never seen", titles, clips[len(trained) :]),
+            ],
+            measures=_measures(measurement),
+            measures_note=_measures_note(measurement),
+            timings=seconds,
+        ),
+        path,
+    )
+    return path
+
+
+def _facts(run: RunResult, store: CodeStore) -> dict[str, str]:
+    rows, hours = store.info.rows, store.info.hours
+    facts = {"data": f"{rows['train']} clips ({60 * hours['train']:.1f} min) of the voice {TARGET_VOICE}, {rows['validation']} for validation"}
+    for name, stage in run.stages.items():
+        facts[name] = f"{stage['kind']}: {stage['steps']} steps, {stage['parameters']:,} LoRA parameters in {stage['layers']} layers"
+        proof = stage["verification"]
+        facts[f"{name}, saved adapter"] = (
+            f"in a fresh process {proof['from_trained']:.1e} from the trained model's logits, {proof['from_base']:.1f} from the base's"
+        )
+    return facts
+
+
+def _measures(measurement: Measurement | None) -> list[dict[str, str]]:
+    if measurement is None:
+        return []
+    judges = list(measurement.rows[0].similarity)
+    table = []
+    for row in measurement.rows:
+        rate = "not measured" if row.error_rate is None else f"{100 * row.error_rate:.1f} %"
+        similarity = {f"similarity ({judge})": f"{row.similarity[judge]:.3f}" for judge in judges}
+        table.append({"clips": row.name, "number": str(row.clips), "word error rate": rate, **similarity})
+    return table
+
+
+def _measures_note(measurement: Measurement | None) -> str:
+    if measurement is None:
+        return "Not measured: no judge was named (--asr, --speaker-judge)."
+    bars = "; ".join(
+        f"{bar.name} {bar.value:.3f} ({bar.condition}): {'holds' if bar.holds else 'BROKEN'}" for bar in measurement.bars
+    )
+    return f"Judged by {measurement.judges}. {bars}."

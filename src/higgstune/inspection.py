@@ -1,0 +1,104 @@
+"""What the model sees of one row: the verb `inspect`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import HiggsAudioV2Config
+
+from higgstune.data.store import CodeStore
+from higgstune.errors import ConfigError, DataError
+from higgstune.hub import fetch
+from higgstune.model.convert import native_config
+from higgstune.model.layout import read_json
+from higgstune.model.load import load_tokenizer
+from higgstune.prompt.delay import IGNORE
+from higgstune.prompt.example import Example, Prompter, SpecialIds, TextTargets
+from higgstune.prompt.rows import row_example
+from higgstune.train.recipe import ModelSettings
+
+
+@dataclass(frozen=True)
+class RowInspection:
+    """One row as an example. Positions count from 0; a label at position p is predicted by position p - 1."""
+
+    id: str
+    split: str
+    prompt: str  # exactly as it is tokenized; each audio is one placeholder
+    positions: int
+    text_tokens: int
+    audio_rows: int  # of all audio in the prompt, delay rows included
+    frames: int  # of the target
+    seconds: float
+    text_labels: list[tuple[int, int, str]]  # position, token id, token
+    audio_labels: list[tuple[int, list[int | None]]]  # position of a row of audio, its labels (None: ignored)
+    audio_label_cells: int
+
+
+def inspect_row(
+    store: str | Path, row: int | str, *, model: str | Path | None = None, text_targets: TextTargets = "transcript"
+) -> RowInspection:
+    """A row of a code store, by number (train rows first) or id, as a stage with `text_targets` trains on it.
+
+    The tokenizer is that of `model`; without it, of the checkpoint that the store was prepared for.
+    Raises DataError, ConfigError, CheckpointError.
+    """
+    opened = CodeStore.open(store)
+    index = int(row) if str(row).lstrip("-").isdigit() else opened.index_of(str(row))
+    if not 0 <= index < len(opened):
+        raise ConfigError(f"--row {row}: {store} has the rows 0 to {len(opened) - 1}")
+    name = model or opened.info.settings.get("model") or ModelSettings.model_fields["checkpoint"].default
+    prompter = load_prompter(name)
+    found = opened[index]
+    try:
+        example = row_example(prompter, found, text_targets)
+    except DataError as error:
+        raise DataError(f"{store}, row {index} ({found.id}): {error}") from error
+    return _inspection(found.id, found.split, found.duration, len(found.codes), example, prompter)
+
+
+def load_prompter(checkpoint: str | Path) -> Prompter:
+    """The prompter of a checkpoint, without its weights. Raises CheckpointError."""
+    folder = fetch(checkpoint, what="checkpoint", weights=False)
+    written = read_json(folder / "config.json", "it is no checkpoint folder without it")
+    original = written.get("model_type") == "higgs_audio"
+    config = native_config(written) if original else HiggsAudioV2Config.from_dict(written)
+    return Prompter(load_tokenizer(folder, config), SpecialIds.from_config(config))
+
+
+def _inspection(
+    row_id: str, split: str, seconds: float, frames: int, example: Example, prompter: Prompter
+) -> RowInspection:
+    text = np.flatnonzero(example.text_labels != IGNORE)
+    tokens = [(int(p), int(example.text_labels[p])) for p in text]
+    rows = np.flatnonzero(example.audio_mask)
+    labelled = [
+        (int(position), [None if label == IGNORE else int(label) for label in labels])
+        for position, labels in zip(rows, example.audio_labels, strict=True)
+        if (labels != IGNORE).any()
+    ]
+    return RowInspection(
+        id=row_id,
+        split=split,
+        prompt=example.prompt,
+        positions=len(example),
+        text_tokens=int((~example.audio_mask).sum()),
+        audio_rows=len(rows),
+        frames=frames,
+        seconds=seconds,
+        text_labels=[(position, token, prompter.tokenizer.decode([token])) for position, token in tokens],
+        audio_labels=labelled,
+        audio_label_cells=int((example.audio_labels != IGNORE).sum()),
+    )
+
+
+def label_table(inspection: RowInspection, *, head: int = 12, tail: int = 10) -> list[list[Any]]:
+    """Rows of text for people: position and one cell a codebook, `.` where nothing is learned; the middle left out."""
+    rows: list[list[Any]] = [
+        [position, *("." if label is None else label for label in labels)]
+        for position, labels in inspection.audio_labels
+    ]
+    if len(rows) <= head + tail:
+        return rows
+    return [*rows[:head], ["..."] * len(rows[0]), *rows[-tail:]]

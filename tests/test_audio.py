@@ -1,0 +1,202 @@
+"""Reading, checking, hashing and resampling recordings."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recordings import FORMATS, RATE, speech, write
+
+from higgstune.data.audio import audio_hash, peak_of, read_audio, read_recording, resample
+from higgstune.data.rejection import RowError
+from higgstune.data.twins import find_twins
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_format_is_read(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"a{suffix}", speech(1.0))
+    waveform, rate = read_audio(path)
+    assert (waveform.dtype, waveform.shape, rate) == (np.float32, (RATE,), RATE)
+    assert np.corrcoef(waveform, speech(1.0))[0, 1] > 0.95
+    recording = read_recording(path)
+    assert recording.sha256 == audio_hash(waveform, rate)
+    assert (recording.samples, recording.seconds) == (RATE, 1.0)
+    assert recording.peak == pytest.approx(peak_of(waveform))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_part_is_a_part_of_the_whole(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"a{suffix}", speech(3.0))
+    whole, _ = read_audio(path)
+    part, _ = read_audio(path, 0.5, 1.75)
+    assert len(part) == round(1.25 * RATE)
+    assert np.abs(part - whole[RATE // 2 : RATE // 2 + len(part)]).max() < 0.02
+    rest, _ = read_audio(path, 2.0)
+    assert len(rest) == RATE
+
+
+def test_channels_are_averaged(tmp_path: Path) -> None:
+    left = speech(0.5)
+    path = write(tmp_path / "a.wav", np.stack([left, np.zeros_like(left)], axis=1), subtype="FLOAT")
+    waveform, _ = read_audio(path)
+    assert waveform == pytest.approx(left / 2)
+
+
+def test_equal_channels_hash_like_mono(tmp_path: Path) -> None:
+    samples = (speech(0.5) * 32768).astype(np.int16)
+    mono = write(tmp_path / "mono.wav", samples)
+    stereo = write(tmp_path / "stereo.flac", np.stack([samples, samples], axis=1))
+    assert read_recording(mono).sha256 == read_recording(stereo).sha256
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24"])
+def test_wav_and_flac_of_the_same_samples_hash_equal(tmp_path: Path, subtype: str) -> None:
+    samples = (speech(0.7) * 2**31).astype(np.int32) & ~0xFFFF
+    wav = write(tmp_path / "a.wav", samples, subtype=subtype)
+    flac = write(tmp_path / "a.flac", samples, subtype=subtype)
+    assert read_recording(wav).sha256 == read_recording(flac).sha256
+
+
+def test_hash_tells_rates_apart_and_zeros_together() -> None:
+    waveform = speech(0.1)
+    assert audio_hash(waveform, 16_000) != audio_hash(waveform, 24_000)
+    zeros = np.zeros(10, np.float32)
+    assert audio_hash(np.abs(zeros), RATE) == audio_hash(zeros, RATE)
+
+
+def test_negative_zero_is_zero(tmp_path: Path) -> None:
+    zeros = np.zeros(RATE, np.float32)
+    one, other = (
+        write(tmp_path / "a.wav", zeros, subtype="FLOAT"),
+        write(tmp_path / "b.wav", -zeros, subtype="FLOAT"),
+    )
+    assert read_recording(one).sha256 == read_recording(other).sha256
+
+
+def test_twins_are_found_through_rounding(tmp_path: Path) -> None:
+    """Float samples that one library writes as WAV and FLAC differ in the last bit."""
+    names = ["a.wav", "a.flac", "other.wav", "shorter.wav"]
+    contents = [speech(1.0), speech(1.0), speech(1.0, seed=1), speech(0.9)]
+    wav, flac, other, shorter = [
+        read_recording(write(tmp_path / name, content.astype(np.float64)))
+        for name, content in zip(names, contents, strict=True)
+    ]
+    assert wav.sha256 != flac.sha256
+    assert find_twins([wav, flac, other, shorter]) == {wav.sha256: {flac.sha256}, flac.sha256: {wav.sha256}}
+
+
+def test_tones_of_equal_length_are_no_twins(tmp_path: Path) -> None:
+    time = np.arange(RATE) / RATE
+    tones = [write(tmp_path / f"{f}.wav", 0.3 * np.sin(2 * np.pi * f * time)) for f in range(200, 260, 10)]
+    assert find_twins(read_recording(tone) for tone in tones) == {}
+
+
+def damaged(path: Path, kind: str) -> Path:
+    """A file that is broken in one of the ways that files are."""
+    if kind == "missing":
+        return path
+    if kind == "folder":
+        path.mkdir()
+        return path
+    if kind in ("text", "empty", "header only"):
+        content = {
+            "text": b"this is no audio " * 50,
+            "empty": b"",
+            "header only": b"RIFF\x24\x00\x00\x00WAVEfmt ",
+        }
+        path.write_bytes(content[kind])
+        return path
+    suffix = ".flac" if "flac" in kind else ".wav"
+    data = bytearray(write(path.with_suffix(suffix), speech(1.0)).read_bytes())
+    if kind.startswith("half"):
+        data = data[: len(data) // 2]
+    elif kind == "flac with a hole":
+        data[len(data) // 2 : len(data) // 2 + 40] = b"\xff" * 40
+    elif kind == "flac of a thousand hours":
+        data[21:26] = bytes([data[21] & 0xF0 | 0xF]) + b"\xff" * 4
+    elif kind == "rate of 1 Hz":
+        data[24:28] = (1).to_bytes(4, "little")
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("missing", "missing_audio"),
+        ("folder", "missing_audio"),
+        ("text", "unreadable_audio"),
+        ("empty", "unreadable_audio"),
+        ("header only", "unreadable_audio"),
+        ("half a wav", "unreadable_audio"),
+        ("half a flac", "unreadable_audio"),
+        ("flac with a hole", "unreadable_audio"),
+        ("flac of a thousand hours", "unreadable_audio"),
+        ("rate of 1 Hz", "unreadable_audio"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path: Path, kind: str, reason: str) -> None:
+    path = damaged(tmp_path / "broken.bin", kind)
+    with pytest.raises(RowError) as refused:
+        read_recording(path)
+    assert refused.value.reason == reason
+    assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["a\0b.wav", "x" * 300 + ".wav", "/dev/zero"])
+def test_impossible_paths_are_missing_files(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RowError) as refused:
+        read_recording(tmp_path / name)
+    assert refused.value.reason == "missing_audio"
+
+
+def test_headerless_audio_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.raw"
+    path.write_bytes(bytes(4000))
+    with pytest.raises(RowError, match="cannot be read as audio"):
+        read_recording(path)
+
+
+def test_a_wav_written_into_a_pipe_is_read(tmp_path: Path) -> None:
+    """ffmpeg leaves the largest size in the header when it cannot go back to it."""
+    path = write(tmp_path / "a.wav", speech(1.0))
+    data = bytearray(path.read_bytes())
+    data[4:8] = data[40:44] = b"\xff" * 4
+    path.write_bytes(data)
+    assert read_recording(path).samples == RATE
+
+
+def test_long_audio_is_not_read_into_memory(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.flac", np.zeros(RATE * 120, np.float32))
+    with pytest.raises(RowError, match="longer than 30 s"):
+        read_audio(path, max_seconds=30.0)
+    with pytest.raises(RowError, match="the limit is 30 s"):
+        read_audio(path, 10.0, 80.0, max_seconds=30.0)
+
+
+@pytest.mark.parametrize(("start", "end"), [(5.0, 6.0), (0.5, 0.5)])
+def test_parts_outside_are_refused(tmp_path: Path, start: float, end: float) -> None:
+    with pytest.raises(RowError) as refused:
+        read_audio(write(tmp_path / "a.wav", speech(1.0)), start, end)
+    assert refused.value.reason == "segment_outside"
+
+
+def test_samples_that_are_not_finite_show_in_the_peak(tmp_path: Path) -> None:
+    waveform = np.stack([speech(0.5)] * 2, axis=1)
+    waveform[100, 0], waveform[200] = np.nan, [np.inf, -np.inf]
+    recording = read_recording(write(tmp_path / "a.wav", waveform, subtype="FLOAT"))
+    assert np.isnan(recording.peak)
+    assert np.isfinite(recording.sketch).all()
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000])
+def test_resampling_keeps_a_tone(rate: int) -> None:
+    tone = np.sin(2 * np.pi * 440 * np.arange(rate) / rate).astype(np.float32)
+    result = resample(tone, rate, 24_000)
+    expected = np.sin(2 * np.pi * 440 * np.arange(24_000) / 24_000)
+    assert (result.dtype, len(result)) == (np.float32, 24_000)
+    assert np.abs(result - expected)[1_000:-1_000].max() < 1e-3
+
+
+def test_the_same_rate_is_left_alone() -> None:
+    waveform = speech(0.2)
+    assert np.array_equal(resample(waveform, RATE, RATE), waveform)

@@ -1,0 +1,256 @@
+"""The trainer: nothing leaks, accumulation and padding change nothing, frozen means frozen."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_codec import FakeCodec
+from golden_values import Golden
+from tiny_checkpoint import random_codes, tiny_prompter
+from transformers import TrainingArguments
+
+from higgstune.batch.padded import PaddedCollator, shifted_targets
+from higgstune.errors import TrainingError
+from higgstune.model.adapters import Lora, StageKind, adapted_layers, add_lora
+from higgstune.model.forward import with_training_forward
+from higgstune.model.load import ModelAndTokenizers
+from higgstune.model.loss import LossWeights, add_sums, combine, label_counts
+from higgstune.prompt.delay import IGNORE
+from higgstune.prompt.example import Example, Prompter
+from higgstune.prompt.rows import TARGET
+from higgstune.prompt.template import speech_messages
+from higgstune.train.trainer import HiggsAudioTrainer
+
+CODES = 32
+EOS = CODES + 1
+
+
+def loaded_and_prompter() -> tuple[ModelAndTokenizers, Prompter]:
+    model, prompter = tiny_prompter(codes=CODES)
+    codec = FakeCodec(CODES)
+    return ModelAndTokenizers(model, prompter.tokenizer, codec, None, model.config, "tiny", None, "fake"), prompter
+
+
+def example(prompter: Prompter, frames: int, seed: int, text: str = "The sun rises in the east.") -> Example:
+    codes = random_codes(frames, seed, codes=CODES)
+    return prompter.example([*speech_messages(text), TARGET], [codes], text_targets="transcript")
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3,
+        "use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no",
+        "dataloader_pin_memory": False, "seed": 0,
+    }  # fmt: skip
+    return TrainingArguments(**(settings | changes))
+
+
+def trainer(folder: Path, kind: StageKind | None = "full", data: Sequence[Example] | None = None, **changes: Any) -> Any:
+    loaded, prompter = loaded_and_prompter()
+    torch.manual_seed(0)
+    adapted = add_lora(loaded.model, Lora(r=4), kind) if kind else None
+    weights = changes.pop("weights", None)
+    evaluated = changes.pop("eval_dataset", None)
+    return HiggsAudioTrainer(
+        loaded,
+        arguments(folder, **changes),
+        train_dataset=data or [example(prompter, 4 + i, seed=i) for i in range(8)],
+        eval_dataset=evaluated,
+        model=adapted,
+        weights=weights,
+    )
+
+
+def test_golden_losses() -> None:
+    """Sums and counts of `golden/base`, through the collator's own shift."""
+    golden = Golden("base")
+    labels = golden.values["expected_audio_labels"]  # [rows, K] over all segments of the batch
+    logits = golden.values["audio_logits"]
+    starts = [*golden.values["audio_out_ids_start"].tolist(), len(labels)]
+    losses, counts = torch.zeros(8, dtype=torch.float64), torch.zeros(8, dtype=torch.long)
+    for start, end in zip(starts, starts[1:], strict=False):
+        rows = end - start
+        segment = Example("", np.zeros(rows, int), np.ones(rows, bool), np.zeros((rows, 8), int),
+                          np.full(rows, IGNORE), labels[start:end].numpy())  # fmt: skip
+        targets = shifted_targets(segment)
+        from higgstune.model.loss import audio_sums
+
+        audio = torch.from_numpy(targets["audio_targets"])
+        sums = audio_sums(logits[start:end][targets["audio_positions"]], audio, eos_id=33)
+        losses += sums["audio_loss"]
+        counts += (audio != IGNORE).sum(0)
+    assert counts.tolist() == golden.values["expected_codebook_label_count"].tolist()
+    torch.testing.assert_close(losses, golden.values["expected_codebook_loss_sum"], atol=1e-4, rtol=1e-6)
+
+
+def fresh_code_losses(*, shifted: bool, steps: int) -> list[float]:
+    """Train on new random codes in every step; the loss over code cells of each step."""
+    model, prompter = tiny_prompter(codes=CODES)
+    with_training_forward(model)
+    collate = PaddedCollator(pad_id=1, stream_eos=EOS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for step in range(steps):
+        batch = collate([example(prompter, 24, seed=1000 * step + i) for i in range(4)])
+        if not shifted:  # what the public trainers did: a position is asked for the row that it has just read
+            batch["audio_positions"] = batch["audio_positions"] + 1
+        sums, counts = model(**batch), label_counts(batch, eos_id=EOS)
+        optimizer.zero_grad()
+        combine(sums, counts, LossWeights(text=0)).backward()
+        optimizer.step()
+        codes = (sums["audio_loss"] - sums["audio_eos_loss"]).sum() / (counts["audio"] - counts["audio_eos"]).sum()
+        losses.append(codes.item())
+    return losses
+
+
+def test_nothing_leaks_fresh_random_codes_cannot_be_learnt() -> None:
+    last = fresh_code_losses(shifted=True, steps=250)[-50:]
+    assert sum(last) / 50 >= math.log(CODES) - 0.05
+
+
+def test_without_the_shift_the_same_loss_falls_far_below_what_is_possible() -> None:
+    last = fresh_code_losses(shifted=False, steps=250)[-50:]
+    assert sum(last) / 50 < 0.5 * math.log(CODES)
+
+
+def gradients(batches: list[list[Example]], weights: LossWeights) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients of one optimizer step over micro-batches."""
+    loaded, _ = loaded_and_prompter()
+    torch.manual_seed(0)
+    model = add_lora(with_training_forward(loaded.model), Lora(r=4), "full")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    collated = [PaddedCollator(pad_id=1, stream_eos=EOS)(batch) for batch in batches]
+    counts = add_sums([label_counts(batch, eos_id=EOS) for batch in collated])
+    total = 0.0
+    for batch in collated:
+        loss = combine(model(**batch), counts, weights)
+        loss.backward()
+        total += loss.item()
+    return total, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_accumulation_padding_and_order_change_neither_loss_nor_gradients() -> None:
+    _, prompter = loaded_and_prompter()
+    clips = [example(prompter, frames, seed=frames, text="Hello. " * frames) for frames in (3, 11, 5, 8)]
+    weights = LossWeights(text=0.7, audio=1.3, codebooks=[8, 4, 2, 1, 1, 1, 1, 1])
+    whole, expected = gradients([clips], weights)
+    for split in ([clips[:1], clips[1:]], [[c] for c in clips], [clips[::-1]], [clips[2:], clips[:2]]):
+        loss, found = gradients(split, weights)
+        assert loss == pytest.approx(whole, abs=1e-5)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_the_trainer_gives_the_same_adapter_for_accumulation_and_for_one_batch(tmp_path: Path) -> None:
+    runs = []
+    for name, batch_size, accumulation in (("a", 4, 1), ("b", 1, 4), ("c", 2, 2)):
+        run = trainer(
+            tmp_path / name, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
+            max_grad_norm=1e9,
+        )  # fmt: skip
+        run.train()
+        logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+        weights = torch.cat([p.detach().flatten() for p in run.model.parameters() if p.requires_grad])
+        runs.append((logged, weights))
+    for logged, weights in runs[1:]:
+        assert logged == pytest.approx(runs[0][0], abs=1e-4)
+        torch.testing.assert_close(weights, runs[0][1], atol=1e-4, rtol=1e-3)
+
+
+def digest(parameters: dict[str, torch.Tensor]) -> dict[str, str]:
+    return {name: hashlib.sha256(p.detach().numpy().tobytes()).hexdigest() for name, p in parameters.items()}
+
+
+def test_a_text_stage_leaves_every_audio_parameter_as_it_was(tmp_path: Path) -> None:
+    run = trainer(tmp_path, kind="text")
+    audio = {n: p for n, p in run.model.named_parameters() if "audio" in n}
+    assert len(audio) == 2 * (3 + 2) + 2  # audio_mlp and two norms in each layer, the table, the head
+    before, text_before = digest(audio), digest(dict(run.model.named_parameters()))
+    assert not any(p.requires_grad for p in audio.values())
+    run.train()
+    assert all(p.grad is None for p in audio.values())
+    assert digest(audio) == before
+    changed = {n for n, d in digest(dict(run.model.named_parameters())).items() if d != text_before[n]}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    assert all(layer.startswith("model.layers.") for layer in adapted_layers(run.model))
+    assert len(adapted_layers(run.model)) == 2 * 7
+
+
+def test_the_audio_loss_reaches_the_text_pathway_through_the_frozen_audio_modules(tmp_path: Path) -> None:
+    run = trainer(tmp_path, kind="text", weights=LossWeights(text=0.0, audio=1.0), max_steps=2)
+    run.train()
+    moved = [p for n, p in run.model.named_parameters() if "lora_B" in n and p.abs().sum() > 0]
+    assert any(True for _ in moved)
+    mlp = [n for n, p in run.model.named_parameters() if ".mlp." in n and "lora_B" in n and p.abs().sum() > 0]
+    assert mlp  # text positions matter to audio through the shared attention
+
+
+def test_what_is_logged(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.train()
+    first = next(entry for entry in run.state.log_history if "loss" in entry)
+    for key in ("audio_loss", "text_loss", "code_loss", "eos_loss", "tokens_per_second", "audio_seconds_per_second"):
+        assert math.isfinite(first[key])
+    assert {f"audio_loss_{k}" for k in range(8)} <= first.keys()
+    assert first["audio_loss"] == pytest.approx(sum(first[f"audio_loss_{k}"] for k in range(8)) / 8, rel=1e-5)
+    assert first["loss"] == pytest.approx(first["audio_loss"] + first["text_loss"], rel=1e-4)
+
+
+def test_an_impossible_validation_loss_stops_the_run_and_says_what_to_suspect(tmp_path: Path) -> None:
+    _, prompter = loaded_and_prompter()
+    clips = [example(prompter, 6, seed=0)]
+    run = trainer(
+        tmp_path, kind=None, data=clips, eval_dataset=clips, max_steps=200, learning_rate=5e-3, eval_strategy="steps",
+        eval_steps=20, per_device_train_batch_size=1,
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match="validation clips are in the training data"):
+        run.train()
+    assert run.state.global_step < 200
+
+
+def test_a_trainer_without_tokenizers_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        HiggsAudioTrainer(args=arguments(tmp_path), train_dataset=[])  # type: ignore[call-arg]
+    run = trainer(tmp_path)
+    assert run.tokenizer is run.loaded.tokenizer
+    assert run.audio_tokenizer is run.loaded.audio_tokenizer
+
+
+def test_gradient_checkpointing_and_bf16_autocast_train(tmp_path: Path) -> None:
+    plain = trainer(tmp_path / "plain", max_steps=2)
+    plain.train()
+    saving = trainer(
+        tmp_path / "saving", max_steps=2, activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+    )  # fmt: skip
+    saving.train()
+    losses = [[e["loss"] for e in run.state.log_history if "loss" in e] for run in (plain, saving)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    half = trainer(tmp_path / "half", max_steps=2, bf16=True)
+    half.train()
+    half_losses = [e["loss"] for e in half.state.log_history if "loss" in e]
+    assert half_losses == pytest.approx(losses[0], rel=0.05)
+
+
+def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(tmp_path, save_strategy="steps", save_steps=2)
+
+    def disk_full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "_save_rng_state", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        run.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    again = trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1)
+    again.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert not list(tmp_path.glob("checkpoint-*/*.bin"))
