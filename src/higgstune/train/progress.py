@@ -58,7 +58,7 @@ class ProgressReport(TrainerCallback):
         if self.bar is not None:
             self.bar.update(self.task, numbers=numbers)
         else:
-            self.console.print(f"{self.stage} {state.global_step}/{state.max_steps}  {numbers}", highlight=False)
+            self.console.print(f"{self.stage} {state.global_step}/{state.max_steps}  {numbers}", highlight=False, soft_wrap=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,7 +16,7 @@ from higgstune.prompt.example import TextTargets
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSettings(_Strict):
@@ -41,25 +42,38 @@ class Stage(_Strict):
     """One stage of training: what is trained, with which losses, for how long."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="folder of the stage in the run")
-    kind: StageKind = Field(description="text: LoRA on the text pathway, audio frozen; full: on both pathways")
+    kind: StageKind = Field(
+        description="text: LoRA on the text pathway, audio frozen; full: on both pathways"
+    )
     epochs: float | None = Field(None, gt=0, description="passes over the data; or give max_steps")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
-    learning_rate: float = Field(1e-4, gt=0, description="peak")
-    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
+    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = Field(
+        "cosine", description="how the learning rate goes down after the warm-up"
+    )
     warmup_steps: float = Field(0, ge=0, description="optimizer steps; below 1: a share of all steps")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="of the LoRA weights, by AdamW")
     batch_size: int = Field(1, ge=1, description="clips in a forward pass, for each process")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes in an optimizer step")
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     text_weight: float = Field(1.0, ge=0, description="weight of the text loss")
     audio_weight: float = Field(1.0, ge=0, description="weight of the audio loss")
-    codebook_weights: tuple[float, ...] | None = Field(None, description="one for each codebook; equal where not given")
-    text_targets: TextTargets = Field("transcript", description="which text is a label: transcript, assistant, none")
+    codebook_weights: tuple[float, ...] | None = Field(
+        None, description="one for each codebook; equal where not given"
+    )
+    text_targets: TextTargets = Field(
+        "transcript", description="which text is a label: transcript, assistant, none"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.epochs is None) == (self.max_steps is None):
-            raise ValueError("give either epochs or max_steps")
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError(
+                f"epochs ({self.epochs:g}) and max_steps ({self.max_steps}) are both given: leave one out, "
+                "or set it to null"
+            )
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("give epochs or max_steps: how long the stage trains")
         if self.text_targets == "none" and self.text_weight > 0:
             raise ValueError("text_weight has no effect with text_targets: none; set text_weight: 0")
         if self.text_weight == 0 and self.audio_weight == 0:
@@ -78,22 +92,25 @@ class Recipe(_Strict):
     lora: Lora = Lora()  # type: ignore[call-arg]
     stages: tuple[Stage, ...] = Field(min_length=1)
     init_adapter: str | None = Field(None, description="adapter or run that the first stage goes on from")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the adapter's start and of the order of the clips")
     gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
-    log_steps: int = Field(10, ge=1)
-    eval_steps: int = Field(200, ge=1)
-    save_steps: int = Field(200, ge=1)
+    log_steps: int = Field(10, ge=1, description="optimizer steps between logs")
+    eval_steps: int = Field(200, ge=1, description="optimizer steps between validations")
+    save_steps: int = Field(200, ge=1, description="optimizer steps between checkpoints")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept in each stage")
-    report_to: tuple[str, ...] = Field(("tensorboard",), description="as in transformers: tensorboard, wandb, ...")
+    report_to: tuple[str, ...] = Field(
+        ("tensorboard",), description="as in transformers: tensorboard, wandb, ..."
+    )
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages need different names, got {', '.join(names)}")
-        kinds = [stage.kind for stage in self.stages]
-        if "text" in kinds[kinds.index("full") :] if "full" in kinds else False:
-            raise ValueError("a text stage cannot follow a full one: its adapter has no audio layers to keep them in")
+        if ("full", "text") in pairwise(stage.kind for stage in self.stages):
+            raise ValueError(
+                "a text stage cannot follow a full one: its adapter has no audio layers to keep them in"
+            )
         return self
 
 
@@ -136,39 +153,32 @@ def _set(tree: Any, override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator:
         raise ConfigError(f"--set {override}: write key=value, such as stages.0.learning_rate=1e-4")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
-        node = _child(node, parent, override)
-    try:
-        parsed = yaml.safe_load(value)
-        # YAML 1.1 reads 1e-4 as a string; a number is meant.
-        parsed = float(parsed) if isinstance(parsed, str) and _is_number(parsed) else parsed
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
-    if isinstance(node, list):
-        _child(node, last, override)
-        node[int(last)] = parsed
-    else:
-        node[last] = parsed
+        place = _place(node, parent, override)
+        if node[place] is None:  # a section that was left empty, such as `lora:`
+            node[place] = {}
+        node = node[place]
+    node[_place(node, last, override)] = parsed
 
 
-def _child(node: Any, key: str, override: str) -> Any:
+def _place(node: Any, key: str, override: str) -> str | int:
+    """Where `key` stands in a mapping, which gets it when it is new, or in a list, which does not grow."""
     if isinstance(node, dict):
-        return node.setdefault(key, {})
-    if isinstance(node, list) and key.isdigit() and int(key) < len(node):
-        return node[int(key)]
-    if isinstance(node, list):
-        raise ConfigError(f"--set {override}: {key!r} is no entry of a list of {len(node)}; entries count from 0")
-    raise ConfigError(f"--set {override}: {key!r} stands inside a plain value")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        node.setdefault(key)
+        return key
+    if not isinstance(node, list):
+        raise ConfigError(f"--set {override}: {key!r} stands inside a plain value")
+    if not (key.isdecimal() and int(key) < len(node)):
+        raise ConfigError(
+            f"--set {override}: {key!r} is no entry of a list of {len(node)}; entries count from 0"
+        )
+    return int(key)
 
 
 def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import TrainingArguments
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 import higgstune
 from higgstune.batch.padded import Batch, PaddedCollator
@@ -175,7 +177,7 @@ def _train_stage(
         eval_dataset=validation_rows if len(validation_rows) else None,
         model=model,
         weights=LossWeights(stage.text_weight, stage.audio_weight, stage.codebook_weights),
-        callbacks=[ProgressReport(stage.name)],
+        callbacks=_callbacks(recipe, stage, folder, is_main=run.is_main),
     )
     outcome = trainer.train(resume_from_checkpoint=_newest_checkpoint(folder))
     evaluated_at = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -239,9 +241,17 @@ def _training_arguments(
         dataloader_num_workers=recipe.data.workers,
         dataloader_pin_memory=device.type == "cuda",
         seed=recipe.seed,
-        report_to=list(recipe.report_to),
+        report_to=[name for name in recipe.report_to if name != "tensorboard"],
         disable_tqdm=True,
     )
+
+
+def _callbacks(recipe: Recipe, stage: Stage, folder: Path, *, is_main: bool) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [ProgressReport(stage.name)]
+    if "tensorboard" in recipe.report_to and is_main:
+        # Given its writer, the callback writes into the stage's folder; by itself it would hide below the checkpoints.
+        callbacks.append(TensorBoardCallback(SummaryWriter(log_dir=str(folder / "tensorboard"))))
+    return callbacks
 
 
 def _newest_checkpoint(folder: Path) -> str | None:

@@ -167,6 +167,7 @@ class HiggsAudioTrainer(Trainer):
             name = f"checkpoint-{self.state.global_step}"
             folder = Path(self._get_output_dir(trial))
             os.replace(folder / _STAGING / name, folder / name)
+            (folder / _STAGING).rmdir()
             rotate_checkpoints(str(folder), self.args.save_total_limit)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -1,0 +1,232 @@
+"""A recipe as one job: two stages, resumed after a kill, proven in a fresh process, never overwritten."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import SENTENCES, save_tiny_checkpoint
+
+import higgstune
+from higgstune.errors import CheckpointError, ConfigError, DataError, VerificationError
+from higgstune.generate.speak import load_speaker, speak
+from higgstune.model.adapters import find_adapter, load_adapter
+from higgstune.model.load import load_model
+from higgstune.train.recipe import Recipe, parse_recipe
+from higgstune.train.run import train
+from higgstune.train.verify import verify_in_fresh_process
+
+DEMO_CODEC = Path(higgstune.__file__).parent / "demo" / "assets" / "codec"
+
+
+def make_recordings(folder: Path, clips: int = 8) -> Path:
+    """Short glides of a tone, each with a text."""
+    folder.mkdir()
+    for i in range(clips):
+        seconds = np.arange(int(24_000 * (0.6 + 0.1 * i))) / 24_000
+        tone = 0.3 * np.sin(2 * np.pi * (200 + 40 * i + 300 * seconds) * seconds)
+        soundfile.write(folder / f"clip{i}.wav", tone, 24_000)
+        (folder / f"clip{i}.txt").write_text(f"{SENTENCES[i % len(SENTENCES)]} {i}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint (codec inside) and a prepared store."""
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny_checkpoint(folder / "base")
+    shutil.copytree(DEMO_CODEC, folder / "base" / "codec")
+    higgstune.prepare(
+        make_recordings(folder / "recordings"), folder / "data", codec=folder / "base" / "codec",
+        validation_fraction=0.2,
+    )  # fmt: skip
+    return folder
+
+
+def recipe(world: Path, **changes: Any) -> Recipe:
+    stage = {"max_steps": 6, "learning_rate": 5e-3, "batch_size": 2}
+    tree: dict[str, Any] = {
+        "model": {"checkpoint": str(world / "base"), "device": "cpu", "dtype": "float32"},
+        "data": {"store": str(world / "data")},
+        "lora": {"r": 4, "alpha": 8},
+        "stages": [{"name": "stage1", "kind": "text", **stage}, {"name": "stage2", "kind": "full", **stage}],
+        "log_steps": 2, "eval_steps": 3, "save_steps": 2,
+    }  # fmt: skip
+    return parse_recipe(tree | changes, where="test")
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path) -> Path:
+    """A finished two-stage run."""
+    train(recipe(world), world / "run")
+    return world / "run"
+
+
+def history(run: Path, stage: str) -> list[dict[str, Any]]:
+    return json.loads((run / "run.json").read_text())["stages"][stage]["history"]
+
+
+def test_two_stages_leave_a_proven_adapter(world: Path, finished: Path) -> None:
+    state = json.loads((finished / "run.json").read_text())
+    assert state["status"] == "finished"
+    assert state["stages"]["stage1"]["layers"] == 2 * 7
+    assert state["stages"]["stage2"]["layers"] == 2 * 10
+    for stage in ("stage1", "stage2"):
+        proof = state["stages"][stage]["verification"]
+        assert proof["from_trained"] <= 1e-5
+        assert proof["from_base"] > 1e-3
+        assert list((finished / stage / "tensorboard").glob("events*"))
+        card = json.loads((finished / stage / "adapter" / "higgstune.json").read_text())
+        assert card["checkpoint"] == str(world / "base")
+    resolved = yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert parse_recipe(resolved, where="saved") == recipe(world)
+
+
+def test_stage_two_begins_where_stage_one_ended(finished: Path) -> None:
+    last = [entry for entry in history(finished, "stage1") if "eval_loss" in entry][-1]
+    first = next(entry for entry in history(finished, "stage2") if "eval_loss" in entry)
+    assert first["step"] == 0
+    assert first["eval_audio_loss"] == pytest.approx(last["eval_audio_loss"], abs=1e-6)
+    text = load_file(finished / "stage1" / "adapter" / "adapter_model.safetensors")
+    full = load_file(finished / "stage2" / "adapter" / "adapter_model.safetensors")
+    assert text.keys() < full.keys()
+    assert all("audio_mlp" in key for key in full.keys() - text.keys())
+
+
+def test_a_finished_run_is_not_overwritten_nor_a_strange_folder_used(world: Path, finished: Path, tmp_path: Path) -> None:
+    before = (finished / "stage2" / "adapter" / "adapter_model.safetensors").read_bytes()
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="is finished and is not overwritten"):
+            train(recipe(world), finished, resume=resume)
+    assert (finished / "stage2" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is no run"):
+        train(recipe(world), tmp_path)
+
+
+def start(world: Path, run: Path, made: Recipe, *options: str) -> subprocess.Popen[str]:
+    path = world / f"{run.name}.yaml"
+    path.write_text(yaml.safe_dump(made.model_dump(mode="json")))
+    return subprocess.Popen(
+        [sys.executable, "-m", "higgstune", "train", str(path), "--out", str(run), *options],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("at", ["stage1/checkpoints/checkpoint-4", "stage2/checkpoints/checkpoint-2"])
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(world: Path, finished: Path, at: str) -> None:
+    run = world / at.replace("/", "-")
+    process = start(world, run, recipe(world))
+    deadline = time.monotonic() + 120
+    while not (run / at).exists():
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    with pytest.raises(ConfigError, match="--resume"):
+        train(recipe(world), run)
+    with pytest.raises(ConfigError, match="seed differ"):
+        train(recipe(world, seed=1), run, resume=True)
+    train(recipe(world), run, resume=True)
+    for stage in ("stage1", "stage2"):
+        expected = load_file(finished / stage / "adapter" / "adapter_model.safetensors")
+        found = load_file(run / stage / "adapter" / "adapter_model.safetensors")
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), f"{stage} {key}"
+
+
+def test_an_adapter_that_is_not_what_was_trained_is_told(world: Path, finished: Path, tmp_path: Path) -> None:
+    adapter, probe = tmp_path / "adapter", tmp_path / "probe.safetensors"
+    shutil.copytree(finished / "stage2" / "adapter", adapter)
+    shutil.copy(finished / "stage2" / "verify" / "probe.safetensors", probe)
+
+    def check() -> None:
+        verify_in_fresh_process(
+            adapter=adapter, checkpoint=str(world / "base"), revision=None, dtype="float32", device="cpu", probe=probe
+        )
+
+    check()
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = next(key for key in weights if "audio_mlp" in key and "lora_B" in key)
+    save_file(weights | {name: weights[name] * 1.01}, adapter / "adapter_model.safetensors")
+    with pytest.raises(VerificationError, match="does not give the trained model's logits"):
+        check()
+    save_file({key: value for key, value in weights.items() if key != name}, adapter / "adapter_model.safetensors")
+    with pytest.raises(VerificationError, match="does not fit this base"):
+        check()
+
+
+def test_a_run_that_learnt_nothing_fails_loudly(world: Path, tmp_path: Path) -> None:
+    lazy = [{"name": "s", "kind": "full", "max_steps": 1, "learning_rate": 1e-9}]
+    with pytest.raises(VerificationError, match="hardly changes the base"):
+        train(recipe(world, stages=lazy), tmp_path / "run")
+
+
+def test_an_adapter_is_continued_or_refused(world: Path, finished: Path, tmp_path: Path) -> None:
+    full = [{"name": "more", "kind": "full", "max_steps": 3, "learning_rate": 5e-3}]
+    train(recipe(world, stages=full, init_adapter=str(finished)), tmp_path / "more")
+    first = next(entry for entry in history(tmp_path / "more", "more") if "eval_loss" in entry)
+    last = [entry for entry in history(finished, "stage2") if "eval_loss" in entry][-1]
+    assert first["eval_audio_loss"] == pytest.approx(last["eval_audio_loss"], abs=1e-6)
+    with pytest.raises(ConfigError, match="same LoRA shape"):
+        train(recipe(world, stages=full, init_adapter=str(finished), lora={"r": 8, "alpha": 8}), tmp_path / "shape")
+    text = [{**full[0], "kind": "text"}]
+    with pytest.raises(CheckpointError, match="cannot follow a full one"):
+        train(recipe(world, stages=text, init_adapter=str(finished)), tmp_path / "text")
+
+
+@pytest.mark.parametrize("shape", [{"r": 4, "alpha": 8, "rslora": True}, {"r": 4, "alpha": 8, "dora": True}])
+def test_lora_variants_pass_the_same_proof(world: Path, tmp_path: Path, shape: dict[str, Any]) -> None:
+    result = train(recipe(world, lora=shape), tmp_path / "run")
+    assert result.stages["stage2"]["verification"]["from_trained"] <= 1e-5
+
+
+def test_bfloat16_weights_pass_with_their_own_tolerance(world: Path, tmp_path: Path) -> None:
+    model = {"checkpoint": str(world / "base"), "device": "cpu", "dtype": "bfloat16"}
+    stages = [{"name": "s", "kind": "full", "max_steps": 30, "learning_rate": 2e-2, "batch_size": 4}]
+    result = train(recipe(world, model=model, stages=stages), tmp_path / "run")
+    assert result.stages["s"]["verification"]["tolerance"] == 2e-3
+
+
+def test_a_store_of_another_codec_is_refused(world: Path, tmp_path: Path) -> None:
+    store = tmp_path / "data"
+    shutil.copytree(world / "data", store)
+    index = json.loads((store / "store.json").read_text())
+    index["info"]["codec_revision"] = "other"
+    (store / "store.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="prepare the data with that codec"):
+        train(recipe(world, data={"store": str(store)}), tmp_path / "run")
+
+
+def test_an_adapter_speaks_from_its_folder_alone(finished: Path, tmp_path: Path) -> None:
+    assert find_adapter(finished) == finished / "stage2" / "adapter"
+    files = speak("Hello there.", tmp_path / "x.wav", adapter=finished, device="cpu", max_seconds=0.4)
+    waveform, rate = soundfile.read(files[0])
+    assert rate == 24_000
+    assert 0 < len(waveform) <= 0.4 * rate
+    lines = speak(["Hello there.", "Good morning."], tmp_path / "many", adapter=finished, device="cpu", max_seconds=0.4)
+    assert [path.name for path in lines] == ["0001.wav", "0002.wav"]
+
+
+def test_a_wrong_base_is_told(finished: Path, tmp_path: Path) -> None:
+    other = save_tiny_checkpoint(tmp_path / "other", num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match="num_hidden_layers 2"):
+        load_adapter(load_model(other, device="cpu"), finished / "stage2" / "adapter")
+    moved = tmp_path / "adapter"
+    shutil.copytree(finished / "stage2" / "adapter", moved)
+    for name in ("adapter_config.json", "higgstune.json"):
+        (moved / name).write_text((moved / name).read_text().replace("/base", "/gone"))
+    with pytest.raises(CheckpointError, match="--model"):
+        load_speaker(adapter=moved)
