@@ -37,7 +37,7 @@ SPECIAL_TOKENS = [
     "<|reserved_special_token_6|>", "<|AUDIO|>", "<|AUDIO_OUT|>",
 ]  # fmt: skip
 VOCABULARY = 512
-CONTEXT_SHARE = 0.25  # of the examples have an earlier turn, as references and long texts do
+CONTEXT_SHARE = 0.15  # of the examples have an earlier turn, as references and long texts do
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -143,8 +143,8 @@ def main() -> None:
     parser.add_argument("--codes", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--tokens", type=int, default=6000)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--tokens", type=int, default=3000)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

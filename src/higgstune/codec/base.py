@@ -4,9 +4,11 @@ from typing import Protocol
 
 import numpy as np
 
+from higgstune.errors import DataError
+
 
 class Codec(Protocol):
-    """An audio tokenizer. 24 kHz mono, 25 frames a second and 8 codebooks of 1024 for all that exist today."""
+    """An audio tokenizer: 24 kHz mono, 25 frames a second, 8 codebooks of 1024 for all that exist today."""
 
     sample_rate: int  # Hz
     frame_rate: float  # frames per second
@@ -21,3 +23,27 @@ class Codec(Protocol):
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """[frames, num_codebooks] of any integer type -> [samples] float32 at `sample_rate`."""
         ...
+
+
+def whole_frames(waveform: np.ndarray, frame_samples: int) -> np.ndarray:
+    """[samples] -> float32, filled with silence up to a whole frame. DataError if not mono floats."""
+    if waveform.ndim != 1 or not np.issubdtype(waveform.dtype, np.floating):
+        raise DataError(
+            f"a codec takes a mono waveform, [samples] of floats in [-1, 1], not {waveform.dtype} of shape "
+            f"{waveform.shape}: mix the channels, scale integers"
+        )
+    return np.pad(waveform.astype(np.float32), (0, -len(waveform) % frame_samples))
+
+
+def checked_codes(codes: np.ndarray, num_codebooks: int, codebook_size: int) -> np.ndarray:
+    """[frames, num_codebooks] as int64. DataError for another shape and for what no codebook holds."""
+    if codes.ndim != 2 or codes.shape[1] != num_codebooks or not np.issubdtype(codes.dtype, np.integer):
+        raise DataError(
+            f"a codec takes codes [frames, {num_codebooks}] of integers, not {codes.dtype} of {codes.shape}"
+        )
+    if codes.size and (codes.min() < 0 or codes.max() >= codebook_size):
+        raise DataError(
+            f"codes are 0 to {codebook_size - 1}, but these are {codes.min()} to {codes.max()}: stream BOS "
+            "and EOS are cut off before decoding"
+        )
+    return codes.astype(np.int64)

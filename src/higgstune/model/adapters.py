@@ -5,7 +5,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field
@@ -119,7 +119,7 @@ def adapter_keys(model: PeftModel) -> set[str]:
 
 def adapted_layers(model: PeftModel) -> list[str]:
     """Full paths of the layers that carry LoRA, in order."""
-    return sorted(model.base_model.targeted_module_names)
+    return sorted(cast(list[str], model.base_model.targeted_module_names))
 
 
 def check_same_shape(folder: Path, lora: Lora) -> None:

@@ -16,7 +16,7 @@ from higgstune.model.loss import Sums, audio_sums, text_sums
 class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
     """`HiggsAudioV2ForConditionalGeneration` whose forward also takes the targets of a batch."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         *args: Any,
         audio_positions: Tensor | None = None,
@@ -32,6 +32,7 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
         config = self.config
         audio_logits = self.audio_lm_head(hidden[audio_positions])
         audio_logits = audio_logits.unflatten(-1, (config.num_codebooks, config.codebook_size))
+        assert self.text_lm_head is not None  # see `with_training_forward`
         text_logits = self.text_lm_head(hidden[text_positions])
         return self._sums(audio_logits, audio_targets, text_logits, text_targets)
 

@@ -161,7 +161,8 @@ def _load(
 ) -> HiggsAudioV2ForConditionalGeneration:
     chosen = choose_dtype(dtype, device)
     model = _load_original(layout, chosen) if layout.kind == "original" else _load_native(layout, chosen)
-    return model.to(device).eval()
+    torch.nn.Module.to(model, device)  # transformers wraps its own `to` in a way that no type checker follows
+    return model.eval()
 
 
 def _load_native(layout: Layout, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGeneration:
@@ -170,9 +171,10 @@ def _load_native(layout: Layout, dtype: torch.dtype) -> HiggsAudioV2ForCondition
             f"{layout.folder} has no {_TEXT_HEAD}: it was saved without its text head, which the text loss needs; "
             "save it again with use_text_head=True"
         )
-    model, info = HiggsAudioV2ForConditionalGeneration.from_pretrained(
+    loaded: Any = HiggsAudioV2ForConditionalGeneration.from_pretrained(
         layout.folder, use_text_head=True, dtype=dtype, output_loading_info=True
     )
+    model, info = loaded
     problems = [*info["missing_keys"], *(str(item) for item in info["mismatched_keys"])]
     if problems:
         raise CheckpointError(

@@ -42,9 +42,7 @@ class Stage(_Strict):
     """One stage of training: what is trained, with which losses, for how long."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="folder of the stage in the run")
-    kind: StageKind = Field(
-        description="text: LoRA on the text pathway, audio frozen; full: on both pathways"
-    )
+    kind: StageKind = Field(description="text: LoRA on the text pathway, audio frozen; full: on both pathways")
     epochs: float | None = Field(None, gt=0, description="passes over the data; or give max_steps")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
@@ -58,12 +56,8 @@ class Stage(_Strict):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     text_weight: float = Field(1.0, ge=0, description="weight of the text loss")
     audio_weight: float = Field(1.0, ge=0, description="weight of the audio loss")
-    codebook_weights: tuple[float, ...] | None = Field(
-        None, description="one for each codebook; equal where not given"
-    )
-    text_targets: TextTargets = Field(
-        "transcript", description="which text is a label: transcript, assistant, none"
-    )
+    codebook_weights: tuple[float, ...] | None = Field(None, description="one for each codebook; equal where not given")
+    text_targets: TextTargets = Field("transcript", description="which text is a label: transcript, assistant, none")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -90,7 +84,7 @@ class Recipe(_Strict):
     model: ModelSettings = ModelSettings()  # type: ignore[call-arg]
     data: DataSettings
     lora: Lora = Lora()  # type: ignore[call-arg]
-    stages: tuple[Stage, ...] = Field(min_length=1)
+    stages: tuple[Stage, ...]
     init_adapter: str | None = Field(None, description="adapter or run that the first stage goes on from")
     seed: int = Field(0, ge=0, description="of the adapter's start and of the order of the clips")
     gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
@@ -98,19 +92,17 @@ class Recipe(_Strict):
     eval_steps: int = Field(200, ge=1, description="optimizer steps between validations")
     save_steps: int = Field(200, ge=1, description="optimizer steps between checkpoints")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept in each stage")
-    report_to: tuple[str, ...] = Field(
-        ("tensorboard",), description="as in transformers: tensorboard, wandb, ..."
-    )
+    report_to: tuple[str, ...] = Field(("tensorboard",), description="as in transformers: tensorboard, wandb, ...")
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
+        if not self.stages:
+            raise ValueError("stages is empty: a recipe needs at least one")
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages need different names, got {', '.join(names)}")
         if ("full", "text") in pairwise(stage.kind for stage in self.stages):
-            raise ValueError(
-                "a text stage cannot follow a full one: its adapter has no audio layers to keep them in"
-            )
+            raise ValueError("a text stage cannot follow a full one: its adapter has no audio layers to keep them in")
         return self
 
 
@@ -175,9 +167,7 @@ def _place(node: Any, key: str, override: str) -> str | int:
     if not isinstance(node, list):
         raise ConfigError(f"--set {override}: {key!r} stands inside a plain value")
     if not (key.isdecimal() and int(key) < len(node)):
-        raise ConfigError(
-            f"--set {override}: {key!r} is no entry of a list of {len(node)}; entries count from 0"
-        )
+        raise ConfigError(f"--set {override}: {key!r} is no entry of a list of {len(node)}; entries count from 0")
     return int(key)
 
 
@@ -187,7 +177,7 @@ def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
         return f"{path or 'recipe'}: {message.removeprefix('Value error, ')}"
     known = _known_keys(location[:-1])
     near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
-    return f"{path}: unknown key; the nearest one is {near[0]}" if near else f"{path}: unknown key"
+    return f"{path}: unknown key; the nearest one is {near[0]} (of {', '.join(known)})"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

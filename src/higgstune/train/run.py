@@ -206,7 +206,7 @@ def _train_stage(
             device=device,
             probe=probe,
         )
-        loaded.model.to(device)
+        torch.nn.Module.to(loaded.model, device)
         result["verification"] = asdict(verification)
     model.unload()
     return result

@@ -129,6 +129,7 @@ class HiggsAudioTrainer(Trainer):
         Raises TrainingError when the audio loss is lower than unseen audio allows.
         """
         started = time.monotonic()
+        assert self.model is not None
         model = self._wrap_model(self.model, training=False)
         model.eval()
         sums, counts = [], []

@@ -1,0 +1,95 @@
+"""The Higgs Audio v2 codec of transformers behind the `Codec` protocol."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from higgstune import torchaudio_compat
+from higgstune.codec.base import checked_codes, whole_frames
+from higgstune.errors import CheckpointError
+
+torchaudio_compat.install()  # the codec's module imports torchaudio
+
+from transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer import (  # noqa: E402
+    HiggsAudioV2TokenizerModel,
+)
+
+
+class HiggsCodec:
+    """Implements `Codec`. Not a module: it never becomes part of a trained one and never leaves eval mode."""
+
+    def __init__(self, model: HiggsAudioV2TokenizerModel, revision: str, device: str | torch.device = "cpu") -> None:
+        self._model = model.eval().requires_grad_(False).to(device)
+        config = model.config
+        self.sample_rate: int = config.sample_rate
+        self.frame_samples: int = config.hop_length
+        self.frame_rate = self.sample_rate / self.frame_samples
+        self.num_codebooks: int = config.num_quantizers
+        self.codebook_size: int = config.codebook_size
+        self.revision = revision
+
+    @torch.inference_mode()
+    def encode(self, waveform: np.ndarray) -> np.ndarray:
+        """[samples] float32 at `sample_rate` -> [ceil(samples / frame_samples), num_codebooks] uint16.
+
+        One clip at a time: in a padded batch the padding changes the codes. The clip is filled with silence
+        up to a whole frame, as transformers' feature extractor does. Raises DataError.
+        """
+        filled = whole_frames(waveform, self.frame_samples)
+        if len(filled) == 0:
+            return np.zeros((0, self.num_codebooks), dtype=np.uint16)
+        samples = torch.from_numpy(filled).to(self._model.device)
+        with self._float32():
+            codes = self._model.encode(samples[None, None], return_dict=False)  # [1, codebooks, frames]
+        return codes[0].T.cpu().numpy().astype(np.uint16)
+
+    @torch.inference_mode()
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """[frames, num_codebooks] integers -> [frames * frame_samples] float32. Raises DataError."""
+        checked = checked_codes(codes, self.num_codebooks, self.codebook_size)
+        if len(checked) == 0:
+            return np.zeros(0, dtype=np.float32)
+        tokens = torch.from_numpy(checked.T.copy()).to(self._model.device)
+        with self._float32():
+            waveform = self._model.decode(tokens[None], return_dict=False)  # [1, 1, samples]
+        return waveform[0, 0].cpu().numpy()
+
+    def _float32(self) -> torch.autocast:
+        """Codes must not depend on whether the caller is inside a trainer's autocast."""
+        return torch.autocast(self._model.device.type, enabled=False)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None
+    ) -> "HiggsCodec":
+        """Read a folder in the layout of transformers, in float32. `revision` is computed if not given.
+
+        Raises CheckpointError where the folder cannot be read or does not hold every weight.
+        """
+        try:
+            loaded: Any = HiggsAudioV2TokenizerModel.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"{folder}: the codec cannot be loaded: {error}") from error
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise CheckpointError(
+                f"{folder}: {len(missing)} weights of the codec are missing, {missing[0]} among them. "
+                f"Download the folder again."
+            )
+        return cls(model, revision or folder_revision(Path(folder)), device)
+
+
+def folder_revision(folder: Path) -> str:
+    """16 hexadecimal digits over config.json and the weight files, their names included."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,169 @@
+"""A codec fitted in a minute: log-mel, PCA, residual k-means; decoded by Griffin-Lim.
+
+It has the geometry of the Higgs codec (24 kHz, 25 frames a second, 8 codebooks of 1024) and needs no neural
+weights, so the whole path from a recording to a voice runs anywhere. It is intelligible and sounds rough.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from higgstune.codec.base import checked_codes, whole_frames
+from higgstune.codec.spectrum import Spectrum
+from higgstune.errors import CheckpointError
+
+MODEL_TYPE = "higgstune_mel_codec"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class MelCodecConfig:
+    """Everything but the fitted tensors."""
+
+    sample_rate: int = 24_000  # Hz
+    n_fft: int = 1024  # samples
+    hop: int = 240  # samples
+    num_mels: int = 80
+    max_hz: float = 8000.0
+    floor: float = 0.01  # mean magnitude in a mel band that counts as silence
+    mels_per_frame: int = 4
+    components: int = 64  # PCA
+    num_codebooks: int = 8
+    codebook_size: int = 1024
+    iterations: int = 32  # Griffin-Lim
+    momentum: float = 0.99
+
+
+class MelCodec:
+    """Implements `Codec`: frames of `mels_per_frame` log-mel columns, PCA, residual vector quantisation."""
+
+    def __init__(self, config: MelCodecConfig, tensors: dict[str, np.ndarray]) -> None:
+        """`tensors`: mean [values], basis [components, values], codebooks [codebooks, codes, components].
+
+        Values are those of one frame, `mels_per_frame` columns after each other.
+        """
+        self.config = config
+        # As they will be stored: float16, so that a codec just fitted and one read back give equal codes, and
+        # in C order, because safetensors ignores strides.
+        self._stored = {name: tensor.astype(np.float16, order="C") for name, tensor in tensors.items()}
+        self._mean, self._basis, self._codebooks = (
+            self._stored[name].astype(np.float32) for name in ("mean", "basis", "codebooks")
+        )
+        self._spectrum = Spectrum(config.sample_rate, config.n_fft, config.hop, config.num_mels, config.max_hz)
+        self.sample_rate = config.sample_rate
+        self.frame_rate = config.sample_rate / self.frame_samples
+        self.num_codebooks = config.num_codebooks
+        self.codebook_size = config.codebook_size
+        self.revision = self._digest()
+
+    @property
+    def frame_samples(self) -> int:
+        """Samples in one code frame."""
+        return self.config.hop * self.config.mels_per_frame
+
+    def encode(self, waveform: np.ndarray) -> np.ndarray:
+        """[samples] float32 at `sample_rate` -> [ceil(samples / frame_samples), num_codebooks] uint16.
+
+        The last frame is filled up with silence. Raises DataError for what is not a mono waveform of floats.
+        """
+        residual = (self.features(waveform) - self._mean) @ self._basis.T
+        codes = []
+        for codebook in self._codebooks:
+            nearest = (0.5 * (codebook**2).sum(1) - residual @ codebook.T).argmin(1)
+            residual = residual - codebook[nearest]
+            codes.append(nearest)
+        return np.stack(codes, axis=1).astype(np.uint16)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """[frames, num_codebooks] of any integer type -> [frames * frame_samples] float32 in [-1, 1].
+
+        Raises DataError for other shapes and for codes that no codebook holds, such as stream BOS and EOS.
+        """
+        checked = checked_codes(codes, self.num_codebooks, self.codebook_size)
+        if len(checked) == 0:
+            return np.zeros(0, dtype=np.float32)
+        vectors = np.sum([codebook[checked[:, k]] for k, codebook in enumerate(self._codebooks)], axis=0)
+        log_mel = (vectors @ self._basis + self._mean).reshape(-1, self.config.num_mels)
+        mel = np.maximum(np.exp(log_mel) - self.config.floor, 0)
+        waveform = self._spectrum.invert(mel, self.config.iterations, self.config.momentum)
+        return np.clip(waveform, -1, 1)
+
+    def features(self, waveform: np.ndarray) -> np.ndarray:
+        """[samples] -> [frames, values] log magnitudes. Raises DataError."""
+        filled = whole_frames(waveform, self.frame_samples)
+        mel = self._spectrum.mel(filled)
+        return np.log(mel + self.config.floor).reshape(-1, self._mean.size)
+
+    @classmethod
+    def fit(cls, waveforms: Sequence[np.ndarray], seed: int = 0, config: MelCodecConfig | None = None) -> "MelCodec":
+        """Fit to [samples] float32 waveforms at `config.sample_rate`, some minutes of speech in all.
+
+        Needs scikit-learn. Raises DataError for less speech than `codebook_size` frames.
+        """
+        from higgstune.codec.mel_fit import fit_tensors
+
+        config = config or MelCodecConfig()
+        values = config.mels_per_frame * config.num_mels
+        blank = {
+            "mean": np.zeros(values),
+            "basis": np.zeros((config.components, values)),
+            "codebooks": np.zeros((config.num_codebooks, config.codebook_size, config.components)),
+        }
+        analysis = cls(config, blank)
+        return cls(config, fit_tensors([analysis.features(w) for w in waveforms], config, seed))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into `folder`, which is made if needed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"model_type": MODEL_TYPE, **asdict(self.config)}, indent=2)
+        (folder / CONFIG).write_text(text + "\n")
+        save_file(self._stored, folder / WEIGHTS)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "MelCodec":
+        """Read a folder that `save_pretrained` wrote. Raises CheckpointError."""
+        folder = Path(folder)
+        config = _read_config(folder / CONFIG)
+        return cls(config, _read_tensors(folder / WEIGHTS, config))
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name in sorted(self._stored):
+            digest.update(self._stored[name].tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _read_config(path: Path) -> MelCodecConfig:
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
+            raise CheckpointError(f'{path}: not a fitted codec (expected "model_type": "{MODEL_TYPE}")')
+        return MelCodecConfig(**values)
+    except (OSError, json.JSONDecodeError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as a fitted codec's configuration: {error}. Copy the folder again."
+        ) from error
+
+
+def _read_tensors(path: Path, config: MelCodecConfig) -> dict[str, np.ndarray]:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}. Copy the codec's folder again.") from error
+    values = config.mels_per_frame * config.num_mels
+    expected = {
+        "mean": (values,),
+        "basis": (config.components, values),
+        "codebooks": (config.num_codebooks, config.codebook_size, config.components),
+    }
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if found != expected:
+        raise CheckpointError(f"{path}: holds {found}, but {CONFIG} asks for {expected}. Copy the folder again.")
+    return tensors

@@ -1,0 +1,132 @@
+"""Speaking: chunks of long texts, references, caps, files."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from fake_codec import FakeCodec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_checkpoint import tiny_prompter
+
+from higgstune.errors import ConfigError, DataError, InputError
+from higgstune.generate.chunks import expected_seconds, frame_cap, join, split_text
+from higgstune.generate.sampling import Sampling
+from higgstune.generate.speak import Speaker, Voice, speak
+from higgstune.generate.wav import write_wav
+from higgstune.model.load import ModelAndTokenizers
+from higgstune.prompt.template import render
+
+LONG = "The sun rises in the east. It was the night before my birthday! Hello there, good morning. " * 6
+
+
+def make_speaker(codec: FakeCodec | None = None) -> Speaker:
+    model, prompter = tiny_prompter()
+    return Speaker(
+        ModelAndTokenizers(
+            model, prompter.tokenizer, codec or FakeCodec(), None, model.config, "tiny", None, "fake"
+        )
+    )
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=400), st.floats(0.5, 20))
+@settings(deadline=None)
+def test_splitting_loses_nothing_but_white_space(text: str, seconds: float) -> None:
+    chunks = split_text(text, seconds)
+    assert "".join("".join(chunks).split()) == "".join(text.split())
+    assert all(chunk.strip() == chunk and chunk for chunk in chunks)
+
+
+def test_long_texts_are_split_at_sentences_and_short_ones_not() -> None:
+    assert split_text("Hello there. Good morning.") == ["Hello there. Good morning."]
+    chunks = split_text(LONG, 8)
+    assert len(chunks) > 3
+    assert all(chunk[-1] in ".!" and expected_seconds(chunk) <= 8 for chunk in chunks)
+    assert max(map(expected_seconds, split_text("word " * 300, 8))) <= 8
+    assert split_text("今天天气很好。我们去公园吧!", 2.5) == ["今天天气很好。", "我们去公园吧!"]
+    assert split_text("He paid 3.5 dollars.", 20) == ["He paid 3.5 dollars."]
+
+
+def test_the_frame_cap_grows_with_the_text_and_knows_dense_scripts() -> None:
+    assert frame_cap("Hi.", 25) < frame_cap(LONG, 25)
+    assert frame_cap("今天天气很好我们去公园", 25) > frame_cap("abcdefghijk", 25)
+
+
+def test_pieces_are_joined_without_a_click() -> None:
+    loud = [np.full(4800, 0.9, dtype=np.float32), np.full(4800, -0.9, dtype=np.float32)]
+    joined = join(loud, 24_000)
+    assert len(joined) == 2 * 4800 + 0.15 * 24_000
+    assert np.abs(np.diff(joined)).max() < 0.01
+    assert joined[0] == 0
+    assert joined[-1] == 0
+
+
+def test_each_piece_of_a_long_text_hears_the_one_before_and_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    speaker = make_speaker()
+    prompts: list[str] = []
+    plain = speaker.prompter.prompt
+
+    def remember(messages, codes):  # type: ignore[no-untyped-def]
+        prompts.append(render(messages, generation=True))
+        return plain(messages, codes)
+
+    monkeypatch.setattr(speaker.prompter, "prompt", remember)
+    voice = Voice("Good morning.", np.zeros((5, 8), dtype=np.uint16))
+    text = LONG[:300]
+    pieces = split_text(text)
+    assert len(pieces) == 2
+    spoken = speaker.say([text], reference=voice, max_seconds=0.2)[0]
+    assert [prompt.count("<|AUDIO_OUT|>") for prompt in prompts] == [1, 2]
+    assert "Good morning." in prompts[0]
+    assert pieces[0] in prompts[1]
+    assert spoken.seconds <= 2 * 0.2 + 0.15 + 1e-6
+
+
+def test_a_cap_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    speaker = make_speaker()
+    with caplog.at_level(logging.WARNING):
+        speech = speaker.say(["The sun rises in the east."], max_seconds=0.2)[0]
+    assert speech.hit_cap
+    assert "frame cap" in caplog.text
+
+
+def test_seeds_repeat_and_differ() -> None:
+    speaker = make_speaker()
+    a, b, c = (speaker.say(["Hello."], seed=seed, max_seconds=0.3)[0].waveform for seed in (1, 1, 2))
+    np.testing.assert_array_equal(a, b)
+    assert a.shape != c.shape or (a != c).any()
+
+
+@pytest.mark.parametrize(
+    ("text", "error"), [("", InputError), ("  \n ", InputError), ("say <|eot_id|> now", DataError)]
+)
+def test_what_cannot_be_said_is_refused(text: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        make_speaker().say([text], max_seconds=0.2)
+
+
+def test_a_reference_needs_its_words(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="reference-text"):
+        speak("Hello.", tmp_path / "x.wav", model="nowhere", reference="x.wav")
+    with pytest.raises(InputError, match="--model"):
+        speak("Hello.", tmp_path / "x.wav")
+
+
+@pytest.mark.parametrize(
+    "change", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"max_repeats": 0}]
+)
+def test_impossible_sampling_is_refused(change: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        Sampling(**change)  # type: ignore[arg-type]
+
+
+def test_wav_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_wav(tmp_path / "deep" / "x.wav", np.array([0.0, 2.0, -2.0], dtype=np.float32), 24_000)
+    waveform, rate = soundfile.read(tmp_path / "deep" / "x.wav")
+    assert rate == 24_000
+    assert waveform == pytest.approx([0, 1, -1], abs=1e-4)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.wav"]
+    with pytest.raises(InputError, match=r"\.wav"):
+        write_wav(tmp_path / "x.mp3", waveform, rate)

@@ -1,0 +1,92 @@
+"""Fit the demo's codec to synthesised speech, and encode a corpus with it.
+
+    python fit_codec.py fit OUT hibari_folder:30 rms_folder:15     folder of `make_voices.py corpus`, minutes
+    python fit_codec.py encode CODEC CORPUS_FOLDER OUT.parquet     columns id, text, speaker, codes
+
+Needs higgstune and scikit-learn.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import soundfile
+import soxr
+
+from higgstune.codec.mel import MelCodec
+
+SAMPLE_RATE = 24_000
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("text", pa.string()),
+        ("speaker", pa.string()),
+        ("codes", pa.list_(pa.list_(pa.uint16(), 8))),
+    ]
+)
+ROWS_PER_GROUP = 500
+
+
+def read_corpus(folder: Path) -> Iterator[tuple[dict[str, str], np.ndarray]]:
+    """Each row of `metadata.jsonl` with its clip, [samples] float32 at 24 kHz."""
+    for line in (folder / "metadata.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        waveform, rate = soundfile.read(folder / row["audio"], dtype="float32")
+        yield row, soxr.resample(waveform, rate, SAMPLE_RATE).astype(np.float32)
+
+
+def first_minutes(folder: Path, minutes: float) -> Iterator[np.ndarray]:
+    left = minutes * 60 * SAMPLE_RATE
+    for _, waveform in read_corpus(folder):
+        yield waveform
+        left -= len(waveform)
+        if left <= 0:
+            break
+
+
+def fit(out: Path, sources: list[str], seed: int) -> None:
+    waveforms: list[np.ndarray] = []
+    for source in sources:
+        folder, minutes = source.rsplit(":", 1)
+        waveforms.extend(first_minutes(Path(folder), float(minutes)))
+    MelCodec.fit(waveforms, seed).save_pretrained(out)
+
+
+def encode(codec_folder: Path, corpus: Path, out: Path) -> None:
+    codec = MelCodec.from_pretrained(codec_folder)
+    schema = SCHEMA.with_metadata({"codec_revision": codec.revision})
+    rows: list[dict[str, object]] = []
+    with pq.ParquetWriter(out, schema) as writer:
+        for row, waveform in read_corpus(corpus):
+            codes = codec.encode(waveform).tolist()
+            rows.append({"id": row["id"], "text": row["text"], "speaker": row["speaker"], "codes": codes})
+            if len(rows) == ROWS_PER_GROUP:
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+                rows = []
+        writer.write_table(pa.Table.from_pylist(rows, schema))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    fitting = commands.add_parser("fit")
+    fitting.add_argument("out", type=Path)
+    fitting.add_argument("sources", nargs="+", metavar="FOLDER:MINUTES")
+    fitting.add_argument("--seed", type=int, default=0)
+    encoding = commands.add_parser("encode")
+    encoding.add_argument("codec", type=Path)
+    encoding.add_argument("corpus", type=Path)
+    encoding.add_argument("out", type=Path)
+    options = parser.parse_args()
+    if options.command == "fit":
+        fit(options.out, options.sources, options.seed)
+    else:
+        encode(options.codec, options.corpus, options.out)
+
+
+if __name__ == "__main__":
+    main()
