@@ -108,7 +108,7 @@ def test_tables_with_a_header(tmp_path: Path, table: str) -> None:
     assert said(row)["speaker"] == "84"
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"id|text\n", b"just,some,numbers\n1,2,3\n"])
+@pytest.mark.parametrize("content", [b"", b"\n\n", b",", b"id|text\n", b"just,some,numbers\n1,2,3\n"])
 def test_tables_that_are_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "metadata.csv").write_bytes(content)
     with pytest.raises(DataError, match=r"metadata\.csv"):

@@ -66,6 +66,7 @@ def awkward(folder: Path) -> list[dict[str, Any]]:
     """One row for each reason to be refused, by the name of the reason, with a good row between each two."""
     write(folder / "good.wav", speech(2.0, 1))
     write(folder / "other.wav", speech(1.0, 2))
+    write(folder / "voice.wav", speech(1.0, 9))
     write(folder / "short.wav", speech(0.31, 3))
     write(folder / "long.wav", speech(30.1, 4))
     write(folder / "silent.wav", np.zeros(RATE))
@@ -101,17 +102,22 @@ def awkward(folder: Path) -> list[dict[str, Any]]:
             "id": "reference_without_text",
             "audio": "good.wav",
             "text": "Hello.",
-            "reference_audio": "other.wav",
+            "reference_audio": "voice.wav",
         },
         {
             "id": "reference_is_target",
-            "audio": "good.wav", "text": "Hello.", "start": 1.0,
-            "reference_audio": "good.wav", "reference_text": "Hello.",
+            "audio": "good.wav",
+            "text": "Hello.",
+            "start": 1.0,
+            "reference_audio": "good.wav",
+            "reference_text": "Hello.",
         },
         {
             "id": "silent",
-            "audio": "good.wav", "text": "Hello.",
-            "reference_audio": "silent.wav", "reference_text": "Hello.",
+            "audio": "good.wav",
+            "text": "Hello.",
+            "reference_audio": "silent.wav",
+            "reference_text": "Hello.",
         },
         {"id": "no_target", "messages": talk[:1]},
         {
@@ -166,10 +172,7 @@ def test_long_clips_where_they_are_allowed(tmp_path: Path) -> None:
 def test_segments_of_one_recording(tmp_path: Path) -> None:
     write(tmp_path / "in" / "book.flac", speech(20.0, 1))
     clip(tmp_path / "in", "other.wav", 2)
-    rows = [
-        {"audio": "book.flac", "text": f"Part {n}.", "start": n * 2.0, "end": n * 2.0 + 1.5}
-        for n in range(10)
-    ]
+    rows = [{"audio": "book.flac", "text": f"Part {n}.", "start": n * 2.0, "end": n * 2.0 + 1.5} for n in range(10)]
     manifest(tmp_path / "in", *rows, {"audio": "other.wav", "text": "Other."})
     summary = run(tmp_path / "in", tmp_path / "out")
     store = CodeStore.open(tmp_path / "out")
@@ -191,6 +194,30 @@ def test_a_second_run_encodes_nothing(tmp_path: Path) -> None:
     assert second.rows == first.rows
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")} == before
     assert not (tmp_path / "out" / ".partial").exists()
+
+
+def test_nothing_is_encoded_for_rows_that_the_store_refuses(tmp_path: Path) -> None:
+    for n in range(2):
+        write(tmp_path / "in" / f"{n}.wav", speech(0.5, n))
+    manifest(tmp_path / "in", *({"id": "same", "audio": f"{n}.wav", "text": f"Number {n}."} for n in range(2)))
+    for encoded in (1, 0):
+        summary = run(tmp_path / "in", tmp_path / "out")
+        assert (summary.encoded, summary.refused) == (encoded, {"duplicate_id": 1})
+
+
+def test_a_clip_that_cannot_be_encoded_makes_room(tmp_path: Path) -> None:
+    """Its codec may find a clip too short; the row that was its duplicate is then taken."""
+
+    class Picky(CountingCodec):
+        def encode(self, waveform: np.ndarray) -> np.ndarray:
+            codes = super().encode(waveform)
+            return codes[:7] if self.calls == 1 else codes
+
+    for n in range(2):
+        write(tmp_path / "in" / f"{n}.wav", speech(0.5, n))
+    manifest(tmp_path / "in", *({"id": "same", "audio": f"{n}.wav", "text": f"Number {n}."} for n in range(2)))
+    assert run(tmp_path / "in", tmp_path / "out", Picky()).refused == {"too_short": 1}
+    assert CodeStore.open(tmp_path / "out")[0].text == "Number 1."
 
 
 def test_a_store_grows(tmp_path: Path) -> None:
@@ -255,6 +282,33 @@ def test_names_that_occur_twice(tmp_path: Path) -> None:
     assert ids(tmp_path / "out") == ["a/same", "same", "x/same", "y/same"]
 
 
+def test_rows_may_be_put_in_before_others(tmp_path: Path) -> None:
+    """Neither a second text of a clip nor a conversation is known by its place alone."""
+    for n in range(2):
+        write(tmp_path / "in" / f"{n}.wav", speech(0.5, n))
+    said = [{"audio": "0.wav", "text": f"Reading {n}."} for n in range(3)]
+    talks = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Say {n}."},
+                {"role": "assistant", "content": {"type": "audio", "url": "1.wav"}},
+            ]
+        }
+        for n in range(3)
+    ]
+    manifest(tmp_path / "in", *said[1:], *talks[1:])
+    run(tmp_path / "in", tmp_path / "out")
+    before = {row.text: row.id for row in CodeStore.open(tmp_path / "out").rows()}
+    for rows, added in ((said[2:] + talks[2:], 0), (said + talks, 2)):
+        manifest(tmp_path / "in", *rows)
+        summary = run(tmp_path / "in", tmp_path / "out")
+        assert (summary.added, summary.updated, summary.refused) == (added, 0, {})
+        assert sum(summary.accepted.values()) == len(rows)
+    after = {row.text: row.id for row in CodeStore.open(tmp_path / "out").rows()}
+    assert {text: after[text] for text in before} == before
+    assert len(set(after.values())) == 6
+
+
 def test_an_id_of_another_source_is_not_overwritten(tmp_path: Path) -> None:
     for n, name in enumerate(("one", "two")):
         write(tmp_path / name / "a.wav", speech(0.5, n))
@@ -269,9 +323,7 @@ def test_the_same_clip_under_two_names_is_taken_once(tmp_path: Path) -> None:
     samples = (speech(0.5, 1) * 32767).astype(np.int16)
     for name in ("a.wav", "b.flac", "c.wav"):
         write(tmp_path / "in" / name, samples)
-        (tmp_path / "in" / name).with_suffix(".txt").write_text(
-            "Other words." if name[0] == "c" else "Words."
-        )
+        (tmp_path / "in" / name).with_suffix(".txt").write_text("Other words." if name[0] == "c" else "Words.")
     summary = run(tmp_path / "in", tmp_path / "out")
     assert summary.refused == {"duplicate": 1}
     assert "'a'" in rejected(tmp_path / "out")[0]["message"]
@@ -299,9 +351,7 @@ def test_the_split_does_not_depend_on_names_or_places(tmp_path: Path) -> None:
     by_audio = []
     for name in ("one", "two"):
         run(tmp_path / name, tmp_path / f"out {name}", validation_fraction=0.2)
-        by_audio.append(
-            {row.audio_sha256: row.split for row in CodeStore.open(tmp_path / f"out {name}").rows()}
-        )
+        by_audio.append({row.audio_sha256: row.split for row in CodeStore.open(tmp_path / f"out {name}").rows()})
     assert by_audio[0] == by_audio[1]
 
 
@@ -352,7 +402,7 @@ def test_labels_for_all_rows(tmp_path: Path) -> None:
 def test_rows_without_a_speaker_are_told_of(tmp_path: Path) -> None:
     summary = run(recordings(tmp_path / "in", 3), tmp_path / "out", references="same_speaker")
     assert summary.references.without_speaker == 3
-    assert "name no speaker" in summary.warnings[0]
+    assert "name no speaker and stay without a reference: 3" in summary.warnings[0]
 
 
 def test_one_recording_has_no_validation(tmp_path: Path) -> None:
@@ -365,10 +415,15 @@ def test_one_recording_has_no_validation(tmp_path: Path) -> None:
 def test_another_codec_is_refused(tmp_path: Path) -> None:
     recordings(tmp_path / "in", 2)
     run(tmp_path / "in", tmp_path / "out")
-    with pytest.raises(
-        DataError, match="codec revision fake-1, this one has fake-2: prepare into a new folder"
-    ):
+    with pytest.raises(DataError, match="codec revision fake-1, this one has fake-2: prepare into a new folder"):
         run(tmp_path / "in", tmp_path / "out", CountingCodec("fake-2"))
+
+
+def test_a_damaged_store_is_not_added_to(tmp_path: Path) -> None:
+    run(recordings(tmp_path / "in", 2), tmp_path / "out")
+    next((tmp_path / "out").glob("train-*")).unlink()
+    with pytest.raises(DataError, match=r"missing or damaged.*move it away"):
+        run(tmp_path / "in", tmp_path / "out")
 
 
 def test_a_store_with_older_texts_is_refused(tmp_path: Path) -> None:
@@ -382,7 +437,9 @@ def test_a_store_with_older_texts_is_refused(tmp_path: Path) -> None:
 
 def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path) -> None:
     manifest(tmp_path / "in", {"audio": "none.wav", "text": "Hello."}, "broken")
-    with pytest.raises(DataError, match=r"'missing_audio': 1, 'bad_row': 1.*rejected\.jsonl"):
+    with pytest.raises(
+        DataError, match=r"'missing_audio': 1, 'bad_row': 1.*rejected\.jsonl, first manifest.jsonl:1: there is no"
+    ):
         run(tmp_path / "in", tmp_path / "out")
     assert len(rejected(tmp_path / "out")) == 2
 
@@ -418,6 +475,29 @@ def test_progress_is_told(tmp_path: Path) -> None:
     run(recordings(tmp_path / "in", 3), tmp_path / "out", progress=lambda *step: told.append(step))
     assert [step for step in told if step[0] == "encoding"] == [("encoding", n, 3) for n in range(4)]
     assert told[-1] == ("writing", 1, 1)
+
+
+def test_parts_of_files_in_a_conversation(tmp_path: Path) -> None:
+    """As in the original format: offset and duration in seconds, and the end of the file at the latest."""
+    write(tmp_path / "in" / "a.wav", speech(3.0, 1))
+    parts = [{"type": "audio", "audio_url": "a.wav", "offset": n, "duration": d} for n, d in ((0.0, 1.0), (1.5, 9.0))]
+    user = {"role": "user", "content": [{"type": "text", "text": "Hello."}, parts[0]]}
+    turns = [user, {"role": "assistant", "content": parts[1]}]
+    path = tmp_path / "in" / "chat.json"
+    path.write_text(json.dumps([{"messages": turns}]))
+    run(path, tmp_path / "out")
+    row = CodeStore.open(tmp_path / "out")[0]
+    assert (row.duration, len(row.codes), len(row.context_codes[0])) == (1.5, 38, 25)
+    assert row.messages is not None
+    assert row.messages[1]["content"] == [{"type": "audio", "url": "a.wav"}]
+
+
+def test_a_name_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
+    recordings(tmp_path / "in", 1)
+    os.rename(tmp_path / "in" / "000.wav", os.fsencode(tmp_path / "in") + b"/caf\xe9.wav")
+    clip(tmp_path / "in", "001.wav", 1)
+    assert run(tmp_path / "in", tmp_path / "out").refused == {"bad_row": 1}
+    assert rejected(tmp_path / "out")[0]["audio"] == "caf\udce9.wav"
 
 
 def test_a_clip_shared_by_rows_is_encoded_once(tmp_path: Path) -> None:
@@ -486,9 +566,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3, 4])
-def test_a_full_disk_leaves_the_old_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
-) -> None:
+def test_a_full_disk_leaves_the_old_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     source, out = recordings(tmp_path / "in", 4), tmp_path / "out"
     run(source, out)
     before = [(row.id, row.codes.tolist()) for row in CodeStore.open(out).rows()]
@@ -525,4 +603,4 @@ def test_real_speech(tmp_path: Path) -> None:
     assert not {row.recording_sha256 for row in store.rows("train")} & {
         row.recording_sha256 for row in store.rows("validation")
     }
-    assert run(SPEECH / "librispeech", tmp_path / "out", **options).encoded == 0
+    assert run(SPEECH / "ljspeech", tmp_path / "out", speaker="lj", **options).encoded == 0

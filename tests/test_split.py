@@ -70,9 +70,7 @@ def test_all_segments_of_a_recording_stay_together() -> None:
 
 @settings(max_examples=50)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=40), st.randoms(), st.floats(0.01, 0.99))
-def test_order_does_not_matter_and_no_split_is_empty(
-    recordings: list[int], random: Any, fraction: float
-) -> None:
+def test_order_does_not_matter_and_no_split_is_empty(recordings: list[int], random: Any, fraction: float) -> None:
     rows = [entry(recording, f"-{n}") for n, recording in enumerate(recordings)]
     splits = split(rows, fraction=fraction)
     random.shuffle(rows)
@@ -142,6 +140,14 @@ def test_a_row_between_two_splits_may_not_join() -> None:
 def test_a_heard_voice_of_both_splits_may_not_become_a_target() -> None:
     stored = [entry("a", split="train", links=("voice",)), entry("b", split="validation", links=("voice",))]
     assert "voice" not in split([entry("voice")], stored)
+
+
+def test_a_twin_that_comes_late_moves_nobody() -> None:
+    """A stored row heard a copy of what another stored row learns; then the copy itself comes to be learnt."""
+    same = {"recording_samples": 24_000, "recording_sketch": [1.0] * 16}
+    stored = [entry("a", split="train", links=("copy",)), entry("b", split="validation", **same)]
+    splits = split([entry("copy", **same)], stored)
+    assert splits == {"a": "train", "b": "validation"}
 
 
 def paired(rows: list[Entry], seed: int = 0) -> dict[str, str | None]:

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from recordings import CountingCodec, clip, speech, write
 
-from higgstune.data.encode import encode_clip
+from higgstune.data.audio import resample
 from higgstune.data.prepare import prepare
 from higgstune.data.store import CodeStore
-from higgstune.errors import DataError
+from higgstune.errors import CheckpointError, DataError
 
 TURNS = [
     {"role": "system", "content": "Generate audio following instruction."},
@@ -80,8 +80,6 @@ def test_codes_are_those_of_the_codec(store: CodeStore) -> None:
 
 
 def read_24k(name: str, store: CodeStore) -> np.ndarray:
-    from higgstune.data.audio import resample
-
     n = int(name)
     samples = (
         np.clip(np.floor(speech(0.4 + 0.004 * n, seed=n).astype(np.float64) * 32768), -32768, 32767) / 32768
@@ -155,7 +153,7 @@ def test_datasets_opens_it(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     script = f"""
 import os
-os.environ |= {{"HF_HOME": {str(tmp_path)!r}, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}}
+os.environ |= {{"HF_HOME": {str(tmp_path)!r}, "HF_HUB_OFFLINE": "1"}}
 import datasets, json
 folder = {str(folder)!r}
 by_folder = datasets.load_dataset("parquet", data_dir=folder)
@@ -246,8 +244,6 @@ def test_one_split_may_be_empty(tmp_path: Path) -> None:
 
 
 def test_a_codec_that_answers_nonsense_is_named(tmp_path: Path) -> None:
-    from higgstune.errors import CheckpointError
-
     class Broken(CountingCodec):
         def __init__(self, codes: np.ndarray) -> None:
             super().__init__()
@@ -265,4 +261,3 @@ def test_a_codec_that_answers_nonsense_is_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match="the codec gave codes"):
             prepare(tmp_path / "in", tmp_path / "out", codec=Broken(codes))
-    assert encode_clip.__doc__

@@ -1,0 +1,216 @@
+"""Recordings: read, checked, hashed by what they decode to, and resampled, by libsndfile and soxr."""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from higgstune.data.rejection import RowError
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus")
+MAX_SECONDS = 3600.0  # of one clip in memory, whatever its header claims
+_RATES = range(4_000, 768_001)  # Hz; anything else is a damaged header
+_MAX_CHANNELS = 64
+_MAX_SAMPLES = 1 << 34  # four days at 48 kHz
+_CORRECTED_WAV = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)  # in libsndfile's log
+_UNKNOWN_BYTES = 0x7FFFF000  # what a program that writes a WAV into a pipe leaves as its length
+_COMPLETE = {
+    "FLAC": 1.0,
+    "WAV": 0.99,
+    "WAVEX": 0.99,
+}  # recorders round a WAV's length, encoders estimate an MP3's
+_BLOCK = 1 << 16  # frames
+_PIECE = 64  # samples of each sum with signs of their own
+_SKETCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A whole audio file as it decodes."""
+
+    sha256: str
+    samples: int
+    rate: int  # Hz
+    peak: float  # of the mono mix, 1.0 is full scale; NaN where a sample is not finite
+    sketch: tuple[float, ...]  # a few sums that nearly equal waveforms share: see `find_twins`
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return self.samples / self.rate
+
+
+def read_recording(path: str | Path) -> Recording:
+    """Decode a whole file block by block, however long it is, and say what it is.
+
+    Raises RowError for a file that cannot be decoded to its end.
+    """
+    digest, samples, peak, projector = hashlib.sha256(), 0, 0.0, _Projector()
+    with _opened(path) as file:
+        for block in _blocks(file):
+            digest.update(block.tobytes())
+            projector.add(block)
+            peak = float(np.maximum(peak, peak_of(block)))
+            samples += len(block)
+        _check_complete(file, samples)
+        digest.update(f"rate {file.samplerate}".encode())
+        return Recording(digest.hexdigest(), samples, file.samplerate, peak, projector.sketch)
+
+
+def read_audio(
+    path: str | Path,
+    start: float | None = None,
+    end: float | None = None,
+    *,
+    max_seconds: float = MAX_SECONDS,
+) -> tuple[np.ndarray, int]:
+    """A file, or its part from `start` to `end` in seconds -> (waveform [samples] float32 mono, rate in Hz).
+
+    Channels are averaged. Raises RowError for a file that cannot be read, a part that lies outside of it, or
+    more than `max_seconds` of audio (nothing of that size is read into memory first).
+    """
+    with _opened(path) as file:
+        rate = file.samplerate
+        first = 0 if start is None else round(start * rate)
+        wanted = None if end is None else round(end * rate) - first
+        if first < 0 or (wanted is not None and wanted <= 0):
+            raise RowError("segment_outside", f"{path}: the part from {start} to {end} s is empty")
+        limit = int(max_seconds * rate)
+        if wanted is not None and wanted > limit:
+            raise RowError("too_long", f"{path}: {wanted / rate:.1f} s are asked for, the limit is {max_seconds:g} s")
+        if first:
+            _seek(file, path, first)
+        blocks, total = [], 0
+        for block in _blocks(file, wanted):
+            blocks.append(block)
+            total += len(block)
+            if total > limit:
+                raise RowError("too_long", f"{path}: longer than {max_seconds:g} s")
+    return np.concatenate([np.empty(0, np.float32), *blocks]), rate
+
+
+def audio_hash(waveform: np.ndarray, rate: int) -> str:
+    """SHA-256 of decoded mono samples and their rate: equal for a WAV and a FLAC of the same samples."""
+    digest = hashlib.sha256(np.ascontiguousarray(waveform, np.float32).tobytes())
+    digest.update(f"rate {rate}".encode())
+    return digest.hexdigest()
+
+
+def resample(waveform: np.ndarray, rate: int, target: int) -> np.ndarray:
+    """[samples] float32 at `rate` Hz -> [samples * target / rate] float32 at `target` Hz (soxr VHQ)."""
+    if rate == target:
+        return waveform.astype(np.float32, copy=False)
+    return soxr.resample(waveform.astype(np.float32, copy=False), rate, target, quality="VHQ")
+
+
+def peak_of(waveform: np.ndarray) -> float:
+    """The largest absolute sample; NaN where one is not finite."""
+    if not len(waveform):
+        return 0.0
+    peak = float(np.abs(waveform).max())
+    return peak if math.isfinite(peak) else math.nan
+
+
+def _opened(path: str | Path) -> soundfile.SoundFile:
+    """An audio file, open. Raises RowError where it is missing or nothing that libsndfile reads."""
+    if not is_file(path):
+        raise RowError("missing_audio", f"{path}: there is no such file")
+    try:
+        file = soundfile.SoundFile(str(path))
+    except (soundfile.SoundFileError, TypeError, ValueError, OSError) as error:  # .raw needs more arguments
+        raise RowError("unreadable_audio", f"{path} cannot be read as audio: {_reason(error)}") from error
+    claims = file.samplerate, file.channels, file.frames
+    if claims[0] in _RATES and claims[1] <= _MAX_CHANNELS and claims[2] <= _MAX_SAMPLES:
+        return file
+    file.close()
+    raise RowError(
+        "unreadable_audio",
+        f"{path}: its header claims {claims[0]} Hz, {claims[1]} channels and {claims[2]} samples, which "
+        "cannot be (or does not say how long it is): write the file again, for example with ffmpeg",
+    )
+
+
+def _check_complete(file: soundfile.SoundFile, samples: int) -> None:
+    """Raise RowError for a file that ends before its header says so, as an interrupted copy does."""
+    claimed = file.frames
+    if corrected := _CORRECTED_WAV.search(file.extra_info):
+        said, found = int(corrected[1]), max(int(corrected[2]), 1)
+        claimed = 0 if said >= _UNKNOWN_BYTES else claimed * said // found
+    if samples < _COMPLETE.get(file.format, 0.95) * claimed:
+        raise RowError("unreadable_audio", f"{file.name} is cut off after {samples} of {claimed} samples")
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a path leads to a regular file; False, too, for paths that cannot exist."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name that is too long, a null byte
+        return False
+
+
+def _blocks(file: soundfile.SoundFile, frames: int | None = None) -> Iterator[np.ndarray]:
+    """[samples] float32 mono, block by block, to the end or for so many frames."""
+    left = frames
+    while left is None or left > 0:
+        size = _BLOCK if left is None else min(_BLOCK, left)
+        try:
+            block = file.read(size, dtype="float32", always_2d=True)
+        except (soundfile.SoundFileError, OSError) as error:
+            raise RowError("unreadable_audio", f"{file.name} is damaged: {_reason(error)}") from error
+        if not len(block):
+            return
+        left = None if left is None else left - len(block)
+        yield _mono(block)
+
+
+def _mono(block: np.ndarray) -> np.ndarray:
+    if block.shape[1] == 1:
+        mono = block[:, 0]
+    else:
+        with np.errstate(invalid="ignore", over="ignore"):  # float samples may be NaN: the peak tells
+            mono = block.mean(axis=1, dtype=np.float64).astype(np.float32)
+    return mono + np.float32(0)  # -0.0 and 0.0 are one silence, and must be one hash
+
+
+def _seek(file: soundfile.SoundFile, path: str | Path, first: int) -> None:
+    try:
+        file.seek(first)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise RowError("segment_outside", f"{path} has no sample {first}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "error_string", None) or error).strip().rstrip(".")
+
+
+class _Projector:
+    """Adds up the samples of a waveform that arrives in blocks, with fixed random signs, into a few sums.
+
+    Each sum takes every 16th sample. Distances between such sums are about those between the waveforms.
+    """
+
+    def __init__(self) -> None:
+        self._random = np.random.default_rng(0)
+        self._signs = self._draw(_PIECE)
+        self._sum = np.zeros(_SKETCH_SIZE)
+
+    def add(self, block: np.ndarray) -> None:
+        """Take in the next samples; every block but the last is a full one."""
+        padded = np.pad(np.clip(np.nan_to_num(block), -9, 9), (0, -len(block) % self._signs.size))
+        pieces = (padded.reshape(-1, *self._signs.shape) * self._signs).sum(axis=1)
+        self._sum += (pieces * self._draw(len(pieces))).sum(axis=0)  # signs, so that equal pieces do not add up
+
+    def _draw(self, rows: int) -> np.ndarray:
+        """[rows, sums] of -1 and 1."""
+        return (self._random.integers(0, 2, (rows, _SKETCH_SIZE)) * 2 - 1).astype(np.float32)
+
+    @property
+    def sketch(self) -> tuple[float, ...]:
+        """The sums of everything so far."""
+        return tuple(self._sum.astype(np.float32).tolist())

@@ -1,0 +1,149 @@
+"""The manifest: one utterance or one conversation a row, as JSON lines."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+
+from higgstune.data.message_parts import is_unicode
+from higgstune.data.messages import normalize_messages
+from higgstune.data.rejection import RowError, did_you_mean
+from higgstune.errors import DataError
+
+Seconds = Annotated[FiniteFloat, Field(ge=0)]
+_UTTERANCE_ONLY = ("audio", "text", "scene", "reference_audio", "reference_text", "start", "end")
+
+
+class Utterance(BaseModel):
+    """A row: either `audio` and `text`, or `messages`. Paths are relative to the manifest's folder.
+
+    `start` and `end` are seconds within `audio`. No message before `start_index` (from 0) is learnt.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    audio: str | None = None
+    text: str | None = None
+    id: str | None = None
+    speaker: str | None = None
+    language: str | None = None
+    scene: str | None = None
+    reference_audio: str | None = None
+    reference_text: str | None = None
+    start: Seconds | None = None
+    end: Seconds | None = None
+    messages: list[dict[str, Any]] | None = None
+    start_index: int | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.messages is None:
+            if self.start_index is not None:
+                raise ValueError("start_index belongs to messages")
+            missing = [key for key in ("audio", "text") if getattr(self, key) is None]
+            if missing:
+                raise ValueError(f"{' and '.join(missing)} missing: a row needs audio and text, or messages")
+            self._check_utterance()
+        elif extra := [key for key in _UTTERANCE_ONLY if getattr(self, key) is not None]:
+            raise ValueError(f"{', '.join(extra)} beside messages: a conversation says everything in its messages")
+        return self
+
+    def _check_utterance(self) -> None:
+        if self.audio == "" or self.reference_audio == "" or self.id == "":
+            raise ValueError("audio, reference_audio and id must not be empty")
+        if self.reference_text is not None and self.reference_audio is None:
+            raise ValueError("reference_text without reference_audio")
+        if self.end is not None and self.end <= (self.start or 0.0):
+            raise ValueError(f"the segment from {self.start or 0.0:g} to {self.end:g} s is empty")
+
+
+def parse_utterance(data: Any) -> Utterance:
+    """A row from decoded JSON, the messages of a conversation normalised. Raises RowError saying why not."""
+    if not isinstance(data, dict):
+        raise RowError("bad_row", f"a row must be an object with keys, this is {_shown(data)}")
+    for key in data:
+        if key not in Utterance.model_fields:
+            raise RowError("bad_row", f"the key {key!r} is unknown; {did_you_mean(str(key), Utterance.model_fields)}")
+    try:
+        utterance = Utterance.model_validate(data)
+    except ValidationError as error:
+        raise RowError("bad_row", "; ".join(_explain(problem) for problem in error.errors())) from error
+    if broken := [key for key, value in data.items() if isinstance(value, str) and not is_unicode(value)]:
+        raise RowError("bad_row", f"{broken[0]} holds half a surrogate pair, which is no text")
+    if utterance.messages is None:
+        return utterance
+    messages, start_index = normalize_messages(utterance.messages, utterance.start_index)
+    return utterance.model_copy(update={"messages": messages, "start_index": start_index})
+
+
+def parse_line(line: bytes) -> Utterance:
+    """A row from one line of a manifest. Raises RowError saying what is wrong."""
+    try:
+        data = json.loads(line.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_twice)
+    except UnicodeDecodeError as error:
+        raise RowError("bad_row", f"the line is not UTF-8 ({error.reason} at byte {error.start})") from error
+    except RecursionError as error:
+        raise RowError("bad_row", "the line is nested too deeply to be a row") from error
+    except ValueError as error:
+        raise RowError("bad_row", f"the line is not JSON: {error}") from error
+    return parse_utterance(data)
+
+
+def read_manifest(path: str | Path) -> Iterator[tuple[int, Utterance | RowError]]:
+    """The rows of a JSONL manifest with their line numbers, counted from 1; empty lines are passed over.
+
+    Raises DataError where the file cannot be read or has no row; a broken row comes as its RowError.
+    """
+    empty = True
+    for number, line in _lines(Path(path)):
+        empty = False
+        try:
+            yield number, parse_line(line)
+        except RowError as error:
+            yield number, error
+    if empty:
+        raise DataError(
+            f'{path} has no row: write one JSON object a line, such as {{"audio": "clips/1.wav", "text": "Hello."}}'
+        )
+
+
+def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
+    """Write rows as JSON lines, without the keys that have no value."""
+    with open(path, "w", encoding="utf-8") as file:
+        for utterance in utterances:
+            file.write(json.dumps(utterance.model_dump(exclude_none=True), ensure_ascii=False) + "\n")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if line.strip():
+                    yield number, line.strip()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise ValueError(f"the key {twice!r} stands twice")
+    return dict(pairs)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:60] + "..."
+
+
+def _explain(problem: Any) -> str:
+    place = ".".join(str(step) for step in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}, got {_shown(problem['input'])}" if place else message

@@ -1,0 +1,68 @@
+"""Rows that cannot be used: why, where, and what to do."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import Literal, get_args
+
+from higgstune.errors import DataError
+
+Reason = Literal[
+    "bad_row",  # no JSON, a wrong type, an unknown key, keys that exclude each other
+    "missing_audio",
+    "unsupported_format",
+    "unreadable_audio",  # no audio, damaged, cut off
+    "no_transcript",
+    "empty_text",
+    "control_token",
+    "segment_outside",
+    "too_short",
+    "too_long",
+    "silent",
+    "not_finite",
+    "out_of_range",
+    "no_target",
+    "reference_without_text",
+    "reference_is_target",
+    "duplicate",
+    "duplicate_id",
+    "split_conflict",
+]
+REASONS: tuple[str, ...] = get_args(Reason)
+
+
+class RowError(DataError):
+    """One row of a source cannot be used; preparation writes it down and goes on."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A line of `rejected.jsonl`."""
+
+    location: str  # file and row
+    id: str | None
+    audio: str | None
+    reason: str  # one of REASONS
+    message: str
+
+    def to_json(self) -> str:
+        """One line of JSON; odd characters of file names stay readable as escapes."""
+        return json.dumps(asdict(self), ensure_ascii=True)
+
+
+def count_reasons(rejections: Iterable[Rejection]) -> dict[str, int]:
+    """How many rows each reason refused, the most frequent first."""
+    return dict(Counter(rejection.reason for rejection in rejections).most_common())
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest valid one, or all of them."""
+    valid = list(valid)
+    near = get_close_matches(name, valid, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"the valid ones are {', '.join(valid)}"

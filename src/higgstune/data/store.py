@@ -1,0 +1,186 @@
+"""A prepared code store: Parquet shards read through a memory map, opened by row."""
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Self, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from higgstune.data.schema import CODE_COLUMNS, ROWS_PER_GROUP, SPLITS, StoreIndex, read_index
+from higgstune.data.shard_reader import codes_of, named_in_errors, open_shard, read_light_columns
+from higgstune.errors import DataError
+
+_CACHED_GROUPS = 256  # about 0.3 MB each for clips of ten seconds
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row. Codes are [frames, num_codebooks] uint16; `codes` is the target's."""
+
+    id: str
+    text: str  # what the target says
+    speaker: str | None
+    language: str | None
+    scene: str | None
+    split: str
+    duration: float  # seconds
+    codes: np.ndarray
+    reference_id: str | None  # the row of the store that is the reference, where it is one
+    reference_text: str | None
+    reference_codes: np.ndarray | None
+    messages: list[dict[str, Any]] | None  # a full conversation with the target; None for an utterance
+    context_codes: list[np.ndarray]  # a conversation's audio without the target, in order of appearance
+    start_index: int | None  # the first message of a conversation that is to be learnt
+    audio_sha256: str
+    recording_sha256: str
+
+
+class SplitView(Sequence[Row]):
+    """Some rows of a store by position, as a data set for a trainer."""
+
+    def __init__(self, store: "CodeStore", indices: range) -> None:
+        self.store = store
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> "SplitView": ...
+    def __getitem__(self, index: int | slice) -> "Row | SplitView":
+        if isinstance(index, slice):
+            return SplitView(self.store, self.indices[index])
+        return self.store.row(self.indices[index])
+
+    @property
+    def frames(self) -> np.ndarray:
+        """Frames of each target, [rows] int64, without reading a code."""
+        return self._lengths("frames")
+
+    @property
+    def context_frames(self) -> np.ndarray:
+        """Frames of each row's reference or context audio, [rows] int64, without reading a code."""
+        return self._lengths("context_frames")
+
+    def _lengths(self, column: str) -> np.ndarray:
+        return self.store.light[column].to_numpy().astype(np.int64)[list(self.indices)]
+
+
+class CodeStore(SplitView):
+    """Rows of all splits: `store[i]`, `store.split("train")[i]`; train first, in order of preparation."""
+
+    def __init__(self, folder: Path, index: StoreIndex) -> None:
+        """Use `CodeStore.open`."""
+        self.folder = folder
+        self.info = index.info
+        self.shards = sorted(index.shards, key=lambda shard: (SPLITS.index(shard.split), shard.name))
+        self.light = read_light_columns(folder, self.shards)  # everything but codes
+        self._ends = list(accumulate(shard.rows for shard in self.shards))
+        self._ids: dict[str, int] | None = None
+        self._files: dict[int, pq.ParquetFile] = {}
+        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        super().__init__(self, range(self.light.num_rows))
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Open the store in a folder. Raises DataError where there is none or a shard is damaged."""
+        folder = Path(folder)
+        return cls(folder, read_index(folder))
+
+    def split(self, name: str) -> SplitView:
+        """The rows of one split, which may be none. Raises DataError for a split that cannot exist."""
+        if name not in SPLITS:
+            raise DataError(f"there is no split {name!r}: one of {', '.join(SPLITS)}")
+        rows = sum(shard.rows for shard in self.shards if shard.split == name)
+        first = 0 if name == SPLITS[0] else len(self) - rows
+        return SplitView(self, range(first, first + rows))
+
+    def rows(self, split: str | None = None) -> Iterator[Row]:
+        """Every row, or those of one split, in order."""
+        yield from self if split is None else self.split(split)
+
+    def index_of(self, row_id: str) -> int:
+        """The position of a row by its id. Raises DataError where there is none."""
+        if self._ids is None:
+            self._ids = {key: index for index, key in enumerate(self.light["id"].to_pylist())}
+        if row_id not in self._ids:
+            raise DataError(f"{self.folder} has no row with the id {row_id!r}")
+        return self._ids[row_id]
+
+    def codes(self, index: int) -> np.ndarray:
+        """The target's codes of a row, [frames, num_codebooks] uint16."""
+        codes = self.cells(index, "codes")
+        assert isinstance(codes, np.ndarray)
+        return codes
+
+    def row(self, index: int) -> Row:
+        """One row by its position, counted from 0, with its reference's codes looked up."""
+        values = self.light.slice(index, 1).to_pylist()[0]
+        reference_codes = self.cells(index, "reference_codes")
+        if reference_codes is None and values["reference_id"] is not None:
+            other = self.index_of(values["reference_id"])
+            reference_codes = self.codes(other)
+            values["reference_text"] = values["reference_text"] or self.light["text"][other].as_py()
+        return Row(
+            **{name: values[name] for name in _LIGHT_FIELDS},
+            split=self.shards[self._shard_of(index)].split,
+            codes=self.codes(index),
+            reference_codes=reference_codes,
+            messages=_without_nulls(values["messages"]),
+            context_codes=self.cells(index, "context_codes") or [],
+        )
+
+    def _shard_of(self, index: int) -> int:
+        return bisect_right(self._ends, index)
+
+    def cells(self, index: int, column: str) -> Any:
+        """One cell of `codes`, `reference_codes` (an array or None) or `context_codes` (a list of arrays)."""
+        shard = self._shard_of(index)
+        local = index - (self._ends[shard] - self.shards[shard].rows)
+        table = self._group(shard, local // ROWS_PER_GROUP)
+        return codes_of(table[column].chunk(0)[local % ROWS_PER_GROUP])
+
+    def _group(self, shard: int, group: int) -> pa.Table:
+        key = (shard, group)
+        if key not in self._groups:
+            if shard not in self._files:
+                self._files[shard] = open_shard(self.folder, self.shards[shard])
+            # One thread: a data loader's workers are forked, which a pool of threads does not survive.
+            with named_in_errors(self.folder, self.shards[shard]):
+                table = self._files[shard].read_row_group(group, list(CODE_COLUMNS), use_threads=False)
+            self._groups[key] = table.combine_chunks()
+        self._groups.move_to_end(key)
+        while len(self._groups) > _CACHED_GROUPS:
+            self._groups.popitem(last=False)
+        return self._groups[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files and what was read from them stay behind when a store goes to another process."""
+        return self.__dict__ | {"_files": {}, "_groups": OrderedDict()}
+
+
+_LIGHT_FIELDS = (
+    *("id", "text", "speaker", "language", "scene", "duration", "reference_id", "reference_text"),
+    *("start_index", "audio_sha256", "recording_sha256"),
+)
+
+
+def _without_nulls(messages: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """Columns of a Parquet structure exist in every part; a part of a message has only its own keys."""
+    if messages is None:
+        return None
+    return [
+        {
+            "role": message["role"],
+            "content": [{k: v for k, v in part.items() if v is not None} for part in message["content"]],
+        }
+        for message in messages
+    ]

@@ -1,0 +1,103 @@
+"""Text as the model reads it: one normalisation, shared by preparation and by generation.
+
+It follows what the released model's own example script does to a transcript (boson-ai/higgs-audio,
+examples/generation.py: full-width punctuation, sound tags, white space, a final full stop), without the parts
+that change what is said in other languages (removing brackets, writing degrees out in English).
+"""
+
+import re
+import unicodedata
+
+TEXT_NORMALIZATION = "1"  # recorded in every store: raise it when a result of `normalize_text` changes
+
+_CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]+\|>")
+_SPEAKER_TAG = re.compile(r"\[SPEAKER\d+\]")
+_SENTENCE_END = (*".!?,;:\"'؟،؛۔।॥։።፧᙮។៕‽⁇⁈⁉", "</SE>", "</SE_s>", "</SE_e>")
+
+_SOUND_TAGS = {
+    "[laugh]": "<SE>[Laughter]</SE>",
+    "[humming start]": "<SE>[Humming]</SE>",
+    "[humming end]": "<SE_e>[Humming]</SE_e>",
+    "[music start]": "<SE_s>[Music]</SE_s>",
+    "[music end]": "<SE_e>[Music]</SE_e>",
+    "[music]": "<SE>[Music]</SE>",
+    "[sing start]": "<SE_s>[Singing]</SE_s>",
+    "[sing end]": "<SE_e>[Singing]</SE_e>",
+    "[applause]": "<SE>[Applause]</SE>",
+    "[cheering]": "<SE>[Cheering]</SE>",
+    "[cough]": "<SE>[Cough]</SE>",
+}
+
+_REPLACED = {
+    "，": ", ",
+    "。": ".",
+    "：": ":",
+    "；": ";",
+    "？": "?",
+    "！": "!",
+    "（": "(",
+    "）": ")",
+    "【": "[",
+    "】": "]",
+    "、": ",",
+    "…": "...",
+}
+_SINGLE_QUOTES = "\u2018\u2019\u201a\u201b"
+_DOUBLE_QUOTES = "\u201c\u201d\u201e\u201f「」『』《》"
+_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
+_LINE_ENDS = "\r\x85\u2028\u2029"
+# The zero-width joiner and non-joiner are not here: they are spelling in Persian and in the scripts of India.
+_INVISIBLE = "\u00ad\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
+_CHARACTERS = str.maketrans(
+    _REPLACED
+    | dict.fromkeys(_SINGLE_QUOTES, "'")
+    | dict.fromkeys(_DOUBLE_QUOTES, '"')
+    | dict.fromkeys(_DASHES, "-")
+    | dict.fromkeys(_LINE_ENDS, "\n")
+    | dict.fromkeys(_INVISIBLE, "")
+)
+
+
+def normalize_text(text: str) -> str:
+    """A transcript as it is trained on and spoken: `clean_text`, with a full stop where the end has no mark.
+
+    Text without a letter or a digit comes back without a full stop, so that it still counts as empty. Doing
+    it twice changes nothing more.
+    """
+    cleaned = clean_text(text)
+    if not is_speakable(cleaned) or cleaned.endswith(_SENTENCE_END):
+        return cleaned
+    return cleaned + "."
+
+
+def clean_text(text: str) -> str:
+    """One spelling for what looks the same, in Unicode NFC.
+
+    Plain quotes, dashes, ellipses and spaces, half-width punctuation, sound tags as the model writes them, no
+    invisible characters, no empty lines.
+    Single line breaks stay, since "[SPEAKER0] ...\\n[SPEAKER1] ..." is how a dialogue is written.
+    """
+    text = unicodedata.normalize("NFC", text).translate(_CHARACTERS)
+    text = unicodedata.normalize("NFC", "".join(map(_printable, text)))
+    lines = (" ".join(line.split()) for line in text.split("\n"))
+    text = "\n".join(line for line in lines if line)
+    for tag, sound in _SOUND_TAGS.items():
+        text = text.replace(tag, sound)
+    return text
+
+
+def is_speakable(text: str) -> bool:
+    """Whether there is a letter or a digit to say, apart from speaker tags such as [SPEAKER0]."""
+    return any(character.isalnum() for character in _SPEAKER_TAG.sub("", text))
+
+
+def find_control_tokens(text: str) -> list[str]:
+    """Every `<|...|>` in a text, in order. One in a user's words would be read as structure of the prompt."""
+    return _CONTROL_TOKEN.findall(text)
+
+
+def _printable(character: str) -> str:
+    category = unicodedata.category(character)
+    if category == "Zs" or (category == "Cc" and character != "\n"):
+        return " "
+    return "" if category == "Cs" else character  # half a surrogate pair cannot be written as UTF-8

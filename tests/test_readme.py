@@ -1,0 +1,161 @@
+"""What README, docs and recipes tell people to type: run for real where it is the README's, parsed where it is not.
+
+The released checkpoint, a hub and a GPU stand no test, so each command gets the options in `MAPPING` on top: the demo's
+base in place of the released one, and a few steps in place of some epochs.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+import soundfile
+import typer.main
+
+import higgstune
+from higgstune.cli import app
+from higgstune.data.manifest import Utterance, read_manifest
+from higgstune.prompt.template import speech_messages
+
+ROOT = Path(__file__).parent.parent
+ASSETS = Path(higgstune.__file__).parent / "demo" / "assets"
+CLIPS = 10
+STEPS = "--set model.checkpoint=base --set stages.0.epochs=null --set stages.0.max_steps=4 --set save_steps=2"
+MAPPING = {
+    "higgstune prepare": "--model base",
+    "higgstune inspect": "",  # the store knows the checkpoint that it was prepared for
+    "higgstune train": f"{STEPS} --set stages.0.learning_rate=5e-3 --set stages.0.warmup_steps=0",
+    "higgstune speak": "--max-seconds 0.5",
+    "python unified_lora_training.py": "--base_ckpt base --epochs 1 --lr 5e-3 --warmup 0 --grad_accum 1",
+}
+# What makes the environment that this test runs in: .ci/run types it.
+ELSEWHERE = {"make demo", "make test", "make install", "source .venv/bin/activate"}
+
+
+def blocks() -> list[list[str]]:
+    """The commands of each shell block of the README."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return [block.strip().splitlines() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)]
+
+
+def command(line: str) -> list[str]:
+    """A line of the README as it is run here."""
+    [added] = [options for start, options in MAPPING.items() if line.startswith(start)]
+    words = shlex.split(f"{line} {added}")
+    return [sys.executable, *(["-m", "higgstune"] if words[0] == "higgstune" else []), *words[1:]]
+
+
+def start(line: str, folder: Path) -> subprocess.Popen[str]:
+    """The command in a folder, on one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(line), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def type_in(line: str, folder: Path) -> str:
+    """Run a line of the README; its output."""
+    process = start(line, folder)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, f"{line}\n{errors}"
+    return output
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder like a clone, with a base, and recordings with their texts beside them."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "unified_lora_training.py").symlink_to(ROOT / "unified_lora_training.py")
+    shutil.copytree(ASSETS / "base", tmp_path / "base")
+    shutil.copytree(ASSETS / "codec", tmp_path / "base" / "codec")
+    (tmp_path / "recordings").mkdir()
+    for _, row in list(read_manifest(ASSETS / "voices" / "metadata.jsonl"))[:CLIPS]:
+        assert isinstance(row, Utterance)
+        audio = Path(shutil.copy(ASSETS / "voices" / str(row.audio), tmp_path / "recordings"))
+        audio.with_suffix(".txt").write_text(row.text or "", encoding="utf-8")
+    return tmp_path
+
+
+def test_every_block_of_the_readme_is_run_somewhere() -> None:
+    kinds = [sorted({line.split()[1] for line in block}) for block in blocks()]
+    assert kinds == [
+        ["demo", "test"],
+        [".venv/bin/activate", "inspect", "install", "prepare", "speak", "train"],
+        ["train"],
+        ["speak", "unified_lora_training.py"],
+    ]
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "\nmake test\n" in ci
+    assert ".venv/bin/higgstune demo --out" in ci
+    assert re.search(r"^demo: .*\n\t\S*higgstune demo --out runs/demo$", makefile, re.MULTILINE)
+    assert re.search(r"^install: \$\(INSTALLED\)$", makefile, re.MULTILINE)
+
+
+def test_the_real_thing(clone: Path) -> None:
+    said = {line.split()[1]: type_in(line, clone) for line in blocks()[1] if line not in ELSEWHERE}
+    assert "<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>" in said["inspect"]
+    assert str(Path("runs/voice/voice/adapter")) in said["train"]
+    waveform, rate = soundfile.read(clone / "morning.wav")
+    assert rate == 24_000
+    assert len(waveform) > 0
+
+
+def test_going_on_with_an_interrupted_run(clone: Path) -> None:
+    prepare, train = (line for line in blocks()[1] if line.startswith(("higgstune prepare", "higgstune train")))
+    [resume] = blocks()[2]
+    type_in(prepare, clone)
+    process, deadline = start(train, clone), time.monotonic() + 300
+    while not (clone / "runs/voice/voice/checkpoints/checkpoint-2").exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    type_in(resume, clone)
+    assert (clone / "runs/voice/voice/adapter").is_dir()
+
+
+def test_two_stages_with_plain_flags(clone: Path) -> None:
+    for line in blocks()[3]:
+        type_in(line, clone)
+    assert (clone / "evening.wav").exists()
+
+
+def other_commands() -> list[tuple[str, str]]:
+    """File and line of each `higgstune` command in docs and recipes."""
+    found = []
+    for path in [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]:
+        text = path.read_text(encoding="utf-8").replace("\\\n#", " ")
+        for line in re.findall(r"^(?:    |#   )(?:torchrun \S+ \d+ -m )?(higgstune .*)$", text, re.MULTILINE):
+            found.append((path.name, line))
+    return found
+
+
+@pytest.mark.parametrize(("file", "line"), other_commands())
+def test_a_command_in_docs_and_recipes_has_the_options_that_the_command_has(file: str, line: str) -> None:
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    verb, *arguments = shlex.split(line)[1:]
+    group.commands[verb].make_context(verb, arguments)
+
+
+def test_the_prompt_in_the_docs_is_the_one_that_is_rendered() -> None:
+    spoken = {"role": "assistant", "content": [{"type": "audio"}]}
+    messages = speech_messages("What is to be said.", context=[("What the reference says.", "")])
+    documented = (ROOT / "docs" / "prompt.md").read_text(encoding="utf-8")
+    rendered = higgstune.render([*messages, spoken])
+    assert "\n".join(f"    {line}" if line else "" for line in rendered.splitlines()) in documented
+
+
+def test_links_lead_somewhere() -> None:
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
