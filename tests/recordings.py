@@ -35,9 +35,7 @@ def write(path: Path, waveform: np.ndarray, rate: int = RATE, **options: Any) ->
 def clip(folder: Path, name: str, seed: int, text: str | None = None, seconds: float = 0.5) -> Path:
     """A recording of its own, with a transcript beside it."""
     path = write(folder / name, speech(seconds, seed))
-    path.with_suffix(".txt").write_text(
-        f"Sentence number {seed}." if text is None else text, encoding="utf-8"
-    )
+    path.with_suffix(".txt").write_text(f"Sentence number {seed}." if text is None else text, encoding="utf-8")
     return path
 
 

@@ -150,9 +150,15 @@ def test_a_name_that_is_nothing_is_refused() -> None:
         load_codec("no/such/folder")
 
 
-def test_a_codec_of_the_hub_is_named_by_its_commit(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_codec_has_one_revision_wherever_it_comes_from(
+    codec: Codec, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = shutil.copytree(folder, tmp_path / "0a1b2c")
     monkeypatch.setattr("higgstune.codec.load.fetch", lambda name, **options: snapshot)
-    assert load_codec("owner/codec").revision == "owner/codec@0a1b2c"
+    assert load_codec("owner/codec").revision == codec.revision
+
+
+def test_transformers_gives_the_real_class_afterwards(codec: Codec) -> None:
+    import transformers
+
+    assert transformers.HiggsAudioV2TokenizerModel.__module__.startswith("transformers.models.")

@@ -75,9 +75,7 @@ def step_by_step(model: Any, made: list[tuple[Example, Example, np.ndarray]]) ->
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
 @pytest.mark.parametrize("dora", [False, True])
-def test_teacher_forced_logits_equal_step_by_step_generation(
-    dtype: torch.dtype, tolerance: float, dora: bool
-) -> None:
+def test_teacher_forced_logits_equal_step_by_step_generation(dtype: torch.dtype, tolerance: float, dora: bool) -> None:
     model, prompter = tiny_prompter(codes=CODES)
     adapted = with_random_lora(model.to(dtype), dora=dora)
     assert len(adapted_layers(adapted)) == 2 * 10

@@ -66,8 +66,7 @@ def test_ljspeech(tmp_path: Path, given: str) -> None:
     for name in ("LJ1.wav", "LJ2.flac", "LJ3.wav", "LJ4.wav"):
         write(tmp_path / "wavs" / name, speech(0.4))
     (tmp_path / "metadata.csv").write_text(
-        'LJ1|Dr. A|Doctor A\nLJ2|Only text\r\n\nLJ3|Raw "quoted|\nLJ9|Missing|Missing\n'
-        "LJ4\nLJ4|a|b|c|d\nLJ4|a|b|c\n",
+        'LJ1|Dr. A|Doctor A\nLJ2|Only text\r\n\nLJ3|Raw "quoted|\nLJ9|Missing|Missing\nLJ4\nLJ4|a|b|c|d\nLJ4|a|b|c\n',
         encoding="utf-8",
     )
     found = rows(tmp_path if given == "folder" else tmp_path / "metadata.csv")
@@ -201,8 +200,7 @@ def trainer_folder(tmp_path: Path) -> Path:
         SAMPLE | {"transcript_file": "none.txt"},
         SAMPLE | {"audio_flie": "typo"},
         {"id": "empty"},
-        SAMPLE
-        | {"speaker_id": "unknown_speaker", "speaker_name": "Unknown", "snr": 12, "transcript": "Inline"},
+        SAMPLE | {"speaker_id": "unknown_speaker", "speaker_name": "Unknown", "snr": 12, "transcript": "Inline"},
     ]
     write_json(tmp_path / "metadata.json", {"dataset_info": {"total_samples": 7}, "samples": samples})
     return tmp_path

@@ -187,9 +187,7 @@ def test_whatever_is_wrong_is_one_clear_error(checkpoint: Path, damage: Any, nam
         (LocalEntryNotFoundError, "hf download owner/name"),
     ],
 )
-def test_errors_of_the_hub_say_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, error: type[Exception], names: str
-) -> None:
+def test_errors_of_the_hub_say_what_to_do(monkeypatch: pytest.MonkeyPatch, error: type[Exception], names: str) -> None:
     asked: dict[str, Any] = {}
 
     def fail(name: str, **options: Any) -> None:

@@ -49,9 +49,7 @@ def test_a_conversation_survives_a_round_trip(tmp_path: Path, entry: dict[str, A
     assert [again for _, again in read_manifest(tmp_path / "rows.jsonl")] == [row]
 
 
-@pytest.mark.parametrize(
-    "entry", [e for e in GOLDEN if "Processor" in e["reference"]], ids=lambda e: e["name"]
-)
+@pytest.mark.parametrize("entry", [e for e in GOLDEN if "Processor" in e["reference"]], ids=lambda e: e["name"])
 def test_native_conversations_stay_as_they_are(entry: dict[str, Any]) -> None:
     assert normalize_messages(entry["messages"])[0] == entry["messages"]
 
@@ -127,9 +125,7 @@ def test_a_missing_manifest_is_an_error(tmp_path: Path) -> None:
     ],
 )
 def test_spellings_of_an_audio_part(content: Any) -> None:
-    messages, _ = normalize_messages(
-        [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": content}]
-    )
+    messages, _ = normalize_messages([{"role": "user", "content": "Hello."}, {"role": "assistant", "content": content}])
     assert messages == [USER, TARGET]
 
 

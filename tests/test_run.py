@@ -104,7 +104,9 @@ def test_stage_two_begins_where_stage_one_ended(finished: Path) -> None:
     assert all("audio_mlp" in key for key in full.keys() - text.keys())
 
 
-def test_a_finished_run_is_not_overwritten_nor_a_strange_folder_used(world: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_overwritten_nor_a_strange_folder_used(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
     before = (finished / "stage2" / "adapter" / "adapter_model.safetensors").read_bytes()
     for resume in (False, True):
         with pytest.raises(ConfigError, match="is finished and is not overwritten"):

@@ -25,9 +25,7 @@ LONG = "The sun rises in the east. It was the night before my birthday! Hello th
 def make_speaker(codec: FakeCodec | None = None) -> Speaker:
     model, prompter = tiny_prompter()
     return Speaker(
-        ModelAndTokenizers(
-            model, prompter.tokenizer, codec or FakeCodec(), None, model.config, "tiny", None, "fake"
-        )
+        ModelAndTokenizers(model, prompter.tokenizer, codec or FakeCodec(), None, model.config, "tiny", None, "fake")
     )
 
 

@@ -81,9 +81,7 @@ def test_codes_are_those_of_the_codec(store: CodeStore) -> None:
 
 def read_24k(name: str, store: CodeStore) -> np.ndarray:
     n = int(name)
-    samples = (
-        np.clip(np.floor(speech(0.4 + 0.004 * n, seed=n).astype(np.float64) * 32768), -32768, 32767) / 32768
-    )
+    samples = np.clip(np.floor(speech(0.4 + 0.004 * n, seed=n).astype(np.float64) * 32768), -32768, 32767) / 32768
     return np.clip(resample(samples.astype(np.float32), 16_000, store.info.sample_rate), -1, 1)
 
 
@@ -91,8 +89,7 @@ def test_lengths_are_known_without_codes(store: CodeStore) -> None:
     for view in (store, store.split("train"), store.split("validation")):
         assert view.frames.tolist() == [len(row.codes) for row in view]
         context = [
-            sum(map(len, row.context_codes))
-            + (0 if row.reference_codes is None else len(row.reference_codes))
+            sum(map(len, row.context_codes)) + (0 if row.reference_codes is None else len(row.reference_codes))
             for row in view
         ]
         assert view.context_frames.tolist() == context

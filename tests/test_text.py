@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 
 from higgstune.data.text import clean_text, find_control_tokens, is_speakable, normalize_text
 
-TRICKY = st.sampled_from(
-    list("[laugh] SPEAKER0<|eot_id|>\u200b\u0301e…\u200d\n\r\x1c\u3000 .'\"，《》—“”؟\ufeff")
-)
+TRICKY = st.sampled_from(list("[laugh] SPEAKER0<|eot_id|>\u200b\u0301e…\u200d\n\r\x1c\u3000 .'\"，《》—“”؟\ufeff"))
 
 
 @pytest.mark.parametrize(
@@ -96,8 +94,6 @@ def test_a_control_token_can_appear_by_normalisation() -> None:
     assert find_control_tokens(clean_text("<\u200b|eot_id|>")) == ["<|eot_id|>"]
 
 
-@pytest.mark.parametrize(
-    ("text", "speakable"), [("5", True), ("[SPEAKER0]", False), ("你", True), ("—!?", False)]
-)
+@pytest.mark.parametrize(("text", "speakable"), [("5", True), ("[SPEAKER0]", False), ("你", True), ("—!?", False)])
 def test_what_can_be_said(text: str, speakable: bool) -> None:
     assert is_speakable(text) is speakable

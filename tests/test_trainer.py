@@ -1,6 +1,7 @@
 """The trainer: nothing leaks, accumulation and padding change nothing, frozen means frozen."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,9 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(**(settings | changes))
 
 
-def trainer(folder: Path, kind: StageKind | None = "full", data: Sequence[Example] | None = None, **changes: Any) -> Any:
+def trainer(
+    folder: Path, kind: StageKind | None = "full", data: Sequence[Example] | None = None, **changes: Any
+) -> Any:
     loaded, prompter = loaded_and_prompter()
     torch.manual_seed(0)
     adapted = add_lora(loaded.model, Lora(r=4), kind) if kind else None
@@ -73,7 +76,7 @@ def test_golden_losses() -> None:
     logits = golden.values["audio_logits"]
     starts = [*golden.values["audio_out_ids_start"].tolist(), len(labels)]
     losses, counts = torch.zeros(8, dtype=torch.float64), torch.zeros(8, dtype=torch.long)
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in itertools.pairwise(starts):
         rows = end - start
         segment = Example("", np.zeros(rows, int), np.ones(rows, bool), np.zeros((rows, 8), int),
                           np.full(rows, IGNORE), labels[start:end].numpy())  # fmt: skip

@@ -31,7 +31,7 @@ _HOME = {
     "speak": "higgstune.generate.speak",
     "train": "higgstune.train.run",
 }
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

@@ -134,7 +134,9 @@ def inspect(
         f"{found.positions} positions: {found.text_tokens} text tokens, {found.audio_rows} rows of audio; "
         f"{len(found.text_labels)} text labels, {found.audio_label_cells} audio label cells\n"
     )
-    typer.echo("text labels (position token): " + " ".join(f"{p} {token!r}" for p, _, token in found.text_labels) + "\n")
+    typer.echo(
+        "text labels (position token): " + " ".join(f"{p} {token!r}" for p, _, token in found.text_labels) + "\n"
+    )
     table = Table("position", *(f"k={k}" for k in range(len(found.audio_labels[0][1]))), title="audio labels")
     for cells in label_table(found):
         table.add_row(*map(str, cells))

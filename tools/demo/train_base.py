@@ -4,6 +4,10 @@
 
 `--codes` is what `fit_codec.py` writes: text and codes [frames, 8] of the base voice. Progress goes to stdout as one
 JSON line a report; the checkpoint is written at every report, so that a stopped run leaves its last state.
+
+The audio tables (embedding and head) are trained as linear maps of the codec's code vectors and written out as the
+plain tables that the native class has. A code that the base voice never uses so gets a sensible row, too; without
+that an adapter, which changes no table, could hardly make another voice say it.
 """
 
 import argparse
@@ -16,7 +20,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils import parametrize
 from transformers import (
     GenerationConfig,
     HiggsAudioV2Config,
@@ -28,7 +34,7 @@ from higgstune.batch.padded import Batch, PaddedCollator
 from higgstune.model.forward import with_training_forward
 from higgstune.model.loss import LossWeights, combine, label_counts
 from higgstune.prompt.example import Example, Prompter, SpecialIds
-from higgstune.prompt.template import native_chat_template, speech_messages
+from higgstune.prompt.template import DEFAULT_SCENE, DEFAULT_SYSTEM, native_chat_template, speech_messages
 
 # The control tokens of the released checkpoint that a prompt can hold, in the order of their ids there.
 SPECIAL_TOKENS = [
@@ -37,6 +43,7 @@ SPECIAL_TOKENS = [
     "<|reserved_special_token_6|>", "<|AUDIO|>", "<|AUDIO_OUT|>",
 ]  # fmt: skip
 VOCABULARY = 512
+_EVERY_PROMPT = f"system user assistant\n\n{DEFAULT_SYSTEM}\n\n{DEFAULT_SCENE}"
 CONTEXT_SHARE = 0.15  # of the examples have an earlier turn, as references and long texts do
 
 
@@ -51,7 +58,8 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    # The words that every prompt has become one token each: a third of a short example's positions.
+    tokenizer.train_from_iterator([*texts, *[_EVERY_PROMPT] * len(texts)], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|begin_of_text|>",
@@ -90,6 +98,36 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> HiggsAudioV2ForConditiona
     model.generation_config.ras_win_len = 7
     model.generation_config.ras_win_max_num_repeat = 2
     return model
+
+
+class CodeGeometry(torch.nn.Module):
+    """A parametrization: maps [K, features, D] -> rows [K * (codes + 2), D], one for each code, BOS and EOS."""
+
+    def __init__(self, codebooks: torch.Tensor) -> None:
+        """codebooks: the code vectors [K, codes, components]."""
+        super().__init__()
+        scaled = codebooks / codebooks.std(dim=1, keepdim=True)
+        squares = scaled.pow(2).mean(dim=-1, keepdim=True) - 1
+        vectors = torch.cat([scaled, squares, torch.ones_like(squares)], dim=-1)
+        features = torch.zeros(len(codebooks), codebooks.shape[1] + 2, vectors.shape[-1] + 2)
+        features[:, :-2, :-2] = vectors
+        features[:, -2, -2] = features[:, -1, -1] = 1.0
+        self.register_buffer("features", features)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return (self.features @ maps).flatten(0, 1)
+
+    def right_inverse(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.pinv(self.features) @ rows.unflatten(0, self.features.shape[:2])
+
+
+def with_code_geometry(model: HiggsAudioV2ForConditionalGeneration, codec: Path) -> None:
+    """Let the audio tables of a fresh model be maps of the codec's code vectors."""
+    codebooks = load_file(codec / "model.safetensors")["codebooks"].float()
+    for module in (model.audio_lm_head, model.model.embed_audio_tokens.embed_audio_tokens):
+        parametrize.register_parametrization(module, "weight", CodeGeometry(codebooks))
+        torch.nn.init.normal_(module.parametrizations.weight.original, std=0.003)
 
 
 class Corpus:
@@ -141,6 +179,7 @@ def learning_rate(progress: float, peak: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codes", type=Path, required=True)
+    parser.add_argument("--codec", type=Path, required=True, help="folder of the codec that made the codes")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--tokens", type=int, default=3000)
@@ -154,6 +193,7 @@ def main() -> None:
     texts = pq.read_table(args.codes, columns=["text"])["text"].to_pylist()
     tokenizer = build_tokenizer(texts)
     model = with_training_forward(build_model(tokenizer))
+    with_code_geometry(model, args.codec)
     prompter = Prompter(tokenizer, SpecialIds.from_config(model.config))
     corpus = Corpus(args.codes, prompter)
     collate = PaddedCollator(pad_id=model.config.pad_token_id, stream_eos=model.config.audio_stream_eos_id)
@@ -204,8 +244,13 @@ def report(
         "held_out_codebooks": [round(x, 2) for x in per_codebook],
     }  # fmt: skip
     print(json.dumps(line), flush=True)  # noqa: T201
+    state = {key: value for key, value in model.state_dict().items() if "parametrizations" not in key}
+    state["audio_lm_head.weight"] = model.audio_lm_head.weight
+    state["model.embed_audio_tokens.embed_audio_tokens.weight"] = (
+        model.model.embed_audio_tokens.embed_audio_tokens.weight
+    )
     copy = HiggsAudioV2ForConditionalGeneration(model.config, use_text_head=True)
-    copy.load_state_dict(model.state_dict())
+    copy.load_state_dict(state)
     copy.generation_config = model.generation_config
     copy.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)

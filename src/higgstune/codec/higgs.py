@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError
 
 from higgstune import torchaudio_compat
@@ -17,6 +18,9 @@ torchaudio_compat.install()  # the codec's module imports torchaudio
 from transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer import (  # noqa: E402
     HiggsAudioV2TokenizerModel,
 )
+
+# transformers itself still has a placeholder under this name, made while there was no torchaudio.
+vars(transformers)["HiggsAudioV2TokenizerModel"] = HiggsAudioV2TokenizerModel
 
 
 class HiggsCodec:
@@ -63,10 +67,8 @@ class HiggsCodec:
         return torch.autocast(self._model.device.type, enabled=False)
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None
-    ) -> "HiggsCodec":
-        """Read a folder in the layout of transformers, in float32. `revision` is computed if not given.
+    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> "HiggsCodec":
+        """Read a folder in the layout of transformers, in float32.
 
         Raises CheckpointError where the folder cannot be read or does not hold every weight.
         """
@@ -82,7 +84,7 @@ class HiggsCodec:
                 f"{folder}: {len(missing)} weights of the codec are missing, {missing[0]} among them. "
                 f"Download the folder again."
             )
-        return cls(model, revision or folder_revision(Path(folder)), device)
+        return cls(model, folder_revision(Path(folder)), device)
 
 
 def folder_revision(folder: Path) -> str:

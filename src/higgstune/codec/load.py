@@ -28,13 +28,9 @@ def load_codec(
     if model_type == mel.MODEL_TYPE:
         return mel.MelCodec.from_pretrained(folder)
     if model_type == HIGGS_MODEL_TYPE:
-        from higgstune.codec.higgs import (
-            HiggsCodec,
-        )  # brings transformers, which a fitted codec can do without
+        from higgstune.codec.higgs import HiggsCodec  # brings transformers, which a fitted codec can do without
 
-        is_here = Path(name_or_path).expanduser().is_dir()
-        commit = None if is_here else f"{name_or_path}@{folder.name}"  # a snapshot's folder is named by its commit
-        return HiggsCodec.from_pretrained(folder, device=device, revision=commit)
+        return HiggsCodec.from_pretrained(folder, device=device)
     raise CheckpointError(
         f'{folder / mel.CONFIG}: "model_type" is {model_type!r}, but a codec has "{HIGGS_MODEL_TYPE}" or '
         f'"{mel.MODEL_TYPE}". The original layout (model.pth) must be converted to that of transformers.'

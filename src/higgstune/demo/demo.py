@@ -13,19 +13,18 @@ from pathlib import Path
 
 import torch
 
-from higgstune.data.manifest import read_manifest, write_manifest
-from higgstune.data.manifest import Utterance
+from higgstune.data.manifest import Utterance, read_manifest, write_manifest
 from higgstune.data.prepare import prepare
 from higgstune.data.store import CodeStore
 from higgstune.data.store import Row as StoreRow
 from higgstune.demo.measure import Clips, Measurement, measure
+from higgstune.demo.page import write_page
 from higgstune.errors import ConfigError
 from higgstune.evaluate.judges import FasterWhisper, SpeakerJudge
 from higgstune.generate.sampling import Sampling
 from higgstune.generate.speak import Speaker, load_speaker
 from higgstune.generate.wav import write_wav
 from higgstune.model.load import CODEC_FOLDER
-from higgstune.report.page import Report, Section, write_report
 from higgstune.train.recipe import Recipe, load_recipe
 from higgstune.train.run import RunResult, train
 
@@ -95,7 +94,8 @@ def run_demo(
             spoken |= _speak_controls(out, run, trained)
             measurement = measure(_clip_sets(spoken, trained, unseen), spoken["original"][:10], transcriber, judge)
     clock.seconds["all"] = time.monotonic() - started
-    report = _report(out, run, store, spoken, trained, unseen, measurement, clock.seconds)
+    texts = [row.text for row in [*trained, *unseen]]
+    report = write_page(out, run, store, spoken, texts, len(trained), measurement, clock.seconds)
     return DemoResult(out, run.adapter, report, clock.seconds["all"], measurement)
 
 
@@ -105,10 +105,14 @@ def _unpack(out: Path) -> Path:
         shutil.copytree(assets / "voices", out / "dataset")
         shutil.copytree(assets / "base", out / "base")
         shutil.copytree(assets / "codec", out / "base" / CODEC_FOLDER)
-    rows = [row for _, row in read_manifest(out / "dataset" / "metadata.jsonl") if isinstance(row, Utterance)]
     manifest = out / "dataset" / f"{TARGET_VOICE}.jsonl"
+    rows = _utterances(out / "dataset" / "metadata.jsonl")
     write_manifest(manifest, [row for row in rows if row.speaker == TARGET_VOICE])
     return manifest
+
+
+def _utterances(manifest: Path) -> list[Utterance]:
+    return [row for _, row in read_manifest(manifest) if isinstance(row, Utterance)]
 
 
 def _recipe(out: Path) -> Recipe:
@@ -116,12 +120,10 @@ def _recipe(out: Path) -> Recipe:
         return load_recipe(path, [f"model.checkpoint={out / 'base'}", f"data.store={out / 'data'}"])
 
 
-def _speak(
-    out: Path, run: RunResult, trained: Sequence[StoreRow], unseen: Sequence[StoreRow]
-) -> dict[str, list[Path]]:
+def _speak(out: Path, run: RunResult, trained: Sequence[StoreRow], unseen: Sequence[StoreRow]) -> dict[str, list[Path]]:
     """Originals and their codec round trip, and the same sentences by the base and with the adapter."""
     rows = [*trained, *unseen]
-    recorded = {row.id: row for _, row in read_manifest(out / "dataset" / f"{TARGET_VOICE}.jsonl") if isinstance(row, Utterance)}
+    recorded = {row.id: row for row in _utterances(out / "dataset" / f"{TARGET_VOICE}.jsonl")}
     base = load_speaker(out / "base", device="cpu")
     files = {"original": [out / "dataset" / str(recorded[row.id].audio) for row in rows]}
     files["round trip"] = _write(out, "round_trip", rows, base, [base.codec.decode(row.codes) for row in rows])
@@ -155,82 +157,10 @@ def _write(out: Path, name: str, rows: Sequence[StoreRow], speaker: Speaker, wav
     return files
 
 
-def _clip_sets(
-    spoken: dict[str, list[Path]], trained: Sequence[StoreRow], unseen: Sequence[StoreRow]
-) -> list[Clips]:
+def _clip_sets(spoken: dict[str, list[Path]], trained: Sequence[StoreRow], unseen: Sequence[StoreRow]) -> list[Clips]:
     texts = [row.text for row in trained]
     sets = [Clips(name, files[: len(trained)], texts) for name, files in spoken.items()]
     unseen_texts = [row.text for row in unseen]
     for name in ("round trip", "adapted"):
         sets.append(Clips(f"{name}, unseen sentences", spoken[name][len(trained) :], unseen_texts))
     return [clips for clips in sets if clips.files]
-
-
-def _report(
-    out: Path,
-    run: RunResult,
-    store: CodeStore,
-    spoken: dict[str, list[Path]],
-    trained: Sequence[StoreRow],
-    unseen: Sequence[StoreRow],
-    measurement: Measurement | None,
-    seconds: dict[str, float],
-) -> Path:
-    columns = ("original", "round trip", "base", "adapted")
-    titles = ("original", "codec round trip", "before: the base", "after: with the adapter")
-    clips = [(row.text, [spoken[name][i] for name in columns]) for i, row in enumerate([*trained, *unseen])]
-    path = out / "report.html"
-    write_report(
-        Report(
-            title="A miniature learns a voice",
-            introduction=(
-                "A 10-million-parameter base with Higgs Audio's architecture, trained on one synthetic voice, was "
-                "taught another with LoRA in two stages. It speaks through a codec fitted in a minute, which sounds "
-                "rough: listen to the round trip to hear how good it can get at best."
-            ),
-            facts=_facts(run, store),
-            histories={name: stage["history"] for name, stage in run.stages.items()},
-            sections=[
-                Section("Sentences it was trained on", titles, clips[: len(trained)]),
-                Section("Sentences it has never seen", titles, clips[len(trained) :]),
-            ],
-            measures=_measures(measurement),
-            measures_note=_measures_note(measurement),
-            timings=seconds,
-        ),
-        path,
-    )
-    return path
-
-
-def _facts(run: RunResult, store: CodeStore) -> dict[str, str]:
-    rows, hours = store.info.rows, store.info.hours
-    facts = {"data": f"{rows['train']} clips ({60 * hours['train']:.1f} min) of the voice {TARGET_VOICE}, {rows['validation']} for validation"}
-    for name, stage in run.stages.items():
-        facts[name] = f"{stage['kind']}: {stage['steps']} steps, {stage['parameters']:,} LoRA parameters in {stage['layers']} layers"
-        proof = stage["verification"]
-        facts[f"{name}, saved adapter"] = (
-            f"in a fresh process {proof['from_trained']:.1e} from the trained model's logits, {proof['from_base']:.1f} from the base's"
-        )
-    return facts
-
-
-def _measures(measurement: Measurement | None) -> list[dict[str, str]]:
-    if measurement is None:
-        return []
-    judges = list(measurement.rows[0].similarity)
-    table = []
-    for row in measurement.rows:
-        rate = "not measured" if row.error_rate is None else f"{100 * row.error_rate:.1f} %"
-        similarity = {f"similarity ({judge})": f"{row.similarity[judge]:.3f}" for judge in judges}
-        table.append({"clips": row.name, "number": str(row.clips), "word error rate": rate, **similarity})
-    return table
-
-
-def _measures_note(measurement: Measurement | None) -> str:
-    if measurement is None:
-        return "Not measured: no judge was named (--asr, --speaker-judge)."
-    bars = "; ".join(
-        f"{bar.name} {bar.value:.3f} ({bar.condition}): {'holds' if bar.holds else 'BROKEN'}" for bar in measurement.bars
-    )
-    return f"Judged by {measurement.judges}. {bars}."

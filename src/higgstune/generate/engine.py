@@ -56,9 +56,7 @@ def generate(
         rows = [sampler.rows[0] for sampler in samplers]
         while not all(sampler.finished for sampler in samplers):
             logits = decoder.step(torch.tensor(rows)).float().cpu()
-            rows = [
-                rows[b] if sampler.finished else sampler.step(logits[b]) for b, sampler in enumerate(samplers)
-            ]
+            rows = [rows[b] if sampler.finished else sampler.step(logits[b]) for b, sampler in enumerate(samplers)]
             if on_row is not None:
                 on_row()
     eos = config.audio_stream_eos_id

@@ -79,8 +79,9 @@ class Speaker:
         batch_size: int = 8,
         on_spoken: Callable[[int], None] | None = None,
     ) -> list[Speech]:
-        """Speak texts, `batch_size` at a time. Text i is drawn with seed + i; each piece of a long text hears the one before.
+        """Speak texts, `batch_size` at a time. Text i is drawn with seed + i.
 
+        Each piece of a long text hears the one before.
         `max_seconds` caps every piece, in place of the cap from the text's length. Raises InputError on an empty
         text, DataError on control tokens in it. `on_spoken` is told how many texts are done.
         """

@@ -64,9 +64,7 @@ def add_lora(model: HiggsAudioV2ForConditionalGeneration, lora: Lora, kind: Stag
     return peft_model
 
 
-def continue_lora(
-    model: HiggsAudioV2ForConditionalGeneration, folder: Path, lora: Lora, kind: StageKind
-) -> PeftModel:
+def continue_lora(model: HiggsAudioV2ForConditionalGeneration, folder: Path, lora: Lora, kind: StageKind) -> PeftModel:
     """The model with a stage's adapter that goes on from an earlier one in `folder`.
 
     Layers that the earlier adapter does not have start at zero. Raises ConfigError when its LoRA shape is another,

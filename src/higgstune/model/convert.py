@@ -87,7 +87,9 @@ def native_state(original: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Original names -> native names; frozen and trainable halves concatenated, buffers dropped."""
     whole = {key: tensor for key, tensor in original.items() if not _HALVES.match(key) and not _DROPPED.search(key)}
     for base in {match.group(1) for key in original if (match := _HALVES.match(key))}:
-        halves = {m.group(2): tensor for key, tensor in original.items() if (m := _HALVES.match(key)) and m.group(1) == base}
+        halves = {
+            m.group(2): tensor for key, tensor in original.items() if (m := _HALVES.match(key)) and m.group(1) == base
+        }
         if set(halves) != {"frozen", "trainable"}:
             raise CheckpointError(f"the checkpoint has only the {', '.join(halves)} half of {base}")
         whole[f"{base}.weight"] = torch.cat([halves["frozen"], halves["trainable"]])

@@ -195,7 +195,8 @@ def _load_original(layout: Layout, dtype: torch.dtype) -> HiggsAudioV2ForConditi
     if wrong:
         raise CheckpointError(
             f"the original-format weights in {layout.folder} do not fit its config: {len(wrong)} tensors missing, "
-            f"unknown or of another shape, such as {wrong[0]} (expected {shapes.get(wrong[0])}, got {found.get(wrong[0])})"
+            f"unknown or of another shape, "
+            f"such as {wrong[0]}: expected {shapes.get(wrong[0])}, got {found.get(wrong[0])}"
         )
     model = HiggsAudioV2ForConditionalGeneration._from_config(config, use_text_head=True, dtype=dtype)
     model.load_state_dict(state)

@@ -106,9 +106,7 @@ class Prompter:
         """The prompt that asks for the next speech; ends with `<|audio_out_bos|>` and carries no labels."""
         return self._expand(pieces(messages, generation=True), codes, set(), set())
 
-    def _expand(
-        self, parts: list[Piece], codes: Sequence[Codes], labelled: set[int], targets: set[int]
-    ) -> Example:
+    def _expand(self, parts: list[Piece], codes: Sequence[Codes], labelled: set[int], targets: set[int]) -> Example:
         audio_parts = [part for part in parts if part.kind == "audio"]
         if len(audio_parts) != len(codes):
             raise DataError(f"the conversation has {len(audio_parts)} audio parts and got codes for {len(codes)}")
@@ -196,7 +194,5 @@ def _user_turn_before(messages: Sequence[Message], turn: int) -> int | None:
     return next((i for i in range(turn - 1, -1, -1) if messages[i]["role"] == "user"), None)
 
 
-def _text_labels(
-    tokens: NDArray[np.int64], owners: NDArray[np.int64], labelled: set[int]
-) -> NDArray[np.int64]:
+def _text_labels(tokens: NDArray[np.int64], owners: NDArray[np.int64], labelled: set[int]) -> NDArray[np.int64]:
     return np.where(np.isin(owners, list(labelled)), tokens, IGNORE)

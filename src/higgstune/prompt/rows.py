@@ -1,6 +1,7 @@
 """From a row of a code store to a training example."""
 
 from collections.abc import Sequence
+
 import numpy as np
 
 from higgstune.data.store import Row
@@ -54,4 +55,3 @@ def _codes_in_order(row: Row) -> list[np.ndarray]:
     codes = list(row.context_codes)
     codes.insert(target, row.codes)
     return codes
-

@@ -54,9 +54,7 @@ def render(messages: Sequence[Message], *, template: Template = "native", genera
     return "".join(piece.text for piece in pieces(messages, template=template, generation=generation))
 
 
-def pieces(
-    messages: Sequence[Message], *, template: Template = "native", generation: bool = False
-) -> list[Piece]:
+def pieces(messages: Sequence[Message], *, template: Template = "native", generation: bool = False) -> list[Piece]:
     """What `render` joins, piece by piece, so that labels can be told from context. Raises as `render`."""
     if template not in ("native", "chatml"):
         raise DataError(f"unknown template {template!r}: native or chatml")

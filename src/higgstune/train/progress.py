@@ -36,9 +36,7 @@ class ProgressReport(TrainerCallback):
             self.bar.start()
             self.task = self.bar.add_task(self.stage, total=state.max_steps, completed=state.global_step, numbers="")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
@@ -58,7 +56,9 @@ class ProgressReport(TrainerCallback):
         if self.bar is not None:
             self.bar.update(self.task, numbers=numbers)
         else:
-            self.console.print(f"{self.stage} {state.global_step}/{state.max_steps}  {numbers}", highlight=False, soft_wrap=True)
+            self.console.print(
+                f"{self.stage} {state.global_step}/{state.max_steps}  {numbers}", highlight=False, soft_wrap=True
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

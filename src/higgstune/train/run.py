@@ -114,7 +114,9 @@ class _Run:
         if self.state["status"] == "finished":
             raise ConfigError(f"the run {self.folder} is finished and is not overwritten: give another --out")
         if not resume:
-            raise ConfigError(f"the run {self.folder} was begun already: continue it with --resume, or give another --out")
+            raise ConfigError(
+                f"the run {self.folder} was begun already: continue it with --resume, or give another --out"
+            )
         begun_with = load_recipe(self.folder / RECIPE_FILE)
         changed = _differences(begun_with.model_dump(mode="json"), self.recipe.model_dump(mode="json"))
         if changed:
@@ -256,18 +258,14 @@ def _callbacks(recipe: Recipe, stage: Stage, folder: Path, *, is_main: bool) -> 
 
 def _newest_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint of a stage; one that was cut off while it was written has no such name."""
-    found = sorted(
-        (folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])
-    )
+    found = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     return str(found[-1]) if found else None
 
 
 def _probe_batch(examples: RowExamples, loaded: ModelAndTokenizers) -> Batch:
     """A few clips; their transcripts are labelled whatever the stage does, so that text logits are compared too."""
     probe = RowExamples(examples.rows, examples.prompter, "transcript")
-    collate = PaddedCollator(
-        pad_id=loaded.config.pad_token_id or 0, stream_eos=loaded.config.audio_stream_eos_id
-    )
+    collate = PaddedCollator(pad_id=loaded.config.pad_token_id or 0, stream_eos=loaded.config.audio_stream_eos_id)
     return collate([probe[i] for i in range(min(_PROBE_CLIPS, len(probe)))])
 
 

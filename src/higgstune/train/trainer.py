@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with what is special about Higgs Audio: data, loss, evaluation, and how a checkpoint is written."""
+"""`transformers.Trainer` with what is special about Higgs Audio: data, loss, evaluation, whole checkpoints."""
 
 import os
 import time

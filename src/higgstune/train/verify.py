@@ -1,6 +1,6 @@
 """Proof that what was saved is what was trained: the adapter, loaded by a fresh process onto a fresh base.
 
-    python -m higgstune.train.verify REQUEST.json     prints one JSON line
+python -m higgstune.train.verify REQUEST.json     prints one JSON line
 """
 
 import json
@@ -103,9 +103,7 @@ def _compare(request: dict[str, Any]) -> Verification:
     base = probe_logits(model, probe)
     fresh = probe_logits(load_adapter(model, Path(request["adapter"])), probe)
     dtype = request["dtype"]
-    return Verification(
-        dtype, TOLERANCE[dtype], _difference(fresh, trained, dtype), _difference(fresh, base, dtype)
-    )
+    return Verification(dtype, TOLERANCE[dtype], _difference(fresh, trained, dtype), _difference(fresh, base, dtype))
 
 
 def _difference(a: dict[str, Tensor], b: dict[str, Tensor], dtype: str) -> float:

@@ -1,0 +1,40 @@
+# From a fresh clone, with nothing but make and Python 3.11 or newer:
+#   make test    the tests
+#   make demo    a miniature learns a voice; open runs/demo/report.html
+#   make lint    style and types
+# The first one creates .venv and installs into it; PYTHON names the interpreter (make test PYTHON=python3.12).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALLED := $(VENV)/installed
+
+# Models as small as those of tests and demo are slower on several threads, and many times so on a busy machine.
+OMP_NUM_THREADS ?= 1
+export OMP_NUM_THREADS
+
+.PHONY: test demo lint install
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+demo: $(INSTALLED)
+	$(BIN)/higgstune demo --out runs/demo
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(INSTALLED)
+
+# pip is the last thing that goes into an environment: one that was cut off before is made anew.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is no Python 3.11 or newer: name one with PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	@touch $@

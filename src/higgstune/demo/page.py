@@ -1,0 +1,89 @@
+"""The demo's report: what it did, in words and clips."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from higgstune.data.store import CodeStore
+from higgstune.demo.measure import Measurement
+from higgstune.report.page import Report, Section, write_report
+from higgstune.train.run import RunResult
+
+_COLUMNS = {
+    "original": "original",
+    "round trip": "codec round trip",
+    "base": "before: the base",
+    "adapted": "after: with the adapter",
+}
+_INTRODUCTION = (
+    "A 10-million-parameter base with Higgs Audio's architecture, trained on one synthetic voice, was taught another "
+    "with LoRA in two stages. It speaks through a codec fitted in a minute, which sounds rough: listen to the round "
+    "trip to hear how good it can get at best."
+)
+
+
+def write_page(
+    out: Path,
+    run: RunResult,
+    store: CodeStore,
+    spoken: Mapping[str, Sequence[Path]],
+    texts: Sequence[str],
+    trained: int,
+    measurement: Measurement | None,
+    seconds: Mapping[str, float],
+) -> Path:
+    """Write `report.html`. `spoken` has a file for each text in each column; the first `trained` were trained on."""
+    clips = [(text, [spoken[name][i] for name in _COLUMNS]) for i, text in enumerate(texts)]
+    path = out / "report.html"
+    write_report(
+        Report(
+            title="A miniature learns a voice",
+            introduction=_INTRODUCTION,
+            facts=_facts(run, store),
+            histories={name: stage["history"] for name, stage in run.stages.items()},
+            sections=[
+                Section("Sentences it was trained on", list(_COLUMNS.values()), clips[:trained]),
+                Section("Sentences it has never seen", list(_COLUMNS.values()), clips[trained:]),
+            ],
+            measures=_measures(measurement),
+            measures_note=_note(measurement),
+            timings=seconds,
+        ),
+        path,
+    )
+    return path
+
+
+def _facts(run: RunResult, store: CodeStore) -> dict[str, str]:
+    rows, minutes = store.info.rows, 60 * store.info.hours["train"]
+    facts = {"data": f"{rows['train']} clips ({minutes:.1f} min) for training, {rows['validation']} for validation"}
+    for name, stage in run.stages.items():
+        parameters = f"{stage['parameters']:,} LoRA parameters in {stage['layers']} layers"
+        facts[name] = f"{stage['kind']}: {stage['steps']} steps, {parameters}"
+        proof = stage["verification"]
+        facts[f"{name}, as saved"] = (
+            f"loaded by a fresh process, {proof['from_trained']:.1e} from the trained model's logits and "
+            f"{proof['from_base']:.1f} from the base's"
+        )
+    return facts
+
+
+def _measures(measurement: Measurement | None) -> list[dict[str, str]]:
+    if measurement is None:
+        return []
+    judges = list(measurement.rows[0].similarity)
+    table = []
+    for row in measurement.rows:
+        rate = "not measured" if row.error_rate is None else f"{100 * row.error_rate:.1f} %"
+        similarity = {f"similarity ({judge})": f"{row.similarity[judge]:.3f}" for judge in judges}
+        table.append({"clips": row.name, "number": str(row.clips), "word error rate": rate, **similarity})
+    return table
+
+
+def _note(measurement: Measurement | None) -> str:
+    if measurement is None:
+        return "Not measured: no judge was named (--asr, --speaker-judge)."
+    bars = (
+        f"{bar.name} {bar.value:.3f} ({bar.condition}): {'holds' if bar.holds else 'BROKEN'}"
+        for bar in measurement.bars
+    )
+    return f"Judged by {measurement.judges}. {'; '.join(bars)}."

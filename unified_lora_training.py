@@ -1,0 +1,98 @@
+"""The two stages as one script with plain flags, alone or under torchrun.
+
+    python unified_lora_training.py --training_stage stage1 --train_manifest clips.jsonl --output_dir runs/me
+    python unified_lora_training.py --training_stage stage2 --train_manifest clips.jsonl --output_dir runs/me
+
+OUTPUT_DIR/stage1 and stage2 are run folders; the same command goes on with one that was interrupted.
+"""
+
+import argparse
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from higgstune import prepare
+from higgstune.data.schema import INDEX_NAME
+from higgstune.errors import CheckpointError, HiggstuneError, InputError
+from higgstune.hub import fetch
+from higgstune.model.adapters import Lora, find_adapter
+from higgstune.model.load import choose_device
+from higgstune.train.recipe import ModelSettings, Recipe, Stage, parse_recipe
+from higgstune.train.run import train
+
+FLAGS: dict[str, tuple[Any, str, float]] = {  # part of the recipe, its key there, default for a GPU of 24 GB
+    "batch_size": (Stage, "batch_size", 2), "lr": (Stage, "learning_rate", 1e-4),
+    "wd": (Stage, "weight_decay", 0.01), "epochs": (Stage, "epochs", 5.0),
+    "grad_accum": (Stage, "gradient_accumulation", 4), "warmup": (Stage, "warmup_steps", 0.05),
+    "lora_r": (Lora, "r", 16), "lora_alpha": (Lora, "alpha", 32.0), "lora_dropout": (Lora, "dropout", 0.05),
+    "save_steps": (Recipe, "save_steps", 200), "log_steps": (Recipe, "log_steps", 10),
+    "val_steps": (Recipe, "eval_steps", 200),
+}  # fmt: skip
+
+
+def main() -> int:
+    """0 when the stage is trained, 1 when that failed, 2 when a flag or what it names is wrong."""
+    args = arguments()
+    is_store = (args.train_manifest / INDEX_NAME).exists()
+    store = args.train_manifest if is_store else args.output_dir / "data"
+    try:
+        recipe = as_recipe(args, store)
+        if not is_store:
+            prepare_once(args.train_manifest, store, args.base_ckpt)
+        train(recipe, args.output_dir / args.training_stage, resume=True)
+    except HiggstuneError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2 if isinstance(error, InputError) else 1
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; exits with 2 when it is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--training_stage", choices=["stage1", "stage2"], required=True)
+    add("--train_manifest", type=Path, required=True, help="what `prepare` takes, or a store that it made")
+    add("--output_dir", type=Path, required=True, help="gets stage1, stage2 and, from a manifest, data")
+    add("--base_ckpt", default=ModelSettings.model_fields["checkpoint"].default, help="folder or hub id")
+    add("--from_base", action="store_true", help="start stage2 from the base, without stage1's adapter")
+    for flag, (part, key, default) in FLAGS.items():
+        text = f"{part.model_fields[key].description or key} (default: {default})"
+        add(f"--{flag}", type=type(default), default=default, help=text)
+    return parser.parse_args()
+
+
+def as_recipe(args: argparse.Namespace, store: Path) -> Recipe:
+    """The flags as a recipe of one stage. Raises ConfigError; CheckpointError when stage1 is missing."""
+    kind = "text" if args.training_stage == "stage1" else "full"
+    parts: dict[Any, dict[str, Any]] = {Stage: {"name": kind, "kind": kind}, Lora: {}, Recipe: {}}
+    for flag, (part, key, _) in FLAGS.items():
+        parts[part][key] = getattr(args, flag)
+    tree = parts[Recipe] | {"lora": parts[Lora], "stages": [parts[Stage]], "data": {"store": str(store)}}
+    tree["model"] = {"checkpoint": args.base_ckpt}
+    if kind == "full" and not args.from_base:
+        tree["init_adapter"] = str(args.output_dir / "stage1")
+        try:
+            find_adapter(tree["init_adapter"])
+        except CheckpointError as error:
+            raise CheckpointError(f"stage2 needs stage1 (or --from_base): {error}") from error
+    return parse_recipe(tree, where="unified_lora_training.py")
+
+
+def prepare_once(source: Path, store: Path, checkpoint: str) -> None:
+    """The first process prepares while the others wait."""
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.use_distributed:  # a collective gives up after minutes, and encoding may take hours
+        patient = torch.distributed.new_group(timeout=timedelta(days=9), backend="gloo")
+    if state.is_main_process:
+        fetch(checkpoint, what="checkpoint", weights=False)  # a wrong name is told before hours of encoding
+        prepare(source, store, model=checkpoint, device=str(choose_device()))
+    if state.use_distributed:
+        torch.distributed.barrier(patient)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
