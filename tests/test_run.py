@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import SENTENCES, save_tiny_checkpoint
+from tiny_codec import save_tiny_codec
 
 import higgstune
 from higgstune.errors import CheckpointError, ConfigError, DataError, VerificationError
@@ -232,3 +233,33 @@ def test_a_wrong_base_is_told(finished: Path, tmp_path: Path) -> None:
         (moved / name).write_text((moved / name).read_text().replace("/base", "/gone"))
     with pytest.raises(CheckpointError, match="--model"):
         load_speaker(adapter=moved)
+
+
+def test_two_processes_train_both_stages(world: Path) -> None:
+    run, path = world / "two", world / "two.yaml"
+    path.write_text(yaml.safe_dump(recipe(world).model_dump(mode="json")))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    done = subprocess.run(
+        [*launcher, "-m", "higgstune", "train", str(path), "--out", str(run)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    state = json.loads((run / "run.json").read_text())
+    assert state["status"] == "finished"
+    assert list(state["stages"]) == ["stage1", "stage2"]
+
+
+def test_the_real_codec_class_goes_the_same_way(tmp_path: Path) -> None:
+    """A small random `HiggsAudioV2TokenizerModel`: prepare, train, speak."""
+    save_tiny_checkpoint(tmp_path / "base")
+    save_tiny_codec(tmp_path / "base" / "codec")
+    recordings = make_recordings(tmp_path / "recordings", clips=4)
+    higgstune.prepare(recordings, tmp_path / "data", model=tmp_path / "base", validation_fraction=0.2)
+    stages = [{"name": "s", "kind": "full", "max_steps": 3, "learning_rate": 5e-3}]
+    result = train(recipe(tmp_path, stages=stages), tmp_path / "run")
+    files = speak("Hello there.", tmp_path / "x.wav", adapter=result.adapter, device="cpu", max_seconds=0.4)
+    waveform, rate = soundfile.read(files[0])
+    assert rate == 24_000
+    assert 0 < len(waveform) <= 0.4 * rate

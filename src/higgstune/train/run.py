@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainingArguments
@@ -28,7 +29,7 @@ from higgstune.model.adapters import (
     find_adapter,
 )
 from higgstune.model.forward import with_training_forward
-from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
+from higgstune.model.load import ModelAndTokenizers, choose_device, load_model_and_tokenizers
 from higgstune.model.loss import LossWeights
 from higgstune.prompt.example import Prompter, SpecialIds
 from higgstune.prompt.rows import RowExamples
@@ -59,8 +60,12 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    run = _Run(Path(out), recipe)
-    run.open(resume=resume)
+    processes = PartialState(cpu=choose_device(_device(recipe.model.device)).type == "cpu")
+    run = _Run(Path(out), recipe, is_main=processes.is_main_process)
+    if run.is_main:
+        run.open(resume=resume)
+    processes.wait_for_everyone()
+    run.read()
     store = CodeStore.open(recipe.data.store)
     settings = recipe.model
     loaded = load_model_and_tokenizers(
@@ -75,9 +80,10 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
     for stage in recipe.stages:
         if not run.has_finished(stage):
             run.finished(stage, _train_stage(run, stage, loaded, store, adapter))
+            processes.wait_for_everyone()  # the next stage begins from what the first process has written
         adapter = run.adapter(stage)
     assert adapter is not None
-    run.close(adapter)
+    run.close()
     return RunResult(run.folder, adapter, run.state["stages"])
 
 
@@ -96,11 +102,11 @@ def check_store(store: CodeStore, loaded: ModelAndTokenizers) -> None:
 class _Run:
     """The run's folder: `recipe.yaml`, `run.json`, and a folder for each stage."""
 
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, *, is_main: bool) -> None:
         self.folder = folder
         self.recipe = recipe
         self.state: dict[str, Any] = {"status": "running", "higgstune": higgstune.__version__, "stages": {}}
-        self.is_main = int(os.environ.get("RANK", "0")) == 0
+        self.is_main = is_main  # the one of several processes that writes
 
     def open(self, *, resume: bool) -> None:
         """Take the folder, or say why not."""
@@ -110,7 +116,7 @@ class _Run:
                 raise ConfigError(f"{self.folder} exists and is no run: give another --out")
             self._begin()
             return
-        self.state = json.loads(path.read_text(encoding="utf-8"))
+        self.read()
         if self.state["status"] == "finished":
             raise ConfigError(f"the run {self.folder} is finished and is not overwritten: give another --out")
         if not resume:
@@ -125,11 +131,14 @@ class _Run:
                 f"{self.folder / RECIPE_FILE}, or give another --out"
             )
 
+    def read(self) -> None:
+        """What the folder says of the run."""
+        self.state = json.loads((self.folder / RUN_STATE).read_text(encoding="utf-8"))
+
     def _begin(self) -> None:
-        if self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_recipe(self.recipe, self.folder / RECIPE_FILE)
-            self._save()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_recipe(self.recipe, self.folder / RECIPE_FILE)
+        self._save()
 
     def _save(self) -> None:
         if self.is_main:
@@ -151,7 +160,7 @@ class _Run:
         self.state["adapter"] = self.adapter(stage).relative_to(self.folder).as_posix()
         self._save()
 
-    def close(self, adapter: Path) -> None:
+    def close(self) -> None:
         self.state["status"] = "finished"
         self._save()
 
