@@ -29,11 +29,11 @@ lint: $(INSTALLED)
 
 install: $(INSTALLED)
 
-# pip is the last thing that goes into an environment: one that was cut off before is made anew.
+# pip is the last thing that goes into an environment: one without it was cut off, and is completed.
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) is no Python 3.11 or newer: name one with PYTHON=..." >&2; exit 2; }
-	$(PYTHON) -m venv --clear $(VENV)
+	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip
 	$(PIP) install --constraint constraints.txt --editable ".[dev]"
