@@ -21,8 +21,8 @@ from higgstune.errors import CheckpointError, HiggstuneError, InputError
 from higgstune.hub import fetch
 from higgstune.model.adapters import Lora, find_adapter
 from higgstune.model.load import choose_device
-from higgstune.train.recipe import ModelSettings, Recipe, Stage, parse_recipe
-from higgstune.train.run import train
+from higgstune.training.recipe import ModelSettings, Recipe, Stage, parse_recipe
+from higgstune.training.run import train
 
 FLAGS: dict[str, tuple[Any, str, float]] = {  # part of the recipe, its key there, default for a GPU of 24 GB
     "batch_size": (Stage, "batch_size", 2), "lr": (Stage, "learning_rate", 1e-4),

@@ -156,3 +156,10 @@ def test_the_demo_does_not_write_over_anything(command: Command, tmp_path: Path)
     code, _, err = command("demo", "--out", tmp_path)
     assert code == 2
     assert "remove it" in err
+
+
+def test_verbs_stay_functions_whatever_was_imported() -> None:
+    check = "import higgstune, higgstune.training.run, higgstune.data.prepare, higgstune.generate.speak; " + "; ".join(
+        f"assert callable(higgstune.{name}), {name!r}" for name in ("prepare", "train", "speak", "render")
+    )
+    subprocess.run([sys.executable, "-c", check], check=True)

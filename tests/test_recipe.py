@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from higgstune.errors import ConfigError
 from higgstune.model.adapters import Lora
-from higgstune.train.recipe import (
+from higgstune.training.recipe import (
     DataSettings,
     ModelSettings,
     Recipe,

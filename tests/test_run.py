@@ -24,9 +24,9 @@ from higgstune.errors import CheckpointError, ConfigError, DataError, Verificati
 from higgstune.generate.speak import load_speaker, speak
 from higgstune.model.adapters import find_adapter, load_adapter
 from higgstune.model.load import load_model
-from higgstune.train.recipe import Recipe, parse_recipe
-from higgstune.train.run import train
-from higgstune.train.verify import verify_in_fresh_process
+from higgstune.training.recipe import Recipe, parse_recipe
+from higgstune.training.run import train
+from higgstune.training.verify import verify_in_fresh_process
 
 DEMO_CODEC = Path(higgstune.__file__).parent / "demo" / "assets" / "codec"
 

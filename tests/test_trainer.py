@@ -25,7 +25,7 @@ from higgstune.prompt.delay import IGNORE
 from higgstune.prompt.example import Example, Prompter
 from higgstune.prompt.rows import TARGET
 from higgstune.prompt.template import speech_messages
-from higgstune.train.trainer import HiggsAudioTrainer
+from higgstune.training.trainer import HiggsAudioTrainer
 
 CODES = 32
 EOS = CODES + 1

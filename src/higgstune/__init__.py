@@ -12,24 +12,24 @@ if TYPE_CHECKING:
     from higgstune.model.load import load_model_and_tokenizers as load_model_and_tokenizers
     from higgstune.prompt.delay import build_frames as build_frames
     from higgstune.prompt.template import render as render
-    from higgstune.train.recipe import load_recipe as load_recipe
-    from higgstune.train.run import train as train
-    from higgstune.train.trainer import HiggsAudioTrainer as HiggsAudioTrainer
+    from higgstune.training.recipe import load_recipe as load_recipe
+    from higgstune.training.run import train as train
+    from higgstune.training.trainer import HiggsAudioTrainer as HiggsAudioTrainer
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "HiggsAudioTrainer": "higgstune.train.trainer",
+    "HiggsAudioTrainer": "higgstune.training.trainer",
     "ModelAndTokenizers": "higgstune.model.load",
     "build_frames": "higgstune.prompt.delay",
     "inspect_row": "higgstune.inspection",
     "load_model": "higgstune.model.load",
     "load_model_and_tokenizers": "higgstune.model.load",
-    "load_recipe": "higgstune.train.recipe",
+    "load_recipe": "higgstune.training.recipe",
     "prepare": "higgstune.data.prepare",
     "render": "higgstune.prompt.template",
     "speak": "higgstune.generate.speak",
-    "train": "higgstune.train.run",
+    "train": "higgstune.training.run",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 

@@ -89,13 +89,13 @@ def prepare(
 ) -> None:
     """Check recordings, encode them once, and store their codes."""
     from higgstune.data.prepare import prepare as run
-    from higgstune.model.load import checkpoint_codec, choose_device
+    from higgstune.model.load import choose_device
 
     with _Bar() as bar:
         summary = run(
             source,
             out,
-            codec=checkpoint_codec(model, codec),
+            codec=codec,
             device=str(choose_device(device)),
             model=model,
             validation_fraction=validation_fraction,
@@ -154,10 +154,10 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train the stages of a recipe, and prove that what was saved is what was trained."""
-    from higgstune.train.recipe import load_recipe
+    from higgstune.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    from higgstune.train.run import train as run
+    from higgstune.training.run import train as run
 
     result = run(loaded, out, resume=resume)
     stages = {

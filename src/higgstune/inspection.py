@@ -16,7 +16,7 @@ from higgstune.model.load import load_tokenizer
 from higgstune.prompt.delay import IGNORE
 from higgstune.prompt.example import Example, Prompter, SpecialIds, TextTargets
 from higgstune.prompt.rows import row_example
-from higgstune.train.recipe import ModelSettings
+from higgstune.training.recipe import ModelSettings
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from higgstune.data.manifest import Utterance, read_manifest, write_manifest
@@ -25,13 +26,12 @@ from higgstune.generate.sampling import Sampling
 from higgstune.generate.speak import Speaker, load_speaker
 from higgstune.generate.wav import write_wav
 from higgstune.model.load import CODEC_FOLDER
-from higgstune.train.recipe import Recipe, load_recipe
-from higgstune.train.run import RunResult, train
+from higgstune.training.recipe import Recipe, load_recipe
+from higgstune.training.run import RunResult, train
 
 TARGET_VOICE = "rms"
 SPOKEN_SENTENCES = 24  # training sentences that are spoken, and measured where judges are at hand
-SAMPLING = Sampling(temperature=0.5)
-_SEED = 7
+SAMPLING = Sampling(temperature=0)  # greedy: a miniature has no probability mass to spare
 Progress = Callable[[str, int, int], None]
 
 
@@ -72,7 +72,22 @@ def run_demo(
         raise ConfigError(f"{out} exists: remove it, or give another --out")
     transcriber = FasterWhisper(asr) if asr else None
     judge = SpeakerJudge(speaker_judge) if speaker_judge else None
-    show = progress or (lambda what, done, total: None)
+    with _one_thread():
+        return _run(out, transcriber, judge, progress or (lambda what, done, total: None))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models this small lose more than they gain by a second thread, and lose tenfold on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(out: Path, transcriber: FasterWhisper | None, judge: SpeakerJudge | None, show: Progress) -> DemoResult:
     clock, started = _Clock(), time.monotonic()
     with clock.step("unpack the sample recordings and the base"):
         manifest = _unpack(out)
@@ -87,11 +102,11 @@ def run_demo(
     trained = list(store.split("train"))[:SPOKEN_SENTENCES]
     unseen = list(store.split("validation"))
     with clock.step("speak before and after"):
-        spoken = _speak(out, run, trained, unseen)
+        spoken = _speak(out, run, trained, unseen, show)
     measurement = None
     if transcriber is not None or judge is not None:
         with clock.step("judge"):
-            spoken |= _speak_controls(out, run, trained)
+            spoken |= _speak_controls(out, run, trained, show)
             measurement = measure(_clip_sets(spoken, trained, unseen), spoken["original"][:10], transcriber, judge)
     clock.seconds["all"] = time.monotonic() - started
     texts = [row.text for row in [*trained, *unseen]]
@@ -120,37 +135,47 @@ def _recipe(out: Path) -> Recipe:
         return load_recipe(path, [f"model.checkpoint={out / 'base'}", f"data.store={out / 'data'}"])
 
 
-def _speak(out: Path, run: RunResult, trained: Sequence[StoreRow], unseen: Sequence[StoreRow]) -> dict[str, list[Path]]:
+def _speak(
+    out: Path, run: RunResult, trained: Sequence[StoreRow], unseen: Sequence[StoreRow], show: Progress
+) -> dict[str, list[Path]]:
     """Originals and their codec round trip, and the same sentences by the base and with the adapter."""
     rows = [*trained, *unseen]
     recorded = {row.id: row for row in _utterances(out / "dataset" / f"{TARGET_VOICE}.jsonl")}
     base = load_speaker(out / "base", device="cpu")
     files = {"original": [out / "dataset" / str(recorded[row.id].audio) for row in rows]}
     files["round trip"] = _write(out, "round_trip", rows, base, [base.codec.decode(row.codes) for row in rows])
-    files["base"] = _say(out, "before", rows, base)
-    files["adapted"] = _say(out, "after", rows, load_speaker(adapter=run.adapter, device="cpu"))
+    files["base"] = _say(out, "before", rows, base, show)
+    files["adapted"] = _say(out, "after", rows, load_speaker(adapter=run.adapter, device="cpu"), show)
     return files
 
 
-def _speak_controls(out: Path, run: RunResult, trained: Sequence[StoreRow]) -> dict[str, list[Path]]:
+def _speak_controls(out: Path, run: RunResult, trained: Sequence[StoreRow], show: Progress) -> dict[str, list[Path]]:
     """What must not pass: each sentence's clip with the next one's text, and the adapter with zeroed weights."""
     speaker = load_speaker(adapter=run.adapter, device="cpu")
-    swapped = _say(out, "swapped", trained, speaker, texts=[row.text for row in [*trained[1:], trained[0]]])
+    swapped = _say(out, "swapped", trained, speaker, show, texts=[row.text for row in [*trained[1:], trained[0]]])
     with torch.no_grad():
         for name, parameter in speaker.model.named_parameters():
             if "lora_" in name:
                 parameter.zero_()
-    return {"swapped": swapped, "zeroed": _say(out, "zeroed", trained, speaker)}
+    return {"swapped": swapped, "zeroed": _say(out, "zeroed", trained, speaker, show)}
 
 
 def _say(
-    out: Path, name: str, rows: Sequence[StoreRow], speaker: Speaker, texts: Sequence[str] | None = None
+    out: Path,
+    name: str,
+    rows: Sequence[StoreRow],
+    speaker: Speaker,
+    show: Progress,
+    texts: Sequence[str] | None = None,
 ) -> list[Path]:
-    spoken = speaker.say(texts or [row.text for row in rows], sampling=SAMPLING, seed=_SEED)
+    said = texts or [row.text for row in rows]
+    spoken = speaker.say(said, sampling=SAMPLING, on_spoken=lambda done: show(f"speaking, {name}", done, len(said)))
     return _write(out, name, rows, speaker, [speech.waveform for speech in spoken])
 
 
-def _write(out: Path, name: str, rows: Sequence[StoreRow], speaker: Speaker, waveforms: Sequence) -> list[Path]:
+def _write(
+    out: Path, name: str, rows: Sequence[StoreRow], speaker: Speaker, waveforms: Sequence[np.ndarray]
+) -> list[Path]:
     files = [out / "speech" / name / f"{row.id}.wav" for row in rows]
     for file, waveform in zip(files, waveforms, strict=True):
         write_wav(file, waveform, speaker.codec.sample_rate)

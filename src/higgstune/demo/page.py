@@ -6,7 +6,7 @@ from pathlib import Path
 from higgstune.data.store import CodeStore
 from higgstune.demo.measure import Measurement
 from higgstune.report.page import Report, Section, write_report
-from higgstune.train.run import RunResult
+from higgstune.training.run import RunResult
 
 _COLUMNS = {
     "original": "original",

@@ -85,11 +85,16 @@ def load_model_and_tokenizers(
 
 
 def checkpoint_codec(checkpoint: str | Path | None, codec: str | Path | None = None) -> str:
-    """The codec that a checkpoint speaks through: the given one, else its sub-folder `codec`, else the released one."""
+    """The codec that a checkpoint speaks through: the given one, else its sub-folder `codec`, else the released one.
+
+    Raises CheckpointError when the checkpoint is needed and does not exist.
+    """
     if codec is not None:
         return str(codec)
-    own = Path(checkpoint).expanduser() / CODEC_FOLDER if checkpoint is not None else None
-    return str(own) if own is not None and own.is_dir() else DEFAULT_CODEC
+    if checkpoint is None:
+        return DEFAULT_CODEC
+    own = fetch(checkpoint, what="checkpoint", weights=False) / CODEC_FOLDER
+    return str(own) if own.is_dir() else DEFAULT_CODEC
 
 
 def load_tokenizer(folder: Path, config: HiggsAudioV2Config) -> Any:

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,14 @@ from higgstune.model.load import ModelAndTokenizers, choose_device, load_model_a
 from higgstune.model.loss import LossWeights
 from higgstune.prompt.example import Prompter, SpecialIds
 from higgstune.prompt.rows import RowExamples
-from higgstune.train.metrics import check_possible
-from higgstune.train.progress import ProgressReport
-from higgstune.train.recipe import Recipe, Stage, load_recipe, save_recipe
-from higgstune.train.trainer import HiggsAudioTrainer
-from higgstune.train.verify import verify_in_fresh_process, write_probe
+from higgstune.training.metrics import check_possible
+from higgstune.training.progress import ProgressReport
+from higgstune.training.recipe import Recipe, Stage, load_recipe, save_recipe
+from higgstune.training.trainer import HiggsAudioTrainer
+from higgstune.training.verify import verify_in_fresh_process, write_probe
 
 RECIPE_FILE = "recipe.yaml"
+_BEGUN = (RECIPE_FILE, RUN_STATE)  # a run that was killed in its first moment has left no more than these
 _PROBE_CLIPS = 4
 
 
@@ -60,11 +62,11 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    processes = PartialState(cpu=choose_device(_device(recipe.model.device)).type == "cpu")
-    run = _Run(Path(out), recipe, is_main=processes.is_main_process)
+    processes = _Processes(cpu=choose_device(_device(recipe.model.device)).type == "cpu")
+    run = _Run(Path(out), recipe, is_main=processes.is_main)
     if run.is_main:
         run.open(resume=resume)
-    processes.wait_for_everyone()
+    processes.wait()
     run.read()
     store = CodeStore.open(recipe.data.store)
     settings = recipe.model
@@ -76,11 +78,12 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
         device=_device(settings.device),
     )
     check_store(store, loaded)
+    _check_codebook_weights(recipe, loaded.config.num_codebooks)
     adapter = find_adapter(recipe.init_adapter) if recipe.init_adapter else None
     for stage in recipe.stages:
         if not run.has_finished(stage):
             run.finished(stage, _train_stage(run, stage, loaded, store, adapter))
-            processes.wait_for_everyone()  # the next stage begins from what the first process has written
+            processes.wait()  # the next stage begins from what the first process has written
         adapter = run.adapter(stage)
     assert adapter is not None
     run.close()
@@ -99,6 +102,31 @@ def check_store(store: CodeStore, loaded: ModelAndTokenizers) -> None:
         raise DataError(f"{store.folder} has no training rows")
 
 
+def _check_codebook_weights(recipe: Recipe, codebooks: int) -> None:
+    for stage in recipe.stages:
+        if stage.codebook_weights is not None and len(stage.codebook_weights) != codebooks:
+            raise ConfigError(
+                f"stage {stage.name} has {len(stage.codebook_weights)} codebook_weights, the checkpoint {codebooks} "
+                "codebooks: give one weight for each"
+            )
+
+
+class _Processes:
+    """The processes of a run: one, or those of torchrun."""
+
+    def __init__(self, *, cpu: bool) -> None:
+        state = PartialState(cpu=cpu)
+        self.is_main = state.is_main_process
+        # Collectives give up after minutes; the proof of a large model, read from a slow disk, may take longer.
+        patience = timedelta(days=1)
+        self._group = torch.distributed.new_group(timeout=patience, backend="gloo") if state.use_distributed else None
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self._group is not None:
+            torch.distributed.barrier(self._group)
+
+
 class _Run:
     """The run's folder: `recipe.yaml`, `run.json`, and a folder for each stage."""
 
@@ -112,7 +140,7 @@ class _Run:
         """Take the folder, or say why not."""
         path = self.folder / RUN_STATE
         if not path.exists():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+            if self.folder.is_dir() and any(not p.name.startswith(_BEGUN) for p in self.folder.iterdir()):
                 raise ConfigError(f"{self.folder} exists and is no run: give another --out")
             self._begin()
             return
@@ -249,6 +277,7 @@ def _training_arguments(
         activation_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
         bf16=loaded.model.dtype == torch.bfloat16,
         use_cpu=device.type == "cpu",
+        ddp_find_unused_parameters=False,
         dataloader_num_workers=recipe.data.workers,
         dataloader_pin_memory=device.type == "cuda",
         seed=recipe.seed,

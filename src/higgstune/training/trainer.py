@@ -19,7 +19,7 @@ from higgstune.codec import Codec
 from higgstune.model.forward import with_training_forward
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.model.loss import LossWeights, Sums, add_sums, combine, label_counts
-from higgstune.train.metrics import check_possible, loss_metrics
+from higgstune.training.metrics import check_possible, loss_metrics
 
 _STAGING = "incomplete"  # where a checkpoint is written before it gets its name
 

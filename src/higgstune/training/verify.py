@@ -1,6 +1,6 @@
 """Proof that what was saved is what was trained: the adapter, loaded by a fresh process onto a fresh base.
 
-python -m higgstune.train.verify REQUEST.json     prints one JSON line
+python -m higgstune.training.verify REQUEST.json     prints one JSON line
 """
 
 import json
@@ -70,7 +70,7 @@ def verify_in_fresh_process(
     path = probe.with_name("request.json")
     path.write_text(json.dumps(request, indent=2), encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-m", "higgstune.train.verify", str(path)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "higgstune.training.verify", str(path)], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         raise VerificationError(f"the adapter {adapter} could not be loaded in a fresh process:\n{done.stderr[-4000:]}")
