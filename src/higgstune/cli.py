@@ -236,10 +236,22 @@ def demo(
 
     with _Bar() as bar:
         result = run_demo(out, asr=asr, speaker_judge=speaker_judge, progress=bar)
-    _result(dataclasses.asdict(result), as_json)
+    if as_json:
+        _result(dataclasses.asdict(result), as_json)
+    else:
+        rows = result.measurement.rows if result.measurement else []
+        figures = {row.name: _figures(row.error_rate, row.similarity) for row in rows}
+        bars = result.measurement.bars if result.measurement else []
+        held = {bar.name: f"{bar.value:.3f} ({bar.condition}) {'holds' if bar.holds else 'BROKEN'}" for bar in bars}
+        _result({**figures, **held, "seconds": round(result.seconds), "open": str(result.report)}, as_json)
     if result.measurement is not None and not result.measurement.passed:
         broken = [bar.name for bar in result.measurement.bars if not bar.holds]
         raise WorkError(f"the demo's result is not good enough: {', '.join(broken)}; see {result.report}")
+
+
+def _figures(error_rate: float | None, similarity: dict[str, float]) -> str:
+    rate = "error rate not measured" if error_rate is None else f"word error rate {100 * error_rate:.1f} %"
+    return ", ".join([rate, *(f"{judge} {value:.3f}" for judge, value in similarity.items())])
 
 
 def _lines(file: Path | None) -> list[str]:

@@ -30,6 +30,7 @@ from higgstune.training.recipe import Recipe, load_recipe
 from higgstune.training.run import RunResult, train
 
 TARGET_VOICE = "rms"
+CLIPS = 30  # of its recordings, for training and validation: as many as a few minutes of training can take in
 SPOKEN_SENTENCES = 24  # training sentences that are spoken, and measured where judges are at hand
 SAMPLING = Sampling(temperature=0)  # greedy: a miniature has no probability mass to spare
 Progress = Callable[[str, int, int], None]
@@ -122,7 +123,7 @@ def _unpack(out: Path) -> Path:
         shutil.copytree(assets / "codec", out / "base" / CODEC_FOLDER)
     manifest = out / "dataset" / f"{TARGET_VOICE}.jsonl"
     rows = _utterances(out / "dataset" / "metadata.jsonl")
-    write_manifest(manifest, [row for row in rows if row.speaker == TARGET_VOICE])
+    write_manifest(manifest, [row for row in rows if row.speaker == TARGET_VOICE][:CLIPS])
     return manifest
 
 
