@@ -150,6 +150,26 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(world: Path, finish
             assert torch.equal(found[key], value), f"{stage} {key}"
 
 
+def test_a_run_stopped_in_its_final_proof_takes_no_step_more(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 7 rows in batches of 2 and 6 steps: the last step is not the end of an epoch.
+    made = recipe(world, stages=[{"name": "s", "kind": "full", "max_steps": 6, "learning_rate": 5e-3, "batch_size": 2}])
+
+    def killed(**arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("higgstune.training.run.verify_in_fresh_process", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(made, tmp_path / "run")
+    before = load_file(tmp_path / "run" / "s" / "adapter" / "adapter_model.safetensors")
+    result = train(made, tmp_path / "run", resume=True)
+    assert result.stages["s"]["steps"] == 6
+    after = load_file(result.adapter / "adapter_model.safetensors")
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
 def test_an_adapter_that_is_not_what_was_trained_is_told(world: Path, finished: Path, tmp_path: Path) -> None:
     adapter, probe = tmp_path / "adapter", tmp_path / "probe.safetensors"
     shutil.copytree(finished / "stage2" / "adapter", adapter)
@@ -185,6 +205,12 @@ def test_an_adapter_is_continued_or_refused(world: Path, finished: Path, tmp_pat
     assert first["eval_audio_loss"] == pytest.approx(last["eval_audio_loss"], abs=1e-6)
     with pytest.raises(ConfigError, match="same LoRA shape"):
         train(recipe(world, stages=full, init_adapter=str(finished), lora={"r": 8, "alpha": 8}), tmp_path / "shape")
+    other = tmp_path / "other"
+    save_tiny_checkpoint(other, hidden_size=32)
+    shutil.copytree(DEMO_CODEC, other / "codec")
+    model = {"checkpoint": str(other), "device": "cpu"}
+    with pytest.raises(CheckpointError, match="hidden_size"):
+        train(recipe(world, stages=full, init_adapter=str(finished), model=model), tmp_path / "base")
     text = [{**full[0], "kind": "text"}]
     with pytest.raises(CheckpointError, match="cannot follow a full one"):
         train(recipe(world, stages=text, init_adapter=str(finished)), tmp_path / "text")
@@ -200,7 +226,7 @@ def test_bfloat16_weights_pass_with_their_own_tolerance(world: Path, tmp_path: P
     model = {"checkpoint": str(world / "base"), "device": "cpu", "dtype": "bfloat16"}
     stages = [{"name": "s", "kind": "full", "max_steps": 30, "learning_rate": 2e-2, "batch_size": 4}]
     result = train(recipe(world, model=model, stages=stages), tmp_path / "run")
-    assert result.stages["s"]["verification"]["tolerance"] == 2e-3
+    assert result.stages["s"]["verification"]["tolerance"] == 5e-4
 
 
 def test_a_store_of_another_codec_is_refused(world: Path, tmp_path: Path) -> None:

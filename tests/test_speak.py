@@ -43,8 +43,16 @@ def test_long_texts_are_split_at_sentences_and_short_ones_not() -> None:
     assert len(chunks) > 3
     assert all(chunk[-1] in ".!" and expected_seconds(chunk) <= 8 for chunk in chunks)
     assert max(map(expected_seconds, split_text("word " * 300, 8))) <= 8
+    assert all(" " not in chunk[:1] and "wor d" not in chunk for chunk in split_text("word " * 300, 8))
     assert split_text("今天天气很好。我们去公园吧!", 2.5) == ["今天天气很好。", "我们去公园吧!"]
+    assert split_text("今天天气很好.我们去公园吧!", 2.5) == ["今天天气很好.", "我们去公园吧!"]  # as normalised
+    assert split_text("नमस्ते दोस्तों। आप कैसे हैं।", 1.2) == ["नमस्ते दोस्तों।", "आप कैसे हैं।"]
     assert split_text("He paid 3.5 dollars.", 20) == ["He paid 3.5 dollars."]
+
+
+def test_a_text_that_fits_is_spoken_as_training_writes_it() -> None:
+    dialogue = "[SPEAKER0] Hello there.\n[SPEAKER1] Hi, how are you?"
+    assert split_text(dialogue) == [dialogue]
 
 
 def test_the_frame_cap_grows_with_the_text_and_knows_dense_scripts() -> None:
@@ -108,6 +116,10 @@ def test_what_cannot_be_said_is_refused(text: str, error: type[Exception]) -> No
 def test_a_reference_needs_its_words(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="reference-text"):
         speak("Hello.", tmp_path / "x.wav", model="nowhere", reference="x.wav")
+    with pytest.raises(InputError, match="reference-text"):
+        speak("Hello.", tmp_path / "x.wav", model="nowhere", reference="x.wav", reference_text=" ")
+    with pytest.raises(InputError, match=r"\.wav"):
+        speak("Hello.", tmp_path / "x.mp3", model="nowhere")
     with pytest.raises(InputError, match="--model"):
         speak("Hello.", tmp_path / "x.wav")
 

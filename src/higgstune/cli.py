@@ -45,9 +45,6 @@ def main() -> NoReturn:
     except OSError as error:
         errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("stopped; what was finished is kept, and the same command goes on from there", highlight=False)
-        sys.exit(130)
     sys.exit(0)
 
 
@@ -182,9 +179,10 @@ def speak(
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 50,
     repeat_window: Annotated[int, typer.Option(help="Rows looked back on for repeats; 0 is off.")] = 7,
     max_repeats: Annotated[int, typer.Option(help="Repeats of a code allowed in the window.")] = 2,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
     max_seconds: Annotated[float | None, typer.Option(help="Cap of a piece; from the text's length if unset.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Clips spoken at a time.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips spoken at a time.")] = 8,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the base at the hub.")] = None,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     as_json: JsonOption = False,
@@ -213,6 +211,7 @@ def speak(
             batch_size=batch_size,
             device=device,
             dtype=dtype,
+            revision=revision,
             on_spoken=lambda done: bar("speaking", done, 1 if isinstance(said, str) else len(said)),
         )
     _result({"files": [str(path) for path in files]}, as_json)
@@ -234,7 +233,7 @@ def demo(
     """
     from higgstune.demo.demo import run_demo
 
-    with _Bar() as bar:
+    with _Bar(live=False) as bar:  # training draws a bar of its own
         result = run_demo(out, asr=asr, speaker_judge=speaker_judge, progress=bar)
     if as_json:
         _result(dataclasses.asdict(result), as_json)
@@ -268,13 +267,14 @@ def _lines(file: Path | None) -> list[str]:
 class _Bar:
     """Progress of a verb: a bar on a terminal, a line at every tenth elsewhere; on stderr, stdout is the result's."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, live: bool = True) -> None:
+        self.live = live and sys.stderr.isatty()
         self.progress: Progress | None = None
         self.tasks: dict[str, Any] = {}
         self.tenths: dict[str, int] = {}
 
     def __enter__(self) -> Callable[[str, int, int], None]:
-        if sys.stderr.isatty():
+        if self.live:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.progress = Progress(*columns, console=errors)
             self.progress.start()

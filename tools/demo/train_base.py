@@ -1,6 +1,7 @@
 """Train the miniature base checkpoint of the demo from scratch: one voice, the native architecture, 10 M parameters.
 
-    python tools/demo/train_base.py --codes base.parquet --out src/higgstune/demo/assets/base --minutes 60
+    python tools/demo/train_base.py --codes corpus/base.parquet --codec src/higgstune/demo/assets/codec \\
+        --out src/higgstune/demo/assets/base --minutes 42 --threads 1
 
 `--codes` is what `fit_codec.py` writes: text and codes [frames, 8] of the base voice. Progress goes to stdout as one
 JSON line a report; the checkpoint is written at every report, so that a stopped run leaves its last state.

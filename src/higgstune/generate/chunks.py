@@ -9,8 +9,11 @@ import numpy as np
 MAX_CHUNK_SECONDS = 15.0  # expected speech in one piece; the released model drifts on much longer ones
 _PAUSE = 0.15  # seconds of silence between pieces
 _FADE = 0.01  # seconds; a cut that starts or ends away from zero clicks
-_SENTENCE = re.compile(r".+?(?:[.!?…]+[\"')\]]*(?=\s)|[。！？]+[」』”]*|\n|$)", re.DOTALL)
-_CLAUSE = re.compile(r".+?(?:[,;:](?=\s)|[，；：、]|$)", re.DOTALL)
+# A sentence ends at a mark of its script: before white space, or between characters of a script without spaces.
+_WIDE = r"\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef"
+_BETWEEN_WIDE = rf"(?<=[{_WIDE}].)(?=[{_WIDE}])"
+_SENTENCE = re.compile(rf".+?(?:[.!?…।۔؟։።]+[\"')\]]*(?=\s|$|{_BETWEEN_WIDE})|[。！？]+[」』”]*|\n|$)\s*", re.DOTALL)
+_CLAUSE = re.compile(rf".+?(?:[,;:،؛](?=\s|{_BETWEEN_WIDE})|[，；：、]|$)\s*", re.DOTALL)
 
 
 def expected_seconds(text: str) -> float:
@@ -25,19 +28,19 @@ def frame_cap(text: str, frame_rate: float) -> int:
 
 
 def split_text(text: str, max_seconds: float = MAX_CHUNK_SECONDS) -> list[str]:
-    """Sentences of a text, joined again up to `max_seconds` of expected speech each.
+    """Sentences of a text, put together again up to `max_seconds` of expected speech each.
 
-    A sentence that is longer alone is split at clauses, then at words. Nothing but white space is lost.
+    A sentence that is longer alone is split at clauses, then at words. Inside a piece the text stays as it was, line
+    breaks too, because training sees them; only white space between pieces is lost.
     """
-    pieces = [piece for sentence in _matches(_SENTENCE, text) for piece in _fitting(sentence, max_seconds)]
+    pieces = [piece for sentence in _SENTENCE.findall(text) for piece in _fitting(sentence, max_seconds)]
     chunks: list[str] = []
     for piece in pieces:
-        joined = f"{chunks[-1]} {piece}" if chunks else piece
-        if chunks and expected_seconds(joined) <= max_seconds:
-            chunks[-1] = joined
+        if chunks and expected_seconds((chunks[-1] + piece).strip()) <= max_seconds:
+            chunks[-1] += piece
         else:
             chunks.append(piece)
-    return chunks
+    return [chunk.strip() for chunk in chunks if chunk.strip()]
 
 
 def join(waveforms: Sequence[np.ndarray], sample_rate: int) -> np.ndarray:
@@ -50,21 +53,17 @@ def join(waveforms: Sequence[np.ndarray], sample_rate: int) -> np.ndarray:
 
 
 def _fitting(sentence: str, max_seconds: float) -> list[str]:
-    if expected_seconds(sentence) <= max_seconds:
+    if expected_seconds(sentence.strip()) <= max_seconds:
         return [sentence]
-    clauses = _matches(_CLAUSE, sentence)
-    if len(clauses) > 1:
-        return [piece for clause in clauses for piece in _fitting(clause, max_seconds)]
-    words = sentence.split()
-    if len(words) == 1:  # a script without spaces: any place is as good
-        middle = len(sentence) // 2
-        return _fitting(sentence[:middle], max_seconds) + _fitting(sentence[middle:], max_seconds)
-    middle = len(words) // 2
-    return [piece for half in (words[:middle], words[middle:]) for piece in _fitting(" ".join(half), max_seconds)]
-
-
-def _matches(pattern: re.Pattern[str], text: str) -> list[str]:
-    return [match.strip() for match in pattern.findall(text) if match.strip()]
+    parts = _CLAUSE.findall(sentence)
+    if len(parts) == 1:
+        parts = re.findall(r"\S+\s*|\s+", sentence)
+    if len(parts) == 1:  # a script without spaces: any place is as good
+        parts = list(sentence)
+    if len(parts) == 1:
+        return parts
+    middle = len(parts) // 2
+    return [piece for half in (parts[:middle], parts[middle:]) for piece in _fitting("".join(half), max_seconds)]
 
 
 def _faded(waveform: np.ndarray, sample_rate: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from higgstune.errors import CheckpointError, InputError
 from higgstune.generate.chunks import frame_cap, join, split_text
 from higgstune.generate.engine import Generated, generate
 from higgstune.generate.sampling import Sampling
-from higgstune.generate.wav import write_wav
+from higgstune.generate.wav import check_wav_name, write_wav
 from higgstune.model.adapters import adapter_card, find_adapter, load_adapter
 from higgstune.model.layout import read_json
 from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
@@ -85,6 +85,8 @@ class Speaker:
         `max_seconds` caps every piece, in place of the cap from the text's length. Raises InputError on an empty
         text, DataError on control tokens in it. `on_spoken` is told how many texts are done.
         """
+        if max_seconds is not None and not max_seconds > 0:
+            raise InputError(f"max_seconds is {max_seconds}: it must be above 0")
         clips = [_Clip(normalize_text(text), seed + i) for i, text in enumerate(texts)]
         for first in range(0, len(clips), batch_size):
             batch = clips[first : first + batch_size]
@@ -196,16 +198,26 @@ def speak(
 
     Raises InputError, CheckpointError or DataError as `load_speaker`, `Speaker.reference` and `Speaker.say`.
     """
-    if (reference is None) != (reference_text is None):
+    if (reference is None) != (not (reference_text or "").strip()):
         raise InputError("a reference needs both the recording (--reference) and its words (--reference-text)")
-    speaker = load_speaker(model, adapter, codec=codec, dtype=dtype, device=device, revision=revision)
-    voice = speaker.reference(reference, reference_text) if reference is not None and reference_text else None
     texts = [text] if isinstance(text, str) else list(text)
-    spoken = speaker.say(
-        texts, reference=voice, scene=scene, sampling=sampling, seed=seed, max_seconds=max_seconds,
-        batch_size=batch_size, on_spoken=on_spoken,
-    )  # fmt: skip
-    names = [Path(out)] if isinstance(text, str) else [Path(out) / f"{i:04d}.wav" for i in range(1, len(texts) + 1)]
-    for path, speech in zip(names, spoken, strict=True):
-        write_wav(path, speech.waveform, speech.sample_rate)
-    return names
+    files = [Path(out)] if isinstance(text, str) else [Path(out) / f"{i:04d}.wav" for i in range(1, len(texts) + 1)]
+    for file in files:
+        check_wav_name(file)
+    speaker = load_speaker(model, adapter, codec=codec, dtype=dtype, device=device, revision=revision)
+    voice = speaker.reference(reference, reference_text or "") if reference is not None else None
+    for first in range(0, len(texts), batch_size):  # written batch by batch: a long list that is stopped keeps them
+        spoken = speaker.say(
+            texts[first : first + batch_size],
+            reference=voice,
+            scene=scene,
+            sampling=sampling,
+            seed=seed + first,
+            max_seconds=max_seconds,
+            batch_size=batch_size,
+        )
+        for file, speech in zip(files[first:], spoken, strict=False):
+            write_wav(file, speech.waveform, speech.sample_rate)
+        if on_spoken is not None:
+            on_spoken(first + len(spoken))
+    return files

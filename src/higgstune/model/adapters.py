@@ -3,7 +3,7 @@
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -71,6 +71,7 @@ def continue_lora(model: HiggsAudioV2ForConditionalGeneration, folder: Path, lor
     CheckpointError when it has layers that this stage does not.
     """
     check_same_shape(folder, lora)
+    check_base(folder, model)
     peft_model = add_lora(model, lora, kind)
     weights = _adapter_weights(folder)
     known = adapter_keys(peft_model)
@@ -80,7 +81,10 @@ def continue_lora(model: HiggsAudioV2ForConditionalGeneration, folder: Path, lor
             f"the adapter {folder} has {len(unknown)} tensors that this stage does not train, such as {unknown[0]}: "
             "a text stage cannot follow a full one"
         )
-    set_peft_model_state_dict(peft_model, weights)
+    try:
+        set_peft_model_state_dict(peft_model, weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"the adapter {folder} does not fit this base: {error}") from error
     return peft_model
 
 
@@ -90,9 +94,8 @@ def load_adapter(model: HiggsAudioV2ForConditionalGeneration, folder: Path) -> P
     Raises CheckpointError when the folder is no adapter, or holds other tensors than the adapter on this base has
     (peft alone would leave them out in silence).
     """
-    config = read_json(folder / ADAPTER_CONFIG, "it is no adapter folder without it")
     weights = _adapter_weights(folder)
-    check_base(folder, config, model)
+    check_base(folder, model)
     try:
         with _without_deprecations():
             peft_model = PeftModel.from_pretrained(model, str(folder))
@@ -132,8 +135,9 @@ def check_same_shape(folder: Path, lora: Lora) -> None:
             )
 
 
-def check_base(folder: Path, config: Mapping[str, Any], model: HiggsAudioV2ForConditionalGeneration) -> None:
+def check_base(folder: Path, model: HiggsAudioV2ForConditionalGeneration) -> None:
     """Raises CheckpointError when the adapter's card says that it was trained on a model of another shape."""
+    config = read_json(folder / ADAPTER_CONFIG, "it is no adapter folder without it")
     card = adapter_card(folder)
     for key, value in card.get("base_shape", {}).items():
         if getattr(model.config, key) != value:

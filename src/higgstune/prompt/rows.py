@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from higgstune.data.store import Row
+from higgstune.errors import DataError
 from higgstune.prompt.example import Example, Prompter, TextTargets
 from higgstune.prompt.template import DEFAULT_SCENE, Message, content_parts, speech_messages
 
@@ -44,7 +45,11 @@ class RowExamples:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        return row_example(self.prompter, self.rows[index], self.text_targets)
+        row = self.rows[index]
+        try:
+            return row_example(self.prompter, row, self.text_targets)
+        except DataError as error:
+            raise DataError(f"row {row.id} of the {row.split} split: {error}") from error
 
 
 def _codes_in_order(row: Row) -> list[np.ndarray]:

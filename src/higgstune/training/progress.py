@@ -64,6 +64,10 @@ class ProgressReport(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, also after an error."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

@@ -28,7 +28,7 @@ class ModelSettings(_Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the base weights: bfloat16 where the device computes in it, else float32"
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field("auto", description="auto, cpu or cuda; under torchrun each process takes its own GPU")
 
 
 class DataSettings(_Strict):

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 import higgstune
@@ -218,13 +218,13 @@ def _train_stage(
         weights=LossWeights(stage.text_weight, stage.audio_weight, stage.codebook_weights),
         callbacks=_callbacks(recipe, stage, folder, is_main=run.is_main),
     )
-    outcome = trainer.train(resume_from_checkpoint=_newest_checkpoint(folder))
+    _train_or_resume(trainer, _newest_checkpoint(folder))
     evaluated_at = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if len(validation_rows) and trainer.state.global_step not in evaluated_at:
         check_possible(trainer.evaluate()["eval_code_loss"], step=trainer.state.global_step)
     result: dict[str, Any] = {
         "kind": stage.kind,
-        "steps": outcome.global_step,
+        "steps": trainer.state.global_step,
         "layers": len(adapted_layers(model)),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "history": trainer.state.log_history,
@@ -249,6 +249,21 @@ def _train_stage(
         result["verification"] = asdict(verification)
     model.unload()
     return result
+
+
+def _train_or_resume(trainer: HiggsAudioTrainer, checkpoint: Path | None) -> None:
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint is not None else None
+    if state is not None and state.global_step >= state.max_steps:
+        # It was stopped after its last step; `Trainer.train` would take one more.
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = state
+        return
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressReport):
+                callback.close()
 
 
 def _training_arguments(
@@ -294,10 +309,10 @@ def _callbacks(recipe: Recipe, stage: Stage, folder: Path, *, is_main: bool) -> 
     return callbacks
 
 
-def _newest_checkpoint(folder: Path) -> str | None:
+def _newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a stage; one that was cut off while it was written has no such name."""
     found = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    return str(found[-1]) if found else None
+    return found[-1] if found else None
 
 
 def _probe_batch(examples: RowExamples, loaded: ModelAndTokenizers) -> Batch:
@@ -343,9 +358,13 @@ def _free(model: PeftModel) -> None:
 
 
 def _device(name: str) -> str:
-    """Under torchrun each process has its own GPU."""
+    """Under torchrun each process has its own GPU. Raises ConfigError for one that `Trainer` would not take."""
     local_rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local_rank}" if name == "auto" and local_rank and torch.cuda.is_available() else name
+    if local_rank and torch.cuda.is_available() and name in ("auto", "cuda"):
+        return f"cuda:{local_rank}"
+    if name.startswith("cuda:") and name != "cuda:0":
+        raise ConfigError(f"model.device: {name}: choose the GPU with CUDA_VISIBLE_DEVICES and say cuda")
+    return name
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

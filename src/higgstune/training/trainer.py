@@ -1,6 +1,7 @@
 """`transformers.Trainer` with what is special about Higgs Audio: data, loss, evaluation, whole checkpoints."""
 
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -158,6 +159,9 @@ class HiggsAudioTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint under a temporary name and rename it: one that was cut off is never resumed from."""
+        if self.args.should_save:
+            shutil.rmtree(Path(self._get_output_dir(trial)) / _STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
@@ -168,7 +172,7 @@ class HiggsAudioTrainer(Trainer):
             name = f"checkpoint-{self.state.global_step}"
             folder = Path(self._get_output_dir(trial))
             os.replace(folder / _STAGING / name, folder / name)
-            (folder / _STAGING).rmdir()
+            shutil.rmtree(folder / _STAGING)
             rotate_checkpoints(str(folder), self.args.save_total_limit)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
