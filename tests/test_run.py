@@ -261,7 +261,7 @@ def test_a_wrong_base_is_told(finished: Path, tmp_path: Path) -> None:
         load_speaker(adapter=moved)
 
 
-def test_two_processes_train_both_stages(world: Path) -> None:
+def test_two_processes_train_both_stages(world: Path, finished: Path) -> None:
     run, path = world / "two", world / "two.yaml"
     path.write_text(yaml.safe_dump(recipe(world).model_dump(mode="json")))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
@@ -275,6 +275,10 @@ def test_two_processes_train_both_stages(world: Path) -> None:
     state = json.loads((run / "run.json").read_text())
     assert state["status"] == "finished"
     assert list(state["stages"]) == ["stage1", "stage2"]
+    # Validation counts each clip once, on any number of processes.
+    first = next(entry for entry in history(run, "stage1") if "eval_loss" in entry)
+    alone = next(entry for entry in history(finished, "stage1") if "eval_loss" in entry)
+    assert first["eval_audio_loss"] == pytest.approx(alone["eval_audio_loss"], abs=1e-5)
 
 
 def test_the_real_codec_class_goes_the_same_way(tmp_path: Path) -> None:

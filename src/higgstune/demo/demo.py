@@ -104,14 +104,15 @@ def _run(out: Path, transcriber: FasterWhisper | None, judge: SpeakerJudge | Non
     unseen = list(store.split("validation"))
     with clock.step("speak before and after"):
         spoken = _speak(out, run, trained, unseen, show)
+    texts = [row.text for row in [*trained, *unseen]]
+    clock.seconds["all"] = time.monotonic() - started
+    report = write_page(out, run, store, spoken, texts, len(trained), None, clock.seconds)
     measurement = None
     if transcriber is not None or judge is not None:
         with clock.step("judge"):
             spoken |= _speak_controls(out, run, trained, show)
             measurement = measure(_clip_sets(spoken, trained, unseen), spoken["original"][:10], transcriber, judge)
-    clock.seconds["all"] = time.monotonic() - started
-    texts = [row.text for row in [*trained, *unseen]]
-    report = write_page(out, run, store, spoken, texts, len(trained), measurement, clock.seconds)
+        write_page(out, run, store, spoken, texts, len(trained), measurement, clock.seconds)
     return DemoResult(out, run.adapter, report, clock.seconds["all"], measurement)
 
 

@@ -35,7 +35,7 @@ _TARGETS: dict[StageKind, str] = {
 class Lora(BaseModel):
     """The shape of the adapter; the same in all stages of a run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     r: int = Field(16, ge=1, description="rank")
     alpha: float = Field(32.0, gt=0, description="scaling: alpha / r (alpha / sqrt(r) with rslora)")

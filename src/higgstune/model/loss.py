@@ -56,6 +56,14 @@ def label_counts(batch: Mapping[str, Tensor], *, eos_id: int) -> Sums:
     }
 
 
+def zero_sums(codebooks: int, device: torch.device) -> tuple[Sums, Sums]:
+    """Sums and counts of no label at all, to add to."""
+    sums = {key: torch.zeros(codebooks, device=device) for key in ("audio_loss", "audio_eos_loss", "audio_hits")}
+    sums |= {key: torch.zeros((), device=device) for key in ("text_loss", "text_hits")}
+    counts = {key: torch.zeros(codebooks, dtype=torch.long, device=device) for key in ("audio", "audio_eos")}
+    return sums, counts | {"text": torch.zeros((), dtype=torch.long, device=device)}
+
+
 def add_sums(parts: Sequence[Mapping[str, Tensor]]) -> Sums:
     """Key by key sum of equal-shaped sums or counts."""
     return {key: torch.stack([part[key] for part in parts]).sum(0) for key in parts[0]}

@@ -19,11 +19,12 @@ from transformers.integrations import TensorBoardCallback
 import higgstune
 from higgstune.batch.padded import Batch, PaddedCollator
 from higgstune.data.store import CodeStore
-from higgstune.errors import ConfigError, DataError
+from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.model.adapters import (
     ADAPTER_CARD,
     RUN_STATE,
     adapted_layers,
+    adapter_card,
     add_lora,
     base_shape,
     continue_lora,
@@ -79,7 +80,7 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
     )
     check_store(store, loaded)
     _check_codebook_weights(recipe, loaded.config.num_codebooks)
-    adapter = find_adapter(recipe.init_adapter) if recipe.init_adapter else None
+    adapter = _first_adapter(recipe, loaded)
     for stage in recipe.stages:
         if not run.has_finished(stage):
             run.finished(stage, _train_stage(run, stage, loaded, store, adapter))
@@ -100,6 +101,20 @@ def check_store(store: CodeStore, loaded: ModelAndTokenizers) -> None:
         )
     if not len(store.split("train")):
         raise DataError(f"{store.folder} has no training rows")
+
+
+def _first_adapter(recipe: Recipe, loaded: ModelAndTokenizers) -> Path | None:
+    """Where the first stage goes on from. Raises CheckpointError for an adapter that speaks another codec's codes."""
+    if recipe.init_adapter is None:
+        return None
+    folder = find_adapter(recipe.init_adapter)
+    trained_with = adapter_card(folder).get("codec_revision")
+    if trained_with not in (None, loaded.audio_tokenizer.revision):
+        raise CheckpointError(
+            f"init_adapter {folder} was trained on codes of another codec (revision {trained_with}) than "
+            f"{loaded.codec} (revision {loaded.audio_tokenizer.revision})"
+        )
+    return folder
 
 
 def _check_codebook_weights(recipe: Recipe, codebooks: int) -> None:

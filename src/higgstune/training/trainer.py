@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -19,7 +19,7 @@ from higgstune.batch.padded import PaddedCollator
 from higgstune.codec import Codec
 from higgstune.model.forward import with_training_forward
 from higgstune.model.load import ModelAndTokenizers
-from higgstune.model.loss import LossWeights, Sums, add_sums, combine, label_counts
+from higgstune.model.loss import LossWeights, Sums, add_sums, combine, label_counts, zero_sums
 from higgstune.training.metrics import check_possible, loss_metrics
 
 _STAGING = "incomplete"  # where a checkpoint is written before it gets its name
@@ -133,20 +133,25 @@ class HiggsAudioTrainer(Trainer):
         assert self.model is not None
         model = self._wrap_model(self.model, training=False)
         model.eval()
-        sums, counts = [], []
+        sums, counts = zero_sums(self.loaded.config.num_codebooks, self.args.device)
         with torch.no_grad():
-            for batch in self.get_eval_dataloader(eval_dataset):
+            for batch in self._own_share(eval_dataset if eval_dataset is not None else self.eval_dataset):
                 inputs = self._prepare_inputs(batch)
                 with self.accelerator.autocast():
-                    sums.append(model(**inputs))
-                counts.append(label_counts(inputs, eos_id=self._eos_id))
-        metrics = loss_metrics(self._over_ranks(add_sums(sums)), self._over_ranks(add_sums(counts)), self.weights)
+                    sums = add_sums([sums, model(**inputs)])
+                counts = add_sums([counts, label_counts(inputs, eos_id=self._eos_id)])
+        metrics = loss_metrics(self._over_ranks(sums), self._over_ranks(counts), self.weights)
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(named)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         self._window.since += time.monotonic() - started  # evaluation is not training time
         check_possible(metrics["code_loss"], step=self.state.global_step)
         return named
+
+    def _own_share(self, dataset: Any) -> DataLoader[Any]:
+        """This rank's examples of a validation split: none twice, which accelerate's own loader would repeat."""
+        indices = range(self.args.process_index, len(dataset), self.args.world_size)
+        return DataLoader(Subset(dataset, indices), batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
 
     def _over_ranks(self, values: Sums) -> Sums:
         if self.accelerator.num_processes == 1:
