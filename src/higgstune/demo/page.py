@@ -17,7 +17,7 @@ _COLUMNS = {
 _INTRODUCTION = (
     "A 10-million-parameter base with Higgs Audio's architecture, trained on one synthetic voice, was taught another "
     "with LoRA in two stages. It speaks through a codec fitted in a minute, which sounds rough: listen to the round "
-    "trip to hear how good it can get at best."
+    "trip to hear how good it can get at best. It learns the sentences of its training set, and hardly reads others."
 )
 
 
