@@ -11,7 +11,12 @@ from golden_values import Golden
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
-from transformers import HiggsAudioV2ForConditionalGeneration
+from transformers import (
+    HiggsAudioV2ForConditionalGeneration,
+    WhisperFeatureExtractor,
+    WhisperProcessor,
+    WhisperTokenizer,
+)
 
 import higgstune
 from higgstune import hub
@@ -78,6 +83,16 @@ def test_sharded_weights_are_read(tmp_path: Path) -> None:
     (folder / "model-2.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-2\.safetensors is missing"):
         load_model(folder)
+
+
+def test_what_a_config_leaves_out_is_llamas_default(tmp_path: Path) -> None:
+    golden = Golden("base")
+    folder = golden.save_original_checkpoint(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("head_dim", "hidden_act", "attention_bias", "mlp_bias"):  # as Llama has them by default
+        config["text_config"].pop(key)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert max(golden_difference(folder, golden)) < 1e-5
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
@@ -214,3 +229,14 @@ def test_devices_and_dtypes_are_chosen_or_refused() -> None:
         assert choose_device() == cpu
         with pytest.raises(ConfigError, match="no CUDA device"):
             choose_device("cuda")
+
+
+def test_a_whisper_processor_is_loaded_where_it_is_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "<|endoftext|>": 2}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = WhisperTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    WhisperProcessor(WhisperFeatureExtractor(), tokenizer).save_pretrained(tmp_path / "whisper")
+    loaded = load_model_and_tokenizers(checkpoint, device="cpu", whisper=str(tmp_path / "whisper"))
+    assert isinstance(loaded.whisper_processor, WhisperProcessor)
+    with pytest.raises(CheckpointError, match="Whisper checkpoint"):
+        load_model_and_tokenizers(checkpoint, device="cpu", whisper=str(tmp_path / "nothing"))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import HiggsAudioV2Config
+from transformers import HiggsAudioV2Config, LlamaConfig
 
 from higgstune.errors import CheckpointError
 from higgstune.model.layout import Layout
@@ -36,7 +36,7 @@ def native_config(original: Mapping[str, Any]) -> HiggsAudioV2Config:
 
     Raises CheckpointError for an architecture that the native class does not have: what would be lost is named.
     """
-    text = dict(original.get("text_config") or {})
+    text = _with_llama_defaults(original.get("text_config") or {})
     _refuse_other_architectures(original, text)
     rope = dict(text.get("rope_scaling") or {"rope_type": "default"})
     rope.setdefault("rope_type", rope.pop("type", "default"))
@@ -55,6 +55,17 @@ def native_config(original: Mapping[str, Any]) -> HiggsAudioV2Config:
         bos_token_id=text.get("bos_token_id"),
         eos_token_id=text.get("eos_token_id"),
     )
+
+
+def _with_llama_defaults(written: Mapping[str, Any]) -> dict[str, Any]:
+    """A text config may leave out what is Llama's default, which is not the native class's."""
+    defaults = LlamaConfig().to_dict()
+    text = {key: defaults.get(key) for key in _TEXT_KEYS} | {k: v for k, v in written.items() if v is not None}
+    if written.get("num_key_value_heads") is None:
+        text["num_key_value_heads"] = text["num_attention_heads"]
+    if written.get("head_dim") is None:
+        text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
+    return text
 
 
 def _refuse_other_architectures(original: Mapping[str, Any], text: Mapping[str, Any]) -> None:

@@ -69,6 +69,7 @@ def load_model_and_tokenizers(
     config = _config(layout)
     target = choose_device(device)
     tokenizer = load_tokenizer(folder, config)
+    whisper_processor = _whisper_processor(whisper, cache_dir) if whisper else None
     codec_name = checkpoint_codec(folder, codec)
     audio_tokenizer = load_codec(codec_name, device=str(codec_device), cache_dir=cache_dir)
     check_codec(audio_tokenizer, config, codec_name)
@@ -76,7 +77,7 @@ def load_model_and_tokenizers(
         model=_load(layout, target, dtype),
         tokenizer=tokenizer,
         audio_tokenizer=audio_tokenizer,
-        whisper_processor=_whisper_processor(whisper, cache_dir) if whisper else None,
+        whisper_processor=whisper_processor,
         config=config,
         checkpoint=str(checkpoint),
         revision=revision,
