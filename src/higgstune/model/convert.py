@@ -38,11 +38,11 @@ def native_config(original: Mapping[str, Any]) -> HiggsAudioV2Config:
     """
     text = _with_llama_defaults(original.get("text_config") or {})
     _refuse_other_architectures(original, text)
-    rope = dict(text.get("rope_scaling") or {"rope_type": "default"})
+    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {"rope_type": "default"})
     rope.setdefault("rope_type", rope.pop("type", "default"))
     return HiggsAudioV2Config(
         **{key: text[key] for key in _TEXT_KEYS if text.get(key) is not None},
-        rope_parameters={**rope, "rope_theta": text.get("rope_theta", 10000.0)},
+        rope_parameters={"rope_theta": text.get("rope_theta", 10000.0), **rope},
         num_codebooks=original["audio_num_codebooks"],
         codebook_size=original["audio_codebook_size"] + 2,
         audio_token_id=original["audio_out_token_idx"],
@@ -59,8 +59,9 @@ def native_config(original: Mapping[str, Any]) -> HiggsAudioV2Config:
 
 def _with_llama_defaults(written: Mapping[str, Any]) -> dict[str, Any]:
     """A text config may leave out what is Llama's default, which is not the native class's."""
-    defaults = LlamaConfig().to_dict()
-    text = {key: defaults.get(key) for key in _TEXT_KEYS} | {k: v for k, v in written.items() if v is not None}
+    defaults: dict[str, Any] = LlamaConfig().to_dict()
+    text: dict[str, Any] = {key: defaults.get(key) for key in _TEXT_KEYS}
+    text |= {key: value for key, value in written.items() if value is not None}
     if written.get("num_key_value_heads") is None:
         text["num_key_value_heads"] = text["num_attention_heads"]
     if written.get("head_dim") is None:
