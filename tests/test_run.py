@@ -118,6 +118,15 @@ def test_a_finished_run_is_not_overwritten_nor_a_strange_folder_used(
         train(recipe(world), tmp_path)
 
 
+def test_a_run_that_never_began_does_not_claim_its_folder(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        train(recipe(world, data={"store": str(world / "recordings")}), tmp_path / "run")
+    wrong = {"checkpoint": str(world / "nowhere"), "device": "cpu"}
+    with pytest.raises(CheckpointError, match="nowhere"):
+        train(recipe(world, model=wrong), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def start(world: Path, run: Path, made: Recipe, *options: str) -> subprocess.Popen[str]:
     path = world / f"{run.name}.yaml"
     path.write_text(yaml.safe_dump(made.model_dump(mode="json")))

@@ -106,6 +106,8 @@ def prepare(
             progress=bar,
         )
     _result(dataclasses.asdict(summary), as_json)
+    if summary.refused and not as_json:
+        typer.echo(f"refused rows, with their reasons: {out / 'rejected.jsonl'}")
 
 
 @app.command(epilog="Example: higgstune inspect data/voice --row 0")
@@ -258,7 +260,8 @@ def _lines(file: Path | None) -> list[str]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--file {file} cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"--file {file} cannot be read: {reason}") from error
     if not any(lines):
         raise ConfigError(f"--file {file} has no text")
     return [line for line in lines if line]

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import HiggsAudioV2Config
 
 from higgstune.data.store import CodeStore
-from higgstune.errors import ConfigError, DataError
+from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.hub import fetch
 from higgstune.model.convert import native_config
 from higgstune.model.layout import read_json
@@ -49,7 +49,10 @@ def inspect_row(
     if not 0 <= index < len(opened):
         raise ConfigError(f"--row {row}: {store} has the rows 0 to {len(opened) - 1}")
     name = model or opened.info.settings.get("model") or ModelSettings.model_fields["checkpoint"].default
-    prompter = load_prompter(name)
+    try:
+        prompter = load_prompter(name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\nName the checkpoint whose tokenizer reads the text with --model") from error
     found = opened[index]
     try:
         example = row_example(prompter, found, text_targets)

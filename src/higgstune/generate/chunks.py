@@ -17,7 +17,7 @@ _CLAUSE = re.compile(rf".+?(?:[,;:،؛](?=\s|{_BETWEEN_WIDE})|[，；：、]|$)\
 
 
 def expected_seconds(text: str) -> float:
-    """A rough duration of a text: 14 letters or 5 ideographs a second."""
+    """A rough duration of a text: 14 characters, spaces too, or 5 ideographs a second."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return wide / 5 + (len(text) - wide) / 14
 

@@ -87,12 +87,12 @@ class Speaker:
         """
         if max_seconds is not None and not max_seconds > 0:
             raise InputError(f"max_seconds is {max_seconds}: it must be above 0")
-        clips = [_Clip(normalize_text(text), seed + i) for i, text in enumerate(texts)]
+        clips = [_Clip(normalize_text(text), seed + i, max_seconds) for i, text in enumerate(texts)]
         for first in range(0, len(clips), batch_size):
             batch = clips[first : first + batch_size]
             while pending := [clip for clip in batch if not clip.done]:
                 prompts = [self._prompt(clip, reference, scene) for clip in pending]
-                caps = [self._cap(clip.next_text, max_seconds) for clip in pending]
+                caps = [self._cap(clip.next_text, clip.max_seconds) for clip in pending]
                 spoken = generate(
                     self.model, prompts, max_frames=caps, seeds=[clip.seed for clip in pending], sampling=sampling
                 )
@@ -116,7 +116,13 @@ class Speaker:
     def _speech(self, clip: "_Clip") -> Speech:
         hit_cap = any(piece.hit_cap for piece in clip.spoken)
         if hit_cap:
-            logger.warning("did not stop by itself and was cut at the frame cap: %s", clip.text)
+            for text in (text for text, piece in zip(clip.pieces, clip.spoken, strict=True) if piece.hit_cap):
+                logger.warning(
+                    "did not stop by itself and was cut at the frame cap, %.1f s: %r (train longer, lower the "
+                    "temperature, or try another seed)",
+                    self._cap(text, clip.max_seconds) / self.codec.frame_rate,
+                    text,
+                )
         waveform = join([self.codec.decode(piece.codes) for piece in clip.spoken], self.codec.sample_rate)
         return Speech(clip.text, waveform, self.codec.sample_rate, hit_cap)
 
@@ -124,9 +130,10 @@ class Speaker:
 class _Clip:
     """A text on its way: its pieces, and those already spoken."""
 
-    def __init__(self, text: str, seed: int) -> None:
+    def __init__(self, text: str, seed: int, max_seconds: float | None) -> None:
         self.text = text
         self.seed = seed
+        self.max_seconds = max_seconds
         self.pieces = split_text(text)
         self.spoken: list[Generated] = []
         if not self.pieces:

@@ -66,9 +66,7 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
     processes = _Processes(cpu=choose_device(_device(recipe.model.device)).type == "cpu")
     run = _Run(Path(out), recipe, is_main=processes.is_main)
     if run.is_main:
-        run.open(resume=resume)
-    processes.wait()
-    run.read()
+        run.check(resume=resume)
     store = CodeStore.open(recipe.data.store)
     settings = recipe.model
     loaded = load_model_and_tokenizers(
@@ -81,6 +79,11 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
     check_store(store, loaded)
     _check_codebook_weights(recipe, loaded.config.num_codebooks)
     adapter = _first_adapter(recipe, loaded)
+    # Only now is the folder taken: a wrong store or checkpoint must not leave a run that cannot go on.
+    if run.is_main:
+        run.begin()
+    processes.wait()
+    run.read()
     for stage in recipe.stages:
         if not run.has_finished(stage):
             run.finished(stage, _train_stage(run, stage, loaded, store, adapter))
@@ -151,13 +154,11 @@ class _Run:
         self.state: dict[str, Any] = {"status": "running", "higgstune": higgstune.__version__, "stages": {}}
         self.is_main = is_main  # the one of several processes that writes
 
-    def open(self, *, resume: bool) -> None:
-        """Take the folder, or say why not."""
-        path = self.folder / RUN_STATE
-        if not path.exists():
+    def check(self, *, resume: bool) -> None:
+        """Raises ConfigError when the folder cannot be taken or gone on with; writes nothing."""
+        if not (self.folder / RUN_STATE).exists():
             if self.folder.is_dir() and any(not p.name.startswith(_BEGUN) for p in self.folder.iterdir()):
                 raise ConfigError(f"{self.folder} exists and is no run: give another --out")
-            self._begin()
             return
         self.read()
         if self.state["status"] == "finished":
@@ -178,7 +179,10 @@ class _Run:
         """What the folder says of the run."""
         self.state = json.loads((self.folder / RUN_STATE).read_text(encoding="utf-8"))
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Take the folder, unless the run has it already."""
+        if (self.folder / RUN_STATE).exists():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         save_recipe(self.recipe, self.folder / RECIPE_FILE)
         self._save()
