@@ -104,8 +104,9 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        ({"use_audio_out_self_attention": True}, "audio self-attention"),
-        ({"encode_whisper_embed": True}, "Whisper"),
+        ({"use_audio_out_self_attention": True}, r"tensors missing.*audio_attn"),
+        ({"encode_whisper_embed": True}, "brings no encoder"),
+        ({"skip_audio_tower": False}, "Whisper encoder in .* does not fit"),
         ({"audio_decoder_proj_num_layers": 1}, "extra decoder layers"),
         ({"use_delay_pattern": False}, "delay pattern"),
         ({"audio_num_codebooks": 4}, "another shape"),

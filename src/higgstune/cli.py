@@ -30,6 +30,20 @@ errors = Console(stderr=True)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+RunArgument = Annotated[Path, typer.Argument(help="Folder of a run (its last finished stage) or of an adapter.")]
+NewFolderOption = Annotated[Path, typer.Option(help="Folder to write; it must not exist.")]
+BaseOption = Annotated[str | None, typer.Option(help="The base that the adapter was trained on, where it has moved.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Commit, tag or branch of the base at the hub.")]
+CodecOption = Annotated[str | None, typer.Option(help="The codec that it was trained with, where it has moved.")]
+CompareOption = Annotated[
+    Path | None, typer.Option(help="Code store to compare on; where not given, the one that was trained on.")
+]
+StoredOption = Annotated[
+    str | None, typer.Option(help="float32 or bfloat16, of the weights written; where not given, the base's.")
+]
+DropOption = Annotated[
+    bool, typer.Option("--drop-modules", help="Leave out what has no place in the native class; the card says so.")
+]
 
 
 def main() -> NoReturn:
@@ -77,6 +91,9 @@ def prepare(
     references: Annotated[
         str, typer.Option(help="none, or same_speaker: pair each clip with another one of its speaker.")
     ] = "none",
+    whisper: Annotated[
+        str | None, typer.Option(help="Whisper checkpoint that hears references and user audio, for model.whisper.")
+    ] = None,
     validation_fraction: Annotated[float, typer.Option(help="Share of recordings kept for validation.")] = 0.05,
     max_seconds: Annotated[float, typer.Option(help="Longest clip.")] = 30.0,
     allow_long: Annotated[bool, typer.Option(help="Take longer clips, too.")] = False,
@@ -95,6 +112,7 @@ def prepare(
             codec=codec,
             device=str(choose_device(device)),
             model=model,
+            whisper=whisper,
             validation_fraction=validation_fraction,
             references=references,  # type: ignore[arg-type]
             max_seconds=max_seconds,
@@ -116,6 +134,8 @@ def inspect(
     row: Annotated[str, typer.Option(help="Number (train rows first) or id of the row.")] = "0",
     model: Annotated[str | None, typer.Option(help="Checkpoint whose tokenizer reads the text.")] = None,
     text_targets: Annotated[str, typer.Option(help="transcript, assistant or none.")] = "transcript",
+    reference: Annotated[str, typer.Option(help="turn or scene, as data.reference of a recipe.")] = "turn",
+    whisper: Annotated[str | None, typer.Option(help="As model.whisper of a recipe.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show one row as the model sees it: prompt, tokens, frames, labels."""
@@ -123,14 +143,24 @@ def inspect(
 
     if text_targets not in ("transcript", "assistant", "none"):
         raise ConfigError(f"--text-targets {text_targets}: transcript, assistant or none")
-    found = inspect_row(store, row, model=model, text_targets=text_targets)  # type: ignore[arg-type]
+    if reference not in ("turn", "scene"):
+        raise ConfigError(f"--reference {reference}: turn or scene")
+    found = inspect_row(
+        store,
+        row,
+        model=model,
+        text_targets=text_targets,  # type: ignore[arg-type]
+        reference=reference,  # type: ignore[arg-type]
+        whisper=whisper,
+    )
     if as_json:
         _result(dataclasses.asdict(found), as_json)
         return
     typer.echo(f"{found.id} ({found.split}): {found.seconds:.2f} s, {found.frames} frames\n")
     typer.echo(found.prompt + "\n")
     typer.echo(
-        f"{found.positions} positions: {found.text_tokens} text tokens, {found.audio_rows} rows of audio; "
+        f"{found.positions} positions: {found.text_tokens} text tokens, {found.audio_rows} rows of audio, "
+        f"{found.heard_positions} heard through Whisper; "
         f"{len(found.text_labels)} text labels, {found.audio_label_cells} audio label cells\n"
     )
     typer.echo(
@@ -175,6 +205,12 @@ def speak(
     codec: Annotated[str | None, typer.Option(help="Folder or hub id of another codec.")] = None,
     reference: Annotated[Path | None, typer.Option(help="Recording of a voice to imitate.")] = None,
     reference_text: Annotated[str | None, typer.Option(help="What is said in it.")] = None,
+    reference_place: Annotated[
+        str | None, typer.Option(help="turn or scene; where not given, as the adapter was trained.")
+    ] = None,
+    whisper: Annotated[
+        str | None, typer.Option(help="Whisper checkpoint of a model that listens, where it has moved.")
+    ] = None,
     scene: Annotated[str | None, typer.Option(help="Scene description; empty for none.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option()] = 0.95,
@@ -206,6 +242,8 @@ def speak(
             codec=codec,
             reference=reference,
             reference_text=reference_text,
+            reference_place=reference_place,  # type: ignore[arg-type]
+            whisper=whisper,
             scene=DEFAULT_SCENE if scene is None else scene or None,
             sampling=Sampling(temperature, top_k, top_p, repeat_window, max_repeats),
             seed=seed,
@@ -217,6 +255,121 @@ def speak(
             on_spoken=lambda done: bar("speaking", done, 1 if isinstance(said, str) else len(said)),
         )
     _result({"files": [str(path) for path in files]}, as_json)
+
+
+@app.command(epilog="Example: higgstune merge runs/voice --out models/voice")
+def merge(
+    run: RunArgument,
+    out: NewFolderOption,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="native, extended or original; where not given, native where nothing is lost by it."),
+    ] = None,
+    drop_modules: DropOption = False,
+    dtype: StoredOption = None,
+    data: CompareOption = None,
+    model: BaseOption = None,
+    codec: CodecOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Merge an adapter into its base: one checkpoint, proven by loading it again."""
+    from higgstune.export.merge import merge as run_merge
+
+    with _Bar() as bar:
+        result = run_merge(
+            run,
+            out,
+            layout=layout,
+            drop_modules=drop_modules,
+            dtype=dtype,
+            data=data,
+            model=model,
+            codec=codec,
+            revision=revision,
+            device=device,
+            progress=bar,
+        )
+    _result(dataclasses.asdict(result), as_json)
+
+
+@app.command(epilog="Example: higgstune export runs/voice --out models/voice --format native")
+def export(
+    run: RunArgument,
+    out: NewFolderOption,
+    format: Annotated[
+        str, typer.Option(help="native (transformers, vLLM-Omni), boson (the original engine) or peft (adapter alone).")
+    ],
+    base_bits: Annotated[
+        int | None, typer.Option(help="4 or 8: the card tells how to load the base so; native and peft only.")
+    ] = None,
+    drop_modules: DropOption = False,
+    dtype: StoredOption = None,
+    data: CompareOption = None,
+    model: BaseOption = None,
+    codec: CodecOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a run as other software loads it, with a model card."""
+    from higgstune.export.formats import export_run
+
+    with _Bar() as bar:
+        result = export_run(
+            run,
+            out,
+            format=format,
+            base_bits=base_bits,
+            drop_modules=drop_modules,
+            dtype=dtype,
+            data=data,
+            model=model,
+            codec=codec,
+            revision=revision,
+            device=device,
+            progress=bar,
+        )
+    _result(dataclasses.asdict(result), as_json)
+
+
+@app.command(epilog="Example: higgstune doctor --adapter runs/voice --data data/voice")
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Checkpoint: folder or hub id.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter or of a run; it names its base.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of a code store.")] = None,
+    codec: Annotated[str | None, typer.Option(help="Folder or hub id of another codec.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe whose training is planned; it names the rest.")] = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Examine machine, checkpoint, codec, data and adapter: what is wrong, and what to do.
+
+    Exits with 1 when something failed. Nothing is changed.
+    """
+    from higgstune.doctor import doctor as run
+
+    report = run(
+        model,
+        adapter,
+        data,
+        codec,
+        recipe,
+        revision=revision,
+        dtype=None if dtype == "auto" else dtype,
+        device=None if device == "auto" else device,
+        progress=lambda what: errors.print(f"examining {what}", highlight=False),
+    )
+    if as_json:
+        _result(report.to_json(), as_json)
+    else:
+        Console().print(report.table())
+        typer.echo(", ".join(f"{count} {status}" for status, count in report.summary.items()))
+    if not report.passed:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: higgstune demo --out runs/demo")

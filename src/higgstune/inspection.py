@@ -8,6 +8,7 @@ import numpy as np
 from transformers import HiggsAudioV2Config
 
 from higgstune.data.store import CodeStore
+from higgstune.data.whisper_features import WhisperFeatures
 from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.hub import fetch
 from higgstune.model.convert import native_config
@@ -15,7 +16,7 @@ from higgstune.model.layout import read_json
 from higgstune.model.load import load_tokenizer
 from higgstune.prompt.delay import IGNORE
 from higgstune.prompt.example import Example, Prompter, SpecialIds, TextTargets
-from higgstune.prompt.rows import row_example
+from higgstune.prompt.rows import ReferencePlace, Rendering, row_example
 from higgstune.training.recipe import ModelSettings
 
 
@@ -28,6 +29,7 @@ class RowInspection:
     prompt: str  # exactly as it is tokenized; each audio is one placeholder
     positions: int
     text_tokens: int
+    heard_positions: int  # filled with Whisper features
     audio_rows: int  # of all audio in the prompt, delay rows included
     frames: int  # of the target
     seconds: float
@@ -37,9 +39,17 @@ class RowInspection:
 
 
 def inspect_row(
-    store: str | Path, row: int | str, *, model: str | Path | None = None, text_targets: TextTargets = "transcript"
+    store: str | Path,
+    row: int | str,
+    *,
+    model: str | Path | None = None,
+    text_targets: TextTargets = "transcript",
+    reference: ReferencePlace = "turn",
+    whisper: str | None = None,
 ) -> RowInspection:
     """A row of a code store, by number (train rows first) or id, as a stage with `text_targets` trains on it.
+
+    `reference` and `whisper` are the recipe's `data.reference` and `model.whisper`.
 
     The tokenizer is that of `model`; without it, of the checkpoint that the store was prepared for.
     Raises DataError, ConfigError, CheckpointError.
@@ -55,7 +65,8 @@ def inspect_row(
         raise CheckpointError(f"{error}\nName the checkpoint whose tokenizer reads the text with --model") from error
     found = opened[index]
     try:
-        example = row_example(prompter, found, text_targets)
+        features = None if whisper is None else WhisperFeatures.open(opened.folder, whisper)
+        example = row_example(prompter, found, text_targets, Rendering(reference, features))
     except DataError as error:
         raise DataError(f"{store}, row {index} ({found.id}): {error}") from error
     return _inspection(found.id, found.split, found.duration, len(found.codes), example, prompter)
@@ -76,6 +87,7 @@ def _inspection(
     text = np.flatnonzero(example.text_labels != IGNORE)
     tokens = [(int(p), int(example.text_labels[p])) for p in text]
     rows = np.flatnonzero(example.audio_mask)
+    heard = 0 if example.whisper_features is None else len(example.whisper_features)
     labelled = [
         (int(position), [None if label == IGNORE else int(label) for label in labels])
         for position, labels in zip(rows, example.audio_labels, strict=True)
@@ -86,7 +98,8 @@ def _inspection(
         split=split,
         prompt=example.prompt,
         positions=len(example),
-        text_tokens=int((~example.audio_mask).sum()),
+        text_tokens=int((~example.audio_mask).sum()) - heard,
+        heard_positions=heard,
         audio_rows=len(rows),
         frames=frames,
         seconds=seconds,

@@ -25,6 +25,7 @@ class PaddedCollator:
     audio_input_ids                    [B, A, K], audio_input_ids_mask [B, A]
     audio_positions [M], audio_targets [M, K]    flat positions (b * S + s) and what they predict
     text_positions [N],  text_targets [N]
+    whisper_features [W, d_model]                of all <|AUDIO|> positions in order; only where anything is heard
     """
 
     pad_id: int
@@ -50,7 +51,14 @@ class PaddedCollator:
             "audio_input_ids": torch.from_numpy(audio),
             "audio_input_ids_mask": torch.from_numpy(audio_mask),
             **{key: torch.from_numpy(np.concatenate([t[key] for t in targets])) for key in targets[0]},
+            **heard_features(examples),
         }
+
+
+def heard_features(examples: Sequence[Example]) -> Batch:
+    """`whisper_features` of a batch, or nothing where no example hears any audio."""
+    heard = [example.whisper_features for example in examples if example.whisper_features is not None]
+    return {"whisper_features": torch.from_numpy(np.concatenate(heard))} if heard else {}
 
 
 def shifted_targets(example: Example, *, offset: int = 0) -> dict[str, np.ndarray]:

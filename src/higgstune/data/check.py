@@ -103,7 +103,7 @@ def _segment(part: dict[str, Any]) -> Segment:
 
 def _without_segments(messages: list[Message]) -> list[Message]:
     """Messages as they are stored: which part of a file a clip was is in its codes."""
-    keep = ("type", "text", "url")
+    keep = ("type", "text", "url", "as")
     return [
         message | {"content": [{k: v for k, v in part.items() if k in keep} for part in message["content"]]}
         for message in messages

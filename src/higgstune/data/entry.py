@@ -52,7 +52,10 @@ class Entry:
     @property
     def content(self) -> tuple[Any, ...]:
         """Equal for rows that say the same thing with the same audio."""
-        said = [(message["role"], [part.get("text") for part in message["content"]]) for message in self.messages or []]
+        said = [
+            (message["role"], [(part.get("text"), part.get("as")) for part in message["content"]])
+            for message in self.messages or []
+        ]
         return (self.audio_sha256, self.text, self.reference_sha256, *self.context_sha256, json.dumps(said))
 
 

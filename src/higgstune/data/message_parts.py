@@ -9,7 +9,8 @@ from higgstune.data.text import clean_text, find_control_tokens, normalize_text
 Part = dict[str, Any]
 
 _TEXT_KEYS = ("type", "text")
-_AUDIO_KEYS = ("type", "url", "audio_url", "audio", "offset", "duration", "raw_audio", "row_id")
+_AUDIO_KEYS = ("type", "url", "audio_url", "audio", "offset", "duration", "raw_audio", "row_id", "as")
+_READ_AS = ("codes", "whisper")  # how the model takes an audio that it listens to
 
 
 def normalize_parts(content: Any, where: str) -> Iterator[Part]:
@@ -100,6 +101,10 @@ def _audio_part(part: Part, where: str) -> Part:
     for key in ("offset", "duration"):
         if part.get(key) is not None:
             result[key] = _seconds(part[key], f"{where}.{key}")
+    if part.get("as") is not None:
+        if part["as"] not in _READ_AS:
+            raise RowError("bad_row", f"{where}.as is {part['as']!r}: one of {', '.join(_READ_AS)}")
+        result["as"] = part["as"]
     return result
 
 

@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,9 @@ from higgstune.data.summary import (
     rows_by_split,
 )
 from higgstune.data.text import TEXT_NORMALIZATION
+from higgstune.data.whisper_features import Listener, store_features
 from higgstune.errors import DataError
+from higgstune.prompt.rows import heard_clips
 
 Progress = Callable[[str, int, int], None]  # what is being done, rows done, rows in all
 Item = TypeVar("Item")
@@ -41,13 +43,22 @@ Refused = dict[int, RowError]  # by the row's number
 class Preparation:
     """One preparation, with everything it notes on the way."""
 
-    def __init__(self, out: Path, codec: Codec, codec_name: str, options: PrepareOptions, progress: Progress) -> None:
+    def __init__(
+        self,
+        out: Path,
+        codec: Codec,
+        codec_name: str,
+        options: PrepareOptions,
+        progress: Progress,
+        listener: Listener | None = None,
+    ) -> None:
         """Raises DataError where `out` holds a store that another codec or another Higgstune made."""
         self._out = out
         self._codec = codec
         self._codec_name = codec_name
         self._options = options
         self._progress = progress
+        self._listener = listener
         self._store = _existing_store(out, codec)
         self._stored = [] if self._store is None else stored_entries(self._store)
 
@@ -66,7 +77,25 @@ class Preparation:
                 raise DataError(_nothing_usable(rejections, self._out / REJECTED_NAME))
             pairing = self._write(merger.entries, encoder)
         shutil.rmtree(self._out / PARTIAL_NAME, ignore_errors=True)
-        return self._summary(merger, encoder, pairing, rejections)
+        summary = self._summary(merger, encoder, pairing, rejections)
+        return summary if self._listener is None else self._listen(self._listener, summary, candidates.values())
+
+    def _listen(self, listener: Listener, summary: PrepareSummary, candidates: Iterable[Candidate]) -> PrepareSummary:
+        """Store what Whisper hears in every reference and in what conversations listen to."""
+        clips = {clip.sha256: clip for candidate in candidates for clip in candidate.clips}
+        needed = {sha256 for row in CodeStore.open(self._out).contexts() for sha256 in heard_clips(row, "scene")}
+        encoded, missing = store_features(
+            self._out, needed, clips, listener, lambda done: self._progress("listening", done, len(needed))
+        )
+        warnings = list(summary.warnings)
+        if not needed:
+            warnings.append("no row has a reference, or audio in a user or system turn: there is nothing to hear")
+        if missing:
+            warnings.append(
+                "clips of earlier runs without Whisper features, because their recordings are not in this source: "
+                f"{len(missing)} (prepare their source again with --whisper)"
+            )
+        return replace(summary, whisper=encoded, warnings=warnings)
 
     def _each(
         self, stage: str, items: dict[int, Item], work: Callable[[Item], Result]

@@ -13,6 +13,7 @@ from higgstune.data.preparation import Preparation, Progress
 from higgstune.data.rejection import RowError
 from higgstune.data.source import SourceRow
 from higgstune.data.summary import PrepareOptions, PrepareSummary, References
+from higgstune.data.whisper_features import Listener
 from higgstune.errors import ConfigError, DataError, WorkError
 
 _LOCK_NAME = ".prepare.lock"
@@ -25,6 +26,7 @@ def prepare(
     codec: Codec | str | Path | None = None,
     codec_name: str | None = None,
     model: str | Path | None = None,
+    whisper: Listener | str | None = None,
     device: str = "cpu",
     validation_fraction: float = 0.05,
     references: References = "none",
@@ -42,8 +44,9 @@ def prepare(
     `device`; without it, it is that of `model`, the checkpoint that will be trained. `codec_name` is what the
     store calls it. `speaker`, `language` and `scene` are set for every row (a conversation says its own
     scene). `references="same_speaker"` gives each row another clip of its speaker to hear, drawn by `seed`;
-    splits follow the recordings' hashes. `max_seconds` bounds a clip unless `allow_long`. `progress` is
-    called with what is being done, the rows done and the rows in all.
+    splits follow the recordings' hashes. `whisper` is a Whisper checkpoint (or encoder) whose features of every
+    reference, and of audio in user and system turns, are stored for a recipe's `model.whisper`. `max_seconds` bounds a
+    clip unless `allow_long`. `progress` is called with what is being done, the rows done and the rows in all.
 
     A row that cannot be used is refused into `rejected.jsonl` and counted. A run that is interrupted keeps
     the codes it has and goes on from there when it is started again; until then the old store stays.
@@ -52,15 +55,17 @@ def prepare(
     option; CheckpointError for a codec; WorkError where the disk refuses.
     """
     for_model = None if model is None else str(model)
-    options = PrepareOptions(validation_fraction, references, max_seconds, allow_long, seed, for_model)
+    heard_by = whisper if whisper is None or isinstance(whisper, str) else whisper.checkpoint
+    options = PrepareOptions(validation_fraction, references, max_seconds, allow_long, seed, for_model, heard_by)
     options.check()
     source, out = Path(source), Path(out)
     if source.resolve() == out.resolve():
         raise ConfigError(f"{out} is the source, too: give the code store a folder of its own")
     rows = [_with_labels(row, speaker, language, scene) for row in read_source(source)]
     name, codec = _loaded(codec, model, device)
+    listener = _listener(whisper, device)
     with _locked(out):
-        return Preparation(out, codec, codec_name or name, options, progress or _silent).run(rows)
+        return Preparation(out, codec, codec_name or name, options, progress or _silent, listener).run(rows)
 
 
 def _with_labels(row: SourceRow, speaker: str | None, language: str | None, scene: str | None) -> SourceRow:
@@ -84,6 +89,14 @@ def _loaded(codec: Codec | str | Path | None, model: str | Path | None, device: 
 
     name = checkpoint_codec(model, codec)
     return name, load_codec(name, device=device)
+
+
+def _listener(whisper: Listener | str | None, device: str) -> Listener | None:
+    if not isinstance(whisper, str):
+        return whisper
+    from higgstune.model.whisper import load_whisper  # brings torch
+
+    return load_whisper(whisper, device=device)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -88,7 +88,7 @@ def read_index(folder: Path) -> StoreIndex:
 def store_schema(num_codebooks: int) -> pa.Schema:
     """The columns of a shard. Codes are [frames, num_codebooks] uint16."""
     codes = pa.list_(pa.list_(pa.uint16(), num_codebooks))
-    part = pa.struct({"type": pa.string(), "text": pa.string(), "url": pa.string()})
+    part = pa.struct({"type": pa.string(), "text": pa.string(), "url": pa.string(), "as": pa.string()})
     message = pa.struct({"role": pa.string(), "content": pa.list_(part)})
     columns: dict[str, pa.DataType] = {
         "id": pa.string(),

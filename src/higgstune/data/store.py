@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self, overload
@@ -39,6 +39,17 @@ class Row:
     start_index: int | None  # the first message of a conversation that is to be learnt
     audio_sha256: str
     recording_sha256: str
+    reference_sha256: str | None = None  # audio hash of the reference
+    context_sha256: list[str] = field(default_factory=list)  # audio hashes of `context_codes`
+
+
+@dataclass(frozen=True)
+class Context:
+    """The audio that a row hears, by audio hash."""
+
+    messages: list[dict[str, Any]] | None
+    reference_sha256: str | None
+    context_sha256: list[str]
 
 
 class SplitView(Sequence[Row]):
@@ -129,6 +140,7 @@ class CodeStore(SplitView):
             other = self.index_of(values["reference_id"])
             reference_codes = self.codes(other)
             values["reference_text"] = values["reference_text"] or self.light["text"][other].as_py()
+            values["reference_sha256"] = self.light["audio_sha256"][other].as_py()
         return Row(
             **{name: values[name] for name in _LIGHT_FIELDS},
             split=self.shards[self._shard_of(index)].split,
@@ -137,6 +149,16 @@ class CodeStore(SplitView):
             messages=_without_nulls(values["messages"]),
             context_codes=self.cells(index, "context_codes") or [],
         )
+
+    def contexts(self) -> Iterator[Context]:
+        """What every row hears, in order, without reading a code."""
+        hashes = self.light["audio_sha256"].to_pylist()
+        columns = ("messages", "reference_id", "reference_sha256", "context_sha256")
+        for values in self.light.select(columns).to_pylist():
+            reference = values["reference_sha256"]
+            if reference is None and values["reference_id"] is not None:
+                reference = hashes[self.index_of(values["reference_id"])]
+            yield Context(_without_nulls(values["messages"]), reference, values["context_sha256"])
 
     def _shard_of(self, index: int) -> int:
         return bisect_right(self._ends, index)
@@ -169,7 +191,7 @@ class CodeStore(SplitView):
 
 _LIGHT_FIELDS = (
     *("id", "text", "speaker", "language", "scene", "duration", "reference_id", "reference_text"),
-    *("start_index", "audio_sha256", "recording_sha256"),
+    *("reference_sha256", "context_sha256", "start_index", "audio_sha256", "recording_sha256"),
 )
 
 

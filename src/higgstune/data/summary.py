@@ -27,6 +27,7 @@ class PrepareSummary:
     encoded: int  # clips that the codec was asked for
     reused: int  # clips that had codes already
     references: Pairing
+    whisper: int | None = None  # clips with Whisper features, where they were asked for
     warnings: list[str] = field(default_factory=list)
 
 
@@ -40,6 +41,7 @@ class PrepareOptions:
     allow_long: bool
     seed: int
     model: str | None = None  # the checkpoint that it is prepared for
+    whisper: str | None = None  # the Whisper checkpoint whose features are stored
 
     def check(self) -> None:
         """Raise ConfigError for an option that cannot be."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
+from higgstune.batch.padded import heard_features
 from higgstune.generate.sampling import RowSampler, Sampling
 from higgstune.prompt.delay import codes_from_frames
 from higgstune.prompt.example import Example
@@ -99,7 +100,9 @@ class Decoder:
 
 
 def left_padded(prompts: Sequence[Example], *, pad_id: int) -> dict[str, Tensor]:
-    """Prompts -> input_ids and attention_mask [B, S], padded on the left, and their audio [B, A, K] if there is any."""
+    """Prompts -> input_ids and attention_mask [B, S], padded on the left, and what they hear, if there is any:
+    rows of audio [B, A, K], Whisper features [W, d_model].
+    """
     length = max(len(prompt) for prompt in prompts)
     rows = max(len(prompt.audio_input_ids) for prompt in prompts)
     input_ids = torch.full((len(prompts), length), pad_id)
@@ -111,5 +114,5 @@ def left_padded(prompts: Sequence[Example], *, pad_id: int) -> dict[str, Tensor]
         attention[b, length - len(prompt) :] = 1
         audio[b, : len(prompt.audio_input_ids)] = torch.from_numpy(prompt.audio_input_ids)
         audio_mask[b, : len(prompt.audio_input_ids)] = True
-    batch = {"input_ids": input_ids, "attention_mask": attention}
+    batch = {"input_ids": input_ids, "attention_mask": attention, **heard_features(prompts)}
     return batch | ({"audio_input_ids": audio, "audio_input_ids_mask": audio_mask} if rows else {})

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -15,9 +16,12 @@ from higgstune.generate.engine import Generated, generate
 from higgstune.generate.sampling import Sampling
 from higgstune.generate.wav import check_wav_name, write_wav
 from higgstune.model.adapters import adapter_card, find_adapter, load_adapter
+from higgstune.model.conditioning import WhisperShape, conditioning_of
 from higgstune.model.layout import read_json
 from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
-from higgstune.prompt.example import Example, Prompter, SpecialIds
+from higgstune.model.whisper import WhisperTower, load_whisper
+from higgstune.prompt.example import Audio, Example, Heard, Prompter, SpecialIds
+from higgstune.prompt.rows import ReferencePlace
 from higgstune.prompt.template import DEFAULT_SCENE, speech_messages
 
 logger = logging.getLogger(__name__)
@@ -25,10 +29,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Voice:
-    """A reference: somebody's words and their codes [frames, K]."""
+    """A reference: somebody's words and their codes [frames, K], and what Whisper hears, where the model listens."""
 
     text: str
     codes: np.ndarray
+    heard: Heard | None = None
 
 
 @dataclass(frozen=True)
@@ -49,13 +54,28 @@ class Speech:
 class Speaker:
     """A loaded checkpoint, with or without an adapter, that speaks."""
 
-    def __init__(self, loaded: ModelAndTokenizers, adapter: Path | None = None) -> None:
-        """Raises CheckpointError when the adapter does not fit the checkpoint or was trained with another codec."""
+    def __init__(
+        self,
+        loaded: ModelAndTokenizers,
+        adapter: Path | None = None,
+        *,
+        reference_place: ReferencePlace | None = None,
+        whisper: str | Path | None = None,
+    ) -> None:
+        """`reference_place` is where a reference stands in the prompt: as the adapter was trained, where not given.
+        `whisper` names the Whisper checkpoint of a model that listens, where it has moved.
+
+        Raises CheckpointError when the adapter does not fit the checkpoint or was trained with another codec.
+        """
         self.loaded = loaded
         self.codec = loaded.audio_tokenizer
         self.prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
         self.model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
-        trained_with = adapter_card(adapter).get("codec_revision") if adapter is not None else None
+        card = adapter_card(adapter) if adapter is not None else {}
+        trained_as = card.get("recipe", {}).get("data", {}).get("reference", "turn")
+        self.reference_place: ReferencePlace = reference_place or trained_as
+        self._whisper_name = whisper
+        trained_with = card.get("codec_revision")
         if trained_with not in (None, self.codec.revision):
             raise CheckpointError(
                 f"the adapter {adapter} was trained on codes of another codec (revision {trained_with}) than "
@@ -63,9 +83,29 @@ class Speaker:
             )
 
     def reference(self, path: str | Path, text: str) -> Voice:
-        """A recording and what is said in it, as a voice to imitate. Raises DataError when it cannot be read."""
+        """A recording and what is said in it, as a voice to imitate.
+
+        Raises DataError when it cannot be read, CheckpointError when the model listens through a Whisper checkpoint
+        that is not there or is another one than it was trained with.
+        """
         waveform, rate = read_audio(path)
-        return Voice(normalize_text(text), self.codec.encode(resample(waveform, rate, self.codec.sample_rate)))
+        heard = None
+        shape = conditioning_of(self.model).whisper
+        if shape is not None and self.reference_place == "scene":
+            tower = self._tower(shape)
+            heard = tower.encode(resample(waveform, rate, tower.sample_rate))
+        return Voice(normalize_text(text), self.codec.encode(resample(waveform, rate, self.codec.sample_rate)), heard)
+
+    def _tower(self, shape: WhisperShape) -> WhisperTower:
+        tower = self.loaded.whisper
+        if tower is None or self._whisper_name is not None:
+            tower = load_whisper(self._whisper_name or shape.checkpoint, device=self.loaded.model.device)
+        if tower.revision != shape.revision:
+            raise CheckpointError(
+                f"the model was trained to hear through {shape.checkpoint} (revision {shape.revision}); "
+                f"{tower.checkpoint} has the revision {tower.revision}: name the right one with --whisper"
+            )
+        return tower
 
     def say(
         self,
@@ -103,11 +143,20 @@ class Speaker:
         return [self._speech(clip) for clip in clips]
 
     def _prompt(self, clip: "_Clip", reference: Voice | None, scene: str | None) -> Example:
-        context = [] if reference is None else [reference]
+        in_scene = reference is not None and self.reference_place == "scene"
+        context = [reference] if reference is not None and not in_scene else []
         if clip.spoken:
             context.append(Voice(clip.pieces[len(clip.spoken) - 1], clip.spoken[-1].codes))
-        messages = speech_messages(clip.next_text, scene=scene, context=[(voice.text, "context") for voice in context])
-        return self.prompter.prompt(messages, [voice.codes for voice in context])
+        messages = speech_messages(
+            clip.next_text,
+            scene=scene,
+            context=[(voice.text, "context") for voice in context],
+            voice="reference" if in_scene else None,
+        )
+        audio: list[Audio] = [voice.codes for voice in context]
+        if reference is not None and in_scene:
+            audio.insert(0, reference.codes if reference.heard is None else reference.heard)
+        return self.prompter.prompt(messages, audio)
 
     def _cap(self, text: str, max_seconds: float | None) -> int:
         rate = self.codec.frame_rate
@@ -156,6 +205,8 @@ def load_speaker(
     dtype: str | None = None,
     device: str | None = None,
     revision: str | None = None,
+    reference_place: ReferencePlace | None = None,
+    whisper: str | Path | None = None,
 ) -> Speaker:
     """A speaker from a base, an adapter (its folder or its run's), or both; the adapter knows its base and codec.
 
@@ -179,7 +230,7 @@ def load_speaker(
             f"{error}\n(the adapter {folder} names its base and codec; where they have moved, say so with --model and "
             "--codec)"
         ) from error
-    return Speaker(loaded, folder)
+    return Speaker(loaded, folder, reference_place=reference_place, whisper=whisper)
 
 
 def speak(
@@ -199,6 +250,8 @@ def speak(
     dtype: str | None = None,
     device: str | None = None,
     revision: str | None = None,
+    reference_place: ReferencePlace | None = None,
+    whisper: str | Path | None = None,
     on_spoken: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Speak one text into the file `out`, or several into the folder `out` (0001.wav, ...). Gives the files.
@@ -211,7 +264,18 @@ def speak(
     files = [Path(out)] if isinstance(text, str) else [Path(out) / f"{i:04d}.wav" for i in range(1, len(texts) + 1)]
     for file in files:
         check_wav_name(file)
-    speaker = load_speaker(model, adapter, codec=codec, dtype=dtype, device=device, revision=revision)
+    if reference_place not in (None, *get_args(ReferencePlace)):
+        raise InputError(f"reference_place is {reference_place!r}: one of {', '.join(get_args(ReferencePlace))}")
+    speaker = load_speaker(
+        model,
+        adapter,
+        codec=codec,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        reference_place=reference_place,
+        whisper=whisper,
+    )
     voice = speaker.reference(reference, reference_text or "") if reference is not None else None
     for first in range(0, len(texts), batch_size):  # written batch by batch: a long list that is stopped keeps them
         spoken = speaker.say(

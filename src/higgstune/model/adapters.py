@@ -1,19 +1,33 @@
 """LoRA adapters: which layers, how they start, how they are loaded. Everything trained is inside one peft folder."""
 
 import contextlib
+import hashlib
 import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from pydantic import BaseModel, ConfigDict, Field
+from peft.utils import ModulesToSaveWrapper
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgstune.errors import CheckpointError, ConfigError
+from higgstune.model.audio_attention import ATTENTION, NORM
+from higgstune.model.checksums import sha256_of
+from higgstune.model.conditioning import (
+    PROJECTOR,
+    Conditioning,
+    add_conditioning,
+    base_of,
+    conditioning_of,
+    has_own_weights,
+    is_conditioning_key,
+)
 from higgstune.model.layout import read_json, safetensors_keys
 
 StageKind = Literal["text", "full"]
@@ -22,14 +36,17 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CARD = "higgstune.json"  # base, codec and recipe of the adapter: what speaking with it needs
 RUN_STATE = "run.json"
+_SAMPLED = 4096  # values of a weight that its fingerprint looks at
 
 _SHARED = r"self_attn\.[qkvo]_proj"
 _FFN = r"\.(?:gate|up|down)_proj"
-# Full paths from the model's root: a suffix such as `self_attn.q_proj` would also match the codec's HuBERT.
-_TARGETS: dict[StageKind, str] = {
-    "text": rf"model\.layers\.\d+\.(?:{_SHARED}|mlp{_FFN})",
-    "full": rf"model\.layers\.\d+\.(?:{_SHARED}|(?:audio_)?mlp{_FFN})",
-}
+# Full paths from the model's root: a suffix such as `self_attn.q_proj` would also match the codec's HuBERT or Whisper.
+_LAYER = r"model\.layers\.\d+\."
+_TEXT_TARGETS = rf"{_LAYER}(?:{_SHARED}|mlp{_FFN})"
+_FULL_TARGETS = rf"{_LAYER}(?:{_SHARED}|(?:audio_)?mlp{_FFN})"
+_FULL_AND_AUDIO_ATTENTION = rf"{_LAYER}(?:(?:self|audio)_attn\.[qkvo]_proj|(?:audio_)?mlp{_FFN})"
+
+AttentionTraining = Literal["lora", "full"]
 
 
 class Lora(BaseModel):
@@ -43,79 +60,144 @@ class Lora(BaseModel):
     rslora: bool = False
     dora: bool = False
 
-    def config(self, kind: StageKind) -> LoraConfig:
-        """As peft wants it, for the layers of a stage."""
+    def config(self, kind: StageKind, conditioning: Conditioning, attention: AttentionTraining) -> LoraConfig:
+        """As peft wants it, for the layers of a stage on a model with these extensions.
+
+        Audio attention is trained by LoRA or in full, never both: of a module that is trained in full, peft would
+        silently leave out the LoRA.
+        """
+        saved = [PROJECTOR] if conditioning.whisper is not None else []
+        targets = {"text": _TEXT_TARGETS, "full": _FULL_TARGETS}[kind]
+        if conditioning.audio_attention and kind == "full":
+            if attention == "full":
+                saved += [ATTENTION, NORM]
+            else:
+                targets = _FULL_AND_AUDIO_ATTENTION
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
             use_rslora=self.rslora,
             use_dora=self.dora,
-            target_modules=_TARGETS[kind],
+            target_modules=targets,
+            modules_to_save=saved or None,
             bias="none",
         )
 
 
-def add_lora(model: HiggsAudioV2ForConditionalGeneration, lora: Lora, kind: StageKind) -> PeftModel:
-    """The model with a fresh adapter on the layers of a stage; all base weights are frozen."""
-    with _without_deprecations():
-        peft_model = get_peft_model(model, lora.config(kind))
-    assert isinstance(peft_model, PeftModel)
-    return peft_model
+def add_lora(
+    model: HiggsAudioV2ForConditionalGeneration,
+    lora: Lora,
+    kind: StageKind,
+    conditioning: Conditioning | None = None,
+    attention: AttentionTraining = "lora",
+) -> PeftModel:
+    """The model with a fresh adapter on the layers of a stage; all base weights are frozen.
+
+    `conditioning` says which of the model's extensions are trained; all, where not given. The projector of Whisper
+    features is trained in both kinds of stages, its positions being text's; audio attention in full stages, in the way
+    that `attention` says.
+    """
+    trained = conditioning_of(model) if conditioning is None else conditioning
+    return _with_adapter(model, lora.config(kind, trained, attention))
 
 
-def continue_lora(model: HiggsAudioV2ForConditionalGeneration, folder: Path, lora: Lora, kind: StageKind) -> PeftModel:
+def continue_lora(
+    model: HiggsAudioV2ForConditionalGeneration,
+    folder: Path,
+    lora: Lora,
+    kind: StageKind,
+    conditioning: Conditioning | None = None,
+    attention: AttentionTraining = "lora",
+) -> PeftModel:
     """The model with a stage's adapter that goes on from an earlier one in `folder`.
 
     Layers that the earlier adapter does not have start at zero. Raises ConfigError when its LoRA shape is another,
     CheckpointError when it has layers that this stage does not.
     """
     check_same_shape(folder, lora)
-    check_base(folder, model)
-    peft_model = add_lora(model, lora, kind)
-    weights = _adapter_weights(folder)
-    known = adapter_keys(peft_model)
-    unknown = sorted(weights.keys() - known)
+    weights = _checked_weights(folder, model)
+    peft_model = add_lora(model, lora, kind, conditioning, attention)
+    begins_with = adapter_state(peft_model)
+    unknown = sorted(weights.keys() - begins_with.keys())
     if unknown:
         raise CheckpointError(
             f"the adapter {folder} has {len(unknown)} tensors that this stage does not train, such as {unknown[0]}: "
-            "a text stage cannot follow a full one"
+            "a text stage cannot follow a full one, audio attention is trained in one way, and what the adapter was "
+            "conditioned on (model.audio_attention, model.whisper) stays on"
         )
-    try:
-        set_peft_model_state_dict(peft_model, weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"the adapter {folder} does not fit this base: {error}") from error
+    _set_weights(peft_model, begins_with | weights, folder)
     return peft_model
 
 
-def load_adapter(model: HiggsAudioV2ForConditionalGeneration, folder: Path) -> PeftModel:
+def load_adapter(model: HiggsAudioV2ForConditionalGeneration, folder: Path, *, checksum: bool = True) -> PeftModel:
     """The model with a trained adapter, frozen and in eval mode.
 
-    Raises CheckpointError when the folder is no adapter, or holds other tensors than the adapter on this base has
-    (peft alone would leave them out in silence).
+    Extensions that the adapter was trained with (audio attention, Whisper) are added to the model first, in place.
+    Raises CheckpointError when the folder is no adapter or damaged, was trained on another base, or holds other
+    tensors than the adapter on this base has (peft alone would leave them out in silence).
     """
-    weights = _adapter_weights(folder)
-    check_base(folder, model)
+    weights = _checked_weights(folder, model, checksum=checksum)
+    add_conditioning(model, adapter_conditioning(folder))
     try:
-        with _without_deprecations():
-            peft_model = PeftModel.from_pretrained(model, str(folder))
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the adapter {folder} does not fit this base: {error}") from error
-    expected = adapter_keys(peft_model)
+        config = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} is not a LoRA configuration: {error}") from error
+    config.inference_mode = True
+    peft_model = _with_adapter(model, config)
+    expected = adapter_state(peft_model).keys()
     if expected != weights.keys():
         odd = sorted(expected ^ weights.keys())
         raise CheckpointError(
             f"the adapter {folder} does not fit this base: {len(odd)} tensors are in only one of them, such as "
-            f"{odd[0]}; is it the base that the adapter was trained on?"
+            f"{odd[0]}; is it the base that the adapter was trained on, and does the folder have its {ADAPTER_CARD}?"
         )
-    return peft_model.eval()
+    _set_weights(peft_model, weights, folder)
+    return peft_model.requires_grad_(False).eval()
 
 
-def adapter_keys(model: PeftModel) -> set[str]:
-    """The names under which peft saves the adapter's tensors."""
+def unload_adapter(model: PeftModel) -> None:
+    """Take the adapter off again, in place: the base is as it was before, its extensions untrained, too."""
+    # peft would leave the trained copies of modules that are trained in full in the base.
+    wrapped = [(name, part) for name, part in model.named_modules() if isinstance(part, ModulesToSaveWrapper)]
+    for name, part in wrapped:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, part.original_module)
+    model.unload()
+
+
+def adapter_conditioning(folder: Path) -> Conditioning:
+    """The extensions that an adapter was trained with. Raises CheckpointError when its card is damaged."""
+    try:
+        return Conditioning.model_validate(adapter_card(folder).get("conditioning", {}))
+    except ValidationError as error:
+        raise CheckpointError(f"{folder / ADAPTER_CARD} is damaged (conditioning): {error}") from error
+
+
+def base_fingerprint(model: Any) -> str:
+    """16 hexadecimal digits that tell one base from another, whatever its layout, dtype and device.
+
+    Of each weight up to 4096 values, spread over it, are taken as bfloat16. Adapters do not count, nor do extensions
+    whose weights follow from the base.
+    """
+    digest = hashlib.sha256()
+    base = base_of(model)
+    for name, value in sorted(base.named_parameters()):
+        if ".lora_" in name or ".modules_to_save." in name or (is_conditioning_key(name) and not has_own_weights(base)):
+            continue
+        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED]
+        digest.update(f"{plain} {tuple(value.shape)}".encode())
+        digest.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def adapter_state(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors under the names that peft saves them with."""
     from peft import get_peft_model_state_dict
 
-    return set(get_peft_model_state_dict(model))
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def adapted_layers(model: PeftModel) -> list[str]:
@@ -136,15 +218,22 @@ def check_same_shape(folder: Path, lora: Lora) -> None:
 
 
 def check_base(folder: Path, model: HiggsAudioV2ForConditionalGeneration) -> None:
-    """Raises CheckpointError when the adapter's card says that it was trained on a model of another shape."""
+    """Raises CheckpointError when the adapter's card says that it was trained on another base."""
     config = read_json(folder / ADAPTER_CONFIG, "it is no adapter folder without it")
-    card = adapter_card(folder)
+    card, trained_on = adapter_card(folder), config.get("base_model_name_or_path")
     for key, value in card.get("base_shape", {}).items():
         if getattr(model.config, key) != value:
             raise CheckpointError(
-                f"the adapter {folder} was trained on {config.get('base_model_name_or_path')} with {key} {value}; "
+                f"the adapter {folder} was trained on {trained_on} with {key} {value}; "
                 f"this base has {getattr(model.config, key)}"
             )
+    expected = card.get("base_fingerprint")
+    if expected is not None and (found := base_fingerprint(model)) != expected:
+        raise CheckpointError(
+            f"the adapter {folder} was trained on {trained_on}, whose weights have the fingerprint {expected}; this "
+            f"base has {found}: another checkpoint, a fine-tuned one, or one that an adapter was merged into. Name the "
+            "base that it was trained on"
+        )
 
 
 def base_shape(config: Any) -> dict[str, int]:
@@ -183,7 +272,50 @@ def _without_deprecations() -> Iterator[None]:
         yield
 
 
-def _adapter_weights(folder: Path) -> dict[str, Tensor]:
+def _with_adapter(model: HiggsAudioV2ForConditionalGeneration, config: LoraConfig) -> PeftModel:
+    with _without_deprecations():
+        peft_model = get_peft_model(model, config)
+    assert isinstance(peft_model, PeftModel)
+    for part in peft_model.modules():
+        if isinstance(part, ModulesToSaveWrapper):
+            part.modules_to_save.float()  # as peft does with LoRA: small steps are lost in bfloat16
+    return peft_model
+
+
+def _set_weights(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
+    try:
+        set_peft_model_state_dict(model, weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"the adapter {folder} does not fit this base: {error}") from error
+
+
+def _checked_weights(
+    folder: Path, model: HiggsAudioV2ForConditionalGeneration, *, checksum: bool = True
+) -> dict[str, Tensor]:
+    """The adapter's tensors, once nothing speaks against them. Raises CheckpointError."""
+    check_adapter_files(folder, checksum=checksum)
+    check_base(folder, model)
+    return load_file(folder / ADAPTER_WEIGHTS)
+
+
+def check_adapter_files(folder: Path, *, checksum: bool = True) -> None:
+    """Raises CheckpointError when a file of an adapter is missing, truncated or not the one that was written."""
+    config = read_json(folder / ADAPTER_CONFIG, "it is no adapter folder without it")
     path = folder / ADAPTER_WEIGHTS
-    safetensors_keys(path)  # tells a truncated file with a message of its own
-    return load_file(path)
+    keys = safetensors_keys(path)  # tells a truncated file with a message of its own
+    card = adapter_card(folder)
+    expected = card.get("weights_sha256") if checksum else None
+    if expected is not None and sha256_of(path) != expected:
+        raise CheckpointError(f"{path} is not the file that was saved (its checksum differs): copy the adapter again")
+    if not card and (extra := sorted(filter(is_conditioning_key, keys))):
+        raise CheckpointError(
+            f"{folder / ADAPTER_CARD} is missing: it says how to add the modules of {len(extra)} tensors, such as "
+            f"{extra[0]}; copy the whole adapter folder"
+        )
+    trained = card.get("recipe", {}).get("lora", {})
+    for key, name in {"r": "r", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}.items():
+        if name in trained and config.get(key) != trained[name]:
+            raise CheckpointError(
+                f"{folder / ADAPTER_CONFIG} has {key} {config.get(key)}, but the adapter was trained with "
+                f"{trained[name]} ({ADAPTER_CARD}): copy the adapter again"
+            )

@@ -1,26 +1,38 @@
 """The original layout (boson_multimodal, model_type `higgs_audio`) as the native one.
 
 Names and shapes only: no weight is changed. Source of the mapping: boson_multimodal f04f5df and the transformers
-class; proven by tests/test_convert.py against the original code's logits.
+class; proven by tests/test_load.py against the original code's logits.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import HiggsAudioV2Config, LlamaConfig
 
 from higgstune.errors import CheckpointError
-from higgstune.model.layout import Layout
+from higgstune.model.conditioning import Conditioning, whisper_shape
+from higgstune.model.layout import Layout, read_weights
+from higgstune.model.whisper import WhisperTower, tower_from_original
+from higgstune.prompt.template import AUDIO_BOS, AUDIO_EOS, AUDIO_IN, AUDIO_OUT, AUDIO_OUT_BOS
 
 _RENAMES = (
     (re.compile(r"^audio_codebook_embeddings\."), "model.embed_audio_tokens.embed_audio_tokens."),
-    (re.compile(r"^(embed_tokens|layers|norm)\."), r"model.\1."),
+    (re.compile(r"^(embed_tokens|layers|norm|audio_encoder_proj)\."), r"model.\1."),
     (re.compile(r"^audio_decoder_proj\."), ""),
 )
+_RENAMES_BACK = (
+    (re.compile(r"^model\.embed_audio_tokens\.embed_audio_tokens\."), "audio_codebook_embeddings."),
+    (re.compile(r"^model\.(embed_tokens|layers|norm|audio_encoder_proj)\."), r"\1."),
+    (re.compile(r"^(audio|text)_lm_head\."), r"audio_decoder_proj.\1_lm_head."),
+)
+_ORIGINAL_TOKENS = {
+    "audio_bos_token": AUDIO_BOS, "audio_eos_token": AUDIO_EOS, "audio_out_bos_token": AUDIO_OUT_BOS,
+    "audio_in_token": AUDIO_IN, "audio_out_token": AUDIO_OUT,
+}  # fmt: skip
 # Parts that the original keeps as a frozen and a trainable half; the halves are rows of one matrix.
 _HALVES = re.compile(r"^(.+)\.(?:embedding|linear)_(frozen|trainable)\.weight$")
 _DROPPED = re.compile(r"(^|\.)(audio_codebook_weights|rotary_emb\..*)$")
@@ -79,10 +91,9 @@ def _refuse_other_architectures(original: Mapping[str, Any], text: Mapping[str, 
         f"audio FFNs in layers {dual} only, the native class has one in all {len(layers)}": (
             dual is not None and sorted(dual) != layers
         ),
-        "audio self-attention (use_audio_out_self_attention) has no place in it": bool(
-            original.get("use_audio_out_self_attention")
+        "Whisper conditioning is on (encode_whisper_embed), but it brings no encoder for it (skip_audio_tower)": bool(
+            original.get("encode_whisper_embed") and original.get("skip_audio_tower")
         ),
-        "Whisper conditioning (encode_whisper_embed) has no place in it": bool(original.get("encode_whisper_embed")),
         "extra decoder layers (audio_decoder_proj_num_layers) have no place in it": bool(
             original.get("audio_decoder_proj_num_layers")
         ),
@@ -113,10 +124,112 @@ def native_state(original: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def read_original(layout: Layout) -> tuple[HiggsAudioV2Config, dict[str, Tensor]]:
-    """Config and weights of an original-format folder, in the native layout. Raises CheckpointError."""
-    config = native_config(layout.config)
-    state: dict[str, Tensor] = {}
-    for file in layout.weights:
-        state |= load_file(file)
-    return config, native_state(state)
+def original_state(native: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Native names -> original names: the way back from `native_state`."""
+    renamed = {}
+    for key, tensor in native.items():
+        for pattern, replacement in _RENAMES_BACK:
+            key = pattern.sub(replacement, key)
+        renamed[key] = tensor
+    return renamed
+
+
+def original_config(
+    native: HiggsAudioV2Config,
+    *,
+    tokens: Mapping[str, int],
+    conditioning: Conditioning | None = None,
+    encoder: Mapping[str, Any] | None = None,
+    written: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The original configuration of a native one: the way back from `native_config`.
+
+    `tokens` are the ids of `<|AUDIO|>` and `<|audio_eos|>`, which native has only in its tokenizer; `encoder` is the
+    Whisper encoder's configuration where `conditioning` has one; `written` is the configuration that the checkpoint
+    had when it came in the original layout, whose other keys stay. Raises CheckpointError for what it cannot say.
+    """
+    if native.audio_delay_token_id != native.audio_bos_token_id + 1:
+        raise CheckpointError(
+            f"the delay token {native.audio_delay_token_id} does not follow <|audio_out_bos|> "
+            f"({native.audio_bos_token_id}): the original layout has no place for it; use the native one"
+        )
+    has = conditioning or Conditioning()
+    text = dict((written or {}).get("text_config") or {}) | _original_text(native)
+    config = {
+        "architectures": ["HiggsAudioModel"],
+        "audio_adapter_type": "dual_ffn",
+        "audio_embed_avg": False,
+        "audio_ffn_hidden_size": native.hidden_size,
+        "audio_ffn_intermediate_size": native.intermediate_size,
+        "audio_dual_ffn_layers": list(range(native.num_hidden_layers)),
+        "audio_decoder_proj_num_layers": 0,
+        "use_delay_pattern": True,
+        "use_audio_out_embed_projector": False,
+        "use_rq_transformer": False,
+        "encode_audio_in_tokens": True,
+        **_ORIGINAL_TOKENS,
+        **(written or {}),
+        "model_type": "higgs_audio",
+        "text_config": text,
+        "audio_num_codebooks": native.num_codebooks,
+        "audio_codebook_size": native.codebook_size - 2,
+        "audio_in_token_idx": tokens[AUDIO_IN],
+        "audio_eos_token_id": tokens[AUDIO_EOS],
+        "audio_out_token_idx": native.audio_token_id,
+        "audio_out_bos_token_id": native.audio_bos_token_id,
+        "audio_stream_bos_id": native.audio_stream_bos_id,
+        "audio_stream_eos_id": native.audio_stream_eos_id,
+        "pad_token_id": native.pad_token_id,
+        "use_audio_out_self_attention": has.audio_attention,
+        "encode_whisper_embed": has.whisper is not None,
+        "skip_audio_tower": has.whisper is None,
+    }
+    if has.whisper is not None:
+        assert encoder is not None, "a checkpoint with Whisper conditioning brings its encoder along in this layout"
+        config["audio_encoder_config"] = {
+            "model_type": "higgs_audio_encoder",
+            "num_hidden_layers": encoder["encoder_layers"],
+            **encoder,
+        }
+    return config
+
+
+def _original_text(native: HiggsAudioV2Config) -> dict[str, Any]:
+    rope = dict(native.rope_parameters)
+    theta = rope.pop("rope_theta")
+    return {
+        "model_type": "llama",
+        **{key: getattr(native, key) for key in _TEXT_KEYS},
+        "rope_theta": theta,
+        "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
+        "rope_parameters": None,
+        "bos_token_id": native.bos_token_id,
+        "eos_token_id": native.eos_token_id,
+        "tie_word_embeddings": False,
+    }
+
+
+@dataclass(frozen=True)
+class Original:
+    """An original-format checkpoint in the native layout."""
+
+    config: HiggsAudioV2Config
+    state: dict[str, Tensor]
+    conditioning: Conditioning  # the extensions that it has and the native class does not
+    whisper: WhisperTower | None  # its audio_tower
+
+
+def read_original(layout: Layout) -> Original:
+    """Config and weights of an original-format folder. Raises CheckpointError."""
+    written = layout.config
+    config = native_config(written)
+    state = read_weights(layout.weights)
+    tower = {key: state.pop(key) for key in list(state) if key.startswith("audio_tower.")}
+    whisper = None
+    if not written.get("skip_audio_tower", True):
+        whisper = tower_from_original(written["audio_encoder_config"], tower, layout.folder)
+    conditioning = Conditioning(
+        audio_attention=bool(written.get("use_audio_out_self_attention")),
+        whisper=None if whisper is None else whisper_shape(whisper, written["audio_in_token_idx"]),
+    )
+    return Original(config, native_state(state), conditioning, whisper)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import HiggsAudioV2ForConditionalGeneration
 
+from higgstune.model.conditioning import conditioning_of
 from higgstune.model.loss import Sums, audio_sums, text_sums
 
 
@@ -28,6 +29,8 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
         """With targets (see `batch.padded`): sums of losses. Without: the native forward, unchanged."""
         if audio_positions is None or audio_targets is None or text_positions is None or text_targets is None:
             return super().forward(*args, **kwargs)
+        if "whisper_features" in kwargs and conditioning_of(self).whisper is None:
+            raise ValueError("whisper_features need a model with a projector for them: add_conditioning first")
         hidden = self.model(*args, **kwargs, use_cache=False).last_hidden_state.flatten(0, 1)  # [B * S, D]
         config = self.config
         audio_logits = self.audio_lm_head(hidden[audio_positions])

@@ -2,22 +2,32 @@
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from safetensors.torch import load_file
+from torch import Tensor
 
 from higgstune.errors import CheckpointError
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS = "model.safetensors"
+Kind = Literal["native", "original", "extended"]
+# The extended layout is the native one with modules that the native class does not have. It has a name of its own, so
+# that no other software takes it for a native checkpoint and leaves them out.
+MODEL_TYPES: dict[Any, Kind] = {
+    "higgs_audio_v2": "native", "higgs_audio": "original", "higgs_audio_v2_extended": "extended",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint's folder: which of the two layouts, its config as written, and its weight files."""
+    """A checkpoint's folder: which of the layouts, its config as written, and its weight files."""
 
     folder: Path
-    kind: Literal["native", "original"]
+    kind: Kind
     config: dict[str, Any]
     weights: tuple[Path, ...]
     keys: frozenset[str]
@@ -26,14 +36,13 @@ class Layout:
 def read_layout(folder: Path) -> Layout:
     """Check that config and weights are there and whole. Raises CheckpointError naming the file and what to do."""
     config = read_json(folder / "config.json", "it is no checkpoint folder without it")
-    kinds: dict[Any, Literal["native", "original"]] = {"higgs_audio_v2": "native", "higgs_audio": "original"}
-    kind = kinds.get(config.get("model_type"))
+    kind = MODEL_TYPES.get(config.get("model_type"))
     if kind is None:
+        expected = ", ".join(f"{model_type} ({kind})" for model_type, kind in MODEL_TYPES.items())
         raise CheckpointError(
-            f"{folder / 'config.json'} has the model_type {config.get('model_type')!r}: expected higgs_audio_v2 "
-            "(native) or higgs_audio (original)"
+            f"{folder / 'config.json'} has the model_type {config.get('model_type')!r}: expected one of {expected}"
         )
-    weights = _weight_files(folder)
+    weights = weight_files(folder)
     keys: set[str] = set()
     for file in weights:
         keys |= safetensors_keys(file)
@@ -76,7 +85,8 @@ def safetensors_keys(path: Path) -> set[str]:
     return set(header)
 
 
-def _weight_files(folder: Path) -> tuple[Path, ...]:
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a checkpoint. Raises CheckpointError when there is none, or only pickled ones."""
     index = folder / SAFETENSORS_INDEX
     if index.exists():
         shards = read_json(index, "").get("weight_map")
@@ -91,3 +101,12 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             "convert them to safetensors"
         )
     raise CheckpointError(f"{folder} has neither {SAFETENSORS} nor {SAFETENSORS_INDEX}: the weights are missing")
+
+
+def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
+    """All tensors of a checkpoint's files. Raises CheckpointError naming a file that is missing or truncated."""
+    state: dict[str, Tensor] = {}
+    for file in files:
+        safetensors_keys(file)  # tells a truncated file with a message of its own
+        state |= load_file(file)
+    return state

@@ -5,13 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
+from torch import Tensor
 from transformers import AutoTokenizer, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgstune.codec import DEFAULT_CODEC, Codec, load_codec
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.hub import fetch
+from higgstune.model.checksums import check_checksums
+from higgstune.model.conditioning import CONDITIONING_KEY, Conditioning, add_conditioning
 from higgstune.model.convert import native_config, read_original
-from higgstune.model.layout import Layout, read_layout
+from higgstune.model.layout import Layout, read_layout, read_weights
+from higgstune.model.whisper import WhisperTower
 from higgstune.prompt.template import AUDIO_OUT, AUDIO_OUT_BOS
 
 CODEC_FOLDER = "codec"  # a checkpoint may bring its codec along, in a sub-folder of this name
@@ -30,6 +35,7 @@ class ModelAndTokenizers:
     checkpoint: str  # as named by the user, with `revision`
     revision: str | None
     codec: str  # as named by the user or found
+    whisper: WhisperTower | None = None  # the encoder that an original-format checkpoint brings
 
 
 def load_model(
@@ -45,7 +51,7 @@ def load_model(
     `dtype` and `device` are chosen where not given: see `choose_device`, `choose_dtype`. Raises CheckpointError.
     """
     layout = read_layout(fetch(path, what="checkpoint", revision=revision, cache_dir=cache_dir))
-    return _load(layout, choose_device(device), dtype)
+    return _load(layout, choose_device(device), dtype)[0]
 
 
 def load_model_and_tokenizers(
@@ -73,8 +79,9 @@ def load_model_and_tokenizers(
     codec_name = checkpoint_codec(folder, codec)
     audio_tokenizer = load_codec(codec_name, device=str(codec_device), cache_dir=cache_dir)
     check_codec(audio_tokenizer, config, codec_name)
+    model, encoder = _load(layout, target, dtype)
     return ModelAndTokenizers(
-        model=_load(layout, target, dtype),
+        model=model,
         tokenizer=tokenizer,
         audio_tokenizer=audio_tokenizer,
         whisper_processor=whisper_processor,
@@ -82,6 +89,7 @@ def load_model_and_tokenizers(
         checkpoint=str(checkpoint),
         revision=revision,
         codec=codec_name,
+        whisper=encoder,
     )
 
 
@@ -159,16 +167,27 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 def _config(layout: Layout) -> HiggsAudioV2Config:
     if layout.kind == "original":
         return native_config(layout.config)
-    return HiggsAudioV2Config.from_dict(layout.config)
+    native = {key: value for key, value in layout.config.items() if key not in ("model_type", CONDITIONING_KEY)}
+    return HiggsAudioV2Config.from_dict(native)
 
 
 def _load(
     layout: Layout, device: torch.device, dtype: str | torch.dtype | None
-) -> HiggsAudioV2ForConditionalGeneration:
+) -> tuple[HiggsAudioV2ForConditionalGeneration, WhisperTower | None]:
+    check_checksums(layout.folder)
     chosen = choose_dtype(dtype, device)
-    model = _load_original(layout, chosen) if layout.kind == "original" else _load_native(layout, chosen)
+    tower = None
+    if layout.kind == "native":
+        model = _load_native(layout, chosen)
+    elif layout.kind == "original":
+        original = read_original(layout)
+        tower = original.whisper
+        model = _filled(layout, original.config, original.conditioning, original.state, chosen)
+    else:
+        conditioning = _written_conditioning(layout)
+        model = _filled(layout, _config(layout), conditioning, read_weights(layout.weights), chosen)
     torch.nn.Module.to(model, device)  # transformers wraps its own `to` in a way that no type checker follows
-    return model.eval()
+    return model.eval(), tower
 
 
 def _load_native(layout: Layout, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGeneration:
@@ -190,23 +209,42 @@ def _load_native(layout: Layout, dtype: torch.dtype) -> HiggsAudioV2ForCondition
     return model
 
 
-def _load_original(layout: Layout, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGeneration:
-    config, state = read_original(layout)
+def _filled(
+    layout: Layout,
+    config: HiggsAudioV2Config,
+    conditioning: Conditioning,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> HiggsAudioV2ForConditionalGeneration:
+    """A model with its extensions and these weights, all of them and no others. Raises CheckpointError."""
     # Built on the meta device first: names and shapes are compared before memory is taken for the weights.
     with torch.device("meta"):
-        expected = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True).state_dict()
-    shapes = {key: tuple(value.shape) for key, value in expected.items()}
+        empty = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+        add_conditioning(empty, conditioning)
+    shapes = {key: tuple(value.shape) for key, value in empty.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     wrong = sorted(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
     if wrong:
         raise CheckpointError(
-            f"the original-format weights in {layout.folder} do not fit its config: {len(wrong)} tensors missing, "
+            f"the {layout.kind}-format weights in {layout.folder} do not fit its config: {len(wrong)} tensors missing, "
             f"unknown or of another shape, "
             f"such as {wrong[0]}: expected {shapes.get(wrong[0])}, got {found.get(wrong[0])}"
         )
     model = HiggsAudioV2ForConditionalGeneration._from_config(config, use_text_head=True, dtype=dtype)
+    add_conditioning(model, conditioning)
     model.load_state_dict(state)
+    if conditioning:
+        model.model.came_extended = True
     return model
+
+
+def _written_conditioning(layout: Layout) -> Conditioning:
+    try:
+        return Conditioning.model_validate(layout.config[CONDITIONING_KEY])
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(
+            f"{layout.folder / 'config.json'} does not say which modules it adds ({CONDITIONING_KEY}): {error}"
+        ) from error
 
 
 def _whisper_processor(name: str, cache_dir: str | Path | None) -> Any:

@@ -15,6 +15,7 @@ from higgstune.errors import CheckpointError, DataError
 from higgstune.prompt.delay import IGNORE, build_frames
 from higgstune.prompt.template import (
     AUDIO_EOS,
+    AUDIO_IN,
     AUDIO_OUT,
     AUDIO_OUT_BOS,
     END_OF_TURN,
@@ -26,6 +27,17 @@ from higgstune.prompt.template import (
 
 TextTargets = Literal["transcript", "assistant", "none"]
 Codes = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """An audio as Whisper hears it: `features` [positions, d_model] float16, and the positions of each chunk."""
+
+    features: NDArray[np.float16]
+    chunks: tuple[int, ...]
+
+
+Audio = Codes | Heard  # what fills the place of an audio part
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class Example:
     audio_input_ids: NDArray[np.int64]  # [A, K]
     text_labels: NDArray[np.int64]  # [S]
     audio_labels: NDArray[np.int64]  # [A, K]
+    whisper_features: NDArray[np.float16] | None = None  # [<|AUDIO|> positions, d_model]; None: nothing is heard
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -76,21 +89,23 @@ class Prompter:
             )
         self.tokenizer = tokenizer
         self.ids = ids
+        self.heard_id: int = tokenizer.convert_tokens_to_ids(AUDIO_IN)
 
     def example(
         self,
         messages: Sequence[Message],
-        codes: Sequence[Codes],
+        audio: Sequence[Audio],
         *,
         text_targets: TextTargets = "none",
         target_from: int | None = None,
     ) -> Example:
         """A training example.
 
-        `codes` are the [frames, K] codes of every audio part in order. Targets are the assistant messages from
-        index `target_from` on; without it, the last message. Only their audio is labelled.
+        `audio` has for every audio part in order its [frames, K] codes, or, in a user, system or scene message, what
+        Whisper hears. Targets are the assistant messages from index `target_from` on; without it, the last message.
+        Only their audio is labelled.
 
-        Raises DataError when placeholders and codes do not match, no target is left, or `text_targets` is
+        Raises DataError when placeholders and audio do not match, no target is left, or `text_targets` is
         "assistant" and no target has text.
         """
         targets = _target_turns(messages, target_from)
@@ -99,34 +114,42 @@ class Prompter:
                 "text_targets: assistant, but no target message has text: the labels would be three control "
                 "tokens a clip; use text_targets: transcript"
             )
-        parts = pieces(messages)
-        return self._expand(parts, codes, _labelled_pieces(messages, parts, targets, text_targets), set(targets))
+        parts = pieces(messages, chunks=_chunks(audio))
+        return self._expand(parts, audio, _labelled_pieces(messages, parts, targets, text_targets), set(targets))
 
-    def prompt(self, messages: Sequence[Message], codes: Sequence[Codes]) -> Example:
+    def prompt(self, messages: Sequence[Message], audio: Sequence[Audio]) -> Example:
         """The prompt that asks for the next speech; ends with `<|audio_out_bos|>` and carries no labels."""
-        return self._expand(pieces(messages, generation=True), codes, set(), set())
+        return self._expand(pieces(messages, generation=True, chunks=_chunks(audio)), audio, set(), set())
 
-    def _expand(self, parts: list[Piece], codes: Sequence[Codes], labelled: set[int], targets: set[int]) -> Example:
-        audio_parts = [part for part in parts if part.kind == "audio"]
-        if len(audio_parts) != len(codes):
-            raise DataError(f"the conversation has {len(audio_parts)} audio parts and got codes for {len(codes)}")
+    def _expand(self, parts: list[Piece], audio: Sequence[Audio], labelled: set[int], targets: set[int]) -> Example:
+        coded = [part for part in parts if part.kind == "audio"]
+        codes = [item for item in audio if not isinstance(item, Heard)]
+        heard = [item for item in audio if isinstance(item, Heard)]
+        chunks = [count for item in heard for count in item.chunks]
+        if len(coded) != len(codes) or len(chunks) != sum(part.kind == "heard" for part in parts):
+            raise DataError(f"the conversation has {_audio_parts(parts)} audio parts and got codes for {len(audio)}")
         tokens, owners = self._tokenize(parts)
-        frames = iter([self._frames(c, labelled=p.turn in targets) for p, c in zip(audio_parts, codes, strict=True)])
+        frames = iter([self._frames(c, labelled=p.turn in targets) for p, c in zip(coded, codes, strict=True)])
+        positions = iter(chunks)
         ids: list[NDArray[np.int64]] = []
         text_labels: list[NDArray[np.int64]] = []
         rows: list[NDArray[np.int64]] = []
         row_labels: list[NDArray[np.int64]] = []
         start = 0
-        for position in [i for i, owner in enumerate(owners) if parts[owner].kind == "audio"] + [len(tokens)]:
+        for position in [i for i, o in enumerate(owners) if parts[o].kind in ("audio", "heard")] + [len(tokens)]:
             ids.append(tokens[start:position])
             text_labels.append(_text_labels(tokens[start:position], owners[start:position], labelled))
             start = position + 1
-            if position < len(tokens):
+            if position == len(tokens):
+                break
+            if parts[owners[position]].kind == "heard":
+                ids.append(np.full(next(positions), self.heard_id, dtype=np.int64))
+            else:
                 row, label = next(frames)
                 rows.append(row)
                 row_labels.append(label)
                 ids.append(self._placeholders(len(row)))
-                text_labels.append(np.full(len(row), IGNORE, dtype=np.int64))
+            text_labels.append(np.full(len(ids[-1]), IGNORE, dtype=np.int64))
         input_ids = np.concatenate(ids)
         empty = np.empty((0, self.ids.num_codebooks), dtype=np.int64)
         return Example(
@@ -136,6 +159,7 @@ class Prompter:
             audio_input_ids=np.concatenate([empty, *rows]),
             text_labels=np.concatenate(text_labels),
             audio_labels=np.concatenate([empty, *row_labels]),
+            whisper_features=np.concatenate([item.features for item in heard]) if heard else None,
         )
 
     def _tokenize(self, parts: list[Piece]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -157,6 +181,15 @@ class Prompter:
         ids = np.full(rows, self.ids.audio_token, dtype=np.int64)
         ids[rows - (self.ids.num_codebooks - 1) :] = self.ids.audio_delay_token
         return ids
+
+
+def _chunks(audio: Sequence[Audio]) -> list[int]:
+    """For every audio part the chunks that Whisper hears it in; 0 for one that is read by its codes."""
+    return [len(item.chunks) if isinstance(item, Heard) else 0 for item in audio]
+
+
+def _audio_parts(parts: list[Piece]) -> int:
+    return sum(part.kind in ("audio", "heard") for part in parts)
 
 
 def _target_turns(messages: Sequence[Message], target_from: int | None) -> list[int]:

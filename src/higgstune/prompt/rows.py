@@ -1,45 +1,92 @@
 """From a row of a code store to a training example."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
-import numpy as np
-
-from higgstune.data.store import Row
+from higgstune.data.store import Context, Row
 from higgstune.errors import DataError
-from higgstune.prompt.example import Example, Prompter, TextTargets
+from higgstune.prompt.example import Audio, Example, Heard, Prompter, TextTargets
 from higgstune.prompt.template import DEFAULT_SCENE, Message, content_parts, speech_messages
 
 TARGET: Message = {"role": "assistant", "content": [{"type": "audio", "url": "target"}]}
+ReferencePlace = Literal["turn", "scene"]
 
 
-def row_conversation(row: Row) -> tuple[list[Message], list[np.ndarray], int | None]:
-    """A row's messages, the codes of all their audio parts in order, and the first target message (None: the last).
+class Features(Protocol):
+    """What Whisper hears in the clips of a store, by their audio hash."""
+
+    def heard(self, sha256: str) -> Heard:
+        """Raises DataError for a clip that was not encoded."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How rows become conversations; the same in training and, for its reference, in speaking."""
+
+    reference: ReferencePlace = "turn"  # an utterance's reference: an earlier turn, or a voice in the scene
+    features: Features | None = None  # without, audio in user and system turns is read by its codes
+
+
+PLAIN = Rendering()
+
+
+def row_conversation(row: Row, rendering: Rendering = PLAIN) -> tuple[list[Message], list[Audio], int | None]:
+    """A row's messages, what fills their audio parts in order, and the first target message (None: the last).
 
     An utterance is written as generation asks for it: default system message, its scene (or the default one), its
-    reference as an earlier turn, its text, its audio.
+    reference in its place, its text, its audio. With Whisper features, audio in user, system and scene messages is
+    heard, but for parts that say `"as": "codes"`.
     """
     if row.messages is not None:
-        return list(row.messages), _codes_in_order(row), row.start_index
-    context, codes = [], [row.codes]
-    if row.reference_codes is not None:
-        context, codes = [(row.reference_text or "", "reference")], [row.reference_codes, row.codes]
+        return list(row.messages), _audio_in_order(row, rendering.features), row.start_index
     scene = DEFAULT_SCENE if row.scene is None else row.scene
-    return [*speech_messages(row.text, scene=scene, context=context), TARGET], codes, None
+    if row.reference_codes is None:
+        return [*speech_messages(row.text, scene=scene), TARGET], [row.codes], None
+    if rendering.reference == "turn":
+        context = [(row.reference_text or "", "reference")]
+        return (
+            [*speech_messages(row.text, scene=scene, context=context), TARGET],
+            [row.reference_codes, row.codes],
+            None,
+        )
+    voice: Audio = row.reference_codes
+    if rendering.features is not None:
+        assert row.reference_sha256 is not None
+        voice = rendering.features.heard(row.reference_sha256)
+    return [*speech_messages(row.text, scene=scene, voice="reference"), TARGET], [voice, row.codes], None
 
 
-def row_example(prompter: Prompter, row: Row, text_targets: TextTargets) -> Example:
+def heard_clips(row: Row | Context, reference: ReferencePlace) -> list[str]:
+    """Audio hashes of what Whisper hears of a row."""
+    if row.messages is None:
+        return [row.reference_sha256] if reference == "scene" and row.reference_sha256 is not None else []
+    parts, target = _audio_parts(row.messages)
+    context = parts[:target] + parts[target + 1 :]
+    return [sha256 for part, sha256 in zip(context, row.context_sha256, strict=True) if part.heard]
+
+
+def row_example(prompter: Prompter, row: Row, text_targets: TextTargets, rendering: Rendering = PLAIN) -> Example:
     """A row as the model sees it in training. Raises DataError as `Prompter.example`."""
-    messages, codes, target_from = row_conversation(row)
-    return prompter.example(messages, codes, text_targets=text_targets, target_from=target_from)
+    messages, audio, target_from = row_conversation(row, rendering)
+    return prompter.example(messages, audio, text_targets=text_targets, target_from=target_from)
 
 
 class RowExamples:
     """The examples of one split for one stage, as a data set: built when they are asked for."""
 
-    def __init__(self, rows: Sequence[Row], prompter: Prompter, text_targets: TextTargets) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        prompter: Prompter,
+        text_targets: TextTargets,
+        rendering: Rendering = PLAIN,
+    ) -> None:
         self.rows = rows
         self.prompter = prompter
         self.text_targets = text_targets
+        self.rendering = rendering
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -47,16 +94,42 @@ class RowExamples:
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
         try:
-            return row_example(self.prompter, row, self.text_targets)
+            return row_example(self.prompter, row, self.text_targets, self.rendering)
         except DataError as error:
             raise DataError(f"row {row.id} of the {row.split} split: {error}") from error
 
 
-def _codes_in_order(row: Row) -> list[np.ndarray]:
-    """Context and target codes as their parts stand in the conversation; the target is the last assistant audio."""
+@dataclass(frozen=True)
+class _AudioPart:
+    role: str
+    read_as: str | None  # what the part itself says: codes or whisper
+
+    @property
+    def heard(self) -> bool:
+        """Whether Whisper hears it, where there is one."""
+        return self.role != "assistant" and self.read_as != "codes"
+
+
+def _audio_parts(messages: Sequence[Message]) -> tuple[list[_AudioPart], int]:
+    """All audio parts of a conversation, and which of them is the target: the last assistant audio."""
+    parts = [
+        _AudioPart(message["role"], part.get("as"))
+        for message in messages
+        for part in content_parts(message)
+        if part["type"] == "audio"
+    ]
+    return parts, max(i for i, part in enumerate(parts) if part.role == "assistant")
+
+
+def _audio_in_order(row: Row, features: Features | None) -> list[Audio]:
+    """Context and target audio as their parts stand in the conversation."""
     assert row.messages is not None
-    roles = [m["role"] for m in row.messages for part in content_parts(m) if part["type"] == "audio"]
-    target = max(i for i, role in enumerate(roles) if role == "assistant")
-    codes = list(row.context_codes)
-    codes.insert(target, row.codes)
-    return codes
+    parts, target = _audio_parts(row.messages)
+    context = parts[:target] + parts[target + 1 :]
+    audio: list[Audio] = []
+    for part, codes, sha256 in zip(context, row.context_codes, row.context_sha256, strict=True):
+        if features is None and part.read_as == "whisper":
+            raise DataError('an audio part says "as": "whisper", but no Whisper is configured: set model.whisper')
+        audio.append(codes if features is None or not part.heard else features.heard(sha256))
+    audio.insert(target, row.codes)
+    return audio

@@ -2,7 +2,8 @@
 
 Two templates: `native` is what the released checkpoint's own chat template (transformers) writes, and what we train
 and speak with; `chatml` is the original code's (boson_multimodal), which writes audio that the model listens
-to as `<|audio_bos|><|AUDIO|><|audio_eos|>`. They agree wherever both can say a thing.
+to as `<|audio_bos|><|AUDIO|><|audio_eos|>`. They agree wherever both can say a thing. With Whisper conditioning, native
+prompts write audio that is heard through Whisper in that way, too, once for each chunk of 30 s.
 
 A message is {"role": "system" | "scene" | "user" | "assistant", "content": [part, ...]} and a part
 {"type": "text", "text": ...} or {"type": "audio", ...}; a content that is a plain string is one text part.
@@ -31,15 +32,16 @@ AUDIO_EOS = "<|audio_eos|>"
 
 DEFAULT_SYSTEM = "Generate audio following instruction."
 DEFAULT_SCENE = "Audio is recorded from a quiet room."
+VOICE_LABEL = "SPEAKER0:"  # what the released model's prompts write before a voice in the scene
 ROLES = ("system", "scene", "user", "assistant")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of the prompt: control tokens, a person's text, or one audio placeholder."""
+    """A stretch of the prompt: control tokens, a person's text, or the placeholder of an audio (of a chunk of it)."""
 
     text: str
-    kind: Literal["control", "text", "audio"]
+    kind: Literal["control", "text", "audio", "heard"]  # audio: filled with codes; heard: with Whisper features
     turn: int  # index of the message it came from; -1 before the first
 
 
@@ -54,13 +56,22 @@ def render(messages: Sequence[Message], *, template: Template = "native", genera
     return "".join(piece.text for piece in pieces(messages, template=template, generation=generation))
 
 
-def pieces(messages: Sequence[Message], *, template: Template = "native", generation: bool = False) -> list[Piece]:
-    """What `render` joins, piece by piece, so that labels can be told from context. Raises as `render`."""
+def pieces(
+    messages: Sequence[Message],
+    *,
+    template: Template = "native",
+    generation: bool = False,
+    chunks: Sequence[int] | None = None,
+) -> list[Piece]:
+    """What `render` joins, piece by piece, so that labels can be told from context. Raises as `render`.
+
+    `chunks` says for every audio part in order by how many chunks it is heard through Whisper; 0: by its codes.
+    """
     if template not in ("native", "chatml"):
         raise DataError(f"unknown template {template!r}: native or chatml")
     if not messages:
         raise DataError("a conversation needs at least one message")
-    writer = _Writer(template)
+    writer = _Writer(template, chunks)
     for turn, message in enumerate(messages):
         if message.get("role") not in ROLES:
             raise DataError(f"message {turn} has the role {message.get('role')!r}: one of {', '.join(ROLES)}")
@@ -90,8 +101,9 @@ def content_parts(message: Message) -> list[Mapping[str, Any]]:
 class _Writer:
     """Collects pieces in the order of the prompt."""
 
-    def __init__(self, template: Template) -> None:
+    def __init__(self, template: Template, chunks: Sequence[int] | None) -> None:
         self.template = template
+        self.chunks = None if chunks is None else iter(chunks)
         self.pieces = [Piece(BEGIN_OF_TEXT, "control", -1)]
 
     def control(self, turn: int, text: str) -> None:
@@ -110,11 +122,19 @@ class _Writer:
         if text:
             self.pieces.append(Piece(text, "text", turn))
 
-    def audio(self, turn: int, *, listened: bool) -> None:
-        bos, placeholder = (AUDIO_BOS, AUDIO_IN) if listened else (AUDIO_OUT_BOS, AUDIO_OUT)
-        self.control(turn, bos)
-        self.pieces.append(Piece(placeholder, "audio", turn))
-        self.control(turn, AUDIO_EOS)
+    def audio(self, turn: int, role: str) -> None:
+        listened = int(self.template == "chatml" and role != "assistant")
+        chunks = listened if self.chunks is None else next(self.chunks, 0)
+        if chunks and role == "assistant":
+            raise DataError(f"the audio of message {turn} is the assistant's own: it is read by its codes, not heard")
+        for _ in range(chunks):
+            self.control(turn, AUDIO_BOS)
+            self.pieces.append(Piece(AUDIO_IN, "heard", turn))
+            self.control(turn, AUDIO_EOS)
+        if not chunks:
+            self.control(turn, AUDIO_OUT_BOS)
+            self.pieces.append(Piece(AUDIO_OUT, "audio", turn))
+            self.control(turn, AUDIO_EOS)
 
     def header(self, turn: int, role: str) -> None:
         self.control(turn, f"<|start_header_id|>{role}<|end_header_id|>\n\n")
@@ -133,7 +153,7 @@ class _Writer:
             if part["type"] == "text":
                 self.text(turn, message["role"], part["text"])
             else:
-                self.audio(turn, listened=self.template == "chatml" and message["role"] != "assistant")
+                self.audio(turn, message["role"])
         if message["role"] == "system" and len(messages) > 1 and messages[1]["role"] == "scene":
             self._scene(1, messages[1])
         self.control(turn, END_OF_TURN)
@@ -151,7 +171,7 @@ class _Writer:
         for index, part in enumerate(parts):
             if part["type"] == "audio":
                 self.control(turn, " ")
-                self.audio(turn, listened=self.template == "chatml")
+                self.audio(turn, "scene")
             else:
                 self.text(turn, "scene", part["text"])
             self.control(turn, _scene_separator(parts, index))
@@ -175,14 +195,19 @@ def speech_messages(
     scene: str | None = DEFAULT_SCENE,
     system: str = DEFAULT_SYSTEM,
     context: Sequence[tuple[str, str]] = (),
+    voice: str | None = None,
 ) -> list[Message]:
     """The conversation that asks for `text`, ending with the user's turn.
 
-    `context` holds earlier (text, name of its audio) turns: a reference voice, or what was spoken before.
+    `context` holds earlier (text, name of its audio) turns: a reference voice, or what was spoken before. `voice` is
+    the name of an audio in the scene instead: the speaker's voice, without its words.
     """
     messages: list[Message] = [_say("system", system)]
-    if scene:
-        messages.append(_say("scene", scene))
+    described = [{"type": "text", "text": scene}] if scene else []
+    if voice is not None:
+        described += [{"type": "text", "text": VOICE_LABEL}, {"type": "audio", "url": voice}]
+    if described:
+        messages.append({"role": "scene", "content": described})
     for spoken, audio in context:
         messages.append(_say("user", spoken))
         messages.append({"role": "assistant", "content": [{"type": "audio", "url": audio}]})

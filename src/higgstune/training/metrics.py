@@ -1,7 +1,7 @@
 """What training and evaluation report, from sums and counts."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -45,3 +45,14 @@ def check_possible(code_loss: float, *, step: int) -> None:
             "(copies under other names, another cut of the same recording), that init_adapter was trained on them, "
             "or that the model sees what it should predict (a changed collator, shift or attention mask)"
         )
+
+
+def last_metrics(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The last losses of a stage's log: of the validation split, or, without one, of training."""
+    for key in ("eval_audio_loss", "audio_loss"):
+        for entry in reversed(history):
+            if key in entry:
+                wanted = ("audio_loss", "code_loss", "eos_loss", "text_loss", "audio_accuracy", "text_accuracy")
+                prefix = key.removesuffix("audio_loss")
+                return {prefix + name: entry[prefix + name] for name in wanted if prefix + name in entry}
+    return {}

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from higgstune.errors import ConfigError
 from higgstune.model.adapters import Lora, StageKind
 from higgstune.prompt.example import TextTargets
+from higgstune.prompt.rows import ReferencePlace
 
 
 class _Strict(BaseModel):
@@ -29,12 +30,31 @@ class ModelSettings(_Strict):
         "auto", description="of the base weights: bfloat16 where the device computes in it, else float32"
     )
     device: str = Field("auto", description="auto, cpu or cuda; under torchrun each process takes its own GPU")
+    audio_attention: Literal[False, "lora", "full"] = Field(
+        False, description="audio self-attention in every layer, trained in full stages by LoRA (true) or in full"
+    )
+    whisper: str | None = Field(
+        None, description="Whisper checkpoint that user and system audio is heard through; the store has its features"
+    )
+
+    @field_validator("audio_attention", mode="before")
+    @classmethod
+    def _one_way(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            raise ValueError(
+                "audio attention is trained by lora or in full, not both: peft would silently leave out the LoRA of "
+                "modules that are trained in full"
+            )
+        return "lora" if value is True else value
 
 
 class DataSettings(_Strict):
     """What is trained on."""
 
     store: str = Field(description="folder that `higgstune prepare` wrote")
+    reference: ReferencePlace = Field(
+        "turn", description="a row's reference: an earlier turn with its words, or a voice in the scene"
+    )
     workers: int = Field(0, ge=0, description="processes that build examples; 0: the training process itself")
 
 
@@ -103,6 +123,11 @@ class Recipe(_Strict):
             raise ValueError(f"stages need different names, got {', '.join(names)}")
         if ("full", "text") in pairwise(stage.kind for stage in self.stages):
             raise ValueError("a text stage cannot follow a full one: its adapter has no audio layers to keep them in")
+        if self.model.audio_attention and all(stage.kind == "text" for stage in self.stages):
+            raise ValueError(
+                "model.audio_attention is on, but no stage has the kind full: it would never be trained; "
+                "add a full stage or leave it out"
+            )
         return self
 
 

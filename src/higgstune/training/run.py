@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -21,15 +20,15 @@ from higgstune.batch.padded import Batch, PaddedCollator
 from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.model.adapters import (
-    ADAPTER_CARD,
     RUN_STATE,
     adapted_layers,
     adapter_card,
     add_lora,
-    base_shape,
     continue_lora,
     find_adapter,
+    unload_adapter,
 )
+from higgstune.model.conditioning import add_conditioning
 from higgstune.model.forward import with_training_forward
 from higgstune.model.load import ModelAndTokenizers, choose_device, load_model_and_tokenizers
 from higgstune.model.loss import LossWeights
@@ -38,6 +37,8 @@ from higgstune.prompt.rows import RowExamples
 from higgstune.training.metrics import check_possible
 from higgstune.training.progress import ProgressReport
 from higgstune.training.recipe import Recipe, Stage, load_recipe, save_recipe
+from higgstune.training.save import adapter_card_of, save_adapter
+from higgstune.training.setting import Setting, find_setting
 from higgstune.training.trainer import HiggsAudioTrainer
 from higgstune.training.verify import verify_in_fresh_process, write_probe
 
@@ -79,6 +80,8 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
     check_store(store, loaded)
     _check_codebook_weights(recipe, loaded.config.num_codebooks)
     adapter = _first_adapter(recipe, loaded)
+    setting = find_setting(recipe, store, loaded)
+    add_conditioning(loaded.model, setting.conditioning)
     # Only now is the folder taken: a wrong store or checkpoint must not leave a run that cannot go on.
     if run.is_main:
         run.begin()
@@ -86,7 +89,7 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
     run.read()
     for stage in recipe.stages:
         if not run.has_finished(stage):
-            run.finished(stage, _train_stage(run, stage, loaded, store, adapter))
+            run.finished(stage, _train_stage(run, stage, loaded, store, adapter, setting))
             processes.wait()  # the next stage begins from what the first process has written
         adapter = run.adapter(stage)
     assert adapter is not None
@@ -213,19 +216,22 @@ class _Run:
 
 
 def _train_stage(
-    run: _Run, stage: Stage, loaded: ModelAndTokenizers, store: CodeStore, start_from: Path | None
+    run: _Run, stage: Stage, loaded: ModelAndTokenizers, store: CodeStore, start_from: Path | None, setting: Setting
 ) -> dict[str, Any]:
     """Train, save and prove one stage; the base is left as it was."""
     recipe = run.recipe
     torch.manual_seed(recipe.seed)  # the adapter's start, the same for the same recipe
     with_training_forward(loaded.model)
     if start_from is None:
-        model = add_lora(loaded.model, recipe.lora, stage.kind)
+        model = add_lora(loaded.model, recipe.lora, stage.kind, setting.conditioning, setting.attention)
     else:
-        model = continue_lora(loaded.model, start_from, recipe.lora, stage.kind)
+        model = continue_lora(
+            loaded.model, start_from, recipe.lora, stage.kind, setting.conditioning, setting.attention
+        )
     prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
     train_rows, validation_rows = (
-        RowExamples(store.split(name), prompter, stage.text_targets) for name in ("train", "validation")
+        RowExamples(store.split(name), prompter, stage.text_targets, setting.rendering)
+        for name in ("train", "validation")
     )
     folder = run.stage_folder(stage)
     trainer = HiggsAudioTrainer(
@@ -252,7 +258,8 @@ def _train_stage(
         probe = folder / "verify" / "probe.safetensors"
         probe.parent.mkdir(parents=True, exist_ok=True)
         write_probe(model, _probe_batch(validation_rows if len(validation_rows) else train_rows, loaded), probe)
-        _save_adapter(run, stage, model, loaded)
+        results = run.state["stages"] | {stage.name: result}
+        save_adapter(run.adapter(stage), model, adapter_card_of(recipe, loaded, store, setting, results))
         device = str(next(model.parameters()).device)
         del trainer
         _free(model)  # a second base has to fit beside it
@@ -266,7 +273,7 @@ def _train_stage(
         )
         torch.nn.Module.to(loaded.model, device)
         result["verification"] = asdict(verification)
-    model.unload()
+    unload_adapter(model)
     return result
 
 
@@ -336,38 +343,9 @@ def _newest_checkpoint(folder: Path) -> Path | None:
 
 def _probe_batch(examples: RowExamples, loaded: ModelAndTokenizers) -> Batch:
     """A few clips; their transcripts are labelled whatever the stage does, so that text logits are compared too."""
-    probe = RowExamples(examples.rows, examples.prompter, "transcript")
+    probe = RowExamples(examples.rows, examples.prompter, "transcript", examples.rendering)
     collate = PaddedCollator(pad_id=loaded.config.pad_token_id or 0, stream_eos=loaded.config.audio_stream_eos_id)
     return collate([probe[i] for i in range(min(_PROBE_CLIPS, len(probe)))])
-
-
-def _save_adapter(run: _Run, stage: Stage, model: PeftModel, loaded: ModelAndTokenizers) -> None:
-    """Write the adapter folder under a temporary name, then rename it."""
-    folder = run.adapter(stage)
-    temporary = folder.with_name("adapter.tmp")
-    for leftover in (temporary, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = _portable(loaded.checkpoint)
-    config.revision = loaded.revision
-    model.save_pretrained(str(temporary), save_embedding_layers=False)
-    card = {
-        "higgstune": higgstune.__version__,
-        "checkpoint": _portable(loaded.checkpoint),
-        "revision": loaded.revision,
-        "codec": _portable(loaded.codec),
-        "codec_revision": loaded.audio_tokenizer.revision,
-        "base_shape": base_shape(loaded.config),
-        "stage": stage.name,
-        "recipe": run.recipe.model_dump(mode="json"),
-    }
-    (temporary / ADAPTER_CARD).write_text(json.dumps(card, indent=2), encoding="utf-8")
-    os.replace(temporary, folder)
-
-
-def _portable(name: str) -> str:
-    """A hub id as it is, a folder as an absolute path: the adapter is used from other working directories."""
-    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
 
 
 def _free(model: PeftModel) -> None:

@@ -1,0 +1,193 @@
+"""What Whisper hears in the clips of a store: encoded once, kept beside the codes, found by the clip's audio hash.
+
+    STORE/whisper/REVISION/index.json            the encoder, and the files with their checksums
+    STORE/whisper/REVISION/features-*.safetensors    HASH: [positions, d_model] float16, HASH.chunks: [chunks] int32
+
+A file is written whole under a temporary name; an interrupted preparation goes on after the last one. One second of
+audio takes 64 kB for a d_model of 1280.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from higgstune.data.audio import resample
+from higgstune.data.clips import Clip
+from higgstune.data.shards import write_file
+from higgstune.errors import DataError, WorkError
+from higgstune.prompt.example import Heard
+
+FOLDER = "whisper"
+_INDEX = "index.json"
+_CLIPS_IN_A_FILE = 256
+
+
+class Listener(Protocol):
+    """A Whisper encoder, as `model.whisper.WhisperTower`."""
+
+    checkpoint: str
+    revision: str
+    sample_rate: int
+    d_model: int
+    chunk_frames: int
+
+    def encode(self, waveform: np.ndarray) -> Heard:
+        """[samples] float32 mono at `sample_rate` -> features. Raises DataError for one that is too short."""
+        ...
+
+
+@dataclass(frozen=True)
+class FeatureFile:
+    """One file of features."""
+
+    name: str
+    bytes: int
+    sha256: str
+    clips: tuple[str, ...]  # audio hashes
+
+
+@dataclass(frozen=True)
+class FeatureIndex:
+    """`index.json`."""
+
+    checkpoint: str
+    revision: str
+    d_model: int
+    chunk_frames: int
+    files: tuple[FeatureFile, ...] = ()
+
+
+class WhisperFeatures:
+    """The stored features of one encoder, read by clip."""
+
+    def __init__(self, folder: Path, index: FeatureIndex) -> None:
+        """Use `WhisperFeatures.open`."""
+        self.folder = folder
+        self.index = index
+        self._places = {sha256: file for file in index.files for sha256 in file.clips}
+        self._files: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, store: Path, checkpoint: str) -> "WhisperFeatures":
+        """Those of a Whisper checkpoint, by its name. Raises DataError, with what to run, where a store has none."""
+        indices = [read_feature_index(path) for path in sorted((store / FOLDER).glob(f"*/{_INDEX}"))]
+        found = [index for index in indices if same_name(index.checkpoint, checkpoint)]
+        if not found:
+            others = f"; it has those of {', '.join(index.checkpoint for index in indices)}" if indices else ""
+            raise DataError(
+                f"{store} has no features of {checkpoint}{others}: run `higgstune prepare` again with "
+                f"--whisper {checkpoint}, on the same recordings"
+            )
+        return cls(store / FOLDER / found[-1].revision, found[-1])
+
+    def __contains__(self, sha256: str) -> bool:
+        return sha256 in self._places
+
+    def heard(self, sha256: str) -> Heard:
+        """What is heard in a clip. Raises DataError where it was not encoded, or its file is damaged."""
+        if sha256 not in self._places:
+            raise DataError(f"{self.folder} has no features of the clip {sha256[:16]}: prepare it with --whisper")
+        file = self._places[sha256]
+        if file.name not in self._files:
+            self._files[file.name] = self._opened(file)
+        opened = self._files[file.name]
+        chunks = tuple(opened.get_tensor(f"{sha256}.chunks").tolist())
+        return Heard(opened.get_tensor(sha256), chunks)
+
+    def _opened(self, file: FeatureFile) -> Any:
+        path = self.folder / file.name
+        try:
+            with path.open("rb") as stream:
+                checksum = hashlib.file_digest(stream, "sha256").hexdigest()
+            if checksum != file.sha256:
+                raise DataError(f"{path} is not the file that was written: copy or prepare it again")
+            return safe_open(path, "np")
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path} is missing or damaged ({error}): copy or prepare it again") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files stay behind when it goes to another process."""
+        return self.__dict__ | {"_files": {}}
+
+
+def read_feature_index(path: Path) -> FeatureIndex:
+    """Read `index.json`. Raises DataError where it is damaged."""
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        files = tuple(FeatureFile(**file | {"clips": tuple(file["clips"])}) for file in written.pop("files"))
+        return FeatureIndex(**written, files=files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}): delete its folder and prepare with --whisper again") from error
+
+
+def store_features(
+    store: Path, needed: Iterable[str], clips: Mapping[str, Clip], listener: Listener, progress: Callable[[int], None]
+) -> tuple[int, list[str]]:
+    """Encode what is needed and not there yet -> (clips that have features, hashes of which there is no recording).
+
+    `clips` are the recordings at hand by audio hash; `progress` is told how many are done. Raises WorkError where the
+    disk refuses; what was written before stays.
+    """
+    folder = store / FOLDER / listener.revision
+    path = folder / _INDEX
+    index = read_feature_index(path) if path.exists() else _empty(listener)
+    index = replace(index, checkpoint=portable_name(listener.checkpoint))
+    known = {sha256 for file in index.files for sha256 in file.clips}
+    wanted = sorted(set(needed))
+    missing = [sha256 for sha256 in wanted if sha256 not in known and sha256 not in clips]
+    todo = [clips[sha256] for sha256 in wanted if sha256 not in known and sha256 in clips]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for done, batch in _batches(todo):
+            progress(done)
+            index = replace(index, files=(*index.files, _write(folder, batch, listener)))
+            write_file(path, json.dumps(asdict(index), indent=1, ensure_ascii=False))
+        write_file(path, json.dumps(asdict(index), indent=1, ensure_ascii=False))
+    except (OSError, SafetensorError) as error:
+        raise WorkError(f"{folder} cannot be written: {error}; run it again to go on") from error
+    progress(len(todo))
+    return len(wanted) - len(missing), missing
+
+
+def portable_name(name: str) -> str:
+    """A hub id as it is, a folder as an absolute path."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two names are of the same checkpoint."""
+    return portable_name(one) == portable_name(other)
+
+
+def _empty(listener: Listener) -> FeatureIndex:
+    return FeatureIndex(listener.checkpoint, listener.revision, listener.d_model, listener.chunk_frames)
+
+
+def _batches(clips: list[Clip]) -> Iterator[tuple[int, list[Clip]]]:
+    for start in range(0, len(clips), _CLIPS_IN_A_FILE):
+        yield start, clips[start : start + _CLIPS_IN_A_FILE]
+
+
+def _write(folder: Path, clips: list[Clip], listener: Listener) -> FeatureFile:
+    tensors: dict[str, np.ndarray] = {}
+    for clip in clips:
+        waveform, rate = clip.read()
+        heard = listener.encode(resample(waveform, rate, listener.sample_rate))
+        tensors[clip.sha256] = np.ascontiguousarray(heard.features)
+        tensors[f"{clip.sha256}.chunks"] = np.array(heard.chunks, dtype=np.int32)
+    temporary = folder / "features.tmp"
+    save_file(tensors, temporary)
+    checksum = hashlib.sha256(temporary.read_bytes()).hexdigest()
+    name = f"features-{checksum[:12]}.safetensors"
+    size = temporary.stat().st_size
+    os.replace(temporary, folder / name)
+    return FeatureFile(name, size, checksum, tuple(clip.sha256 for clip in clips))

@@ -1,0 +1,65 @@
+"""The adapter's folder: what peft loads, and a card that says what else it needs and what it came from."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+import higgstune
+from higgstune.data.schema import SPLITS
+from higgstune.data.store import CodeStore
+from higgstune.data.whisper_features import portable_name
+from higgstune.model.adapters import ADAPTER_CARD, ADAPTER_WEIGHTS, base_shape
+from higgstune.model.checksums import sha256_of
+from higgstune.model.load import ModelAndTokenizers
+from higgstune.training.metrics import last_metrics
+from higgstune.training.recipe import Recipe
+from higgstune.training.setting import Setting
+
+
+def save_adapter(folder: Path, model: PeftModel, card: dict[str, Any]) -> None:
+    """Write the adapter folder under a temporary name, then rename it."""
+    temporary = folder.with_name("adapter.tmp")
+    for leftover in (temporary, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = card["checkpoint"]
+    config.revision = card["revision"]
+    model.save_pretrained(str(temporary), save_embedding_layers=False)
+    card = card | {"weights_sha256": sha256_of(temporary / ADAPTER_WEIGHTS)}
+    (temporary / ADAPTER_CARD).write_text(json.dumps(card, indent=2), encoding="utf-8")
+    os.replace(temporary, folder)
+
+
+def adapter_card_of(
+    recipe: Recipe, loaded: ModelAndTokenizers, store: CodeStore, setting: Setting, stages: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What an adapter says of itself: its base and codec, how it was made, and from what.
+
+    `stages` are the results of all stages so far, by name; the last one's adapter is saved.
+    """
+    return {
+        "higgstune": higgstune.__version__,
+        "checkpoint": portable_name(loaded.checkpoint),
+        "revision": loaded.revision,
+        "codec": portable_name(loaded.codec),
+        "codec_revision": loaded.audio_tokenizer.revision,
+        "base_shape": base_shape(loaded.config),
+        "base_fingerprint": setting.base_fingerprint,
+        "conditioning": setting.conditioning.model_dump(),
+        "stage": list(stages)[-1],
+        "stages": [
+            {"name": name, "kind": done["kind"], "steps": done["steps"], "metrics": last_metrics(done["history"])}
+            for name, done in stages.items()
+        ],
+        "data": {
+            "store": portable_name(str(store.folder)),
+            **{f"{split}_rows": store.info.rows[split] for split in SPLITS},
+            **{f"{split}_hours": store.info.hours[split] for split in SPLITS},
+        },
+        "recipe": recipe.model_dump(mode="json"),
+    }

@@ -1,0 +1,69 @@
+"""What a recipe's conditioning asks of the model and of the store, found out before anything is trained."""
+
+from dataclasses import dataclass
+
+from higgstune.data.store import CodeStore
+from higgstune.data.whisper_features import FeatureIndex, WhisperFeatures
+from higgstune.errors import CheckpointError, ConfigError, DataError
+from higgstune.model.adapters import AttentionTraining, base_fingerprint
+from higgstune.model.conditioning import Conditioning, WhisperShape, conditioning_of
+from higgstune.model.load import ModelAndTokenizers
+from higgstune.prompt.rows import Rendering, heard_clips
+from higgstune.prompt.template import AUDIO_IN
+from higgstune.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all stages of a run have in common, beside recipe, model and store."""
+
+    conditioning: Conditioning  # what is trained beyond the native class
+    attention: AttentionTraining  # how audio attention is trained, where the model has it
+    rendering: Rendering
+    base_fingerprint: str
+
+
+def find_setting(recipe: Recipe, store: CodeStore, loaded: ModelAndTokenizers) -> Setting:
+    """Raises ConfigError, DataError or CheckpointError when the recipe's conditioning cannot be."""
+    own = conditioning_of(loaded.model)
+    features = shape = None
+    if recipe.model.whisper is not None:
+        features = WhisperFeatures.open(store.folder, recipe.model.whisper)
+        _check_features(recipe, store, features)
+        shape = _whisper_shape(features.index, loaded)
+        if own.whisper is not None and own.whisper.revision != shape.revision:
+            raise CheckpointError(
+                f"{loaded.checkpoint} was trained with a Whisper encoder of the revision {own.whisper.revision}, "
+                f"{recipe.model.whisper} has {shape.revision}: prepare with --whisper {loaded.checkpoint}"
+            )
+    return Setting(
+        Conditioning(audio_attention=bool(recipe.model.audio_attention) or own.audio_attention, whisper=shape),
+        recipe.model.audio_attention or "lora",
+        Rendering(recipe.data.reference, features),
+        base_fingerprint(loaded.model),
+    )
+
+
+def _check_features(recipe: Recipe, store: CodeStore, features: WhisperFeatures) -> None:
+    needed = {sha256 for row in store.contexts() for sha256 in heard_clips(row, recipe.data.reference)}
+    if not needed:
+        raise ConfigError(
+            f"model.whisper has no effect: no row of {store.folder} has audio in a user or system turn, nor a "
+            "reference in the scene (`prepare --references same_speaker` and data.reference: scene give each row one)"
+        )
+    missing = sum(sha256 not in features for sha256 in needed)
+    if missing:
+        raise DataError(
+            f"{missing} of the {len(needed)} clips that Whisper hears in {store.folder} have no features: run "
+            f"`higgstune prepare` again with --whisper {recipe.model.whisper}, on the recordings that they come from"
+        )
+
+
+def _whisper_shape(index: FeatureIndex, loaded: ModelAndTokenizers) -> WhisperShape:
+    return WhisperShape(
+        checkpoint=index.checkpoint,
+        revision=index.revision,
+        d_model=index.d_model,
+        chunk_frames=index.chunk_frames,
+        token_id=loaded.tokenizer.convert_tokens_to_ids(AUDIO_IN),
+    )

@@ -1,0 +1,306 @@
+"""Runs with audio attention and Whisper, and adapters with them that cannot be misapplied."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_run import DEMO_CODEC, history, make_recordings
+from tiny_checkpoint import save_tiny_checkpoint
+from tiny_whisper import save_tiny_whisper
+
+import higgstune
+from higgstune.data.store import CodeStore
+from higgstune.data.whisper_features import FOLDER, WhisperFeatures
+from higgstune.errors import CheckpointError, ConfigError, DataError
+from higgstune.generate.speak import load_speaker, speak
+from higgstune.model.adapters import adapter_card, adapter_conditioning, base_fingerprint, load_adapter
+from higgstune.model.conditioning import conditioning_of
+from higgstune.model.load import load_model
+from higgstune.model.whisper import load_whisper
+from higgstune.prompt.rows import heard_clips
+from higgstune.training.recipe import Recipe, parse_recipe
+from higgstune.training.run import train
+from higgstune.training.verify import probe_logits, verify_in_fresh_process
+
+VOICE = 5  # clips that a conversation listens to, of another length each; the last is longer than one chunk
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with its codec, a Whisper checkpoint, and a store with references and conversations."""
+    folder = tmp_path_factory.mktemp("conditioned")
+    save_tiny_checkpoint(folder / "base")
+    shutil.copytree(DEMO_CODEC, folder / "base" / "codec")
+    save_tiny_whisper(folder / "whisper")
+    recordings = make_recordings(folder / "recordings", clips=10)
+    seconds = np.arange(24_000 * 3) / 24_000
+    soundfile.write(recordings / "voice.wav", 0.3 * np.sin(2 * np.pi * 150 * seconds * (1 + seconds)), 24_000)
+    write_manifest(recordings)
+    prepare(folder)
+    return folder
+
+
+def write_manifest(recordings: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"audio": f"clip{i}.wav", "text": f"Sentence number {i}.", "speaker": "anna"} for i in range(7)
+    ]
+    for i, read_as in ((7, None), (8, "codes"), (9, "whisper")):
+        asked: dict[str, Any] = {"type": "audio", "url": "voice.wav"} | ({"as": read_as} if read_as else {})
+        user = {"role": "user", "content": [asked, {"type": "text", "text": f"Say sentence {i}."}]}
+        said = {"role": "assistant", "content": [{"type": "audio", "url": f"clip{i}.wav"}]}
+        rows.append({"messages": [user, said]})
+    (recordings / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def prepare(folder: Path, **options: Any) -> Any:
+    settings: dict[str, Any] = {
+        "codec": folder / "base" / "codec", "whisper": str(folder / "whisper"), "references": "same_speaker",
+        "validation_fraction": 0.2,
+    }  # fmt: skip
+    return higgstune.prepare(folder / "recordings" / "manifest.jsonl", folder / "data", **(settings | options))
+
+
+def recipe(world: Path, *, attention: Any = True, **changes: Any) -> Recipe:
+    stage = {"max_steps": 6, "learning_rate": 1e-2, "batch_size": 2}
+    tree: dict[str, Any] = {
+        "model": {
+            "checkpoint": str(world / "base"), "device": "cpu", "dtype": "float32", "audio_attention": attention,
+            "whisper": str(world / "whisper"),
+        },
+        "data": {"store": str(world / "data"), "reference": "scene"},
+        "lora": {"r": 4, "alpha": 8},
+        "stages": [{"name": "stage1", "kind": "text", **stage}, {"name": "stage2", "kind": "full", **stage}],
+        "log_steps": 2, "eval_steps": 3, "save_steps": 3,
+    }  # fmt: skip
+    return parse_recipe(tree | changes, where="test")
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def run(request: pytest.FixtureRequest, world: Path) -> Path:
+    """A finished two-stage run with both conditionings."""
+    train(recipe(world, attention=request.param), world / request.param)
+    return world / request.param
+
+
+def test_features_are_stored_once_for_what_is_heard(world: Path) -> None:
+    store = CodeStore.open(world / "data")
+    features = WhisperFeatures.open(world / "data", str(world / "whisper"))
+    needed = {sha256 for row in store.rows() for sha256 in heard_clips(row, "scene")}
+    assert needed
+    assert needed == {sha256 for row in store.contexts() for sha256 in heard_clips(row, "scene")}
+    assert all(sha256 in features for sha256 in needed)
+    talk = next(row for row in store.rows() if row.messages is not None and heard_clips(row, "turn"))
+    kept = features.heard(talk.context_sha256[0])
+    waveform, _ = soundfile.read(world / "recordings" / "voice.wav", dtype="float32")
+    tower = load_whisper(world / "whisper")
+    fresh = tower.encode(higgstune.data.audio.resample(waveform, 24_000, 16_000))  # type: ignore[attr-defined]
+    assert kept.chunks == fresh.chunks == (50, 25)  # 3 s in chunks of 2 s, 25 positions a second
+    np.testing.assert_array_equal(kept.features, fresh.features)
+    before = sorted((world / "data" / FOLDER).rglob("*.safetensors"))
+    again = prepare(world)
+    assert again.whisper == len(needed)
+    assert sorted((world / "data" / FOLDER).rglob("*.safetensors")) == before
+
+
+def test_a_row_is_inspected_as_it_is_trained_on(world: Path) -> None:
+    store = CodeStore.open(world / "data")
+    prompts = {}
+    for index, row in enumerate(store.rows()):
+        found = higgstune.inspect_row(
+            world / "data", index, model=world / "base", reference="scene", whisper=str(world / "whisper")
+        )
+        prompts[row.text] = found
+        assert found.positions == found.text_tokens + found.heard_positions + found.audio_rows
+    heard = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+    assert prompts["Say sentence 7."].prompt.count(heard) == prompts["Say sentence 9."].prompt.count(heard) == 2
+    assert prompts["Say sentence 7."].heard_positions == 75
+    assert heard not in prompts["Say sentence 8."].prompt  # "as": "codes"
+    assert f"SPEAKER0: {heard}" in prompts["Sentence number 1."].prompt.replace("\n", "")
+
+
+def test_both_stages_train_on_from_the_base_and_from_each_other(world: Path, run: Path) -> None:
+    first = [entry["eval_loss"] for entry in history(run, "stage1") if "eval_loss" in entry]
+    second = [entry["eval_loss"] for entry in history(run, "stage2") if "eval_loss" in entry]
+    assert first[-1] < first[0]
+    assert second[0] == pytest.approx(first[-1], abs=1e-5)
+    assert second[-1] < second[0]
+    text, full = (load_file(run / name / "adapter" / "adapter_model.safetensors") for name in ("stage1", "stage2"))
+    assert not [key for key in text if "audio_attn" in key or "audio_mlp" in key]
+    assert [key for key in text if "audio_encoder_proj" in key]
+    attention = [key for key in full if "audio_attn" in key]
+    assert len(attention) == (16 if run.name == "lora" else 10)  # 2 layers: 4 x (A, B), or 4 projections and a norm
+    assert all(("lora_" in key) == (run.name == "lora") for key in attention)
+    assert any(full[key].abs().max() > 0 for key in attention if "o_proj" in key)
+
+
+def test_the_adapter_folder_is_all_that_is_needed(world: Path, run: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(run / "stage2" / "adapter", tmp_path / "elsewhere")
+    probe = tmp_path / "probe.safetensors"
+    shutil.copy(run / "stage2" / "verify" / "probe.safetensors", probe)
+    found = verify_in_fresh_process(
+        adapter=moved, checkpoint=str(world / "base"), revision=None, dtype="float32", device="cpu", probe=probe
+    )
+    assert found.from_trained == 0
+    assert found.from_base > 1e-2
+    card = adapter_card(moved)
+    assert card["data"]["train_rows"] + card["data"]["validation_rows"] == 10
+    assert [stage["name"] for stage in card["stages"]] == ["stage1", "stage2"]
+    assert card["base_fingerprint"] == base_fingerprint(load_model(world / "base", device="cpu"))
+
+
+def test_every_conditioning_reaches_the_logits(world: Path, run: Path) -> None:
+    probe = load_file(run / "stage2" / "verify" / "probe.safetensors")
+    batch = {key: value for key, value in probe.items() if not key.endswith("_logits")}
+    model = load_adapter(load_model(world / "base", dtype="float32", device="cpu"), run / "stage2" / "adapter")
+    trained = probe_logits(model, batch)["audio_logits"]
+    assert torch.equal(trained, probe["audio_logits"])
+    silent = probe_logits(model, batch | {"whisper_features": torch.zeros_like(batch["whisper_features"])})
+    assert (silent["audio_logits"] - trained).abs().max() > 1e-4
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "audio_attn" in name and "o_proj" in name and ("lora_B" in name or "modules_to_save" in name):
+                parameter.zero_()
+    assert (probe_logits(model, batch)["audio_logits"] - trained).abs().max() > 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_plain_peft_would_have_left_them_out(world: Path, run: Path) -> None:
+    model = PeftModel.from_pretrained(load_model(world / "base", device="cpu"), str(run / "stage2" / "adapter"))
+    assert not [name for name, _ in model.named_parameters() if "audio_attn" in name]  # in silence: see `doctor`
+
+
+def test_a_voice_in_the_scene_is_heard_when_speaking(world: Path, run: Path, tmp_path: Path) -> None:
+    reference = world / "recordings" / "voice.wav"
+    settings: dict[str, Any] = {
+        "reference": reference,
+        "reference_text": "Whatever.",
+        "max_seconds": 1,
+        "device": "cpu",
+    }
+    (file,) = speak("Hello there.", tmp_path / "a.wav", adapter=run, **settings)
+    assert soundfile.info(file).duration > 0
+    speaker = load_speaker(adapter=run, device="cpu")
+    assert speaker.reference_place == "scene"
+    voice = speaker.reference(reference, "Whatever.")
+    assert voice.heard is not None
+    assert voice.heard.chunks == (50, 25)
+    other = save_tiny_whisper(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match="name the right one with --whisper"):
+        speak("Hello there.", tmp_path / "b.wav", adapter=run, whisper=other, **settings)
+    by_codes = load_speaker(adapter=run, device="cpu", reference_place="turn").reference(reference, "Whatever.")
+    assert by_codes.heard is None
+
+
+def flip(path: Path, at: float = 0.9) -> None:
+    """Change one byte, in the data."""
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * at)] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def drop_tensor(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    weights.pop(next(key for key in weights if "audio_attn" in key))
+    save_file(weights, path)
+    edit(folder / "higgstune.json", lambda card: card.pop("weights_sha256"))
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "names"),
+    [
+        (lambda f: flip(f / "adapter_model.safetensors"), "checksum differs"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x10"), "truncated"),
+        (drop_tensor, "only one of them, such as"),
+        (lambda f: (f / "higgstune.json").unlink(), r"higgstune\.json is missing"),
+        (lambda f: (f / "higgstune.json").write_text("{"), "not valid JSON"),
+        (lambda f: edit(f / "higgstune.json", lambda c: c.update(conditioning={"audio": 1})), "is damaged"),
+        (
+            lambda f: edit(f / "higgstune.json", lambda c: c["conditioning"].update(audio_attention=False)),
+            "does not fit",
+        ),
+        (lambda f: edit(f / "adapter_config.json", lambda c: c.update(lora_alpha=80)), "was trained with 8"),
+        (lambda f: (f / "adapter_config.json").unlink(), "neither an adapter"),
+        (lambda f: edit(f / "higgstune.json", lambda c: c.update(codec_revision="x")), "another codec"),
+    ],
+)
+def test_a_damaged_adapter_is_refused(world: Path, run: Path, tmp_path: Path, damage: Any, names: str) -> None:
+    copy = shutil.copytree(run / "stage2" / "adapter", tmp_path / "copy")
+    damage(copy)
+    with pytest.raises(CheckpointError, match=names):
+        load_speaker(world / "base", copy, device="cpu")
+
+
+def test_another_base_is_refused(run: Path, world: Path, tmp_path: Path) -> None:
+    other = save_tiny_checkpoint(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match="have the fingerprint"):
+        load_adapter(load_model(other, device="cpu"), run / "stage2" / "adapter")
+
+
+def test_stored_features_that_changed_are_refused(world: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(world / "data", tmp_path / "data")
+    features = WhisperFeatures.open(copy, str(world / "whisper"))
+    clip = next(iter(features.index.files[0].clips))
+    flip(features.folder / features.index.files[0].name)
+    with pytest.raises(DataError, match="not the file that was written"):
+        features.heard(clip)
+    next((copy / FOLDER).rglob("index.json")).write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        WhisperFeatures.open(copy, str(world / "whisper"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "names"),
+    [
+        ({"model": {"audio_attention": ["lora", "full"]}}, ConfigError, "silently leave out the LoRA"),
+        ({"model": {"audio_attention": "both"}}, ConfigError, "model.audio_attention: Input should be"),
+        ({"stages": [{"name": "a", "kind": "text", "max_steps": 1}]}, ConfigError, "never be trained"),
+        ({"model": {"whisper": "openai/whisper-large-v3"}}, DataError, "--whisper openai/whisper-large-v3"),
+        ({"init_adapter": "OTHER"}, CheckpointError, "stays on"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_trained(
+    world: Path, run: Path, tmp_path: Path, change: dict[str, Any], error: type[Exception], names: str
+) -> None:
+    if "init_adapter" in change:  # it was conditioned, the recipe is not
+        change = {
+            "init_adapter": str(run),
+            "model": {"audio_attention": False, "whisper": None},
+            "stages": [{"name": "a", "kind": "full", "max_steps": 1}],
+        }
+    tree = recipe(world).model_dump(mode="json")
+    for key, value in change.items():
+        tree[key] = tree[key] | value if isinstance(value, dict) else value
+    with pytest.raises(error, match=names):
+        train(parse_recipe(tree, where="test"), tmp_path / "run")
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_whisper_without_anything_to_hear_has_no_effect(world: Path, tmp_path: Path) -> None:
+    higgstune.prepare(
+        make_recordings(tmp_path / "recordings", clips=4), tmp_path / "data", codec=world / "base" / "codec",
+        whisper=str(world / "whisper"), validation_fraction=0,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="has no effect"):
+        train(recipe(world, data={"store": str(tmp_path / "data")}), tmp_path / "run")
+
+
+def test_a_text_adapter_is_conditioned_as_its_run_is(world: Path, run: Path) -> None:
+    found = adapter_conditioning(run / "stage1" / "adapter")
+    assert found == adapter_conditioning(run / "stage2" / "adapter")
+    model = load_adapter(load_model(world / "base", device="cpu"), run / "stage1" / "adapter")
+    assert conditioning_of(model) == found
