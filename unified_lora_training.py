@@ -17,6 +17,7 @@ from accelerate import PartialState
 
 from higgstune import prepare
 from higgstune.data.schema import INDEX_NAME
+from higgstune.data.summary import References
 from higgstune.errors import CheckpointError, HiggstuneError, InputError
 from higgstune.hub import fetch
 from higgstune.model.adapters import Lora, find_adapter
@@ -42,7 +43,7 @@ def main() -> int:
     try:
         recipe = as_recipe(args, store)
         if not is_store:
-            prepare_once(args.train_manifest, store, args.base_ckpt)
+            prepare_once(args.train_manifest, store, args.base_ckpt, args.whisper)
         train(recipe, args.output_dir / args.training_stage, resume=True)
     except HiggstuneError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -59,6 +60,12 @@ def arguments() -> argparse.Namespace:
     add("--output_dir", type=Path, required=True, help="gets stage1, stage2 and, from a manifest, data")
     add("--base_ckpt", default=ModelSettings.model_fields["checkpoint"].default, help="folder or hub id")
     add("--from_base", action="store_true", help="start stage2 from the base, without stage1's adapter")
+    add(
+        "--audio_attention",
+        action="store_true",
+        help="stage2 also trains audio self-attention, which starts as nothing",
+    )
+    add("--whisper", help="Whisper checkpoint that hears each clip's reference (another clip of its speaker)")
     for flag, (part, key, default) in FLAGS.items():
         text = f"{part.model_fields[key].description or key} (default: {default})"
         add(f"--{flag}", type=type(default), default=default, help=text)
@@ -72,7 +79,11 @@ def as_recipe(args: argparse.Namespace, store: Path) -> Recipe:
     for flag, (part, key, _) in FLAGS.items():
         parts[part][key] = getattr(args, flag)
     tree = parts[Recipe] | {"lora": parts[Lora], "stages": [parts[Stage]], "data": {"store": str(store)}}
-    tree["model"] = {"checkpoint": args.base_ckpt}
+    tree["model"] = {"checkpoint": args.base_ckpt, "whisper": args.whisper}
+    if args.whisper is not None:
+        tree["data"]["reference"] = "scene"
+    if kind == "full":
+        tree["model"]["audio_attention"] = args.audio_attention
     if kind == "full" and not args.from_base:
         tree["init_adapter"] = str(args.output_dir / "stage1")
         try:
@@ -82,14 +93,16 @@ def as_recipe(args: argparse.Namespace, store: Path) -> Recipe:
     return parse_recipe(tree, where="unified_lora_training.py")
 
 
-def prepare_once(source: Path, store: Path, checkpoint: str) -> None:
+def prepare_once(source: Path, store: Path, checkpoint: str, whisper: str | None) -> None:
     """The first process prepares while the others wait."""
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.use_distributed:  # a collective gives up after minutes, and encoding may take hours
         patient = torch.distributed.new_group(timeout=timedelta(days=9), backend="gloo")
     if state.is_main_process:
         fetch(checkpoint, what="checkpoint", weights=False)  # a wrong name is told before hours of encoding
-        prepare(source, store, model=checkpoint, device=str(choose_device()))
+        references: References = "none" if whisper is None else "same_speaker"
+        device = str(choose_device())
+        prepare(source, store, model=checkpoint, whisper=whisper, references=references, device=device)
     if state.use_distributed:
         torch.distributed.barrier(patient)
 

@@ -200,6 +200,17 @@ def test_a_batch_that_hears_nothing_still_reaches_the_projector() -> None:
     assert torch.equal(model.model.audio_encoder_proj.linear.weight.grad, torch.zeros(64, D_MODEL))
 
 
+def test_attentions_and_hidden_states_can_be_looked_at() -> None:
+    model, prompter = tiny_prompter(codes=CODES)
+    trained_like(model, prompter).set_attn_implementation("eager")
+    batch = inputs_of(collate(examples(prompter, listens=True)))
+    with torch.no_grad():
+        seen = model.model(**batch, output_attentions=True, output_hidden_states=True)
+    rows, positions = batch["audio_input_ids"].shape[1], batch["input_ids"].shape[1]
+    assert [tuple(weights.shape[-2:]) for weights in seen.attentions] == [(rows, rows), (positions, positions)] * 2
+    assert len(seen.hidden_states) == 3
+
+
 def test_features_without_a_projector_are_refused() -> None:
     model, prompter = tiny_prompter(codes=CODES)
     with pytest.raises(ValueError, match="a projector"):

@@ -1,4 +1,4 @@
-"""Synthesise the demo's speech: hibari (the miniature base's voice) and flite's rms (the voice to be learnt).
+"""Synthesise the demo's speech: hibari (the miniature base's voice) and flite's rms (the voice to be learnt); others.
 
     python make_voices.py corpus hibari OUT --hours 5      sentences of the grammar, FLAC
     python make_voices.py corpus rms OUT --hours 0.25
@@ -12,6 +12,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -35,17 +36,17 @@ def hibari() -> Speak:
     return lambda text: (voice(text, seed=0), 24_000)
 
 
-def rms() -> Speak:
-    return _flite
-
-
-def _flite(text: str) -> tuple[np.ndarray, int]:
+def flite(voice: str, text: str) -> tuple[np.ndarray, int]:
     with tempfile.NamedTemporaryFile(suffix=".wav") as file:
-        subprocess.run(["flite", "-voice", "rms", "-t", text, "-o", file.name], check=True)
+        subprocess.run(["flite", "-voice", voice, "-t", text, "-o", file.name], check=True)
         return soundfile.read(file.name, dtype="float32")
 
 
-VOICES = {"hibari": hibari, "rms": rms}
+# awb, kal16 and slt are for measurements with several voices; the demo has none of them.
+VOICES: dict[str, Callable[[], Speak]] = {
+    "hibari": hibari,
+    **{voice: partial(partial, flite, voice) for voice in ("awb", "kal16", "rms", "slt")},
+}
 
 
 def trim(waveform: np.ndarray, rate: int) -> np.ndarray:

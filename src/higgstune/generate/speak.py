@@ -71,19 +71,17 @@ class Speaker:
         self.codec = loaded.audio_tokenizer
         self.prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
         self.model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
-        card = adapter_card(adapter) if adapter is not None else {}
-        trained_as = card.get("recipe", {}).get("data", {}).get("reference", "turn")
-        self.reference_place: ReferencePlace = reference_place or trained_as
+        self.reference_place: ReferencePlace = reference_place or trained_place(adapter)
         self._whisper_name = whisper
-        trained_with = card.get("codec_revision")
+        trained_with = adapter_card(adapter).get("codec_revision") if adapter is not None else None
         if trained_with not in (None, self.codec.revision):
             raise CheckpointError(
                 f"the adapter {adapter} was trained on codes of another codec (revision {trained_with}) than "
                 f"{loaded.codec} (revision {self.codec.revision}): name its codec with --codec"
             )
 
-    def reference(self, path: str | Path, text: str) -> Voice:
-        """A recording and what is said in it, as a voice to imitate.
+    def reference(self, path: str | Path, text: str = "") -> Voice:
+        """A recording and what is said in it, as a voice to imitate; in the scene it stands without its words.
 
         Raises DataError when it cannot be read, CheckpointError when the model listens through a Whisper checkpoint
         that is not there or is another one than it was trained with.
@@ -197,6 +195,13 @@ class _Clip:
         return self.pieces[len(self.spoken)]
 
 
+def trained_place(adapter: Path | None) -> ReferencePlace:
+    """Where the reference stands in the prompts that an adapter was trained on."""
+    card = adapter_card(adapter) if adapter is not None else {}
+    place: ReferencePlace = card.get("recipe", {}).get("data", {}).get("reference", "turn")
+    return place
+
+
 def load_speaker(
     model: str | Path | None = None,
     adapter: str | Path | None = None,
@@ -258,7 +263,10 @@ def speak(
 
     Raises InputError, CheckpointError or DataError as `load_speaker`, `Speaker.reference` and `Speaker.say`.
     """
-    if (reference is None) != (not (reference_text or "").strip()):
+    folder = find_adapter(adapter) if adapter is not None else None
+    words_needed = reference is not None and (reference_place or trained_place(folder)) == "turn"
+    has_words = bool((reference_text or "").strip())
+    if (words_needed and not has_words) or (has_words and reference is None):
         raise InputError("a reference needs both the recording (--reference) and its words (--reference-text)")
     texts = [text] if isinstance(text, str) else list(text)
     files = [Path(out)] if isinstance(text, str) else [Path(out) / f"{i:04d}.wav" for i in range(1, len(texts) + 1)]

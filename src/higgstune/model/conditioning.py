@@ -13,7 +13,7 @@ from transformers import DynamicCache, HiggsAudioV2ForConditionalGeneration
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2Model
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
 from higgstune.model import audio_attention as attention
 from higgstune.model.whisper import WhisperTower
@@ -90,7 +90,10 @@ class ConditionedModel(HiggsAudioV2Model):
         whisper_features: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As the native forward; `whisper_features` [N, d_model] fill the batch's `<|AUDIO|>` positions in order."""
+        """As the native forward; `whisper_features` [N, d_model] fill the batch's `<|AUDIO|>` positions in order.
+
+        With `output_attentions`, those of a layer's audio attention come before those of its shared one.
+        """
         if input_ids is None and audio_input_ids is None:
             raise ValueError("give input_ids, audio_input_ids or both; a conditioned model takes no inputs_embeds")
         audio_mask: Tensor | None = self.get_placeholder_mask(input_ids, None, audio_input_ids_mask)  # type: ignore[arg-type]
@@ -186,6 +189,8 @@ def add_conditioning(model: HiggsAudioV2ForConditionalGeneration, wanted: Condit
     if wanted.whisper is not None and has.whisper is None:
         inner.add_module(PROJECTOR, _neutral_projector(inner, wanted.whisper))
     inner.__class__ = ConditionedModel
+    # What `PreTrainedModel.__init__` notes of a class: output_attentions and output_hidden_states need it.
+    _CAN_RECORD_REGISTRY[inner] = inner._can_record_outputs
     inner.conditioning = Conditioning(
         audio_attention=wanted.audio_attention or has.audio_attention, whisper=wanted.whisper or has.whisper
     )
