@@ -14,7 +14,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 import higgstune
 from higgstune.cli import main
 
-VERBS = ("prepare", "inspect", "train", "speak", "demo")
+VERBS = ("prepare", "inspect", "train", "speak", "merge", "export", "doctor", "demo")
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from higgstune.data.prepare import prepare as prepare
+    from higgstune.diagnosis.adapter import check_applied as check_applied
+    from higgstune.diagnosis.examine import doctor as doctor
     from higgstune.generate.speak import speak as speak
     from higgstune.inspection import inspect_row as inspect_row
+    from higgstune.model.adapters import load_adapter as load_adapter
     from higgstune.model.load import ModelAndTokenizers as ModelAndTokenizers
     from higgstune.model.load import load_model as load_model
     from higgstune.model.load import load_model_and_tokenizers as load_model_and_tokenizers
+    from higgstune.model.whisper import load_whisper as load_whisper
     from higgstune.prompt.delay import build_frames as build_frames
     from higgstune.prompt.template import render as render
+    from higgstune.sharing.formats import export as export
+    from higgstune.sharing.merge import merge as merge
     from higgstune.training.recipe import load_recipe as load_recipe
     from higgstune.training.run import train as train
     from higgstune.training.trainer import HiggsAudioTrainer as HiggsAudioTrainer
@@ -22,10 +28,16 @@ _HOME = {
     "HiggsAudioTrainer": "higgstune.training.trainer",
     "ModelAndTokenizers": "higgstune.model.load",
     "build_frames": "higgstune.prompt.delay",
+    "check_applied": "higgstune.diagnosis.adapter",
+    "doctor": "higgstune.diagnosis.examine",
+    "export": "higgstune.sharing.formats",
     "inspect_row": "higgstune.inspection",
+    "load_adapter": "higgstune.model.adapters",
     "load_model": "higgstune.model.load",
     "load_model_and_tokenizers": "higgstune.model.load",
     "load_recipe": "higgstune.training.recipe",
+    "load_whisper": "higgstune.model.whisper",
+    "merge": "higgstune.sharing.merge",
     "prepare": "higgstune.data.prepare",
     "render": "higgstune.prompt.template",
     "speak": "higgstune.generate.speak",

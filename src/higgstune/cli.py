@@ -275,7 +275,7 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Merge an adapter into its base: one checkpoint, proven by loading it again."""
-    from higgstune.export.merge import merge as run_merge
+    from higgstune.sharing.merge import merge as run_merge
 
     with _Bar() as bar:
         result = run_merge(
@@ -314,10 +314,10 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a run as other software loads it, with a model card."""
-    from higgstune.export.formats import export_run
+    from higgstune.sharing.formats import export as write
 
     with _Bar() as bar:
-        result = export_run(
+        result = write(
             run,
             out,
             format=format,
@@ -350,7 +350,7 @@ def doctor(
 
     Exits with 1 when something failed. Nothing is changed.
     """
-    from higgstune.doctor import doctor as run
+    from higgstune import doctor as run
 
     report = run(
         model,

@@ -26,10 +26,6 @@ from higgstune.data.manifest import Utterance, read_manifest, write_manifest
 from higgstune.data.prepare import prepare
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import WhisperFeatures
-from higgstune.evaluate.judges import FasterWhisper, word_error_rate
-from higgstune.generate.sampling import Sampling
-from higgstune.generate.speak import load_speaker
-from higgstune.generate.wav import write_wav
 from higgstune.inspection import load_prompter
 from higgstune.model.adapters import load_adapter
 from higgstune.model.forward import with_training_forward
@@ -206,16 +202,6 @@ def figures(args: argparse.Namespace, arm: Arm, recipe: Recipe, folder: Path) ->
     found: dict[str, Any] = {}
     if arm.reference is not None:
         found["other_voice"] = audio_loss(recipe, store, adapter, "validation", swap=True)
-    if arm.asr and args.asr:
-        rows = list(store.split("train"))[:12]
-        speaker = load_speaker(adapter=adapter, device=recipe.model.device)
-        spoken = speaker.say([row.text for row in rows], sampling=Sampling(temperature=0))
-        files = [folder / "speech" / f"{row.id}.wav" for row in rows]
-        for file, speech in zip(files, spoken, strict=True):
-            write_wav(file, speech.waveform, speech.sample_rate)
-        found["word_error_rate"] = word_error_rate(
-            [row.text for row in rows], FasterWhisper(args.asr).transcribe(files)
-        )
     return found
 
 

@@ -16,6 +16,7 @@ from higgstune.generate.engine import Generated, generate
 from higgstune.generate.sampling import Sampling
 from higgstune.generate.wav import check_wav_name, write_wav
 from higgstune.model.adapters import adapter_card, find_adapter, load_adapter
+from higgstune.model.checksums import folder_card
 from higgstune.model.conditioning import WhisperShape, conditioning_of
 from higgstune.model.layout import read_json
 from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
@@ -71,7 +72,7 @@ class Speaker:
         self.codec = loaded.audio_tokenizer
         self.prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
         self.model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
-        self.reference_place: ReferencePlace = reference_place or trained_place(adapter)
+        self.reference_place: ReferencePlace = reference_place or _trained_place(adapter, loaded.folder)
         self._whisper_name = whisper
         trained_with = adapter_card(adapter).get("codec_revision") if adapter is not None else None
         if trained_with not in (None, self.codec.revision):
@@ -195,9 +196,12 @@ class _Clip:
         return self.pieces[len(self.spoken)]
 
 
-def trained_place(adapter: Path | None) -> ReferencePlace:
-    """Where the reference stands in the prompts that an adapter was trained on."""
-    card = adapter_card(adapter) if adapter is not None else {}
+def _trained_place(adapter: Path | None, checkpoint: Path | None) -> ReferencePlace:
+    """Where the reference stands in the prompts that an adapter, or the one in a merged checkpoint, was trained on."""
+    if adapter is not None:
+        card = adapter_card(adapter)
+    else:
+        card = {} if checkpoint is None else folder_card(checkpoint).get("adapter", {})
     place: ReferencePlace = card.get("recipe", {}).get("data", {}).get("reference", "turn")
     return place
 
@@ -263,10 +267,10 @@ def speak(
 
     Raises InputError, CheckpointError or DataError as `load_speaker`, `Speaker.reference` and `Speaker.say`.
     """
-    folder = find_adapter(adapter) if adapter is not None else None
-    words_needed = reference is not None and (reference_place or trained_place(folder)) == "turn"
-    has_words = bool((reference_text or "").strip())
-    if (words_needed and not has_words) or (has_words and reference is None):
+    words = (reference_text or "").strip()
+    folders = find_adapter(adapter) if adapter is not None else None, Path(model) if model is not None else None
+    needs_words = reference is not None and (reference_place or _trained_place(*folders)) == "turn"
+    if needs_words != bool(words) and (needs_words or reference is None):
         raise InputError("a reference needs both the recording (--reference) and its words (--reference-text)")
     texts = [text] if isinstance(text, str) else list(text)
     files = [Path(out)] if isinstance(text, str) else [Path(out) / f"{i:04d}.wav" for i in range(1, len(texts) + 1)]
@@ -284,7 +288,7 @@ def speak(
         reference_place=reference_place,
         whisper=whisper,
     )
-    voice = speaker.reference(reference, reference_text or "") if reference is not None else None
+    voice = speaker.reference(reference, words) if reference is not None else None
     for first in range(0, len(texts), batch_size):  # written batch by batch: a long list that is stopped keeps them
         spoken = speaker.say(
             texts[first : first + batch_size],

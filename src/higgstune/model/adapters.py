@@ -144,6 +144,7 @@ def load_adapter(model: HiggsAudioV2ForConditionalGeneration, folder: Path, *, c
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} is not a LoRA configuration: {error}") from error
     config.inference_mode = True
+    config.base_model_name_or_path = None  # peft warns of a base that has moved; the fingerprint knows better
     peft_model = _with_adapter(model, config)
     expected = adapter_state(peft_model).keys()
     if expected != weights.keys():

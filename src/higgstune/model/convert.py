@@ -195,8 +195,8 @@ def original_config(
 
 
 def _original_text(native: HiggsAudioV2Config) -> dict[str, Any]:
-    rope = dict(native.rope_parameters)
-    theta = rope.pop("rope_theta")
+    rope = dict(native.rope_parameters or {})
+    theta = rope.pop("rope_theta", 10000.0)  # the default on the way forth, too
     return {
         "model_type": "llama",
         **{key: getattr(native, key) for key in _TEXT_KEYS},

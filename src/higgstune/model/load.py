@@ -36,6 +36,7 @@ class ModelAndTokenizers:
     revision: str | None
     codec: str  # as named by the user or found
     whisper: WhisperTower | None = None  # the encoder that an original-format checkpoint brings
+    folder: Path | None = None  # where the checkpoint lies on this disk
 
 
 def load_model(
@@ -90,6 +91,7 @@ def load_model_and_tokenizers(
         revision=revision,
         codec=codec_name,
         whisper=encoder,
+        folder=folder,
     )
 
 

@@ -1,0 +1,250 @@
+"""Exporting: each format is loaded the way the other software loads it, and gives the same logits."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from export_world import (
+    adapted_logits,
+    flip_byte,
+    gap,
+    heard_through,
+    logits,
+    make_adapter,
+    make_world,
+    nothing_is_left,
+    tree,
+)
+from golden_values import Golden
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_cli import Command
+from transformers import HiggsAudioV2ForConditionalGeneration
+
+from higgstune import export
+from higgstune.errors import CheckpointError, ConfigError, VerificationError
+from higgstune.model.adapters import load_adapter
+from higgstune.model.conditioning import Conditioning
+from higgstune.model.convert import native_config, original_config, original_state, read_original
+from higgstune.model.layout import read_layout
+from higgstune.model.load import load_model
+
+TOKENS = {"<|AUDIO|>": 315, "<|audio_eos|>": 312}  # of the golden weights' vocabulary
+GOLDEN = ("base", "audio_attention", "whisper", "whisper_audio_attention")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a store with Whisper features, a plain adapter and one with both extensions."""
+    folder = make_world(tmp_path_factory.mktemp("export"), whisper=True)
+    make_adapter(folder, folder / "plain")
+    both = Conditioning(audio_attention=True, whisper=heard_through(folder))
+    make_adapter(folder, folder / "both", conditioning=both)
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """`higgstune ...` in this process."""
+    return Command(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_way_to_the_original_layout_is_the_way_back(name: str, tmp_path: Path) -> None:
+    golden = Golden(name)
+    original = read_original(read_layout(golden.save_original_checkpoint(tmp_path)))
+    state = original_state(original.state)
+    if original.whisper is not None:
+        state |= {f"audio_tower.{key}": value for key, value in original.whisper.state().items()}
+    assert state.keys() == golden.weights.keys()
+    assert all(torch.equal(state[key], value) for key, value in golden.weights.items())
+    config = original_config(
+        original.config,
+        tokens=TOKENS,
+        conditioning=original.conditioning,
+        encoder=original.whisper.config if original.whisper is not None else None,
+    )
+    for part in ("text_config", "audio_encoder_config"):
+        found, expected = config.pop(part, {}), golden.config[part]
+        assert found == {key: expected.get(key) for key in found}
+    assert config.pop("architectures") == ["HiggsAudioModel"]
+    assert config == {key: golden.config[key] for key in config}
+
+
+def test_an_original_config_keeps_what_only_it_says() -> None:
+    golden = Golden("base")
+    written = golden.config | {"audio_embed_avg": True, "of_its_own": 7}
+    config = original_config(native_config(written), tokens=TOKENS, written=written)
+    assert config | {"architectures": None} == written | {"text_config": config["text_config"], "architectures": None}
+    assert config["text_config"]["pretraining_tp"] == 1
+    delayed = native_config(golden.config)
+    delayed.audio_delay_token_id += 1
+    with pytest.raises(CheckpointError, match="delay token"):
+        original_config(delayed, tokens=TOKENS)
+
+
+def test_boson_has_the_names_and_shapes_of_the_reference(world: Path, tmp_path: Path) -> None:
+    result = export(world / "plain", tmp_path / "out", format="boson", device="cpu")
+    golden, written = Golden("base"), load_file(result.folder / "model.safetensors")
+    assert written.keys() == golden.weights.keys()
+    for key, value in golden.weights.items():  # which have 32 codes in a codebook, the real ones 1024
+        expected = tuple(8 * 1026 if size == 8 * 34 else size for size in value.shape)
+        assert tuple(written[key].shape) == expected, key
+    config = json.loads((result.folder / "config.json").read_text())
+    assert config["model_type"] == "higgs_audio"
+    assert config.keys() - {"torch_dtype"} <= golden.config.keys()
+    assert config["text_config"].keys() <= golden.config["text_config"].keys() | {"rope_parameters"}
+    model = load_model(result.folder, device="cpu", dtype="float32")
+    assert gap(logits(model, world), adapted_logits(world, world / "plain")) < 5e-5
+    text = (result.folder / "README.md").read_text()
+    assert "HiggsAudioServeEngine" in text
+    assert (result.folder / "LICENSE").exists()
+
+
+@pytest.mark.parametrize("name", GOLDEN[1:])
+def test_boson_has_the_names_of_the_references_extensions(world: Path, tmp_path: Path, name: str) -> None:
+    has = Conditioning(
+        audio_attention="audio_attention" in name, whisper=heard_through(world) if "whisper" in name else None
+    )
+    adapter = make_adapter(world, tmp_path / "adapter", conditioning=has)
+    result = export(adapter, tmp_path / "out", format="boson", device="cpu")
+    golden = Golden(name)
+    assert load_file(result.folder / "model.safetensors").keys() == golden.weights.keys()
+    config = json.loads((result.folder / "config.json").read_text())
+    for key in ("use_audio_out_self_attention", "encode_whisper_embed", "skip_audio_tower"):
+        assert config[key] == golden.config[key], key
+    assert gap(logits(load_model(result.folder, device="cpu"), world), adapted_logits(world, adapter)) < 5e-5
+
+
+def test_native_is_what_transformers_loads(world: Path, tmp_path: Path) -> None:
+    result = export(world / "plain", tmp_path / "out", format="native", base_bits=8, device="cpu")
+    plain = HiggsAudioV2ForConditionalGeneration.from_pretrained(result.folder, use_text_head=True)
+    assert gap(logits(plain, world), adapted_logits(world, world / "plain")) < 5e-5
+    base = load_file(world / "base" / "model.safetensors")
+    written = load_file(result.folder / "model.safetensors")
+    assert {key: value.shape for key, value in written.items()} == {key: value.shape for key, value in base.items()}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_is_what_plain_peft_loads(world: Path, tmp_path: Path) -> None:
+    before = tree(world / "plain")
+    result = export(world / "plain", tmp_path / "out", format="peft", device="cpu")
+    names = {path.name for path in result.folder.iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "higgstune.json", "README.md", "LICENSE"}
+    base = HiggsAudioV2ForConditionalGeneration.from_pretrained(world / "base", use_text_head=True)
+    plain = PeftModel.from_pretrained(base, result.folder)
+    assert gap(logits(plain, world), adapted_logits(world, world / "plain")) < 1e-6
+    matter = yaml.safe_load((result.folder / "README.md").read_text().split("---\n")[1])
+    assert matter["library_name"] == "peft"
+    assert matter["base_model_relation"] == "adapter"
+    assert tree(world / "plain") == before
+    # It is an adapter folder of ours, too, and tells a damaged file.
+    moved = shutil.move(result.folder, tmp_path / "moved")
+    load_adapter(load_model(world / "base", device="cpu"), moved)
+    flip_byte(moved / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="checksum"):
+        load_adapter(load_model(world / "base", device="cpu"), moved)
+
+
+def test_an_adapter_that_does_nothing_is_not_passed_on(world: Path, tmp_path: Path) -> None:
+    nothing = make_adapter(world, tmp_path / "adapter", strength=0)
+    with pytest.raises(VerificationError, match="hardly changes the base"):
+        export(nothing, tmp_path / "out", format="peft", device="cpu")
+    assert nothing_is_left(tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", ["native", "peft"])
+def test_modules_that_would_be_lost_are_named(world: Path, tmp_path: Path, format: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.layers\.\*\.audio_attn.*model\.audio_encoder_proj"):
+        export(world / "both", tmp_path / "out", format=format, device="cpu")
+    assert nothing_is_left(tmp_path / "out")
+
+
+def test_they_can_be_dropped_for_native(world: Path, tmp_path: Path) -> None:
+    result = export(world / "both", tmp_path / "out", format="native", drop_modules=True, device="cpu")
+    assert "model.layers.*.audio_attn" in result.dropped
+    HiggsAudioV2ForConditionalGeneration.from_pretrained(result.folder, use_text_head=True)
+
+
+def snippet(folder: Path) -> str:
+    """The Python in a card."""
+    return (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize("format", ["native", "peft"])
+@pytest.mark.parametrize("bits", [4, 8, None])
+def test_the_cards_snippet_is_python_that_says_the_bits(
+    world: Path, tmp_path: Path, format: str, bits: int | None
+) -> None:
+    folder = export(world / "plain", tmp_path / "out", format=format, base_bits=bits, device="cpu").folder
+    code = snippet(folder)
+    called: dict[str, dict[str, Any]] = {}
+    run_with_stand_ins(code, called)
+    assert called["HiggsAudioV2ForConditionalGeneration"]["use_text_head"] is True
+    assert ("PeftModel" in called) == (format == "peft")
+    if bits is None:
+        assert "BitsAndBytesConfig" not in code
+        assert called["HiggsAudioV2ForConditionalGeneration"]["dtype"] is torch.float32
+    else:
+        assert called["BitsAndBytesConfig"][f"load_in_{bits}bit"] is True
+        assert called["BitsAndBytesConfig"]["llm_int8_skip_modules"] == ["audio_lm_head", "text_lm_head"]
+        assert f"makes {bits} bits" in (folder / "README.md").read_text()
+
+
+def run_with_stand_ins(code: str, called: dict[str, dict[str, Any]]) -> None:
+    """Run a snippet with classes that only note how they were called."""
+
+    def stand_in(name: str) -> Any:
+        class StandIn:
+            def __init__(self, **options: Any) -> None:
+                called[name] = options
+
+            @classmethod
+            def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+                called[name] = options
+                return cls
+
+        return StandIn
+
+    lines = [line for line in code.splitlines() if not line.startswith(("from", "import"))]
+    names = ("HiggsAudioV2ForConditionalGeneration", "PeftModel", "BitsAndBytesConfig")
+    # `import torch` is the snippet's own: without it, what needs torch fails here.
+    scope: dict[str, Any] = {name: stand_in(name) for name in names if name in code}
+    exec("\n".join([*(["import torch"] if "import torch" in code else []), *lines]), scope)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "gguf"}, "native, boson, peft"),
+        ({"format": "boson", "base_bits": 4}, "--base-bits has no effect"),
+        ({"format": "native", "base_bits": 5}, "4 or 8"),
+        ({"format": "peft", "dtype": "bfloat16"}, "--dtype has no effect"),
+        ({"format": "peft", "drop_modules": True}, "--drop-modules has no effect"),
+        ({"format": "boson", "drop_modules": True}, "goes with --layout native"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    world: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export(world / "plain", tmp_path / "out", device="cpu", **options)
+    assert nothing_is_left(tmp_path / "out")
+
+
+def test_the_command(world: Path, tmp_path: Path, command: Command) -> None:
+    code, out, _ = command("export", "--help")
+    assert code == 0
+    assert "Example: higgstune export" in out
+    arguments = ("export", world / "plain", "--out", tmp_path / "out", "--device", "cpu")
+    code, out, err = command(*arguments, "--format", "peft", "--json")
+    assert code == 0, err
+    assert json.loads(out)["format"] == "peft"
+    for wrong in (("--format", "peft"), ("--format", "onnx"), ()):
+        code, _, err = command(*arguments, *wrong)
+        assert code == 2
+        assert "Traceback" not in err
