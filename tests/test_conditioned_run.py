@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,18 @@ import soundfile
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_run import DEMO_CODEC, history, make_recordings
+from test_run import DEMO_CODEC, history, make_recordings, start
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_whisper import save_tiny_whisper
 
 import higgstune
+from higgstune.data.manifest import Utterance, read_manifest
+from higgstune.data.manifest import write_manifest as write_manifest_rows
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FOLDER, WhisperFeatures
 from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.generate.speak import load_speaker, speak
-from higgstune.model.adapters import adapter_card, adapter_conditioning, base_fingerprint, load_adapter
+from higgstune.model.adapters import ADAPTER_WEIGHTS, adapter_card, adapter_conditioning, base_fingerprint, load_adapter
 from higgstune.model.conditioning import conditioning_of
 from higgstune.model.load import load_model
 from higgstune.model.whisper import load_whisper
@@ -30,7 +33,7 @@ from higgstune.training.recipe import Recipe, parse_recipe
 from higgstune.training.run import train
 from higgstune.training.verify import probe_logits, verify_in_fresh_process
 
-VOICE = 5  # clips that a conversation listens to, of another length each; the last is longer than one chunk
+ASSETS = Path(higgstune.__file__).parent / "demo" / "assets"
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +300,46 @@ def test_whisper_without_anything_to_hear_has_no_effect(world: Path, tmp_path: P
     )  # fmt: skip
     with pytest.raises(ConfigError, match="has no effect"):
         train(recipe(world, data={"store": str(tmp_path / "data")}), tmp_path / "run")
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(world: Path, run: Path, tmp_path: Path) -> None:
+    made = recipe(world, attention=run.name)
+    killed = tmp_path / "killed"
+    process = start(tmp_path, killed, made)
+    deadline = time.monotonic() + 120
+    while not list((killed / "stage2" / "checkpoints").glob("checkpoint-*")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    train(made, killed, resume=True)
+    for stage in ("stage1", "stage2"):
+        expected, found = (load_file(folder / stage / "adapter" / ADAPTER_WEIGHTS) for folder in (run, killed))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_the_demos_miniature_hears_and_attends_and_moves_house(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(ASSETS / "base", tmp_path / "base")
+    shutil.copytree(DEMO_CODEC, tmp_path / "base" / "codec")
+    shutil.copytree(ASSETS / "voices", tmp_path / "voices")
+    rows = [row for _, row in read_manifest(tmp_path / "voices" / "metadata.jsonl") if isinstance(row, Utterance)]
+    write_manifest_rows(tmp_path / "voices" / "some.jsonl", rows[:8])
+    higgstune.prepare(
+        tmp_path / "voices" / "some.jsonl", tmp_path / "data", codec=tmp_path / "base" / "codec",
+        references="same_speaker", whisper=str(world / "whisper"),
+    )  # fmt: skip
+    made = recipe(world, attention="full", data={"store": str(tmp_path / "data"), "reference": "scene"})
+    train(made.model_copy(update={"model": made.model.model_copy(update={"checkpoint": str(tmp_path / "base")})}),
+          tmp_path / "run")  # fmt: skip
+    moved = shutil.move(tmp_path / "run" / "stage2" / "adapter", tmp_path / "elsewhere")
+    found = verify_in_fresh_process(
+        adapter=Path(moved), checkpoint=str(tmp_path / "base"), revision=None, dtype="float32", device="cpu",
+        probe=tmp_path / "run" / "stage2" / "verify" / "probe.safetensors",
+    )  # fmt: skip
+    assert found.from_trained == 0
+    assert found.from_base > 0.1
 
 
 def test_a_text_adapter_is_conditioned_as_its_run_is(world: Path, run: Path) -> None:

@@ -32,6 +32,8 @@ MAPPING = {
     "higgstune inspect": "",  # the store knows the checkpoint that it was prepared for
     "higgstune train": f"{STEPS} --set stages.0.learning_rate=5e-3 --set stages.0.warmup_steps=0",
     "higgstune speak": "--max-seconds 0.5",
+    "higgstune doctor": "",
+    "higgstune merge": "",
     "python unified_lora_training.py": "--base_ckpt base --epochs 1 --lr 5e-3 --warmup 0 --grad_accum 1",
 }
 # What makes the environment that this test runs in: .ci/run types it.
@@ -86,7 +88,7 @@ def test_every_block_of_the_readme_is_run_somewhere() -> None:
     kinds = [sorted({line.split()[1] for line in block}) for block in blocks()]
     assert kinds == [
         ["demo", "test"],
-        [".venv/bin/activate", "inspect", "install", "prepare", "speak", "train"],
+        [".venv/bin/activate", "doctor", "inspect", "install", "merge", "prepare", "speak", "train"],
         ["train"],
         ["speak", "unified_lora_training.py"],
     ]
@@ -102,6 +104,8 @@ def test_the_real_thing(clone: Path) -> None:
     said = {line.split()[1]: type_in(line, clone) for line in blocks()[1] if line not in ELSEWHERE}
     assert "<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>" in said["inspect"]
     assert str(Path("runs/voice/voice/adapter")) in said["train"]
+    assert "0 failed" in said["doctor"]
+    assert (clone / "models/voice/README.md").exists()
     waveform, rate = soundfile.read(clone / "morning.wav")
     assert rate == 24_000
     assert len(waveform) > 0
