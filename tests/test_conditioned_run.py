@@ -31,6 +31,7 @@ from higgstune.model.whisper import load_whisper
 from higgstune.prompt.rows import heard_clips
 from higgstune.training.recipe import Recipe, parse_recipe
 from higgstune.training.run import train
+from higgstune.training.trainer import HiggsAudioTrainer
 from higgstune.training.verify import probe_logits, verify_in_fresh_process
 
 ASSETS = Path(higgstune.__file__).parent / "demo" / "assets"
@@ -340,6 +341,30 @@ def test_the_demos_miniature_hears_and_attends_and_moves_house(world: Path, tmp_
     )  # fmt: skip
     assert found.from_trained == 0
     assert found.from_base > 0.1
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 1e-3), (5e-3, 5e-3)])
+def test_what_is_trained_in_full_learns_at_its_own_rate(
+    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: float | None, expected: float
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def stop(self: HiggsAudioTrainer, **arguments: Any) -> None:
+        optimizer = self.create_optimizer()
+        assert self.create_optimizer() is optimizer
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for group in optimizer.param_groups:
+            seen.extend({"name": names[id(p)], "lr": group["lr"]} for p in group["params"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HiggsAudioTrainer, "train", stop)
+    stage = {"name": "s", "kind": "full", "max_steps": 3, "learning_rate": 1e-2, "full_learning_rate": given}
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(world, attention=run.name, stages=[stage]), tmp_path / "run")
+    in_full = [entry for entry in seen if "modules_to_save" in entry["name"]]
+    assert len(in_full) == (2 if run.name == "lora" else 2 + 2 * 5)
+    assert {entry["lr"] for entry in in_full} == {expected}
+    assert {entry["lr"] for entry in seen if "lora_" in entry["name"]} == {1e-2}
 
 
 def test_a_text_adapter_is_conditioned_as_its_run_is(world: Path, run: Path) -> None:

@@ -47,8 +47,8 @@ def file(tmp_path: Path) -> Callable[[Any], Path]:
     return write
 
 
-def test_three_recipes_are_shipped() -> None:
-    assert [path.name for path in SHIPPED] == ["clone.yaml", "new_language.yaml", "voice.yaml"]
+def test_four_recipes_are_shipped() -> None:
+    assert [path.name for path in SHIPPED] == ["clone.yaml", "heard.yaml", "new_language.yaml", "voice.yaml"]
 
 
 @pytest.mark.parametrize("path", [*SHIPPED, DEMO], ids=lambda path: path.name)

@@ -66,6 +66,9 @@ class Stage(_Strict):
     epochs: float | None = Field(None, gt=0, description="passes over the data; or give max_steps")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
+    full_learning_rate: float | None = Field(
+        None, gt=0, description="peak, of modules trained in full; a tenth of learning_rate where not given"
+    )
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = Field(
         "cosine", description="how the learning rate goes down after the warm-up"
     )
@@ -96,6 +99,11 @@ class Stage(_Strict):
         if weights is not None and (min(weights, default=-1) < 0 or sum(weights) == 0):
             raise ValueError("codebook_weights must be >= 0 and not all 0")
         return self
+
+    @property
+    def rate_of_full_modules(self) -> float:
+        """A step moves all weights of a module where it moves r directions of a LoRA: it must be smaller."""
+        return self.learning_rate / 10 if self.full_learning_rate is None else self.full_learning_rate
 
 
 class Recipe(_Strict):

@@ -241,6 +241,7 @@ def _train_stage(
         eval_dataset=validation_rows if len(validation_rows) else None,
         model=model,
         weights=LossWeights(stage.text_weight, stage.audio_weight, stage.codebook_weights),
+        full_learning_rate=stage.rate_of_full_modules,
         callbacks=_callbacks(recipe, stage, folder, is_main=run.is_main),
     )
     _train_or_resume(trainer, _newest_checkpoint(folder))

@@ -43,15 +43,20 @@ class HiggsAudioTrainer(Trainer):
         eval_dataset: Any = None,
         model: PeftModel | None = None,
         weights: LossWeights | None = None,
+        full_learning_rate: float | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         """`model` is `loaded.model` with an adapter; without it, `loaded.model` itself is trained.
+
+        Modules that an adapter trains in full (peft's `modules_to_save`) have `full_learning_rate` as their peak, where
+        it is given.
 
         The data sets are map-style and give `Example`s.
         """
         with_training_forward(loaded.model)
         self.loaded = loaded
         self.weights = weights or LossWeights()
+        self.full_learning_rate = full_learning_rate
         self._eos_id: int = loaded.config.audio_stream_eos_id
         self._window = _Window()
         self._staging = False
@@ -77,6 +82,18 @@ class HiggsAudioTrainer(Trainer):
     def audio_tokenizer(self) -> Codec:
         """The codec of the checkpoint."""
         return self.loaded.audio_tokenizer
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As `Trainer`'s, with groups of their own for modules that are trained in full."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        if self.full_learning_rate is not None:
+            trained = self.model if model is None else model
+            assert isinstance(trained, nn.Module)
+            in_full = {id(p) for name, p in trained.named_parameters() if ".modules_to_save." in name}
+            _split_groups(optimizer, in_full, self.full_learning_rate)
+        return optimizer
 
     def get_batch_samples(  # type: ignore[override]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -206,6 +223,15 @@ class _Window:
         self.tokens = self.tokens.to(tokens.device) + tokens
         self.sums = add_sums([self.sums, detached]) if self.sums else detached
         self.counts = add_sums([self.counts, counts]) if self.counts else counts
+
+
+def _split_groups(optimizer: torch.optim.Optimizer, chosen: set[int], learning_rate: float) -> None:
+    """Move the chosen parameters (by `id`) into groups with this learning rate."""
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        if moved:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+            optimizer.add_param_group(group | {"params": moved, "lr": learning_rate})
 
 
 def _pad_id(loaded: ModelAndTokenizers) -> int:
