@@ -274,6 +274,7 @@ def test_stored_features_that_changed_are_refused(world: Path, tmp_path: Path) -
         ({"model": {"audio_attention": "both"}}, ConfigError, "model.audio_attention: Input should be"),
         ({"stages": [{"name": "a", "kind": "text", "max_steps": 1}]}, ConfigError, "never be trained"),
         ({"model": {"whisper": "openai/whisper-large-v3"}}, DataError, "--whisper openai/whisper-large-v3"),
+        ({"lora": {"dora": True}}, ConfigError, "no direction to start from"),
         ({"init_adapter": "OTHER"}, CheckpointError, "stays on"),
     ],
 )

@@ -26,6 +26,11 @@ class Setting:
 def find_setting(recipe: Recipe, store: CodeStore, loaded: ModelAndTokenizers) -> Setting:
     """Raises ConfigError, DataError or CheckpointError when the recipe's conditioning cannot be."""
     own = conditioning_of(loaded.model)
+    if recipe.lora.dora and recipe.model.audio_attention == "lora" and not own.audio_attention:
+        raise ConfigError(
+            "lora.dora has no direction to start from in audio attention, whose o_proj begins as zero: set lora.dora: "
+            "false, or model.audio_attention: full"
+        )
     features = shape = None
     if recipe.model.whisper is not None:
         features = WhisperFeatures.open(store.folder, recipe.model.whisper)
