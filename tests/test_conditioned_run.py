@@ -22,7 +22,7 @@ from higgstune.data.manifest import Utterance, read_manifest
 from higgstune.data.manifest import write_manifest as write_manifest_rows
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FOLDER, WhisperFeatures
-from higgstune.errors import CheckpointError, ConfigError, DataError
+from higgstune.errors import CheckpointError, ConfigError, DataError, InputError
 from higgstune.generate.speak import load_speaker, speak
 from higgstune.model.adapters import ADAPTER_WEIGHTS, adapter_card, adapter_conditioning, base_fingerprint, load_adapter
 from higgstune.model.conditioning import conditioning_of
@@ -181,6 +181,29 @@ def test_plain_peft_would_have_left_them_out(world: Path, run: Path) -> None:
     assert not [name for name, _ in model.named_parameters() if "audio_attn" in name]  # in silence: see `doctor`
 
 
+def test_another_encoder_is_refused_wherever_it_comes_in(world: Path, run: Path, tmp_path: Path) -> None:
+    store = shutil.copytree(world / "data", tmp_path / "data")
+    renamed = shutil.copytree(world / "whisper", tmp_path / "whisper")
+    name = {"codec": world / "base" / "codec", "references": "same_speaker", "validation_fraction": 0.2}
+    manifest = world / "recordings" / "manifest.jsonl"
+    higgstune.prepare(manifest, store, whisper=renamed, **name)  # a Path is a name, too
+    first = WhisperFeatures.open(store, str(renamed)).index.revision
+    assert WhisperFeatures.open(store, "any name", first).index.revision == first
+    save_tiny_whisper(renamed, seed=3)
+    higgstune.prepare(manifest, store, whisper=str(renamed), **name)
+    second = WhisperFeatures.open(store, str(renamed)).index.revision
+    assert second != first
+    stage = [{"name": "a", "kind": "full", "max_steps": 1}]
+    model = recipe(world, attention=run.name).model_dump()["model"] | {"whisper": str(renamed)}
+    data = {"store": str(store), "reference": "scene"}
+    with pytest.raises(CheckpointError, match="hear through"):
+        train(recipe(world, model=model, data=data, stages=stage, init_adapter=str(run)), tmp_path / "run")
+    extractor = json.loads((renamed / "preprocessor_config.json").read_text())
+    (renamed / "preprocessor_config.json").write_text(json.dumps(extractor | {"feature_size": 80}))
+    with pytest.raises(CheckpointError, match="of different checkpoints"):
+        load_whisper(renamed)
+
+
 def test_a_voice_in_the_scene_is_heard_when_speaking(world: Path, run: Path, tmp_path: Path) -> None:
     reference = world / "recordings" / "voice.wav"
     settings: dict[str, Any] = {
@@ -199,6 +222,10 @@ def test_a_voice_in_the_scene_is_heard_when_speaking(world: Path, run: Path, tmp
     other = save_tiny_whisper(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match="name the right one with --whisper"):
         speak("Hello there.", tmp_path / "b.wav", adapter=run, whisper=other, **settings)
+    with pytest.raises(CheckpointError, match="say so with --whisper"):
+        speak("Hello there.", tmp_path / "b.wav", adapter=run, whisper=tmp_path / "nowhere", **settings)
+    with pytest.raises(InputError, match="--whisper has no effect"):
+        load_speaker(world / "base", device="cpu", whisper=other)
     by_codes = load_speaker(adapter=run, device="cpu", reference_place="turn").reference(reference, "Whatever.")
     assert by_codes.heard is None
 
@@ -218,10 +245,16 @@ def drop_tensor(folder: Path) -> None:
     edit(folder / "higgstune.json", lambda card: card.pop("weights_sha256"))
 
 
-def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def edit(path: Path, change: Callable[[dict[str, Any]], Any], *, seals: bool = True) -> None:
+    """Change a JSON file; with `seals`, take away the checksums that would tell, to see what tells without them."""
     content = json.loads(path.read_text())
+    before = dict(content)
     change(content)
+    if seals and content.get("higgstune") == before.get("higgstune"):
+        content.pop("card_sha256", None)
     path.write_text(json.dumps(content))
+    if seals and path.name == "adapter_config.json":
+        edit(path.with_name("higgstune.json"), lambda card: card.pop("config_sha256"))
 
 
 @pytest.mark.parametrize(
@@ -232,12 +265,20 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (drop_tensor, "only one of them, such as"),
         (lambda f: (f / "higgstune.json").unlink(), r"higgstune\.json is missing"),
         (lambda f: (f / "higgstune.json").write_text("{"), "not valid JSON"),
+        (lambda f: edit(f / "higgstune.json", lambda c: c.update(higgstune="9")), "not what was saved"),
         (lambda f: edit(f / "higgstune.json", lambda c: c.update(conditioning={"audio": 1})), "is damaged"),
+        (lambda f: edit(f / "higgstune.json", lambda c: c.update(recipe=None)), "must be an object"),
         (
             lambda f: edit(f / "higgstune.json", lambda c: c["conditioning"].update(audio_attention=False)),
             "does not fit",
         ),
         (lambda f: edit(f / "adapter_config.json", lambda c: c.update(lora_alpha=80)), "was trained with 8"),
+        (lambda f: edit(f / "adapter_config.json", lambda c: c.update(target_modules="(")), "does not fit"),
+        (lambda f: edit(f / "adapter_config.json", lambda c: c.update(target_modules="nothing")), "does not fit"),
+        (
+            lambda f: edit(f / "adapter_config.json", lambda c: c.update(alpha_pattern={"q": 9}), seals=False),
+            "checksum",
+        ),
         (lambda f: (f / "adapter_config.json").unlink(), "neither an adapter"),
         (lambda f: edit(f / "higgstune.json", lambda c: c.update(codec_revision="x")), "another codec"),
     ],
@@ -273,8 +314,9 @@ def test_stored_features_that_changed_are_refused(world: Path, tmp_path: Path) -
         ({"model": {"audio_attention": ["lora", "full"]}}, ConfigError, "silently leave out the LoRA"),
         ({"model": {"audio_attention": "both"}}, ConfigError, "model.audio_attention: Input should be"),
         ({"stages": [{"name": "a", "kind": "text", "max_steps": 1}]}, ConfigError, "never be trained"),
+        ({"model": {"whisper": None}}, DataError, "no Whisper is configured"),
         ({"model": {"whisper": "openai/whisper-large-v3"}}, DataError, "--whisper openai/whisper-large-v3"),
-        ({"lora": {"dora": True}}, ConfigError, "no direction to start from"),
+        ({"lora": {"dora": True}, "model": {"audio_attention": "lora"}}, ConfigError, "no direction to start from"),
         ({"init_adapter": "OTHER"}, CheckpointError, "stays on"),
     ],
 )
@@ -284,7 +326,7 @@ def test_what_cannot_be_is_said_before_anything_is_trained(
     if "init_adapter" in change:  # it was conditioned, the recipe is not
         change = {
             "init_adapter": str(run),
-            "model": {"audio_attention": False, "whisper": None},
+            "model": {"audio_attention": False},
             "stages": [{"name": "a", "kind": "full", "max_steps": 1}],
         }
     tree = recipe(world).model_dump(mode="json")

@@ -14,12 +14,15 @@ from torch import Tensor
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2Model
 
 from higgstune.batch.padded import PaddedCollator, heard_features
+from higgstune.errors import ConfigError, DataError
 from higgstune.generate.engine import Decoder
-from higgstune.model.adapters import base_fingerprint
+from higgstune.model.adapters import Lora, add_lora, base_fingerprint
+from higgstune.model.audio_attention import find_audio_rows
 from higgstune.model.conditioning import (
     Conditioning,
     WhisperShape,
     add_conditioning,
+    check_features,
     conditioning_modules,
     conditioning_of,
     remove_conditioning,
@@ -155,6 +158,25 @@ def test_extensions_start_as_an_exact_identity_and_follow_from_the_base() -> Non
         assert torch.equal(before, model(**batch).logits)
 
 
+def test_what_a_checkpoint_brings_stays_its_own(tmp_path: Path) -> None:
+    golden = Golden("whisper")
+    model = load_model(golden.save_original_checkpoint(tmp_path), dtype="float32", device="cpu")
+    fingerprint = base_fingerprint(model)
+    add_conditioning(model, Conditioning(audio_attention=True))
+    assert base_fingerprint(model) == fingerprint  # what was added follows from the base
+    with torch.no_grad():
+        model.model.audio_encoder_proj.linear.weight.mul_(2)
+    assert base_fingerprint(model) != fingerprint  # what it brought is part of it
+
+
+def test_dora_has_no_direction_in_a_zero_weight() -> None:
+    model, _ = tiny_prompter(codes=CODES)
+    add_conditioning(model, Conditioning(audio_attention=True))
+    with pytest.raises(ConfigError, match="no direction to start from"):
+        add_lora(model, Lora(r=2, dora=True), "full")
+    add_lora(model, Lora(r=2, dora=True), "full", attention="full")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_step_zero_of_generation_is_the_bases_too(dtype: torch.dtype) -> None:
     model, prompter = tiny_prompter(codes=CODES)
@@ -209,6 +231,48 @@ def test_attentions_and_hidden_states_can_be_looked_at() -> None:
     rows, positions = batch["audio_input_ids"].shape[1], batch["input_ids"].shape[1]
     assert [tuple(weights.shape[-2:]) for weights in seen.attentions] == [(rows, rows), (positions, positions)] * 2
     assert len(seen.hidden_states) == 3
+
+
+def test_a_cache_that_went_another_way_is_refused() -> None:
+    model, prompter = tiny_prompter(codes=CODES)
+    trained_like(model, prompter)
+    decoder = Decoder(model, [prompter.prompt(speech_messages("Hello."), [])])
+    rows = torch.full((1, 8), CODES)
+    with torch.inference_mode():
+        decoder.step(rows)
+        decoder.cache.crop(-1)
+        with pytest.raises(ValueError, match="begin a new one"):
+            decoder.step(rows)
+
+
+def test_autocast_over_a_float32_base_works_as_in_the_native_class() -> None:
+    model, prompter = tiny_prompter(codes=CODES)
+    add_conditioning(model, Conditioning(audio_attention=True))
+    batch = inputs_of(collate(examples(prompter, listens=False)))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.isfinite(model(**batch).logits).all()
+
+
+def test_flash_attention_is_refused() -> None:
+    model, _ = tiny_prompter(codes=CODES)
+    add_conditioning(model, Conditioning(audio_attention=True))
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="cannot tell examples apart"):
+        find_audio_rows(model.config, torch.zeros(1, 1, 64), None, 1, torch.zeros(1, 1), (torch.zeros(1),) * 2, None)
+
+
+def test_as_many_features_as_positions() -> None:
+    model, prompter = tiny_prompter(codes=CODES)
+    asked = speech_messages("Sun.", voice="r")
+    with pytest.raises(ValueError, match="a projector"):
+        Decoder(model, [prompter.prompt(asked, [heard(6, 1)])])
+    add_conditioning(model, both(prompter))
+    with pytest.raises(DataError, match="6 Whisper features"):
+        heard(6, 1, 5)
+    batch = inputs_of(collate(examples(prompter, listens=True)))
+    check_features(model, batch)
+    with pytest.raises(ValueError, match="12 Whisper features for 6"):
+        check_features(model, batch | {"whisper_features": batch["whisper_features"].repeat(2, 1)})
 
 
 def test_features_without_a_projector_are_refused() -> None:

@@ -41,6 +41,9 @@ CompareOption = Annotated[
 StoredOption = Annotated[
     str | None, typer.Option(help="float32 or bfloat16, of the weights written; where not given, the base's.")
 ]
+EncoderOption = Annotated[
+    str | None, typer.Option(help="Whisper checkpoint for the original layout, where it has moved.")
+]
 DropOption = Annotated[
     bool, typer.Option("--drop-modules", help="Leave out what has no place in the native class; the card says so.")
 ]
@@ -266,6 +269,7 @@ def merge(
         typer.Option(help="native, extended or original; where not given, native where nothing is lost by it."),
     ] = None,
     drop_modules: DropOption = False,
+    whisper: EncoderOption = None,
     dtype: StoredOption = None,
     data: CompareOption = None,
     model: BaseOption = None,
@@ -283,6 +287,7 @@ def merge(
             out,
             layout=layout,
             drop_modules=drop_modules,
+            whisper=whisper,
             dtype=dtype,
             data=data,
             model=model,
@@ -305,6 +310,7 @@ def export(
         int | None, typer.Option(help="4 or 8: the card tells how to load the base so; native and peft only.")
     ] = None,
     drop_modules: DropOption = False,
+    whisper: EncoderOption = None,
     dtype: StoredOption = None,
     data: CompareOption = None,
     model: BaseOption = None,
@@ -323,6 +329,7 @@ def export(
             format=format,
             base_bits=base_bits,
             drop_modules=drop_modules,
+            whisper=whisper,
             dtype=dtype,
             data=data,
             model=model,

@@ -26,7 +26,7 @@ def prepare(
     codec: Codec | str | Path | None = None,
     codec_name: str | None = None,
     model: str | Path | None = None,
-    whisper: Listener | str | None = None,
+    whisper: Listener | str | Path | None = None,
     device: str = "cpu",
     validation_fraction: float = 0.05,
     references: References = "none",
@@ -55,6 +55,7 @@ def prepare(
     option; CheckpointError for a codec; WorkError where the disk refuses.
     """
     for_model = None if model is None else str(model)
+    whisper = str(whisper) if isinstance(whisper, Path) else whisper
     heard_by = whisper if whisper is None or isinstance(whisper, str) else whisper.checkpoint
     options = PrepareOptions(validation_fraction, references, max_seconds, allow_long, seed, for_model, heard_by)
     options.check()

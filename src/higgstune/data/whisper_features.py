@@ -76,10 +76,16 @@ class WhisperFeatures:
         self._files: dict[str, Any] = {}
 
     @classmethod
-    def open(cls, store: Path, checkpoint: str) -> "WhisperFeatures":
-        """Those of a Whisper checkpoint, by its name. Raises DataError, with what to run, where a store has none."""
-        indices = [read_feature_index(path) for path in sorted((store / FOLDER).glob(f"*/{_INDEX}"))]
-        found = [index for index in indices if same_name(index.checkpoint, checkpoint)]
+    def open(cls, store: Path, checkpoint: str, revision: str | None = None) -> "WhisperFeatures":
+        """Those of a Whisper checkpoint, by its name, or by the revision of its encoder where that is given.
+
+        Raises DataError, with what to run, where a store has none.
+        """
+        indices = list(_indices(store))
+        if revision is None:
+            found = [index for index in indices if same_name(index.checkpoint, checkpoint)]
+        else:
+            found = [index for index in indices if index.revision == revision]
         if not found:
             others = f"; it has those of {', '.join(index.checkpoint for index in indices)}" if indices else ""
             raise DataError(
@@ -147,14 +153,36 @@ def store_features(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for done, batch in _batches(todo):
-            progress(done)
-            index = replace(index, files=(*index.files, _write(folder, batch, listener)))
-            write_file(path, json.dumps(asdict(index), indent=1, ensure_ascii=False))
-        write_file(path, json.dumps(asdict(index), indent=1, ensure_ascii=False))
+            tensors: dict[str, np.ndarray] = {}
+            for number, clip in enumerate(batch):
+                progress(done + number)
+                tensors |= _listen(clip, listener)
+            file = _write(folder, tensors, tuple(clip.sha256 for clip in batch))
+            index = replace(index, files=(*index.files, file))
+            write_file(path, _to_json(index))
+        write_file(path, _to_json(index))
+        _take_name(store, index)
     except (OSError, SafetensorError) as error:
         raise WorkError(f"{folder} cannot be written: {error}; run it again to go on") from error
     progress(len(todo))
     return len(wanted) - len(missing), missing
+
+
+def _indices(store: Path) -> Iterator[FeatureIndex]:
+    for path in sorted((store / FOLDER).glob(f"*/{_INDEX}")):
+        yield read_feature_index(path)
+
+
+def _take_name(store: Path, index: FeatureIndex) -> None:
+    """A checkpoint of this name was another one before: its features stay, under a name that says so."""
+    for other in _indices(store):
+        if other.revision != index.revision and same_name(other.checkpoint, index.checkpoint):
+            renamed = replace(other, checkpoint=f"{other.checkpoint} (earlier, {other.revision})")
+            write_file(store / FOLDER / other.revision / _INDEX, _to_json(renamed))
+
+
+def _to_json(index: FeatureIndex) -> str:
+    return json.dumps(asdict(index), indent=1, ensure_ascii=False)
 
 
 def portable_name(name: str) -> str:
@@ -177,17 +205,23 @@ def _batches(clips: list[Clip]) -> Iterator[tuple[int, list[Clip]]]:
         yield start, clips[start : start + _CLIPS_IN_A_FILE]
 
 
-def _write(folder: Path, clips: list[Clip], listener: Listener) -> FeatureFile:
-    tensors: dict[str, np.ndarray] = {}
-    for clip in clips:
-        waveform, rate = clip.read()
+def _listen(clip: Clip, listener: Listener) -> dict[str, np.ndarray]:
+    waveform, rate = clip.read()
+    try:
         heard = listener.encode(resample(waveform, rate, listener.sample_rate))
-        tensors[clip.sha256] = np.ascontiguousarray(heard.features)
-        tensors[f"{clip.sha256}.chunks"] = np.array(heard.chunks, dtype=np.int32)
+    except DataError as error:
+        raise DataError(f"{clip.path}: {error}") from error
+    return {
+        clip.sha256: np.ascontiguousarray(heard.features),
+        f"{clip.sha256}.chunks": np.array(heard.chunks, dtype=np.int32),
+    }
+
+
+def _write(folder: Path, tensors: dict[str, np.ndarray], clips: tuple[str, ...]) -> FeatureFile:
     temporary = folder / "features.tmp"
     save_file(tensors, temporary)
     checksum = hashlib.sha256(temporary.read_bytes()).hexdigest()
     name = f"features-{checksum[:12]}.safetensors"
     size = temporary.stat().st_size
     os.replace(temporary, folder / name)
-    return FeatureFile(name, size, checksum, tuple(clip.sha256 for clip in clips))
+    return FeatureFile(name, size, checksum, clips)

@@ -300,8 +300,10 @@ class _Examination:
         named = None if self.recipe is None else self.recipe.model.whisper
         shape = None
         if self.recipe is None:
-            shape = None if self.adapter is None else adapter_conditioning(self.adapter).whisper
-            shape = shape or (conditioning_of(self.model).whisper if hasattr(self, "model") else None)
+            if self.adapter is not None:
+                shape = adapter_conditioning(self.adapter).whisper
+            elif hasattr(self, "model"):
+                shape = conditioning_of(self.model).whisper
         self.rendering, found = stores.find_features(self.store, self.rendering, named=named, shape=shape)
         return found
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from higgstune.batch.padded import heard_features
 from higgstune.generate.sampling import RowSampler, Sampling
+from higgstune.model.conditioning import check_features
 from higgstune.prompt.delay import codes_from_frames
 from higgstune.prompt.example import Example
 
@@ -72,6 +73,7 @@ class Decoder:
         self.device = next(model.parameters()).device
         self.cache = DynamicCache(config=model.config)
         batch = left_padded(prompts, pad_id=model.config.pad_token_id or 0)
+        check_features(model, batch)
         self.attention_mask = batch["attention_mask"].to(self.device)
         self.lengths = self.attention_mask.sum(-1, keepdim=True)  # [B, 1] positions so far, padding apart
         positions = (self.attention_mask.cumsum(-1) - 1).clamp(min=0)

@@ -15,7 +15,7 @@ from higgstune.generate.chunks import frame_cap, join, split_text
 from higgstune.generate.engine import Generated, generate
 from higgstune.generate.sampling import Sampling
 from higgstune.generate.wav import check_wav_name, write_wav
-from higgstune.model.adapters import adapter_card, find_adapter, load_adapter
+from higgstune.model.adapters import adapter_card, adapter_conditioning, find_adapter, load_adapter
 from higgstune.model.checksums import folder_card
 from higgstune.model.conditioning import WhisperShape, conditioning_of
 from higgstune.model.layout import read_json
@@ -73,7 +73,13 @@ class Speaker:
         self.prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
         self.model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
         self.reference_place: ReferencePlace = reference_place or _trained_place(adapter, loaded.folder)
+        self._hears = conditioning_of(self.model).whisper
+        if adapter is not None:  # a base may listen, and the adapter have been trained to read codes
+            self._hears = adapter_conditioning(adapter).whisper
+        if whisper is not None and self._hears is None:
+            raise InputError("--whisper has no effect: this model was not trained to hear through Whisper")
         self._whisper_name = whisper
+        self._loaded_tower: WhisperTower | None = None
         trained_with = adapter_card(adapter).get("codec_revision") if adapter is not None else None
         if trained_with not in (None, self.codec.revision):
             raise CheckpointError(
@@ -89,21 +95,28 @@ class Speaker:
         """
         waveform, rate = read_audio(path)
         heard = None
-        shape = conditioning_of(self.model).whisper
-        if shape is not None and self.reference_place == "scene":
-            tower = self._tower(shape)
+        if self._hears is not None and self.reference_place == "scene":
+            tower = self._tower(self._hears)
             heard = tower.encode(resample(waveform, rate, tower.sample_rate))
         return Voice(normalize_text(text), self.codec.encode(resample(waveform, rate, self.codec.sample_rate)), heard)
 
     def _tower(self, shape: WhisperShape) -> WhisperTower:
+        if self._loaded_tower is not None:
+            return self._loaded_tower
         tower = self.loaded.whisper
         if tower is None or self._whisper_name is not None:
-            tower = load_whisper(self._whisper_name or shape.checkpoint, device=self.loaded.model.device)
+            try:
+                tower = load_whisper(self._whisper_name or shape.checkpoint, device=self.loaded.model.device)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error}\n(the model hears through it; where it has moved, say so with --whisper)"
+                ) from error
         if tower.revision != shape.revision:
             raise CheckpointError(
                 f"the model was trained to hear through {shape.checkpoint} (revision {shape.revision}); "
                 f"{tower.checkpoint} has the revision {tower.revision}: name the right one with --whisper"
             )
+        self._loaded_tower = tower
         return tower
 
     def say(

@@ -3,8 +3,9 @@
 import contextlib
 import hashlib
 import json
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,8 +26,8 @@ from higgstune.model.conditioning import (
     add_conditioning,
     base_of,
     conditioning_of,
-    has_own_weights,
     is_conditioning_key,
+    own_conditioning,
 )
 from higgstune.model.layout import read_json, safetensors_keys
 
@@ -36,6 +37,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CARD = "higgstune.json"  # base, codec and recipe of the adapter: what speaking with it needs
 RUN_STATE = "run.json"
+_SEAL = "card_sha256"
 _SAMPLED = 4096  # values of a weight that its fingerprint looks at
 
 _SHARED = r"self_attn\.[qkvo]_proj"
@@ -99,6 +101,8 @@ def add_lora(
     that `attention` says.
     """
     trained = conditioning_of(model) if conditioning is None else conditioning
+    if kind == "full":
+        check_directions(model, lora, trained, attention)
     return _with_adapter(model, lora.config(kind, trained, attention))
 
 
@@ -145,7 +149,12 @@ def load_adapter(model: HiggsAudioV2ForConditionalGeneration, folder: Path, *, c
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} is not a LoRA configuration: {error}") from error
     config.inference_mode = True
     config.base_model_name_or_path = None  # peft warns of a base that has moved; the fingerprint knows better
-    peft_model = _with_adapter(model, config)
+    if not isinstance(config, LoraConfig):
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} is no LoRA configuration: copy the adapter again")
+    try:
+        peft_model = _with_adapter(model, config)
+    except (ValueError, TypeError, KeyError, re.error) as error:
+        raise CheckpointError(f"the adapter {folder} does not fit this base: {error}") from error
     expected = adapter_state(peft_model).keys()
     if expected != weights.keys():
         odd = sorted(expected ^ weights.keys())
@@ -182,9 +191,10 @@ def base_fingerprint(model: Any) -> str:
     whose weights follow from the base.
     """
     digest = hashlib.sha256()
-    base = base_of(model)
+    base, own = base_of(model), own_conditioning(model)
     for name, value in sorted(base.named_parameters()):
-        if ".lora_" in name or ".modules_to_save." in name or (is_conditioning_key(name) and not has_own_weights(base)):
+        added = is_conditioning_key(name) and not is_conditioning_key(name, own)
+        if ".lora_" in name or ".modules_to_save." in name or added:
             continue
         plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         flat = value.detach().flatten()
@@ -223,10 +233,10 @@ def check_base(folder: Path, model: HiggsAudioV2ForConditionalGeneration) -> Non
     config = read_json(folder / ADAPTER_CONFIG, "it is no adapter folder without it")
     card, trained_on = adapter_card(folder), config.get("base_model_name_or_path")
     for key, value in card.get("base_shape", {}).items():
-        if getattr(model.config, key) != value:
+        found = getattr(model.config, key, None)
+        if found != value:
             raise CheckpointError(
-                f"the adapter {folder} was trained on {trained_on} with {key} {value}; "
-                f"this base has {getattr(model.config, key)}"
+                f"the adapter {folder} was trained on {trained_on} with {key} {value}; this base has {found}"
             )
     expected = card.get("base_fingerprint")
     if expected is not None and (found := base_fingerprint(model)) != expected:
@@ -244,9 +254,31 @@ def base_shape(config: Any) -> dict[str, int]:
 
 
 def adapter_card(folder: Path) -> dict[str, Any]:
-    """What Higgstune wrote beside the adapter; empty for an adapter from elsewhere."""
+    """What Higgstune wrote beside the adapter; empty for an adapter from elsewhere.
+
+    Raises CheckpointError when it is broken, or not what was written.
+    """
     path = folder / ADAPTER_CARD
-    return read_json(path, "") if path.exists() else {}
+    card = read_json(path, "") if path.exists() else {}
+    if _SEAL in card and card[_SEAL] != _seal(card):
+        raise CheckpointError(f"{path} is not what was saved (its checksum differs): copy the adapter again")
+    wrong = [key for key in ("recipe", "base_shape", "conditioning", "data") if not isinstance(card.get(key, {}), dict)]
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: {wrong[0]} must be an object; copy the adapter again")
+    return card
+
+
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """Write an adapter's card, with the checksums of the folder's other files and of itself. Files are in place."""
+    sums = {"weights_sha256": sha256_of(folder / ADAPTER_WEIGHTS), "config_sha256": sha256_of(folder / ADAPTER_CONFIG)}
+    whole = {**card, **sums}
+    text = json.dumps(whole | {_SEAL: _seal(whole)}, indent=2)
+    (folder / ADAPTER_CARD).write_text(text, encoding="utf-8")
+
+
+def _seal(card: Mapping[str, Any]) -> str:
+    content = json.dumps({key: value for key, value in card.items() if key != _SEAL}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def find_adapter(path: str | Path) -> Path:
@@ -271,6 +303,20 @@ def _without_deprecations() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
+
+
+def check_directions(
+    model: HiggsAudioV2ForConditionalGeneration, lora: Lora, trained: Conditioning, attention: AttentionTraining
+) -> None:
+    """DoRA divides by the norm of a weight's rows. Raises ConfigError for audio attention that begins with none."""
+    if not (lora.dora and trained.audio_attention and attention == "lora"):
+        return
+    for name, weight in model.named_parameters():
+        if f".{ATTENTION}." in name and weight.ndim > 1 and bool((weight == 0).all(dim=1).any()):
+            raise ConfigError(
+                f"lora.dora has no direction to start from in {name}, which is zero: set lora.dora: false, or "
+                "model.audio_attention: full"
+            )
 
 
 def _with_adapter(model: HiggsAudioV2ForConditionalGeneration, config: LoraConfig) -> PeftModel:
@@ -305,9 +351,13 @@ def check_adapter_files(folder: Path, *, checksum: bool = True) -> None:
     path = folder / ADAPTER_WEIGHTS
     keys = safetensors_keys(path)  # tells a truncated file with a message of its own
     card = adapter_card(folder)
-    expected = card.get("weights_sha256") if checksum else None
-    if expected is not None and sha256_of(path) != expected:
-        raise CheckpointError(f"{path} is not the file that was saved (its checksum differs): copy the adapter again")
+    for file, key in ((path, "weights_sha256"), (folder / ADAPTER_CONFIG, "config_sha256")):
+        expected = card.get(key) if checksum else None
+        if expected is not None and sha256_of(file) != expected:
+            raise CheckpointError(
+                f"{file} is not the file that was saved (its checksum differs): copy the adapter again. A base that "
+                "has moved is named with --model, not written into it"
+            )
     if not card and (extra := sorted(filter(is_conditioning_key, keys))):
         raise CheckpointError(
             f"{folder / ADAPTER_CARD} is missing: it says how to add the modules of {len(extra)} tensors, such as "

@@ -35,6 +35,7 @@ class AudioCache:
     def __init__(self) -> None:
         self.entries = DynamicCache()
         self.valid: Tensor | None = None  # [B, rows so far] False where an example has fewer rows than another
+        self._seen = 0  # positions of the shared cache that these rows belong to
 
     @classmethod
     def of(cls, cache: Cache) -> "AudioCache":
@@ -42,6 +43,15 @@ class AudioCache:
         if not hasattr(cache, "audio_attention"):
             cache.audio_attention = cls()  # type: ignore[attr-defined]
         return cache.audio_attention  # type: ignore[attr-defined]
+
+    def follow(self, seen: int, added: int) -> None:
+        """Note that `added` positions follow the `seen` ones. Raises ValueError for a cache that went another way."""
+        if seen != self._seen:
+            raise ValueError(
+                f"the cache holds {seen} positions, audio attention has seen {self._seen}: a cache that was cropped, "
+                "reset or filled by another model cannot be gone on with; begin a new one"
+            )
+        self._seen = seen + added
 
     def grow(self, valid: Tensor) -> Tensor:
         """Note the rows [B, A] that are about to be added; the validity [B, A'] of all rows."""
@@ -85,7 +95,14 @@ def find_audio_rows(
     hidden [B, S, D]; audio_mask [B, S], None when decoding rows of audio alone; at most `most_rows` in an example;
     position_ids [1 or B, S], which jump at every example of a packed sequence; rotary 2 x [1 or B, S, H].
     """
+    if "flash" in (config._attn_implementation or ""):
+        raise ValueError(
+            f"audio attention cannot tell examples apart with {config._attn_implementation}: use sdpa, eager or "
+            "flex_attention"
+        )
     cache = None if past is None else AudioCache.of(past)
+    if cache is not None and past is not None:
+        cache.follow(int(past.get_seq_length()), hidden.shape[1])
     if audio_mask is None:
         positions, valid = None, torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     elif most_rows == 0:
@@ -160,7 +177,7 @@ class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
             return audio(hidden).to(hidden.dtype)
         result = torch.empty_like(hidden)
         result[audio_mask] = audio(hidden[audio_mask]).to(hidden.dtype)
-        result[~audio_mask] = text(hidden[~audio_mask])
+        result[~audio_mask] = text(hidden[~audio_mask]).to(hidden.dtype)
         return result
 
 

@@ -4,6 +4,7 @@ Both start so that they cannot harm: added to a checkpoint that lacks them, no l
 are added in place to the loaded native model, whose file is never copied, by exchanging classes.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class ConditionedModel(HiggsAudioV2Model):
 
     conditioning: Conditioning
     audio_encoder_proj: FeatureProjector  # with Whisper conditioning only
-    came_extended: bool = False  # the checkpoint brought the extensions and their weights
+    own: Conditioning = Conditioning()  # the extensions that the checkpoint brought, with their weights
 
     @capture_outputs
     def forward(
@@ -165,9 +166,21 @@ def conditioning_of(model: Any) -> Conditioning:
     return getattr(base_of(model).model, "conditioning", Conditioning())
 
 
-def has_own_weights(model: Any) -> bool:
-    """Whether the extensions came with the checkpoint, trained; else their weights follow from the base."""
-    return getattr(base_of(model).model, "came_extended", False)
+def own_conditioning(model: Any) -> Conditioning:
+    """The extensions that came with the checkpoint, trained; the weights of others follow from the base."""
+    return getattr(base_of(model).model, "own", Conditioning())
+
+
+def check_features(model: Any, batch: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless a batch's Whisper features are as many as its `<|AUDIO|>` positions, or not there."""
+    features, shape = batch.get("whisper_features"), conditioning_of(model).whisper
+    if features is None:
+        return
+    if shape is None:
+        raise ValueError("whisper_features need a model with a projector for them: add_conditioning first")
+    positions = int((batch["input_ids"] == shape.token_id).sum())
+    if len(features) != positions:
+        raise ValueError(f"{len(features)} Whisper features for {positions} <|AUDIO|> positions")
 
 
 def base_of(model: Any) -> HiggsAudioV2ForConditionalGeneration:
@@ -205,6 +218,7 @@ def remove_conditioning(model: HiggsAudioV2ForConditionalGeneration) -> None:
         delattr(inner, PROJECTOR)
     if has:
         del inner.conditioning
+        inner.__dict__.pop("own", None)
         inner.__class__ = HiggsAudioV2Model
 
 
@@ -214,9 +228,11 @@ def conditioning_modules(model: Any) -> list[str]:
     return [name for name in names if name.rpartition(".")[2] in (attention.ATTENTION, attention.NORM, PROJECTOR)]
 
 
-def is_conditioning_key(key: str) -> bool:
-    """Whether a parameter's name, in any layout, is one of an extension."""
-    return any(f".{name}." in f".{key}" for name in (attention.ATTENTION, attention.NORM, PROJECTOR))
+def is_conditioning_key(key: str, of: Conditioning | None = None) -> bool:
+    """Whether a parameter's name, in any layout, is one of an extension; with `of`, of one of these."""
+    names = [PROJECTOR] if of is None or of.whisper is not None else []
+    names += [attention.ATTENTION, attention.NORM] if of is None or of.audio_attention else []
+    return any(f".{name}." in f".{key}" for name in names)
 
 
 def _neutral_projector(inner: HiggsAudioV2Model, shape: WhisperShape) -> FeatureProjector:

@@ -236,7 +236,7 @@ def _filled(
     add_conditioning(model, conditioning)
     model.load_state_dict(state)
     if conditioning:
-        model.model.came_extended = True
+        model.model.own = conditioning
     return model
 
 

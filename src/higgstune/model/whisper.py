@@ -66,6 +66,8 @@ class WhisperTower:
         if not any(len(part) for part in parts):
             raise DataError(f"an audio of {len(waveform)} samples is too short for Whisper: 40 ms is one position")
         features = torch.cat(parts).to(torch.float16).cpu().numpy()
+        if not np.isfinite(features).all():
+            raise DataError("Whisper gives features that float16 cannot hold: is its checkpoint damaged?")
         return Heard(features, tuple(len(part) for part in parts))
 
     @torch.inference_mode()
@@ -115,6 +117,12 @@ def load_whisper(
     except (ValueError, OSError, TypeError) as error:
         raise CheckpointError(f"the Whisper feature extractor in {folder} cannot be read: {error}") from error
     encoder = _encoder(config, read_weights(weight_files(folder)), folder)
+    mel = (encoder.config.num_mel_bins, 2 * encoder.config.max_source_positions)
+    if (made := (extractor.feature_size, extractor.nb_max_frames)) != mel:
+        raise CheckpointError(
+            f"{folder}: its preprocessor makes mel spectrograms of {made[0]} bins and {made[1]} frames, its encoder "
+            f"takes {mel[0]} and {mel[1]}: preprocessor_config.json and config.json are of different checkpoints"
+        )
     return WhisperTower(_moved(encoder, device), extractor, str(name))
 
 

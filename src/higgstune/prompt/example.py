@@ -36,6 +36,11 @@ class Heard:
     features: NDArray[np.float16]
     chunks: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        """Raises DataError when there are not as many features as positions."""
+        if len(self.features) != sum(self.chunks):
+            raise DataError(f"{len(self.features)} Whisper features for chunks of {self.chunks} positions")
+
 
 Audio = Codes | Heard  # what fills the place of an audio part
 

@@ -67,6 +67,11 @@ def heard_clips(row: Row | Context, reference: ReferencePlace) -> list[str]:
     return [sha256 for part, sha256 in zip(context, row.context_sha256, strict=True) if part.heard]
 
 
+def says_whisper(row: Row | Context) -> bool:
+    """Whether a part of a conversation asks for Whisper."""
+    return row.messages is not None and any(part.read_as == "whisper" for part in _audio_parts(row.messages)[0])
+
+
 def row_example(prompter: Prompter, row: Row, text_targets: TextTargets, rendering: Rendering = PLAIN) -> Example:
     """A row as the model sees it in training. Raises DataError as `Prompter.example`."""
     messages, audio, target_from = row_conversation(row, rendering)

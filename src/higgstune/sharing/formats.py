@@ -1,6 +1,5 @@
 """`export`: a run as other software takes it: transformers and vLLM-Omni, the original engine, peft."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import Literal, get_args
 
 from higgstune.errors import ConfigError, VerificationError
 from higgstune.model.adapters import (
-    ADAPTER_CARD,
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     base_fingerprint,
     load_adapter,
+    write_card,
 )
 from higgstune.model.conditioning import conditioning_modules
 from higgstune.sharing.card import Made, model_card
@@ -50,6 +49,7 @@ def export(
     dtype: str | None = None,
     drop_modules: bool = False,
     base_bits: int | None = None,
+    whisper: str | Path | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
@@ -69,11 +69,11 @@ def export(
     if format != "peft":
         merged = merge(
             run, out, model=model, revision=revision, codec=codec, data=data, dtype=dtype, layout=_LAYOUT[format],
-            drop_modules=drop_modules, base_bits=base_bits, device=device, progress=progress,
+            drop_modules=drop_modules, base_bits=base_bits, whisper=whisper, device=device, progress=progress,
         )  # fmt: skip
         return ExportResult(merged.folder, format, merged.check, merged.dropped, merged.loss)
-    if dtype is not None or drop_modules:
-        option = "--dtype" if dtype is not None else "--drop-modules"
+    if dtype is not None or drop_modules or whisper is not None:
+        option = "--dtype" if dtype is not None else "--drop-modules" if drop_modules else "--whisper"
         raise ConfigError(f"{option} has no effect with --format peft: the adapter is passed on as it was trained")
     out = Path(out)
     check_new(out)
@@ -91,8 +91,7 @@ def _write_adapter(
 ) -> MergeCheck:
     for part in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         shutil.copyfile(source.adapter / part, folder / part)
-    card = source.card | {"weights_sha256": source.weights_sha256}
-    (folder / ADAPTER_CARD).write_text(json.dumps(card, indent=2), encoding="utf-8")
+    write_card(folder, source.card)
     for path in licence_files(source.base):
         shutil.copyfile(path, folder / path.name)
     dtype = stored_dtype(source.layout, wanted="float32")

@@ -32,16 +32,20 @@ class HeldOut:
     origin: str
 
 
-def held_out(source: Source, loaded: ModelAndTokenizers, data: str | Path | None = None) -> HeldOut:
+def held_out(
+    source: Source, loaded: ModelAndTokenizers, data: str | Path | None = None, *, hears: bool = True
+) -> HeldOut:
     """Validation rows of the store `data`, else of the store that the adapter was trained on, else the run's probe.
+
+    Without `hears`, rows of a store are as a model without Whisper sees them: all audio by its codes.
 
     Raises DataError when the store was encoded by another codec, or when there is neither store nor probe.
     """
     recorded = _recorded_store(source.card)
     if data is not None:
-        return _from_store(Path(data), source, loaded)
+        return _from_store(Path(data), source, loaded, hears)
     if recorded is not None and (recorded / INDEX_NAME).exists():
-        return _from_store(recorded, source, loaded)
+        return _from_store(recorded, source, loaded, hears)
     probe = source.run / "verify" / "probe.safetensors"
     if probe.exists():
         return _from_probe(probe)
@@ -56,7 +60,7 @@ def _recorded_store(card: dict[str, Any]) -> Path | None:
     return Path(store).expanduser() if store else None
 
 
-def _from_store(folder: Path, source: Source, loaded: ModelAndTokenizers) -> HeldOut:
+def _from_store(folder: Path, source: Source, loaded: ModelAndTokenizers, hears: bool) -> HeldOut:
     store = CodeStore.open(folder)
     if store.info.codec_revision != loaded.audio_tokenizer.revision:
         raise DataError(
@@ -69,7 +73,7 @@ def _from_store(folder: Path, source: Source, loaded: ModelAndTokenizers) -> Hel
     if not len(rows):
         raise DataError(f"{folder} has no rows to compare on: name another store with --data")
     prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
-    examples = RowExamples(rows, prompter, "transcript", _rendering(folder, source))
+    examples = RowExamples(rows, prompter, "transcript", _rendering(folder, source, hears))
     collate = PaddedCollator(pad_id=loaded.config.pad_token_id or 0, stream_eos=loaded.config.audio_stream_eos_id)
     clips = min(CLIPS, len(examples))
     what = "validation" if len(validation) else "training"
@@ -78,19 +82,16 @@ def _from_store(folder: Path, source: Source, loaded: ModelAndTokenizers) -> Hel
     )
 
 
-def _rendering(store: Path, source: Source) -> Rendering:
+def _rendering(store: Path, source: Source, hears: bool) -> Rendering:
     """As the adapter was trained to see rows. Raises DataError when its Whisper features are not in the store."""
     shape = adapter_conditioning(source.adapter).whisper
     place = source.card.get("recipe", {}).get("data", {}).get("reference", PLAIN.reference)
-    if shape is None:
+    if shape is None or not hears:
         return Rendering(place)
-    features = WhisperFeatures.open(store, shape.checkpoint)
-    if features.index.revision != shape.revision:
-        raise DataError(
-            f"the Whisper features in {store} are of the revision {features.index.revision}, the adapter was trained "
-            f"on those of {shape.revision}: name another store with --data"
-        )
-    return Rendering(place, features)
+    try:
+        return Rendering(place, WhisperFeatures.open(store, shape.checkpoint, shape.revision))
+    except DataError as error:
+        raise DataError(f"{error}; or name another store with --data") from error
 
 
 def _from_probe(path: Path) -> HeldOut:

@@ -109,6 +109,8 @@ def _write_original(
         encoder=tower.config if tower is not None and conditioning.whisper is not None else None,
         written=base.config if base.kind == "original" else None,
     )
+    if conditioning.whisper is not None:
+        config["encode_audio_in_tokens"] = False  # the original would put codes beside what is heard: untrained here
     config["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE)

@@ -21,6 +21,7 @@ from higgstune.hub import fetch
 from higgstune.model.adapters import base_fingerprint, load_adapter
 from higgstune.model.conditioning import conditioning_modules, conditioning_of, remove_conditioning
 from higgstune.model.load import ModelAndTokenizers, load_model, load_model_and_tokenizers
+from higgstune.model.whisper import load_whisper
 from higgstune.sharing.card import public_name
 from higgstune.sharing.check import Logits, MergeCheck, audio_loss, check_merged
 from higgstune.sharing.describe import Written, describe
@@ -52,6 +53,7 @@ class _Wanted:
     drop_modules: bool
     dtype: str  # of what is written
     computed_in: str  # the wider one of what is read and what is written
+    whisper: str | Path | None
     device: str | None
     show: Progress
 
@@ -68,6 +70,7 @@ def merge(
     layout: str | None = None,
     drop_modules: bool = False,
     base_bits: int | None = None,
+    whisper: str | Path | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
@@ -76,7 +79,8 @@ def merge(
     `model`, `revision` and `codec` name base and codec where they have moved; `data` is a store to compare on. `dtype`
     (float32, bfloat16) is that of the base's files where not given. `layout` is native, extended (our own: audio
     attention and Whisper have no place in the native class) or original (boson_multimodal's); where not given, native
-    for a plain adapter and extended for another. `drop_modules` writes such an adapter as native all the same, without
+    for a plain adapter and extended for another. `whisper` names the encoder for the original layout, where it has
+    moved. `drop_modules` writes such an adapter as native all the same, without
     these modules. `base_bits` (4, 8) only puts into the card how to load the result so.
 
     Raises ConfigError, CheckpointError or DataError for wrong input, VerificationError when what was written does not
@@ -85,6 +89,8 @@ def merge(
     out = Path(out)
     check_new(out)
     _check_options(layout, drop_modules, dtype, base_bits)
+    if whisper is not None and layout != "original":
+        raise ConfigError("--whisper goes with the original layout: the others do not bring the encoder along")
     source = open_source(run, model=model, revision=revision, codec=codec)
     check_new(out, source.base, source.adapter)
     stored = stored_dtype(source.layout, wanted=dtype)
@@ -94,6 +100,7 @@ def merge(
         drop_modules=drop_modules,
         dtype=dtype or stored,
         computed_in="bfloat16" if narrow else "float32",
+        whisper=whisper,
         device=device,
         show=progress or (lambda what, done, total: None),
     )
@@ -135,12 +142,16 @@ def _write(source: Source, folder: Path, wanted: _Wanted, data: str | Path | Non
     if wanted.drop_modules:
         dropped, with_them = summary_of(conditioning_modules(model)), audio_loss(adapted, clips.batch)
         remove_conditioning(loaded.model)
+        clips = held_out(source, loaded, data, hears=False)  # as the native class will be asked
         adapted = logits_of(model, clips.batch)
+        with model.disable_adapter():
+            base = logits_of(model, clips.batch)
         loss = {"with": with_them, "without": audio_loss(adapted, clips.batch)}
     merged = merge_layers(model, getattr(torch, wanted.dtype), wanted.show)
     codec = _codec_folder(loaded.codec)
+    tower = loaded.whisper if wanted.whisper is None else load_whisper(wanted.whisper)
     with writing(folder):
-        write_checkpoint(folder, merged, layout, base=source.layout, tokenizer=loaded.tokenizer, tower=loaded.whisper)
+        write_checkpoint(folder, merged, layout, base=source.layout, tokenizer=loaded.tokenizer, tower=tower)
         if codec is not None:
             copy_codec(codec, folder)
     wanted.show("writing", 1, 1)

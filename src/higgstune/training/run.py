@@ -23,13 +23,16 @@ from higgstune.model.adapters import (
     RUN_STATE,
     adapted_layers,
     adapter_card,
+    adapter_conditioning,
     add_lora,
+    check_directions,
     continue_lora,
     find_adapter,
     unload_adapter,
 )
 from higgstune.model.conditioning import add_conditioning
 from higgstune.model.forward import with_training_forward
+from higgstune.model.layout import read_json
 from higgstune.model.load import ModelAndTokenizers, choose_device, load_model_and_tokenizers
 from higgstune.model.loss import LossWeights
 from higgstune.prompt.example import Prompter, SpecialIds
@@ -81,7 +84,9 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
     _check_codebook_weights(recipe, loaded.config.num_codebooks)
     adapter = _first_adapter(recipe, loaded)
     setting = find_setting(recipe, store, loaded)
+    _check_same_encoder(adapter, setting)
     add_conditioning(loaded.model, setting.conditioning)
+    check_directions(loaded.model, recipe.lora, setting.conditioning, setting.attention)
     # Only now is the folder taken: a wrong store or checkpoint must not leave a run that cannot go on.
     if run.is_main:
         run.begin()
@@ -121,6 +126,17 @@ def _first_adapter(recipe: Recipe, loaded: ModelAndTokenizers) -> Path | None:
             f"{loaded.codec} (revision {loaded.audio_tokenizer.revision})"
         )
     return folder
+
+
+def _check_same_encoder(adapter: Path | None, setting: Setting) -> None:
+    """Raises CheckpointError for an adapter to go on from that hears through another Whisper encoder."""
+    trained_with = None if adapter is None else adapter_conditioning(adapter).whisper
+    now = setting.conditioning.whisper
+    if trained_with is not None and now is not None and trained_with.revision != now.revision:
+        raise CheckpointError(
+            f"init_adapter {adapter} was trained to hear through {trained_with.checkpoint} (revision "
+            f"{trained_with.revision}), the store has features of {now.checkpoint} (revision {now.revision})"
+        )
 
 
 def _check_codebook_weights(recipe: Recipe, codebooks: int) -> None:
@@ -180,7 +196,7 @@ class _Run:
 
     def read(self) -> None:
         """What the folder says of the run."""
-        self.state = json.loads((self.folder / RUN_STATE).read_text(encoding="utf-8"))
+        self.state = read_json(self.folder / RUN_STATE, "it is no run's folder without it")
 
     def begin(self) -> None:
         """Take the folder, unless the run has it already."""

@@ -1,6 +1,5 @@
 """The adapter's folder: what peft loads, and a card that says what else it needs and what it came from."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,8 +12,7 @@ import higgstune
 from higgstune.data.schema import SPLITS
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import portable_name
-from higgstune.model.adapters import ADAPTER_CARD, ADAPTER_WEIGHTS, base_shape
-from higgstune.model.checksums import sha256_of
+from higgstune.model.adapters import base_shape, write_card
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.metrics import last_metrics
 from higgstune.training.recipe import Recipe
@@ -30,8 +28,7 @@ def save_adapter(folder: Path, model: PeftModel, card: dict[str, Any]) -> None:
     config.base_model_name_or_path = card["checkpoint"]
     config.revision = card["revision"]
     model.save_pretrained(str(temporary), save_embedding_layers=False)
-    card = card | {"weights_sha256": sha256_of(temporary / ADAPTER_WEIGHTS)}
-    (temporary / ADAPTER_CARD).write_text(json.dumps(card, indent=2), encoding="utf-8")
+    write_card(temporary, card)
     os.replace(temporary, folder)
 
 

@@ -8,7 +8,7 @@ from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.model.adapters import AttentionTraining, base_fingerprint
 from higgstune.model.conditioning import Conditioning, WhisperShape, conditioning_of
 from higgstune.model.load import ModelAndTokenizers
-from higgstune.prompt.rows import Rendering, heard_clips
+from higgstune.prompt.rows import Rendering, heard_clips, says_whisper
 from higgstune.prompt.template import AUDIO_IN
 from higgstune.training.recipe import Recipe
 
@@ -26,11 +26,13 @@ class Setting:
 def find_setting(recipe: Recipe, store: CodeStore, loaded: ModelAndTokenizers) -> Setting:
     """Raises ConfigError, DataError or CheckpointError when the recipe's conditioning cannot be."""
     own = conditioning_of(loaded.model)
-    if recipe.lora.dora and recipe.model.audio_attention == "lora" and not own.audio_attention:
-        raise ConfigError(
-            "lora.dora has no direction to start from in audio attention, whose o_proj begins as zero: set lora.dora: "
-            "false, or model.audio_attention: full"
-        )
+    in_full = recipe.model.whisper is not None or recipe.model.audio_attention == "full"
+    for stage in recipe.stages:
+        if stage.full_learning_rate is not None and not in_full:
+            raise ConfigError(
+                f"full_learning_rate of stage {stage.name} has no effect: nothing is trained in full without "
+                "model.whisper or model.audio_attention: full"
+            )
     features = shape = None
     if recipe.model.whisper is not None:
         features = WhisperFeatures.open(store.folder, recipe.model.whisper)
@@ -41,6 +43,10 @@ def find_setting(recipe: Recipe, store: CodeStore, loaded: ModelAndTokenizers) -
                 f"{loaded.checkpoint} was trained with a Whisper encoder of the revision {own.whisper.revision}, "
                 f"{recipe.model.whisper} has {shape.revision}: prepare with --whisper {loaded.checkpoint}"
             )
+    elif any(says_whisper(row) for row in store.contexts()):
+        raise DataError(
+            f'{store.folder} has audio parts with "as": "whisper", but no Whisper is configured: set model.whisper'
+        )
     return Setting(
         Conditioning(audio_attention=bool(recipe.model.audio_attention) or own.audio_attention, whisper=shape),
         recipe.model.audio_attention or "lora",
@@ -65,10 +71,13 @@ def _check_features(recipe: Recipe, store: CodeStore, features: WhisperFeatures)
 
 
 def _whisper_shape(index: FeatureIndex, loaded: ModelAndTokenizers) -> WhisperShape:
+    token_id = loaded.tokenizer.convert_tokens_to_ids(AUDIO_IN)
+    if not isinstance(token_id, int):
+        raise CheckpointError(f"the tokenizer of {loaded.checkpoint} has no {AUDIO_IN}: it cannot hear through Whisper")
     return WhisperShape(
         checkpoint=index.checkpoint,
         revision=index.revision,
         d_model=index.d_model,
         chunk_frames=index.chunk_frames,
-        token_id=loaded.tokenizer.convert_tokens_to_ids(AUDIO_IN),
+        token_id=token_id,
     )

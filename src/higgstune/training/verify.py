@@ -4,6 +4,7 @@ python -m higgstune.training.verify REQUEST.json     prints one JSON line
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from torch import Tensor
 from higgstune.batch.padded import Batch
 from higgstune.errors import HiggstuneError, VerificationError
 from higgstune.model.adapters import load_adapter
+from higgstune.model.conditioning import check_features
 from higgstune.model.load import load_model
 
 # The largest difference of a logit in float32. In bfloat16 the mean difference: a logit of 8 has steps of 0.03 there,
@@ -45,6 +47,7 @@ class Verification:
 def probe_logits(model: Any, batch: Batch) -> dict[str, Tensor]:
     """Audio logits [M, K * V] and text logits [N, vocab] at labelled positions of a batch, float32 on the CPU."""
     model.eval()
+    check_features(model, batch)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in batch.items() if not key.endswith(("_positions", "_targets"))}
@@ -86,6 +89,8 @@ def verify_in_fresh_process(
 
 
 def _explain(result: Verification, adapter: Path) -> str:
+    if math.isnan(result.from_trained) or math.isnan(result.from_base):
+        return f"the adapter {adapter} gives logits that are no numbers: training went out of bounds; lower the rates"
     if result.from_trained > result.tolerance:
         return (
             f"the adapter {adapter}, loaded in a fresh process, does not give the trained model's logits: they differ "
