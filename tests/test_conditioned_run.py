@@ -281,6 +281,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any], *, seals: bool = T
         ),
         (lambda f: (f / "adapter_config.json").unlink(), "neither an adapter"),
         (lambda f: edit(f / "higgstune.json", lambda c: c.update(codec_revision="x")), "another codec"),
+        (lambda f: edit(f / "higgstune.json", lambda c: c["recipe"]["lora"].update(r=3), seals=False), "not what was"),
     ],
 )
 def test_a_damaged_adapter_is_refused(world: Path, run: Path, tmp_path: Path, damage: Any, names: str) -> None:
@@ -288,6 +289,14 @@ def test_a_damaged_adapter_is_refused(world: Path, run: Path, tmp_path: Path, da
     damage(copy)
     with pytest.raises(CheckpointError, match=names):
         load_speaker(world / "base", copy, device="cpu")
+
+
+def test_where_things_lie_may_be_edited(world: Path, run: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(world / "base", tmp_path / "base")
+    adapter = shutil.copytree(run / "stage2" / "adapter", tmp_path / "adapter")
+    for name in ("adapter_config.json", "higgstune.json"):
+        (adapter / name).write_text((adapter / name).read_text().replace(str(world / "base"), str(moved)))
+    assert load_speaker(adapter=adapter, device="cpu").loaded.checkpoint == str(moved)
 
 
 def test_another_base_is_refused(run: Path, world: Path, tmp_path: Path) -> None:

@@ -845,6 +845,8 @@ def test_the_plan_counts_what_is_trained(attention: AttentionTraining, dora: boo
     model, lora = tiny_model(tiny_config(tiny_tokenizer())), Lora(r=4, dora=dora)
     conditioning = Conditioning(audio_attention=True)
     add_conditioning(model, conditioning)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.audio_attn.o_proj.weight)  # a direction for DoRA
     counted = memory.trained_parameters(model, lora.config("full", conditioning, attention))
     peft_model = add_lora(model, lora, "full", attention=attention)
     assert counted == sum(weight.numel() for weight in peft_model.parameters() if weight.requires_grad)

@@ -38,6 +38,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CARD = "higgstune.json"  # base, codec and recipe of the adapter: what speaking with it needs
 RUN_STATE = "run.json"
 _SEAL = "card_sha256"
+_PLACES = (_SEAL, "base_model_name_or_path", "checkpoint", "codec", "store", "whisper", "init_adapter")
 _SAMPLED = 4096  # values of a weight that its fingerprint looks at
 
 _SHARED = r"self_attn\.[qkvo]_proj"
@@ -260,7 +261,7 @@ def adapter_card(folder: Path) -> dict[str, Any]:
     """
     path = folder / ADAPTER_CARD
     card = read_json(path, "") if path.exists() else {}
-    if _SEAL in card and card[_SEAL] != _seal(card):
+    if card.get(_SEAL) not in (None, _seal(card)):
         raise CheckpointError(f"{path} is not what was saved (its checksum differs): copy the adapter again")
     wrong = [key for key in ("recipe", "base_shape", "conditioning", "data") if not isinstance(card.get(key, {}), dict)]
     if wrong:
@@ -269,16 +270,25 @@ def adapter_card(folder: Path) -> dict[str, Any]:
 
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
-    """Write an adapter's card, with the checksums of the folder's other files and of itself. Files are in place."""
-    sums = {"weights_sha256": sha256_of(folder / ADAPTER_WEIGHTS), "config_sha256": sha256_of(folder / ADAPTER_CONFIG)}
-    whole = {**card, **sums}
+    """Write an adapter's card, with checksums of itself and of the folder's other files, which are there already.
+
+    Those of JSON leave out where base, codec and store lie: that may be edited when they have moved.
+    """
+    config = read_json(folder / ADAPTER_CONFIG, "it is no adapter folder without it")
+    whole = {**card, "weights_sha256": sha256_of(folder / ADAPTER_WEIGHTS), "config_sha256": _seal(config)}
     text = json.dumps(whole | {_SEAL: _seal(whole)}, indent=2)
     (folder / ADAPTER_CARD).write_text(text, encoding="utf-8")
 
 
-def _seal(card: Mapping[str, Any]) -> str:
-    content = json.dumps({key: value for key, value in card.items() if key != _SEAL}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(_without_places(content), sort_keys=True).encode()).hexdigest()
+
+
+def _without_places(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    kept = {key: item for key, item in value.items() if key not in _PLACES or isinstance(item, Mapping)}
+    return {key: _without_places(item) for key, item in kept.items()}
 
 
 def find_adapter(path: str | Path) -> Path:
@@ -351,12 +361,11 @@ def check_adapter_files(folder: Path, *, checksum: bool = True) -> None:
     path = folder / ADAPTER_WEIGHTS
     keys = safetensors_keys(path)  # tells a truncated file with a message of its own
     card = adapter_card(folder)
-    for file, key in ((path, "weights_sha256"), (folder / ADAPTER_CONFIG, "config_sha256")):
-        expected = card.get(key) if checksum else None
-        if expected is not None and sha256_of(file) != expected:
+    recorded = (card.get("weights_sha256"), card.get("config_sha256")) if checksum else (None, None)
+    for name, expected in zip((ADAPTER_WEIGHTS, ADAPTER_CONFIG), recorded, strict=True):
+        if expected is not None and expected != (_seal(config) if name == ADAPTER_CONFIG else sha256_of(path)):
             raise CheckpointError(
-                f"{file} is not the file that was saved (its checksum differs): copy the adapter again. A base that "
-                "has moved is named with --model, not written into it"
+                f"{folder / name} is not the file that was saved (its checksum differs): copy the adapter again"
             )
     if not card and (extra := sorted(filter(is_conditioning_key, keys))):
         raise CheckpointError(
