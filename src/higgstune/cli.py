@@ -180,7 +180,7 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe in YAML; see recipes/.")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, such as stages.0.max_steps=50; may be repeated.")
+        list[str] | None, typer.Option("--set", help="key=value, such as stages.0.learning_rate=5e-5; may be repeated.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on where the run stopped.")] = False,
     as_json: JsonOption = False,

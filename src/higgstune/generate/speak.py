@@ -284,7 +284,10 @@ def speak(
     folders = find_adapter(adapter) if adapter is not None else None, Path(model) if model is not None else None
     needs_words = reference is not None and (reference_place or _trained_place(*folders)) == "turn"
     if needs_words != bool(words) and (needs_words or reference is None):
-        raise InputError("a reference needs both the recording (--reference) and its words (--reference-text)")
+        raise InputError(
+            "a reference needs both the recording (--reference) and its words (--reference-text), where it is an "
+            "earlier turn (--reference-place)"
+        )
     texts = [text] if isinstance(text, str) else list(text)
     files = [Path(out)] if isinstance(text, str) else [Path(out) / f"{i:04d}.wav" for i in range(1, len(texts) + 1)]
     for file in files:

@@ -304,7 +304,8 @@ def find_adapter(path: str | Path) -> Path:
         if last is not None:
             return folder / last
         raise CheckpointError(f"the run {folder} has no finished stage yet: `higgstune train` it to its end")
-    raise CheckpointError(f"{folder} is neither an adapter ({ADAPTER_CONFIG}) nor a run ({RUN_STATE})")
+    hint = "; it is a checkpoint, which goes by --model" if (folder / "config.json").exists() else ""
+    raise CheckpointError(f"{folder} is neither an adapter ({ADAPTER_CONFIG}) nor a run ({RUN_STATE}){hint}")
 
 
 @contextlib.contextmanager

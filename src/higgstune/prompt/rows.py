@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, Protocol
 
 from higgstune.data.store import Context, Row
@@ -11,6 +12,7 @@ from higgstune.prompt.template import DEFAULT_SCENE, Message, content_parts, spe
 
 TARGET: Message = {"role": "assistant", "content": [{"type": "audio", "url": "target"}]}
 ReferencePlace = Literal["turn", "scene"]
+_LOOKED_AT = 64  # rows of a split, at the most, in search of some that tell
 
 
 class Features(Protocol):
@@ -76,6 +78,20 @@ def row_example(prompter: Prompter, row: Row, text_targets: TextTargets, renderi
     """A row as the model sees it in training. Raises DataError as `Prompter.example`."""
     messages, audio, target_from = row_conversation(row, rendering)
     return prompter.example(messages, audio, text_targets=text_targets, target_from=target_from)
+
+
+def telling_split(splits: Sequence[tuple[str, Sequence[Row]]], rendering: Rendering) -> tuple[str, list[Row]]:
+    """Rows to compare models on, and the name of their split: the first split that has any.
+
+    With Whisper, the first one in which anything is heard, and of it the rows that hear: others would prove nothing of
+    the projector.
+    """
+    if rendering.features is not None:
+        for name, rows in splits:
+            hearing = [row for row in islice(rows, _LOOKED_AT) if heard_clips(row, rendering.reference)]
+            if hearing:
+                return name, hearing
+    return next(((name, list(islice(rows, _LOOKED_AT))) for name, rows in splits if len(rows)), ("", []))
 
 
 class RowExamples:

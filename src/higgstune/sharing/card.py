@@ -118,7 +118,12 @@ def _speaking(source: Source, made: Made) -> str:
     lines = [f'```sh\nhiggstune speak "Good morning." {own} THIS_FOLDER --out morning.wav\n```']
     if ((source.card.get("recipe") or {}).get("data") or {}).get("reference") == "scene":
         lines.append(
-            "It was trained with references in the scene: one needs no words. `speak` of Higgstune knows that."
+            "It was trained with references in the scene"
+            + (
+                ", which are heard by what was left out: without it they are read by their codes, untrained."
+                if any("audio_encoder_proj" in name for name in made.dropped)
+                else ": one needs no words. `speak` of Higgstune knows that."
+            )
         )
     if made.kind in ("native", "peft"):
         lines.append(f"In Python:\n\n```python\n{_python(source, made)}\n```")

@@ -16,7 +16,7 @@ from higgstune.model.adapters import adapter_conditioning
 from higgstune.model.layout import safetensors_keys
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.prompt.example import Prompter, SpecialIds
-from higgstune.prompt.rows import PLAIN, Rendering, RowExamples
+from higgstune.prompt.rows import PLAIN, Rendering, RowExamples, telling_split
 from higgstune.sharing.source import Source
 
 CLIPS = 4
@@ -68,15 +68,15 @@ def _from_store(folder: Path, source: Source, loaded: ModelAndTokenizers, hears:
             f"model speaks through {loaded.codec} (revision {loaded.audio_tokenizer.revision}): name another store "
             "with --data"
         )
-    validation = store.split("validation")
-    rows = validation if len(validation) else store.split("train")
-    if not len(rows):
+    rendering = _rendering(folder, source, hears)
+    splits = [("validation", store.split("validation")), ("training", store.split("train"))]
+    what, rows = telling_split(splits, rendering)
+    if not rows:
         raise DataError(f"{folder} has no rows to compare on: name another store with --data")
     prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
-    examples = RowExamples(rows, prompter, "transcript", _rendering(folder, source, hears))
+    examples = RowExamples(rows, prompter, "transcript", rendering)
     collate = PaddedCollator(pad_id=loaded.config.pad_token_id or 0, stream_eos=loaded.config.audio_stream_eos_id)
     clips = min(CLIPS, len(examples))
-    what = "validation" if len(validation) else "training"
     return HeldOut(
         _spread(collate([examples[i] for i in range(clips)])), clips, f"{what} clips of the store {folder.name}"
     )

@@ -118,7 +118,7 @@ def _check_options(layout: str | None, drop_modules: bool, dtype: str | None, ba
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype}: float32 or bfloat16")
     if drop_modules and layout != "native":
-        raise ConfigError("--drop-modules goes with --layout native: the other layouts keep all modules")
+        raise ConfigError("--drop-modules goes with --layout native: name both; the other layouts keep all")
     check_base_bits(base_bits)
 
 
@@ -206,7 +206,8 @@ def _layout(wanted: _Wanted, model: PeftModel) -> LayoutName:
     if wanted.layout == "native" and not wanted.drop_modules:
         raise ConfigError(
             f"the native layout has no place for {', '.join(modules)} of this adapter: they would be lost. Use the "
-            "extended or the original layout, or --drop-modules to go without them (the card then says what it costs)"
+            "extended layout (`higgstune merge`) or the original one, or --drop-modules to go without them (the card "
+            "then says what it costs)"
         )
     return next((name for name in LAYOUTS if name == wanted.layout), "extended")
 

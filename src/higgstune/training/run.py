@@ -36,7 +36,7 @@ from higgstune.model.layout import read_json
 from higgstune.model.load import ModelAndTokenizers, choose_device, load_model_and_tokenizers
 from higgstune.model.loss import LossWeights
 from higgstune.prompt.example import Prompter, SpecialIds
-from higgstune.prompt.rows import RowExamples
+from higgstune.prompt.rows import RowExamples, telling_split
 from higgstune.training.metrics import check_possible
 from higgstune.training.progress import ProgressReport
 from higgstune.training.recipe import Recipe, Stage, load_recipe, save_recipe
@@ -181,7 +181,11 @@ class _Run:
             return
         self.read()
         if self.state["status"] == "finished":
-            raise ConfigError(f"the run {self.folder} is finished and is not overwritten: give another --out")
+            adapter = self.folder / str(self.state.get("adapter"))
+            raise ConfigError(
+                f"the run {self.folder} is finished and is not overwritten: its adapter is {adapter}; give another "
+                "--out to train again"
+            )
         if not resume:
             raise ConfigError(
                 f"the run {self.folder} was begun already: continue it with --resume, or give another --out"
@@ -274,7 +278,7 @@ def _train_stage(
     if run.is_main:
         probe = folder / "verify" / "probe.safetensors"
         probe.parent.mkdir(parents=True, exist_ok=True)
-        write_probe(model, _probe_batch(validation_rows if len(validation_rows) else train_rows, loaded), probe)
+        write_probe(model, _probe_batch(store, train_rows, loaded), probe)
         results = run.state["stages"] | {stage.name: result}
         save_adapter(run.adapter(stage), model, adapter_card_of(recipe, loaded, store, setting, results))
         device = str(next(model.parameters()).device)
@@ -358,9 +362,11 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _probe_batch(examples: RowExamples, loaded: ModelAndTokenizers) -> Batch:
+def _probe_batch(store: CodeStore, examples: RowExamples, loaded: ModelAndTokenizers) -> Batch:
     """A few clips; their transcripts are labelled whatever the stage does, so that text logits are compared too."""
-    probe = RowExamples(examples.rows, examples.prompter, "transcript", examples.rendering)
+    splits = [(name, store.split(name)) for name in ("validation", "train")]
+    _, rows = telling_split(splits, examples.rendering)
+    probe = RowExamples(rows, examples.prompter, "transcript", examples.rendering)
     collate = PaddedCollator(pad_id=loaded.config.pad_token_id or 0, stream_eos=loaded.config.audio_stream_eos_id)
     return collate([probe[i] for i in range(min(_PROBE_CLIPS, len(probe)))])
 
