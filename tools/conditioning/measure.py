@@ -207,7 +207,8 @@ def figures(args: argparse.Namespace, arm: Arm, recipe: Recipe, folder: Path) ->
 
 def audio_loss(recipe: Recipe, store: CodeStore, adapter: Path, split: str, *, swap: bool) -> float:
     """Audio loss over a split; with `swap` every row gets the reference of a row of another speaker."""
-    model = with_training_forward(load_model(recipe.model.checkpoint, dtype="float32", device="cpu"))
+    base = load_model(recipe.model.checkpoint, dtype=recipe.model.dtype, device=recipe.model.device)
+    model = with_training_forward(base)
     adapted = load_adapter(model, adapter)
     prompter = load_prompter(recipe.model.checkpoint)
     features = None if recipe.model.whisper is None else WhisperFeatures.open(store.folder, recipe.model.whisper)
@@ -220,7 +221,8 @@ def audio_loss(recipe: Recipe, store: CodeStore, adapter: Path, split: str, *, s
     sums, counts = [], []
     with torch.no_grad():
         for row in rows:
-            batch = collate([row_example(prompter, row, "transcript", rendering)])
+            made = collate([row_example(prompter, row, "transcript", rendering)])
+            batch = {key: value.to(base.device) for key, value in made.items()}
             sums.append(adapted(**batch))
             counts.append(label_counts(batch, eos_id=config.audio_stream_eos_id))
     return loss_metrics(add_sums(sums), add_sums(counts), LossWeights())["audio_loss"]
