@@ -13,6 +13,7 @@ from tiny_checkpoint import random_codes, tiny_prompter
 from torch import Tensor
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2Model
 
+from higgstune.batch.packed import pack
 from higgstune.batch.padded import PaddedCollator, heard_features
 from higgstune.errors import ConfigError, DataError
 from higgstune.generate.engine import Decoder
@@ -31,7 +32,7 @@ from higgstune.model.convert import read_original
 from higgstune.model.forward import with_training_forward
 from higgstune.model.layout import read_layout
 from higgstune.model.load import load_model
-from higgstune.model.loss import audio_sums
+from higgstune.model.loss import head_sums
 from higgstune.prompt.delay import IGNORE, build_frames
 from higgstune.prompt.example import Example, Heard, Prompter
 from higgstune.prompt.rows import TARGET
@@ -90,11 +91,12 @@ def test_losses_are_the_references(name: str, tmp_path: Path) -> None:
     starts = [*golden.values["audio_out_ids_start"].tolist(), len(labels)]
     pairs = [(rows[a : b - 1], labels[a + 1 : b]) for a, b in pairwise(starts)]
     logits, targets = (torch.cat(part) for part in zip(*pairs, strict=True))
-    sums = audio_sums(logits, targets, eos_id=golden.config["audio_stream_eos_id"])
+    logits = logits.flatten(1)
+    sums = head_sums(logits, torch.eye(logits.shape[1]), targets, eos_id=golden.config["audio_stream_eos_id"])
     expected = golden.values["expected_codebook_loss_sum"]
     count = golden.values["expected_codebook_label_count"]
     assert torch.equal((targets != IGNORE).sum(0), count)
-    assert ((sums["audio_loss"].double() - expected) / count).abs().max() < 1e-5
+    assert ((sums["loss"].double() - expected) / count).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("part", ["audio_attn.o_proj", "audio_post_audio_attn_layer_norm", "audio_encoder_proj.linear"])
@@ -208,7 +210,7 @@ def trained_like(model: Any, prompter: Prompter) -> Any:
 def test_every_gradient_of_the_extensions_flows() -> None:
     model, prompter = tiny_prompter(codes=CODES)
     with_training_forward(trained_like(model, prompter))
-    sums = model(**collate(examples(prompter, listens=True)))
+    sums = model(**pack(examples(prompter, listens=True)))
     (sums["audio_loss"].sum() + sums["text_loss"]).backward()
     added = [p for name, p in model.named_parameters() if "audio_attn" in name or "audio_encoder_proj" in name]
     assert added
@@ -218,7 +220,7 @@ def test_every_gradient_of_the_extensions_flows() -> None:
 def test_a_batch_that_hears_nothing_still_reaches_the_projector() -> None:
     model, prompter = tiny_prompter(codes=CODES)
     with_training_forward(trained_like(model, prompter))
-    model(**collate(examples(prompter, listens=False)))["audio_loss"].sum().backward()
+    model(**pack(examples(prompter, listens=False)))["audio_loss"].sum().backward()
     assert torch.equal(model.model.audio_encoder_proj.linear.weight.grad, torch.zeros(64, D_MODEL))
 
 
@@ -278,7 +280,7 @@ def test_as_many_features_as_positions() -> None:
 def test_features_without_a_projector_are_refused() -> None:
     model, prompter = tiny_prompter(codes=CODES)
     with pytest.raises(ValueError, match="a projector"):
-        with_training_forward(model)(**collate(examples(prompter, listens=True)))
+        with_training_forward(model)(**pack(examples(prompter, listens=True)))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -289,7 +291,7 @@ def test_packed_examples_equal_padded_ones_and_single_ones(attention: str) -> No
     with torch.no_grad():
         padded = model(**inputs_of(collate(made))).logits
         single = [model(**inputs_of(collate([example]))).logits[0] for example in made]
-        packed = model(**pack(made)).logits[0]
+        packed = model(**in_one_sequence(made)).logits[0]
     start = 0
     for b, (example, alone) in enumerate(zip(made, single, strict=True)):
         assert (padded[b, : len(example)] - alone).abs().max() < 1e-5
@@ -297,7 +299,7 @@ def test_packed_examples_equal_padded_ones_and_single_ones(attention: str) -> No
         start += len(example)
 
 
-def pack(made: list[Example]) -> dict[str, Tensor]:
+def in_one_sequence(made: list[Example]) -> dict[str, Tensor]:
     """One sequence: positions begin anew with each example."""
     return {
         "input_ids": torch.from_numpy(np.concatenate([e.input_ids for e in made]))[None],
@@ -315,7 +317,7 @@ def test_audio_sees_earlier_audio_of_its_own_example_only() -> None:
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
     made = examples(prompter, listens=False)[:2]
-    batch = pack([*made[:1], *made[:1]])
+    batch = in_one_sequence([*made[:1], *made[:1]])
     changed = {**batch, "audio_input_ids": batch["audio_input_ids"].clone()}
     row = 3
     changed["audio_input_ids"][0, row] = 7

@@ -15,12 +15,13 @@ from golden_values import Golden
 from tiny_checkpoint import random_codes, tiny_prompter
 from transformers import TrainingArguments
 
-from higgstune.batch.padded import PaddedCollator, shifted_targets
+from higgstune.batch.packed import pack
+from higgstune.batch.padded import shifted_targets
 from higgstune.errors import TrainingError
 from higgstune.model.adapters import Lora, StageKind, adapted_layers, add_lora
 from higgstune.model.forward import with_training_forward
 from higgstune.model.load import ModelAndTokenizers
-from higgstune.model.loss import LossWeights, add_sums, combine, label_counts
+from higgstune.model.loss import LossWeights, add_sums, combine, head_sums, label_counts
 from higgstune.prompt.delay import IGNORE
 from higgstune.prompt.example import Example, Prompter
 from higgstune.prompt.rows import TARGET
@@ -81,11 +82,9 @@ def test_golden_losses() -> None:
         segment = Example("", np.zeros(rows, int), np.ones(rows, bool), np.zeros((rows, 8), int),
                           np.full(rows, IGNORE), labels[start:end].numpy())  # fmt: skip
         targets = shifted_targets(segment)
-        from higgstune.model.loss import audio_sums
-
         audio = torch.from_numpy(targets["audio_targets"])
-        sums = audio_sums(logits[start:end][targets["audio_positions"]], audio, eos_id=33)
-        losses += sums["audio_loss"]
+        rows_that_predict = logits[start:end][targets["audio_positions"]].flatten(1)
+        losses += head_sums(rows_that_predict, torch.eye(rows_that_predict.shape[1]), audio, eos_id=33)["loss"]
         counts += (audio != IGNORE).sum(0)
     assert counts.tolist() == golden.values["expected_codebook_label_count"].tolist()
     torch.testing.assert_close(losses, golden.values["expected_codebook_loss_sum"], atol=1e-4, rtol=1e-6)
@@ -95,11 +94,10 @@ def fresh_code_losses(*, shifted: bool, steps: int) -> list[float]:
     """Train on new random codes in every step; the loss over code cells of each step."""
     model, prompter = tiny_prompter(codes=CODES)
     with_training_forward(model)
-    collate = PaddedCollator(pad_id=1, stream_eos=EOS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
     for step in range(steps):
-        batch = collate([example(prompter, 24, seed=1000 * step + i) for i in range(4)])
+        batch = pack([example(prompter, 24, seed=1000 * step + i) for i in range(4)])
         if not shifted:  # what the public trainers did: a position is asked for the row that it has just read
             batch["audio_positions"] = batch["audio_positions"] + 1
         sums, counts = model(**batch), label_counts(batch, eos_id=EOS)
@@ -129,7 +127,7 @@ def gradients(batches: list[list[Example]], weights: LossWeights) -> tuple[float
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    collated = [PaddedCollator(pad_id=1, stream_eos=EOS)(batch) for batch in batches]
+    collated = [pack(batch) for batch in batches]
     counts = add_sums([label_counts(batch, eos_id=EOS) for batch in collated])
     total = 0.0
     for batch in collated:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import yaml
 
-from higgstune.batch.padded import PaddedCollator
+from higgstune.batch.packed import pack, tensors_to
 from higgstune.data.manifest import Utterance, read_manifest, write_manifest
 from higgstune.data.prepare import prepare
 from higgstune.data.store import CodeStore
@@ -217,12 +217,10 @@ def audio_loss(recipe: Recipe, store: CodeStore, adapter: Path, split: str, *, s
     if swap:
         rows = [with_reference_of(row, next(other for other in rows if other.speaker != row.speaker)) for row in rows]
     config = model.config
-    collate = PaddedCollator(pad_id=config.pad_token_id or 0, stream_eos=config.audio_stream_eos_id)
     sums, counts = [], []
     with torch.no_grad():
         for row in rows:
-            made = collate([row_example(prompter, row, "transcript", rendering)])
-            batch = {key: value.to(base.device) for key, value in made.items()}
+            batch = tensors_to(pack([row_example(prompter, row, "transcript", rendering)]), base.device)
             sums.append(adapted(**batch))
             counts.append(label_counts(batch, eos_id=config.audio_stream_eos_id))
     return loss_metrics(add_sums(sums), add_sums(counts), LossWeights())["audio_loss"]

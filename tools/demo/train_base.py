@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from higgstune.batch.padded import Batch, PaddedCollator
+from higgstune.batch.packed import Packed, pack, positions
 from higgstune.model.forward import with_training_forward
 from higgstune.model.loss import LossWeights, combine, label_counts
 from higgstune.prompt.example import Example, Prompter, SpecialIds
@@ -197,8 +197,7 @@ def main() -> None:
     with_code_geometry(model, args.codec)
     prompter = Prompter(tokenizer, SpecialIds.from_config(model.config))
     corpus = Corpus(args.codes, prompter)
-    collate = PaddedCollator(pad_id=model.config.pad_token_id, stream_eos=model.config.audio_stream_eos_id)
-    held_out = collate([corpus.example(i, None) for i in range(32)])
+    held_out = pack([corpus.example(i, None) for i in range(32)])
     batches = corpus.batches(range(32, len(corpus.texts)), args.tokens, np.random.default_rng(args.seed))
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -210,20 +209,20 @@ def main() -> None:
     while (progress := (time.monotonic() - started) / (60 * args.minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, args.lr)
-        batch = collate(next(batches))
+        batch = pack(next(batches))
         loss = losses(model, batch, weights)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        step, seen = step + 1, seen + int(batch["attention_mask"].sum())
+        step, seen = step + 1, seen + positions(batch)
         if time.monotonic() - reported > 60:
             reported = time.monotonic()
             report(model, tokenizer, args.out, held_out, step, seen, float(loss.detach()), progress)
     report(model, tokenizer, args.out, held_out, step, seen, float(loss.detach()), 1.0)
 
 
-def losses(model: torch.nn.Module, batch: Batch, weights: LossWeights) -> torch.Tensor:
+def losses(model: torch.nn.Module, batch: Packed, weights: LossWeights) -> torch.Tensor:
     """The training loss of one batch."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         sums = model(**batch)
@@ -232,7 +231,7 @@ def losses(model: torch.nn.Module, batch: Batch, weights: LossWeights) -> torch.
 
 @torch.no_grad()
 def report(
-    model: HiggsAudioV2ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path, held_out: Batch,
+    model: HiggsAudioV2ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path, held_out: Packed,
     step: int, seen: int, loss: float, progress: float,
 ) -> None:  # fmt: skip
     """Print one JSON line and write the checkpoint."""

@@ -81,6 +81,14 @@ class SplitView(Sequence[Row]):
         """Frames of each row's reference or context audio, [rows] int64, without reading a code."""
         return self._lengths("context_frames")
 
+    def outlines(self) -> Iterator[Row]:
+        """The rows with codes that have only their shape; of conversations alone the codes are read.
+
+        For what depends on lengths: a hundred times as quick as reading the rows.
+        """
+        for index in self.indices:
+            yield self.store.outline(index)
+
     def _lengths(self, column: str) -> np.ndarray:
         return self.store.light[column].to_numpy().astype(np.int64)[list(self.indices)]
 
@@ -134,20 +142,48 @@ class CodeStore(SplitView):
 
     def row(self, index: int) -> Row:
         """One row by its position, counted from 0, with its reference's codes looked up."""
-        values = self.light.slice(index, 1).to_pylist()[0]
+        values = self._values(index)
         reference_codes = self.cells(index, "reference_codes")
         if reference_codes is None and values["reference_id"] is not None:
+            reference_codes = self.codes(self.index_of(values["reference_id"]))
+        context_codes = self.cells(index, "context_codes") or []
+        return self._row(index, values, self.codes(index), reference_codes, context_codes)
+
+    def outline(self, index: int) -> Row:
+        """One row by its position, see `outlines`."""
+        values = self._values(index)
+        if values["messages"] is not None:
+            return self.row(index)
+        reference = self._shape_only(values["context_frames"]) if values["context_frames"] else None
+        return self._row(index, values, self._shape_only(values["frames"]), reference, [])
+
+    def _values(self, index: int) -> dict[str, Any]:
+        """Everything but codes, with what a reference that is a row says of itself."""
+        values = self.light.slice(index, 1).to_pylist()[0]
+        if values["reference_id"] is not None:
             other = self.index_of(values["reference_id"])
-            reference_codes = self.codes(other)
             values["reference_text"] = values["reference_text"] or self.light["text"][other].as_py()
             values["reference_sha256"] = self.light["audio_sha256"][other].as_py()
+        return values
+
+    def _shape_only(self, frames: int) -> np.ndarray:
+        return np.broadcast_to(np.uint16(0), (frames, self.info.num_codebooks))
+
+    def _row(
+        self,
+        index: int,
+        values: dict[str, Any],
+        codes: np.ndarray,
+        reference_codes: np.ndarray | None,
+        context_codes: list[np.ndarray],
+    ) -> Row:
         return Row(
             **{name: values[name] for name in _LIGHT_FIELDS},
             split=self.shards[self._shard_of(index)].split,
-            codes=self.codes(index),
+            codes=codes,
             reference_codes=reference_codes,
             messages=_without_nulls(values["messages"]),
-            context_codes=self.cells(index, "context_codes") or [],
+            context_codes=context_codes,
         )
 
     def contexts(self) -> Iterator[Context]:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from higgstune.batch.packed import pack, tensors_to
 from higgstune.data.store import Row
 from higgstune.diagnosis.data import shortened
-from higgstune.diagnosis.generation import collate
 from higgstune.diagnosis.report import Finding
 from higgstune.model.conditioning import base_of
 from higgstune.model.forward import with_training_forward
@@ -147,10 +147,10 @@ def _loss(model: Any, prompter: Prompter, rows: Sequence[Row], rendering: Render
     eos = model.config.audio_stream_eos_id
     parts, counts = [], []
     for start in range(0, len(rows), _BATCH):
-        batch = collate(model, [row_example(prompter, row, "none", rendering) for row in rows[start : start + _BATCH]])
+        batch = pack([row_example(prompter, row, "none", rendering) for row in rows[start : start + _BATCH]])
         counts.append(label_counts(batch, eos_id=eos))
         with torch.no_grad():
-            sums = model(**{key: value.to(device) for key, value in batch.items()})
+            sums = model(**tensors_to(batch, device))
         parts.append({key: sums[key].double().cpu() for key in ("audio_loss", "audio_eos_loss")})
     total, cells = add_sums(parts), add_sums(counts)
     codes: Tensor = (cells["audio"] - cells["audio_eos"]).clamp(min=1)

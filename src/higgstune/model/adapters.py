@@ -30,6 +30,7 @@ from higgstune.model.conditioning import (
     own_conditioning,
 )
 from higgstune.model.layout import read_json, safetensors_keys
+from higgstune.model.quantize import dequantized
 
 StageKind = Literal["text", "full"]
 
@@ -37,6 +38,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CARD = "higgstune.json"  # base, codec and recipe of the adapter: what speaking with it needs
 RUN_STATE = "run.json"
+UNQUANTIZED_FINGERPRINT = "unquantized_fingerprint"  # attribute of a base in 4 bits
 _SEAL = "card_sha256"
 _PLACES = (_SEAL, "base_model_name_or_path", "checkpoint", "codec", "store", "whisper", "init_adapter")
 _SAMPLED = 4096  # values of a weight that its fingerprint looks at
@@ -189,10 +191,12 @@ def base_fingerprint(model: Any) -> str:
     """16 hexadecimal digits that tell one base from another, whatever its layout, dtype and device.
 
     Of each weight up to 4096 values, spread over it, are taken as bfloat16. Adapters do not count, nor do extensions
-    whose weights follow from the base.
+    whose weights follow from the base. A base in 4 bits has that of the weights it was made from.
     """
     digest = hashlib.sha256()
     base, own = base_of(model), own_conditioning(model)
+    if (recorded := getattr(base, UNQUANTIZED_FINGERPRINT, None)) is not None:
+        return recorded
     for name, value in sorted(base.named_parameters()):
         added = is_conditioning_key(name) and not is_conditioning_key(name, own)
         if ".lora_" in name or ".modules_to_save." in name or added:
@@ -323,7 +327,7 @@ def check_directions(
     if not (lora.dora and trained.audio_attention and attention == "lora"):
         return
     for name, weight in model.named_parameters():
-        if f".{ATTENTION}." in name and weight.ndim > 1 and bool((weight == 0).all(dim=1).any()):
+        if f".{ATTENTION}." in name and weight.ndim > 1 and bool((dequantized(weight) == 0).all(dim=1).any()):
             raise ConfigError(
                 f"lora.dora has no direction to start from in {name}, which is zero: set lora.dora: false, or "
                 "model.audio_attention: full"

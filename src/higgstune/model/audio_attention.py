@@ -25,6 +25,8 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
     HiggsAudioV2RMSNorm,
 )
 
+from higgstune.model.quantize import compute_dtype, dequantized
+
 ATTENTION = "audio_attn"
 NORM = "audio_post_audio_attn_layer_norm"
 
@@ -155,7 +157,7 @@ class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
     def _attend(self, rows: Tensor, audio: AudioRows) -> Tensor:
         normed = self.audio_input_layernorm(rows)
         # Modules that are trained in full are kept in float32 beside a bfloat16 base.
-        own_dtype = self.audio_attn.q_proj.weight.dtype
+        own_dtype = compute_dtype(self.audio_attn.q_proj)
         attended, _ = self.audio_attn(
             hidden_states=normed.to(own_dtype),
             position_embeddings=audio.rotary,
@@ -184,7 +186,8 @@ class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
 def add_audio_attention(layers: nn.ModuleList, config: HiggsAudioV2Config) -> None:
     """Give every layer an audio self-attention that changes nothing yet, and that follows from the base alone.
 
-    q, k, v are those of the layer's `self_attn`, o_proj is zero, the norm is `audio_input_layernorm`'s.
+    q, k, v are those of the layer's `self_attn`, o_proj is zero, the norm is `audio_input_layernorm`'s. Beside a base
+    in 4 bits they are whole, with the values that its `self_attn` computes with.
     """
     for index, layer in enumerate(layers):
         layer.__class__ = AudioAttentionLayer
@@ -192,7 +195,7 @@ def add_audio_attention(layers: nn.ModuleList, config: HiggsAudioV2Config) -> No
         with torch.device("meta"):
             attention = HiggsAudioV2Attention(config, index)
             norm = HiggsAudioV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        weights = {name: value.clone() for name, value in layer.self_attn.state_dict().items()}
+        weights = {name: dequantized(value).detach().clone() for name, value in layer.self_attn.named_parameters()}
         weights |= {name: torch.zeros_like(value) for name, value in weights.items() if name.startswith("o_proj.")}
         attention.load_state_dict(weights, assign=True)
         norm.load_state_dict({"weight": layer.audio_input_layernorm.weight.detach().clone()}, assign=True)

@@ -1,4 +1,4 @@
-"""The native model with one more way through its forward: from a batch with targets to sums of losses.
+"""The native model with one more way through its forward: from a packed batch to sums of losses.
 
 Training must go through the wrapped module's own `forward` (a DDP wrapper that is by-passed synchronises nothing), and
 heads cost most where no label needs them. So the class of a loaded native model is exchanged for this subclass, which
@@ -7,48 +7,95 @@ adds no parameter and leaves every other call as it was.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgstune.model.conditioning import conditioning_of
-from higgstune.model.loss import Sums, audio_sums, text_sums
+from higgstune.model.fused import Order
+from higgstune.model.loss import Sums, head_sums
+from higgstune.model.packed import Places, Runs, with_packed_layers
 
 
 class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
-    """`HiggsAudioV2ForConditionalGeneration` whose forward also takes the targets of a batch."""
+    """`HiggsAudioV2ForConditionalGeneration` whose forward also takes a packed batch."""
 
-    def forward(
-        self,
-        *args: Any,
-        audio_positions: Tensor | None = None,
-        audio_targets: Tensor | None = None,
-        text_positions: Tensor | None = None,
-        text_targets: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """With targets (see `batch.padded`): sums of losses. Without: the native forward, unchanged."""
-        if audio_positions is None or audio_targets is None or text_positions is None or text_targets is None:
+    def forward(self, *args: Any, lengths: tuple[int, ...] | None = None, **kwargs: Any) -> Any:
+        """With a packed batch (see `batch.packed`): sums of losses. Without: the native forward, unchanged."""
+        if lengths is None:
             return super().forward(*args, **kwargs)
-        if "whisper_features" in kwargs and conditioning_of(self).whisper is None:
-            raise ValueError("whisper_features need a model with a projector for them: add_conditioning first")
-        hidden = self.model(*args, **kwargs, use_cache=False).last_hidden_state.flatten(0, 1)  # [B * S, D]
-        config = self.config
-        audio_logits = self.audio_lm_head(hidden[audio_positions])
-        audio_logits = audio_logits.unflatten(-1, (config.num_codebooks, config.codebook_size))
-        assert self.text_lm_head is not None  # see `with_training_forward`
-        text_logits = self.text_lm_head(hidden[text_positions])
-        return self._sums(audio_logits, audio_targets, text_logits, text_targets)
+        return self._sums(lengths=lengths, **kwargs)
 
-    def _sums(self, audio_logits: Tensor, audio_targets: Tensor, text_logits: Tensor, text_targets: Tensor) -> Sums:
+    def _sums(
+        self,
+        *,
+        audio_positions: Tensor,
+        audio_targets: Tensor,
+        text_positions: Tensor,
+        text_targets: Tensor,
+        **batch: Any,
+    ) -> Sums:
+        hidden = self._hidden(**batch)
+        assert self.text_lm_head is not None  # see `with_training_forward`
+        audio = head_sums(
+            hidden[audio_positions], self.audio_lm_head.weight, audio_targets, eos_id=self.config.audio_stream_eos_id
+        )
+        text = head_sums(hidden[text_positions], self.text_lm_head.weight, text_targets[:, None])
         return {
-            **audio_sums(audio_logits, audio_targets, eos_id=self.config.audio_stream_eos_id),
-            **text_sums(text_logits, text_targets),
+            **{f"audio_{key}": value for key, value in audio.items()},
+            **{f"text_{key}": value[0] for key, value in text.items()},
         }
+
+    def _hidden(
+        self,
+        *,
+        text_ids: Tensor,
+        audio_ids: Tensor,
+        position_ids: Tensor,
+        to_sequence: Tensor,
+        from_sequence: Tensor,
+        shared_at: Tensor,
+        lengths: tuple[int, ...],
+        audio_lengths: tuple[int, ...],
+        heard_positions: Tensor | None = None,
+        whisper_features: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [R, D] after the last norm, text first."""
+        inner = self.model
+        embedded = self._with_features(inner.embed_tokens(text_ids), heard_positions, whisper_features)
+        hidden = torch.cat((embedded, inner.embed_audio_tokens(audio_ids)))
+        cos, sin = (part[0] for part in inner.rotary_emb(hidden, position_ids[None]))
+        of_audio = from_sequence[len(text_ids) :]
+        places = Places(
+            len(text_ids),
+            Order(to_sequence, from_sequence, shared_at),
+            whole=Runs.of(lengths, (cos, sin)),
+            audio=Runs.of(audio_lengths, (cos[of_audio], sin[of_audio])),
+        )
+        for layer in inner.layers:
+            hidden = layer(hidden, places=places)
+        return inner.norm(hidden)
+
+    def _with_features(self, embedded: Tensor, positions: Tensor | None, features: Tensor | None) -> Tensor:
+        """Text embeddings [T, D] with Whisper's projected features [W, d_model] at their positions [W]."""
+        shape = conditioning_of(self).whisper
+        if shape is None:
+            if features is not None:
+                raise ValueError("whisper_features need a model with a projector for them: add_conditioning first")
+            return embedded
+        if features is None or positions is None:
+            # The projector takes part all the same: a parameter that some ranks of a step do not use would leave the
+            # others waiting.
+            features = embedded.new_zeros((0, shape.d_model))
+            positions = torch.empty(0, dtype=torch.long, device=embedded.device)
+        projected = self.model.audio_encoder_proj(features).to(embedded.dtype)
+        return embedded.index_copy(0, positions, projected)
 
 
 def with_training_forward(model: HiggsAudioV2ForConditionalGeneration) -> HiggsAudioForTraining:
-    """Exchange the class of a native model in place and return it; its text head must be loaded."""
+    """Exchange the class of a native model and of its layers in place; its text head must be loaded."""
     assert model.text_lm_head is not None, "load the model through load_model: it needs its text head"
+    with_packed_layers(model.model.layers)
     model.__class__ = HiggsAudioForTraining
     assert isinstance(model, HiggsAudioForTraining)
     return model

@@ -12,10 +12,12 @@ from transformers import AutoTokenizer, HiggsAudioV2Config, HiggsAudioV2ForCondi
 from higgstune.codec import DEFAULT_CODEC, Codec, load_codec
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.hub import fetch
+from higgstune.model.adapters import UNQUANTIZED_FINGERPRINT, base_fingerprint
 from higgstune.model.checksums import check_checksums
 from higgstune.model.conditioning import CONDITIONING_KEY, Conditioning, add_conditioning
 from higgstune.model.convert import native_config, read_original
 from higgstune.model.layout import Layout, read_layout, read_weights
+from higgstune.model.quantize import Quantize, check_quantize, quantize_layers
 from higgstune.model.whisper import WhisperTower
 from higgstune.prompt.template import AUDIO_OUT, AUDIO_OUT_BOS
 
@@ -45,14 +47,17 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
+    quantize: Quantize | None = None,
     cache_dir: str | Path | None = None,
 ) -> HiggsAudioV2ForConditionalGeneration:
     """The native model with text head, in eval mode, from a native or original-format folder or hub id.
 
-    `dtype` and `device` are chosen where not given: see `choose_device`, `choose_dtype`. Raises CheckpointError.
+    `dtype` and `device` are chosen where not given: see `choose_device`, `choose_dtype`. `quantize` ("4bit") puts the
+    linear weights of the decoder layers into 4 bits, see `quantize_layers`; `dtype` is then what they compute in.
+    Raises CheckpointError, or ConfigError where 4 bits need what is not installed.
     """
     layout = read_layout(fetch(path, what="checkpoint", revision=revision, cache_dir=cache_dir))
-    return _load(layout, choose_device(device), dtype)[0]
+    return _load(layout, choose_device(device), dtype, quantize)[0]
 
 
 def load_model_and_tokenizers(
@@ -64,23 +69,26 @@ def load_model_and_tokenizers(
     codec_device: str | torch.device = "cpu",
     whisper: str | None = None,
     revision: str | None = None,
+    quantize: Quantize | None = None,
     cache_dir: str | Path | None = None,
 ) -> ModelAndTokenizers:
     """Model, tokenizer, codec and, where `whisper` names one, the Whisper processor of a checkpoint.
 
     The codec is the given one, else the checkpoint's sub-folder `codec`, else the released one. Everything small is
-    checked, and the codec loaded, before the model's weights are read. Raises CheckpointError.
+    checked, and the codec loaded, before the model's weights are read. `quantize` as in `load_model`. Raises
+    CheckpointError, ConfigError.
     """
     folder = fetch(checkpoint, what="checkpoint", revision=revision, cache_dir=cache_dir)
     layout = read_layout(folder)
     config = _config(layout)
     target = choose_device(device)
+    check_quantize(quantize, choose_dtype(dtype, target))
     tokenizer = load_tokenizer(folder, config)
     whisper_processor = _whisper_processor(whisper, cache_dir) if whisper else None
     codec_name = checkpoint_codec(folder, codec)
     audio_tokenizer = load_codec(codec_name, device=str(codec_device), cache_dir=cache_dir)
     check_codec(audio_tokenizer, config, codec_name)
-    model, encoder = _load(layout, target, dtype)
+    model, encoder = _load(layout, target, dtype, quantize)
     return ModelAndTokenizers(
         model=model,
         tokenizer=tokenizer,
@@ -174,10 +182,11 @@ def _config(layout: Layout) -> HiggsAudioV2Config:
 
 
 def _load(
-    layout: Layout, device: torch.device, dtype: str | torch.dtype | None
+    layout: Layout, device: torch.device, dtype: str | torch.dtype | None, quantize: Quantize | None
 ) -> tuple[HiggsAudioV2ForConditionalGeneration, WhisperTower | None]:
-    check_checksums(layout.folder)
     chosen = choose_dtype(dtype, device)
+    check_quantize(quantize, chosen)
+    check_checksums(layout.folder)
     tower = None
     if layout.kind == "native":
         model = _load_native(layout, chosen)
@@ -188,6 +197,9 @@ def _load(
     else:
         conditioning = _written_conditioning(layout)
         model = _filled(layout, _config(layout), conditioning, read_weights(layout.weights), chosen)
+    if quantize is not None:
+        setattr(model, UNQUANTIZED_FINGERPRINT, base_fingerprint(model))  # how adapters know the base, whole or not
+        quantize_layers(model, device)
     torch.nn.Module.to(model, device)  # transformers wraps its own `to` in a way that no type checker follows
     return model.eval(), tower
 

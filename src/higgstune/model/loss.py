@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from higgstune.prompt.delay import IGNORE
 
 Sums = dict[str, Tensor]
+
+_LOGITS = 2**26  # that are there at a time: 256 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -25,25 +28,29 @@ class LossWeights:
     codebooks: Sequence[float] | None = None  # relative weight of each codebook; None: all equal
 
 
-def audio_sums(logits: Tensor, targets: Tensor, *, eos_id: int) -> Sums:
-    """logits [M, K, V] and targets [M, K] -> per codebook [K]: loss and hits over all cells, and over EOS cells apart.
+def head_sums(hidden: Tensor, weight: Tensor, targets: Tensor, *, eos_id: int | None = None) -> Sums:
+    """What a head makes of hidden states [M, D], scored against targets [M, K], in float32 and a piece at a time.
 
-    Computed in float32. Source of the rules: boson_multimodal's per-codebook cross entropy (golden `base`).
+    weight [K * V, D] of K heads with V classes each. Per head [K]: loss and hits over all cells; with `eos_id`, the
+    loss over its cells apart. Logits are never kept: the backward pass computes those of a piece again.
     """
-    loss = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none", ignore_index=IGNORE)
-    is_eos = targets == eos_id
-    hits = (logits.argmax(dim=-1) == targets).float()
-    return {
-        "audio_loss": loss.sum(0),
-        "audio_eos_loss": (loss * is_eos).sum(0).detach(),
-        "audio_hits": hits.sum(0).detach(),
-    }
+    pieces = max(1, _LOGITS // len(weight))
+    parts = [
+        checkpoint(_piece_sums, *piece, weight, eos_id, use_reentrant=False, preserve_rng_state=False)
+        for piece in zip(hidden.split(pieces), targets.split(pieces), strict=True)
+    ]
+    return add_sums(parts)
 
 
-def text_sums(logits: Tensor, targets: Tensor) -> Sums:
-    """logits [N, vocab] and targets [N] -> scalars: loss and hits over the labelled text positions, in float32."""
-    loss = F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE)
-    return {"text_loss": loss, "text_hits": (logits.argmax(dim=-1) == targets).float().sum().detach()}
+def _piece_sums(hidden: Tensor, targets: Tensor, weight: Tensor, eos_id: int | None) -> Sums:
+    logits = F.linear(hidden, weight).float().view(targets.numel(), len(weight) // targets.shape[1])
+    flat = targets.flatten()
+    loss = F.cross_entropy(logits, flat, reduction="none", ignore_index=IGNORE).view(targets.shape)
+    hits = (logits.detach().argmax(dim=-1) == flat).view(targets.shape)
+    sums = {"loss": loss.sum(0), "hits": hits.sum(0).float()}
+    if eos_id is not None:
+        sums["eos_loss"] = (loss.detach() * (targets == eos_id)).sum(0)
+    return sums
 
 
 def label_counts(batch: Mapping[str, Tensor], *, eos_id: int) -> Sums:

@@ -77,7 +77,8 @@ class Example:
     audio_input_ids: NDArray[np.int64]  # [A, K]
     text_labels: NDArray[np.int64]  # [S]
     audio_labels: NDArray[np.int64]  # [A, K]
-    whisper_features: NDArray[np.float16] | None = None  # [<|AUDIO|> positions, d_model]; None: nothing is heard
+    whisper_features: NDArray[np.float16] | None = None  # [W, d_model]; None: nothing is heard
+    heard_positions: NDArray[np.int64] | None = None  # [W] where the features stand: the <|AUDIO|> positions
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -126,6 +127,18 @@ class Prompter:
         """The prompt that asks for the next speech; ends with `<|audio_out_bos|>` and carries no labels."""
         return self._expand(pieces(messages, generation=True, chunks=_chunks(audio)), audio, set(), set())
 
+    def lengths(self, conversations: Sequence[tuple[Sequence[Message], Sequence[Audio]]]) -> list[int]:
+        """How many positions the examples of conversations have. Only the shape of codes matters."""
+        rendered = [pieces(messages, chunks=_chunks(audio)) for messages, audio in conversations]
+        encoded = self.tokenizer(["".join(part.text for part in parts) for parts in rendered], add_special_tokens=False)
+        return [
+            len(tokens) - sum(part.kind in ("audio", "heard") for part in parts) + sum(map(self._positions, audio))
+            for tokens, parts, (_, audio) in zip(encoded["input_ids"], rendered, conversations, strict=True)
+        ]
+
+    def _positions(self, audio: Audio) -> int:
+        return len(audio.features) if isinstance(audio, Heard) else len(audio) + self.ids.num_codebooks + 1
+
     def _expand(self, parts: list[Piece], audio: Sequence[Audio], labelled: set[int], targets: set[int]) -> Example:
         coded = [part for part in parts if part.kind == "audio"]
         codes = [item for item in audio if not isinstance(item, Heard)]
@@ -165,6 +178,7 @@ class Prompter:
             text_labels=np.concatenate(text_labels),
             audio_labels=np.concatenate([empty, *row_labels]),
             whisper_features=np.concatenate([item.features for item in heard]) if heard else None,
+            heard_positions=np.flatnonzero(input_ids == self.heard_id) if heard else None,
         )
 
     def _tokenize(self, parts: list[Piece]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -10,10 +10,14 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from higgstune.batch.packing import PackSize
 from higgstune.errors import ConfigError
 from higgstune.model.adapters import Lora, StageKind
+from higgstune.model.quantize import Quantize
 from higgstune.prompt.example import TextTargets
 from higgstune.prompt.rows import ReferencePlace
+
+_BATCH_TOKENS = 4096  # about two minutes of speech with its text
 
 
 class _Strict(BaseModel):
@@ -28,6 +32,9 @@ class ModelSettings(_Strict):
     codec: str | None = Field(None, description="folder or hub id; the checkpoint's own where not given")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the base weights: bfloat16 where the device computes in it, else float32"
+    )
+    quantize: Quantize | None = Field(
+        None, description="4bit: the decoder layers' linear weights in nf4 while training, a third of the memory"
     )
     device: str = Field("auto", description="auto, cpu or cuda; under torchrun each process takes its own GPU")
     audio_attention: Literal[False, "lora", "full"] = Field(
@@ -74,7 +81,10 @@ class Stage(_Strict):
     )
     warmup_steps: float = Field(0, ge=0, description="optimizer steps; below 1: a share of all steps")
     weight_decay: float = Field(0.0, ge=0, description="of the LoRA weights, by AdamW")
-    batch_size: int = Field(1, ge=1, description="clips in a forward pass, for each process")
+    batch_tokens: int | None = Field(
+        None, ge=1, description="positions in a forward pass, for each process: clips are packed up to it; 4096"
+    )
+    batch_size: int | None = Field(None, ge=1, description="clips in a forward pass, instead of batch_tokens")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes in an optimizer step")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     text_weight: float = Field(1.0, ge=0, description="weight of the text loss")
@@ -91,6 +101,11 @@ class Stage(_Strict):
             )
         if self.epochs is None and self.max_steps is None:
             raise ValueError("give epochs or max_steps: how long the stage trains")
+        if self.batch_tokens is not None and self.batch_size is not None:
+            raise ValueError(
+                f"batch_tokens ({self.batch_tokens}) and batch_size ({self.batch_size}) are both given: leave one out, "
+                "or set it to null"
+            )
         if self.text_targets == "none" and self.text_weight > 0:
             raise ValueError("text_weight has no effect with text_targets: none; set text_weight: 0")
         if self.text_weight == 0 and self.audio_weight == 0:
@@ -99,6 +114,13 @@ class Stage(_Strict):
         if weights is not None and (min(weights, default=-1) < 0 or sum(weights) == 0):
             raise ValueError("codebook_weights must be >= 0 and not all 0")
         return self
+
+    @property
+    def pack_size(self) -> PackSize:
+        """How much goes into a forward pass."""
+        if self.batch_size is not None:
+            return PackSize(clips=self.batch_size)
+        return PackSize(tokens=_BATCH_TOKENS if self.batch_tokens is None else self.batch_tokens)
 
     @property
     def rate_of_full_modules(self) -> float:

@@ -79,6 +79,7 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
         revision=settings.revision,
         dtype=settings.dtype,
         device=_device(settings.device),
+        quantize=settings.quantize,
     )
     check_store(store, loaded)
     _check_codebook_weights(recipe, loaded.config.num_codebooks)
@@ -261,6 +262,7 @@ def _train_stage(
         eval_dataset=validation_rows if len(validation_rows) else None,
         model=model,
         weights=LossWeights(stage.text_weight, stage.audio_weight, stage.codebook_weights),
+        batch_tokens=stage.pack_size.tokens,
         full_learning_rate=stage.rate_of_full_modules,
         callbacks=_callbacks(recipe, stage, folder, is_main=run.is_main),
     )
@@ -291,6 +293,7 @@ def _train_stage(
             dtype=str(loaded.model.dtype).removeprefix("torch."),
             device=device,
             probe=probe,
+            quantize=recipe.model.quantize,
         )
         torch.nn.Module.to(loaded.model, device)
         result["verification"] = asdict(verification)
@@ -321,8 +324,7 @@ def _training_arguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=stage.max_steps if stage.max_steps is not None else -1,
         num_train_epochs=stage.epochs if stage.epochs is not None else 1.0,
-        per_device_train_batch_size=stage.batch_size,
-        per_device_eval_batch_size=stage.batch_size,
+        per_device_train_batch_size=stage.pack_size.clips,
         gradient_accumulation_steps=stage.gradient_accumulation,
         learning_rate=stage.learning_rate,
         lr_scheduler_type=stage.scheduler,

@@ -47,6 +47,7 @@ def adapter_card_of(
         "codec_revision": loaded.audio_tokenizer.revision,
         "base_shape": base_shape(loaded.config),
         "base_fingerprint": setting.base_fingerprint,
+        "base_quantized": recipe.model.quantize,  # while it was trained; it belongs on the whole base as well
         "conditioning": setting.conditioning.model_dump(),
         "stage": list(stages)[-1],
         "stages": [

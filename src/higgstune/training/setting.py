@@ -8,6 +8,7 @@ from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.model.adapters import AttentionTraining, base_fingerprint
 from higgstune.model.conditioning import Conditioning, WhisperShape, conditioning_of
 from higgstune.model.load import ModelAndTokenizers
+from higgstune.model.quantize import is_quantized
 from higgstune.prompt.rows import Rendering, heard_clips, says_whisper
 from higgstune.prompt.template import AUDIO_IN
 from higgstune.training.recipe import Recipe
@@ -33,6 +34,12 @@ def find_setting(recipe: Recipe, store: CodeStore, loaded: ModelAndTokenizers) -
                 f"full_learning_rate of stage {stage.name} has no effect: nothing is trained in full without "
                 "model.whisper or model.audio_attention: full"
             )
+    if is_quantized(loaded.model) and own.audio_attention and recipe.model.audio_attention == "full":
+        raise ConfigError(
+            f"{loaded.checkpoint} brings audio attention, which model.quantize: {recipe.model.quantize} puts into "
+            "4 bits with the rest, and 4 bits cannot be trained in full: set model.audio_attention: lora, or leave "
+            "out model.quantize"
+        )
     features = shape = None
     if recipe.model.whisper is not None:
         features = WhisperFeatures.open(store.folder, recipe.model.whisper)

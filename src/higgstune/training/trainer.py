@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from higgstune.batch.padded import PaddedCollator
+from higgstune.batch.loader import PackLoader
+from higgstune.batch.packed import Packed, pack, positions, tensors_to
+from higgstune.batch.packing import PackSize
 from higgstune.codec import Codec
 from higgstune.model.forward import with_training_forward
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.model.loss import LossWeights, Sums, add_sums, combine, label_counts, zero_sums
+from higgstune.training.finite import FiniteSteps
 from higgstune.training.metrics import check_possible, loss_metrics
 
 _STAGING = "incomplete"  # where a checkpoint is written before it gets its name
@@ -43,10 +45,14 @@ class HiggsAudioTrainer(Trainer):
         eval_dataset: Any = None,
         model: PeftModel | None = None,
         weights: LossWeights | None = None,
+        batch_tokens: int | None = None,
         full_learning_rate: float | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         """`model` is `loaded.model` with an adapter; without it, `loaded.model` itself is trained.
+
+        Examples are packed into one sequence without padding: as many as fit into `batch_tokens` positions, or, where
+        that is not given, `args.per_device_train_batch_size` of them.
 
         Modules that an adapter trains in full (peft's `modules_to_save`) have `full_learning_rate` as their peak, where
         it is given.
@@ -59,13 +65,16 @@ class HiggsAudioTrainer(Trainer):
         self.full_learning_rate = full_learning_rate
         self._eos_id: int = loaded.config.audio_stream_eos_id
         self._window = _Window()
+        self._steps = FiniteSteps()
         self._staging = False
+        self._pack_size = PackSize(batch_tokens, args.per_device_train_batch_size)
         args.remove_unused_columns = False  # examples are objects, not columns
+        args.logging_nan_inf_filter = False  # it would wait for the device in every step: see `FiniteSteps`
         args._n_gpu = min(1, args.n_gpu)  # several GPUs in one process would be DataParallel: use torchrun
         super().__init__(
             model=model if model is not None else loaded.model,
             args=args,
-            data_collator=PaddedCollator(pad_id=_pad_id(loaded), stream_eos=self._eos_id),
+            data_collator=pack,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=list(callbacks),
@@ -95,6 +104,34 @@ class HiggsAudioTrainer(Trainer):
             _split_groups(optimizer, in_full, self.full_learning_rate)
         return optimizer
 
+    def get_train_dataloader(self) -> PackLoader:
+        """Packs of the training split; each process has its own share of them and no other."""
+        return self._loader(self.train_dataset, seed=self.args.seed, workers=self.args.dataloader_num_workers)
+
+    def _loader(self, examples: Any, *, seed: int | None, workers: int = 0) -> PackLoader:
+        return PackLoader(
+            examples,
+            self._pack_size,
+            seed=seed,
+            share_prefix=not _has_dropout(self.model),
+            rank=self.args.process_index,
+            processes=self.args.world_size,
+            workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: the count that `Trainer` makes knows neither pathways nor labelled positions."""
+        return 0
+
+    def _prepare_inputs(self, inputs: Packed) -> Packed:
+        return tensors_to(inputs, self.args.device)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        self._steps.note(norm, self.optimizer)
+        return norm
+
     def get_batch_samples(  # type: ignore[override]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Sums | None]:
@@ -108,7 +145,7 @@ class HiggsAudioTrainer(Trainer):
     def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Packed,
         return_outputs: bool = False,
         num_items_in_batch: Sums | None = None,
     ) -> Any:
@@ -120,25 +157,28 @@ class HiggsAudioTrainer(Trainer):
             # DDP averages gradients over ranks; the counts are already those of all ranks.
             loss = loss * self.accelerator.num_processes
         if model.training:
-            self._window.add(sums, counts, tokens=inputs["attention_mask"].sum())
+            self._window.add(sums, counts, tokens=positions(inputs))
         return (loss, sums) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the training window's own numbers to what is logged."""
         if "loss" in logs and self._window.sums:
             sums, counts, tokens = self._window.sums, self._window.counts, self._window.tokens
-            sums, counts = self._over_ranks(sums), self._over_ranks(counts | {"tokens": tokens})
+            sums = self._over_ranks(sums)
+            counts = self._over_ranks(counts | {"tokens": torch.tensor(tokens, device=self.args.device)})
             seconds = time.monotonic() - self._window.since
             codes = (counts["audio"][0] - counts["audio_eos"][0]).item()
             logs |= {key: value for key, value in loss_metrics(sums, counts, self.weights).items() if key != "loss"}
+            if self._steps.skipped:
+                logs["skipped_steps"] = self._steps.skipped
             logs["tokens_per_second"] = counts["tokens"].item() / seconds
             logs["audio_seconds_per_second"] = codes / self.audio_tokenizer.frame_rate / seconds
             self._window = _Window()
         super().log(logs, start_time)
 
-    def evaluate(  # type: ignore[override]
+    def evaluate(
         self,
-        eval_dataset: Dataset[Any] | None = None,
+        eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -152,7 +192,7 @@ class HiggsAudioTrainer(Trainer):
         model.eval()
         sums, counts = zero_sums(self.loaded.config.num_codebooks, self.args.device)
         with torch.no_grad():
-            for batch in self._own_share(eval_dataset if eval_dataset is not None else self.eval_dataset):
+            for batch in self._loader(self.eval_dataset if eval_dataset is None else eval_dataset, seed=None):
                 inputs = self._prepare_inputs(batch)
                 with self.accelerator.autocast():
                     sums = add_sums([sums, model(**inputs)])
@@ -164,11 +204,6 @@ class HiggsAudioTrainer(Trainer):
         self._window.since += time.monotonic() - started  # evaluation is not training time
         check_possible(metrics["code_loss"], step=self.state.global_step)
         return named
-
-    def _own_share(self, dataset: Any) -> DataLoader[Any]:
-        """This rank's examples of a validation split: none twice, which accelerate's own loader would repeat."""
-        indices = range(self.args.process_index, len(dataset), self.args.world_size)
-        return DataLoader(Subset(dataset, indices), batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
 
     def _over_ranks(self, values: Sums) -> Sums:
         if self.accelerator.num_processes == 1:
@@ -216,11 +251,11 @@ class _Window:
         self.since = time.monotonic()
         self.sums: Sums = {}
         self.counts: Sums = {}
-        self.tokens = torch.zeros(())
+        self.tokens = 0
 
-    def add(self, sums: Sums, counts: Sums, *, tokens: Tensor) -> None:
+    def add(self, sums: Sums, counts: Sums, *, tokens: int) -> None:
         detached = {key: value.detach() for key, value in sums.items()}
-        self.tokens = self.tokens.to(tokens.device) + tokens
+        self.tokens += tokens
         self.sums = add_sums([self.sums, detached]) if self.sums else detached
         self.counts = add_sums([self.counts, counts]) if self.counts else counts
 
@@ -234,6 +269,7 @@ def _split_groups(optimizer: torch.optim.Optimizer, chosen: set[int], learning_r
             optimizer.add_param_group(group | {"params": moved, "lr": learning_rate})
 
 
-def _pad_id(loaded: ModelAndTokenizers) -> int:
-    pad = loaded.config.pad_token_id
-    return pad if pad is not None else loaded.tokenizer.pad_token_id or 0
+def _has_dropout(model: Any) -> bool:
+    """Whether an adapter's dropout is on: it falls on each example's positions apart, so nothing can be shared."""
+    configs = getattr(model, "peft_config", {})
+    return any(config.lora_dropout > 0 for config in configs.values())

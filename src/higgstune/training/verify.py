@@ -64,12 +64,22 @@ def write_probe(model: Any, batch: Batch, path: Path) -> None:
 
 
 def verify_in_fresh_process(
-    *, adapter: Path, checkpoint: str, revision: str | None, dtype: str, device: str, probe: Path
+    *,
+    adapter: Path,
+    checkpoint: str,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    probe: Path,
+    quantize: str | None = None,
 ) -> Verification:
-    """Load base and adapter in a new process and compare with the probe. Raises VerificationError if it differs."""
+    """Load base and adapter in a new process and compare with the probe. Raises VerificationError if it differs.
+
+    The base is loaded in the way that it was trained in: a probe of a 4-bit base says nothing of a whole one.
+    """
     request = {
         "adapter": str(adapter), "checkpoint": checkpoint, "revision": revision,
-        "dtype": dtype, "device": device, "probe": str(probe),
+        "dtype": dtype, "device": device, "quantize": quantize, "probe": str(probe),
     }  # fmt: skip
     path = probe.with_name("request.json")
     path.write_text(json.dumps(request, indent=2), encoding="utf-8")
@@ -108,7 +118,11 @@ def _compare(request: dict[str, Any]) -> Verification:
     probe = load_file(request["probe"])
     trained = {key: probe.pop(key) for key in ("audio_logits", "text_logits")}
     model = load_model(
-        request["checkpoint"], revision=request["revision"], dtype=request["dtype"], device=request["device"]
+        request["checkpoint"],
+        revision=request["revision"],
+        dtype=request["dtype"],
+        device=request["device"],
+        quantize=request["quantize"],
     )
     # Logits are the judge here, not a checksum: what differs is to be told by what it does.
     adapted = load_adapter(model, Path(request["adapter"]), checksum=False)

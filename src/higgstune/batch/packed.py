@@ -1,0 +1,101 @@
+"""Several examples as one sequence without padding, each pathway's positions together.
+
+Hidden states have the text positions of all examples first, then the rows of audio of all examples, each in their
+order: norms and feed-forward layers of a pathway then work on one slice. Only attention wants the order of the
+sequence, and there each example is a run of its own.
+
+The shift happens here, inside each example and before they are put together: hidden state p predicts position p + 1,
+so the last row of one clip can never be asked for the first of the next.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from higgstune.batch.padded import heard_features, shifted_targets
+from higgstune.prompt.example import Example
+
+Packed = dict[str, Any]
+
+
+def pack(examples: Sequence[Example], *, share_prefix: bool = True) -> Packed:
+    """Examples -> the arguments of the training forward: a sequence of P positions, of which R have hidden states.
+
+    R is less than P where examples begin with the same text (`share_prefix`): what all of them begin with is computed
+    once. That changes no number, but a dropout would then fall on all of them alike.
+
+    text_ids [T], audio_ids [A, K]   T + A = R: hidden states of text come first
+    position_ids [P]                 in the order of the sequence; they begin anew in each example
+    to_sequence [P]                  sequence = hidden[to_sequence]
+    from_sequence [R]                hidden = sequence[from_sequence]
+    shared_at [n - 1, S]             where the S shared rows stand again in the sequence, in examples 1 to n - 1
+    lengths, audio_lengths           of the examples: positions, and rows of audio (tuples of int)
+    audio_positions [M], audio_targets [M, K]    rows of hidden states, and what they predict
+    text_positions [N],  text_targets [N]
+    heard_positions [W], whisper_features [W, d_model]    of all <|AUDIO|>; only where anything is heard
+    """
+    shared = _common_prefix(examples) if share_prefix else 0
+    lengths = tuple(len(example) for example in examples)
+    starts = np.cumsum((0, *lengths[:-1]))
+    shared_at = starts[1:, None] + np.arange(shared)
+    is_audio = np.concatenate([example.audio_mask for example in examples])
+    from_sequence = np.argsort(is_audio, kind="stable")
+    from_sequence = from_sequence[~np.isin(from_sequence, shared_at)]
+    to_sequence = np.empty_like(is_audio, dtype=np.int64)
+    to_sequence[from_sequence] = np.arange(len(from_sequence))
+    to_sequence[shared_at] = np.arange(shared)
+    input_ids = np.concatenate([example.input_ids for example in examples])[from_sequence]
+    audio_ids = np.concatenate([example.audio_input_ids for example in examples])
+    targets = [shifted_targets(e, offset=int(start)) for e, start in zip(examples, starts, strict=True)]
+    arrays: dict[str, NDArray[Any]] = {
+        "text_ids": input_ids[: len(input_ids) - len(audio_ids)],
+        "audio_ids": audio_ids,
+        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+        "to_sequence": to_sequence,
+        "from_sequence": from_sequence,
+        "shared_at": shared_at,
+        **{key: np.concatenate([part[key] for part in targets]) for key in targets[0]},
+    }
+    heard = heard_features(examples)
+    if heard:
+        hearing = [(e.heard_positions, start) for e, start in zip(examples, starts, strict=True)]
+        arrays["heard_positions"] = np.concatenate([at + start for at, start in hearing if at is not None])
+    for key in ("audio_positions", "text_positions", "heard_positions"):
+        if key in arrays:
+            arrays[key] = to_sequence[arrays[key]]
+    return {
+        **{key: torch.from_numpy(value) for key, value in arrays.items()},
+        **heard,
+        "lengths": lengths,
+        "audio_lengths": tuple(len(example.audio_input_ids) for example in examples),
+    }
+
+
+def _common_prefix(examples: Sequence[Example]) -> int:
+    """How many positions of plain text all examples begin with, less the last of the shortest one."""
+    longest = min(_plain_until(example) for example in examples)
+    same = np.ones(longest, dtype=bool)
+    for example in examples[1:]:
+        same &= example.input_ids[:longest] == examples[0].input_ids[:longest]
+    return longest if same.all() else int(same.argmin())
+
+
+def _plain_until(example: Example) -> int:
+    """The first position that is audio, of either kind, or the last position."""
+    first_audio = int(example.audio_mask.argmax()) if example.audio_mask.any() else len(example)
+    first_heard = len(example) if example.heard_positions is None else int(example.heard_positions.min())
+    return min(first_audio, first_heard, len(example) - 1)
+
+
+def positions(batch: Packed) -> int:
+    """How many positions a packed batch has."""
+    return sum(batch["lengths"])
+
+
+def tensors_to(batch: Packed, device: torch.device) -> Packed:
+    """The batch with its tensors on a device."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -1,0 +1,158 @@
+"""Which clips go together: packs of a budget of positions, or of a number of clips.
+
+A plan of packs follows from lengths, seed and epoch alone, so that all processes have the same one, and each takes its
+share. Every clip is in exactly one pack of an epoch.
+"""
+
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+from higgstune.errors import ConfigError
+
+Pack = list[int]  # indices of clips
+_LOOKAHEAD = 512  # clips among which one is looked for that fills a gap
+_FULL = 0.985  # the share of their budget that packs should hold
+
+
+@dataclass(frozen=True)
+class PackSize:
+    """How much goes into a pack: at most so many positions, or just so many clips."""
+
+    tokens: int | None = None
+    clips: int = 1
+
+
+def pack_indices(lengths: NDArray[np.int64], size: PackSize, *, seed: int | None) -> list[Pack]:
+    """Packs of all clips by their lengths [clips] in positions; shuffled by `seed`, in the given order without it.
+
+    Raises ConfigError for a clip that is longer than a pack.
+    """
+    if size.tokens is not None and len(lengths) and lengths.max() > size.tokens:
+        longest = int(lengths.argmax())
+        raise ConfigError(
+            f"batch_tokens is {size.tokens}, but clip {longest} alone has {lengths[longest]} positions (text, and 25 a "
+            "second of audio with its reference): raise batch_tokens, or prepare with a smaller --max-seconds"
+        )
+    generator = None if seed is None else np.random.default_rng(seed)
+    order = np.arange(len(lengths)) if generator is None else generator.permutation(len(lengths))
+    if size.tokens is None:
+        return [order[first : first + size.clips].tolist() for first in range(0, len(order), size.clips)]
+    packs, back = _draw(order.tolist(), lengths.tolist(), size.tokens), 8
+    while fill(packs, lengths, size.tokens) < _FULL and back < 2 * len(packs):
+        # Short clips ran out before long ones: the last packs, more and more of them, are packed by length alone.
+        tail = [index for pack in packs[-back:] for index in pack]
+        packs[-back:] = _best_fit(tail, lengths.tolist(), size.tokens)
+        back *= 2
+    return packs
+
+
+def _draw(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[Pack]:
+    """Clips in their order; where the next one does not fit, the longest of the following that does, as in best fit.
+
+    So a pack is a random draw, but for the few that fill its end.
+    """
+    packs: list[Pack] = []
+    following: deque[int] = deque()  # the next clips in their order, some of which were taken already
+    by_length: list[tuple[int, int]] = []  # the same, without those that were taken
+    coming = iter(order)
+    pack: Pack = []
+    room = budget
+    while True:
+        for index in islice(coming, _LOOKAHEAD - len(by_length)):
+            following.append(index)
+            insort(by_length, (lengths[index], index))
+        if not by_length:
+            return [*packs, pack] if pack else packs
+        while not _is_in(by_length, (lengths[following[0]], following[0])):
+            following.popleft()
+        taken = (lengths[following[0]], following[0])
+        if taken[0] > room:
+            place = bisect_right(by_length, (room, len(lengths))) - 1
+            if place < 0:
+                packs.append(pack)
+                pack, room = [], budget
+                continue
+            taken = by_length[place]
+        by_length.remove(taken)
+        pack.append(taken[1])
+        room -= taken[0]
+
+
+def _best_fit(pool: Sequence[int], lengths: Sequence[int], budget: int) -> list[Pack]:
+    """Each clip, the longest first, into the pack that it fills best; the least full pack is the last."""
+    packs: list[Pack] = []
+    rooms: list[tuple[int, int]] = []  # (positions left, pack), ascending
+    for index in sorted(pool, key=lambda i: -lengths[i]):
+        place = bisect_left(rooms, (lengths[index], -1))
+        if place == len(rooms):
+            packs.append([])
+            rooms.append((budget, len(packs) - 1))
+        room, pack = rooms.pop(place)
+        packs[pack].append(index)
+        insort(rooms, (room - lengths[index], pack))
+    return [packs[pack] for _, pack in rooms]
+
+
+def _is_in(ascending: Sequence[tuple[int, int]], item: tuple[int, int]) -> bool:
+    place = bisect_left(ascending, item)
+    return place < len(ascending) and ascending[place] == item
+
+
+def fill(packs: Sequence[Pack], lengths: NDArray[np.int64], tokens: int) -> float:
+    """The mean share of a pack's budget that is used, the last pack apart."""
+    counted = packs[:-1] or packs
+    return float(np.mean([lengths[pack].sum() / tokens for pack in counted]))
+
+
+class PackSampler(Sampler[Pack]):
+    """One process's packs of each epoch, as a batch sampler; all processes have equally many.
+
+    Where packs do not fill the processes, some at the end get a muted clip: an index i < 0 asks for clip ~i without
+    its labels. It counts nowhere, and every clip still counts once.
+    """
+
+    def __init__(
+        self, lengths: NDArray[np.int64], size: PackSize, *, seed: int | None, rank: int = 0, processes: int = 1
+    ) -> None:
+        """`seed` None: the order of the clips, the same in every epoch. Raises ConfigError as `pack_indices`."""
+        self.lengths = lengths
+        self.size = size
+        self.seed = seed
+        self.rank = rank
+        self.processes = processes
+        self.epoch = 0
+        self._first = pack_indices(lengths, size, seed=seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is over the packs of this epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self._first) // self.processes)
+
+    def __iter__(self) -> Iterator[Pack]:
+        packs = self.packs(self.epoch)
+        packs += [[~packs[0][0]]] * (len(self) * self.processes - len(packs))
+        yield from packs[self.rank :: self.processes]
+
+    def packs(self, epoch: int) -> list[Pack]:
+        """All processes' packs of an epoch; equally many in each, because schedules are made by the first."""
+        if self.seed is None or epoch == 0:
+            return list(self._first)
+        packs = pack_indices(self.lengths, self.size, seed=self.seed + epoch * 1_000_003)
+        if len(packs) > len(self._first):
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self._first))
+            return [self._first[i] for i in order]
+        while len(packs) < len(self._first):
+            largest = max(range(len(packs)), key=lambda i: len(packs[i]))
+            half = len(packs[largest]) // 2
+            packs.append(packs[largest][half:])
+            packs[largest] = packs[largest][:half]
+        return packs

@@ -1,0 +1,137 @@
+"""The native model's layers on a packed batch: see `batch.packed` for the order of positions.
+
+The classes of a loaded model's layers are exchanged in place for subclasses that add no parameter and leave the native
+forward as it was for every other call, as generation's.
+
+Letters in shapes: P positions, T of text, A rows of audio, D hidden size, H query heads, G key heads, d head size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2DecoderLayer
+
+from higgstune.model.audio_attention import AudioAttentionLayer
+from higgstune.model.fused import Order, collect, feed_forward, linear, rms_norm, rotate, spread
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Examples one after the other in a sequence: attention goes back to the start of its run and no further."""
+
+    lengths: tuple[int, ...]
+    offsets: Tensor  # [runs + 1] int32, on the device
+    cos: Tensor  # [P, 1, d / 2] of the positions in their examples
+    sin: Tensor
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], rotary: tuple[Tensor, Tensor]) -> "Runs":
+        """`rotary`: cos and sin [P, d], whose halves are equal."""
+        cos, sin = (part.chunk(2, dim=-1)[0].unsqueeze(1).contiguous() for part in rotary)
+        offsets = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32)
+        if cos.device.type == "cuda":
+            offsets = offsets.pin_memory().to(cos.device, non_blocking=True)
+        return cls(lengths, offsets, cos, sin)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the rows of hidden states belong."""
+
+    text: int  # the first T rows are text, the others audio
+    order: Order
+    whole: Runs
+    audio: Runs  # rows of audio alone, for audio self-attention
+
+
+class PackedLayer(HiggsAudioV2DecoderLayer):
+    """The native layer, which also takes packed hidden states."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, places: Places | None = None, **kwargs: Any) -> Tensor:
+        """[P, D] -> [P, D] with `places`; without, the native layer."""
+        if places is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        return _packed_layer(self, hidden_states, places, self.audio_input_layernorm)
+
+
+class PackedAudioAttentionLayer(AudioAttentionLayer):
+    """The layer with audio self-attention, which also takes packed hidden states."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, places: Places | None = None, **kwargs: Any) -> Tensor:
+        """[P, D] -> [P, D] with `places`; without, the layer for other calls."""
+        if places is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        text, rows = hidden_states.split((places.text, len(hidden_states) - places.text))
+        own_dtype = self.audio_attn.q_proj.weight.dtype  # of modules trained in full: float32 beside a bfloat16 base
+        normed = rms_norm(rows, self.audio_input_layernorm).to(own_dtype)
+        q, k, v = _queries_keys_values(self.audio_attn, normed)
+        attended = linear(_attend(q, k, v, places.audio, self.audio_attn.scaling).flatten(1), self.audio_attn.o_proj)
+        hidden_states = torch.cat((text, rows + attended.to(rows.dtype)))
+        return _packed_layer(self, hidden_states, places, self.audio_post_audio_attn_layer_norm)
+
+
+# torch 2.11 takes fewer heads of keys without being told.
+_GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+
+_PACKED: dict[type[nn.Module], type[nn.Module]] = {
+    HiggsAudioV2DecoderLayer: PackedLayer,
+    AudioAttentionLayer: PackedAudioAttentionLayer,
+}
+
+
+def with_packed_layers(layers: nn.ModuleList) -> None:
+    """Exchange the layers' classes in place."""
+    for layer in layers:
+        layer.__class__ = _PACKED.get(type(layer), type(layer))
+
+
+def _packed_layer(layer: Any, hidden: Tensor, places: Places, audio_norm: nn.Module) -> Tensor:
+    normed = _by_pathway(
+        hidden, places, lambda x: rms_norm(x, layer.input_layernorm), lambda x: rms_norm(x, audio_norm)
+    )
+    q, k, v = (spread(x, places.order) for x in _queries_keys_values(layer.self_attn, normed))
+    attended = collect(_attend(q, k, v, places.whole, layer.self_attn.scaling), places.order)
+    hidden = hidden + linear(attended.flatten(1), layer.self_attn.o_proj)
+    return hidden + _by_pathway(
+        hidden,
+        places,
+        lambda x: feed_forward(rms_norm(x, layer.post_attention_layernorm), layer.mlp),
+        lambda x: feed_forward(rms_norm(x, layer.audio_post_attention_layernorm), layer.audio_mlp),
+    )
+
+
+def _by_pathway(
+    hidden: Tensor, places: Places, text: Callable[[Tensor], Tensor], audio: Callable[[Tensor], Tensor]
+) -> Tensor:
+    text_rows, audio_rows = hidden.split((places.text, len(hidden) - places.text))
+    return torch.cat((text(text_rows), audio(audio_rows)))
+
+
+def _queries_keys_values(attention: Any, x: Tensor) -> list[Tensor]:
+    """[P, D] -> [P, H, d], [P, G, d], [P, G, d]."""
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return [linear(x, layer).unflatten(-1, (-1, attention.head_dim)) for layer in layers]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scaling: float) -> Tensor:
+    """Causal attention inside each run: q [P, H, d], k and v [P, G, d], in the order of the sequence -> [P, H, d]."""
+    q, k = rotate(q, runs.cos, runs.sin), rotate(k, runs.cos, runs.sin)
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        longest = max(runs.lengths)
+        ends = (runs.offsets, runs.offsets, longest, longest)
+        attended = varlen_attn(q, k, v, *ends, scale=scaling, window_size=(-1, 0), **_GROUPED)
+        assert isinstance(attended, Tensor)
+        return attended
+    by_run = (x.transpose(0, 1)[None].split(runs.lengths, dim=2) for x in (q, k, v))
+    by_run_attended = [
+        F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        for query, key, value in zip(*by_run, strict=True)
+    ]
+    return torch.cat(by_run_attended, dim=2)[0].transpose(0, 1)

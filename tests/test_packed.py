@@ -1,0 +1,254 @@
+"""Packed training against the native forward, one example at a time: the same losses, the same gradients."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from tiny_checkpoint import random_codes, tiny_prompter
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from higgstune.batch.loader import PackLoader, example_lengths
+from higgstune.batch.packed import pack
+from higgstune.batch.packing import PackSize
+from higgstune.batch.padded import PaddedCollator
+from higgstune.model.adapters import Lora, StageKind, add_lora
+from higgstune.model.conditioning import Conditioning, WhisperShape, add_conditioning, base_of
+from higgstune.model.forward import with_training_forward
+from higgstune.model.fused import linear
+from higgstune.model.loss import label_counts
+from higgstune.prompt.delay import IGNORE
+from higgstune.prompt.example import Example, Heard, Prompter
+from higgstune.prompt.rows import TARGET
+from higgstune.prompt.template import speech_messages
+
+CODES = 32
+D_MODEL = 6
+TEXTS = ["Hello.", "Good morning to you all.", "Sun.", "The sun rises in the east, as it does.", "Hello."]
+
+
+def examples(prompter: Prompter, *, listens: bool = False) -> list[Example]:
+    """Unequal lengths; a reference as a turn, a voice in the scene (heard or by its codes), two without any."""
+    made = []
+    for index, text in enumerate(TEXTS):
+        target, reference = (random_codes(n, seed=9 * index + n, codes=CODES) for n in (3 + 5 * index, 4))
+        turn, scene = index == 1, index == 3
+        features = np.random.default_rng(index).normal(size=(7, D_MODEL)).astype(np.float16)
+        audio: list[Any] = [reference] if turn else [Heard(features, (7,)) if listens else reference] if scene else []
+        asked = speech_messages(text, context=[("Hi.", "r")] if turn else [], voice="r" if scene else None)
+        made.append(prompter.example([*asked, TARGET], [*audio, target], text_targets="transcript"))
+    return made
+
+
+def adapted(
+    kind: StageKind, dtype: torch.dtype, *, conditioned: bool = False, lora: Lora | None = None
+) -> tuple[PeftModel, Prompter]:
+    """A model whose LoRA, and whose extensions, are already something."""
+    model, prompter = tiny_prompter(codes=CODES)
+    if conditioned:
+        shape = WhisperShape(checkpoint="w", revision="r", d_model=D_MODEL, chunk_frames=7, token_id=prompter.heard_id)
+        add_conditioning(model, Conditioning(audio_attention=True, whisper=shape))
+    torch.manual_seed(1)
+    peft_model = add_lora(model, lora or Lora(r=4, alpha=8), kind).to(dtype)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name or "audio_encoder_proj" in name or "audio_attn.o_proj" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return peft_model, prompter
+
+
+def native_loss(model: PeftModel, example: Example) -> Tensor:
+    """Sums of both losses by the native forward and the plainest of formulas, from a batch of one."""
+    base = base_of(model)
+    batch = PaddedCollator(pad_id=1, stream_eos=CODES + 1)([example])
+    inputs = {k: v for k, v in batch.items() if not k.endswith(("_positions", "_targets"))}
+    hidden = base.model(**inputs, use_cache=False).last_hidden_state[0]
+    rows = np.flatnonzero(example.audio_mask)
+    predicted = base.audio_lm_head(hidden[rows - 1]).view(len(rows), 8, -1)
+    audio = sum(
+        F.cross_entropy(predicted[:, k].float(), torch.from_numpy(example.audio_labels[:, k]), reduction="sum")
+        for k in range(8)
+    )
+    text = F.cross_entropy(
+        base.text_lm_head(hidden[:-1]).float(), torch.from_numpy(example.text_labels[1:]), reduction="sum"
+    )
+    return audio + 0.3 * text
+
+
+def gradients(model: PeftModel, losses: Iterator[Tensor]) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad()
+    total = 0.0
+    for loss in losses:
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+CASES: dict[str, Callable[[], tuple[PeftModel, Prompter]]] = {
+    "full": lambda: adapted("full", torch.float64),
+    "text": lambda: adapted("text", torch.float64),
+    "conditioned": lambda: adapted("full", torch.float64, conditioned=True),
+    "dora": lambda: adapted("full", torch.float64, lora=Lora(r=4, dora=True)),
+    "rslora": lambda: adapted("full", torch.float64, lora=Lora(r=4, rslora=True)),
+    "float32": lambda: adapted("full", torch.float32),
+}
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_packed_losses_and_gradients_are_the_sum_of_the_single_examples(case: str, share_prefix: bool) -> None:
+    model, prompter = CASES[case]()
+    made = examples(prompter, listens=case == "conditioned")
+    expected_loss, expected = gradients(model, (native_loss(model, example) for example in made))
+    with_training_forward(base_of(model))
+    batch = pack(made, share_prefix=share_prefix)
+    sums = model(**batch)
+    loss, found = gradients(model, iter([sums["audio_loss"].sum() + 0.3 * sums["text_loss"]]))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert found.keys() == expected.keys()
+    assert len(found) == sum(p.requires_grad for p in model.parameters())
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+def test_what_all_begin_with_is_computed_once() -> None:
+    _, prompter = tiny_prompter(codes=CODES)
+    made = [example for example in examples(prompter) if "Hi." not in example.prompt]
+    batch = pack(made)
+    shared = batch["shared_at"].shape[1]
+    texts = [example.input_ids[: shared + 1].tolist() for example in made]
+    assert shared > 10
+    assert all(text[:shared] == texts[0][:shared] for text in texts)
+    assert len({text[shared] for text in texts}) > 1
+    positions = sum(len(example) for example in made)
+    assert len(batch["position_ids"]) == positions
+    assert len(batch["from_sequence"]) == positions - (len(made) - 1) * shared
+
+
+def test_no_audio_and_no_whole_example_is_ever_shared() -> None:
+    _, prompter = tiny_prompter(codes=CODES)
+    one = examples(prompter)[0]
+    batch = pack([one, one, one])
+    assert batch["shared_at"].shape[1] == np.flatnonzero(one.audio_mask)[0]
+
+
+def test_examples_do_not_see_each_other() -> None:
+    model, prompter = adapted("full", torch.float32)
+    with_training_forward(base_of(model))
+    first, second, other = examples(prompter)[:3]
+    with torch.no_grad():
+        both, changed, alone = (model(**pack(made)) for made in ([first, second], [other, second], [second]))
+        others = [model(**pack([example])) for example in (first, other)]
+    for packed, companion in ((both, others[0]), (changed, others[1])):
+        for key in ("audio_loss", "text_loss"):
+            torch.testing.assert_close(packed[key], alone[key] + companion[key], rtol=1e-5, atol=1e-4)
+
+
+def test_pieces_of_the_heads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompter = adapted("full", torch.float64)
+    with_training_forward(base_of(model))
+    batch = pack(examples(prompter))
+
+    def run() -> tuple[float, dict[str, Tensor]]:
+        sums = model(**batch)
+        return gradients(model, iter([sums["audio_loss"].sum() + sums["text_loss"]]))
+
+    loss, expected = run()
+    monkeypatch.setattr("higgstune.model.loss._LOGITS", 3000)
+    in_pieces, found = run()
+    assert in_pieces == pytest.approx(loss, rel=1e-6)  # losses are float32
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
+
+
+class NothingWaits(TorchDispatchMode):
+    """Fails on what would make a GPU wait: values read by the host, shapes that depend on values."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "masked_scatter", "is_nonzero", "equal.default")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in self.WAITING):
+            raise AssertionError(f"{func} waits for the device")
+        if "index" in str(func):
+            boolean = [
+                x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor) and x.dtype == torch.bool
+            ]
+            assert not boolean, f"{func} with a mask waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_nothing_in_forward_and_backward_waits_for_the_device(conditioned: bool) -> None:
+    model, prompter = adapted("full", torch.float32, conditioned=conditioned)
+    with_training_forward(base_of(model))
+    batch = pack(examples(prompter, listens=conditioned))
+    with NothingWaits():
+        sums = model(**batch)
+        (sums["audio_loss"].sum() + sums["text_loss"]).backward()
+    with pytest.raises(AssertionError, match="waits"), NothingWaits():
+        native_loss(model, examples(prompter)[0])
+
+
+def test_bfloat16_keeps_what_lora_has_learnt() -> None:
+    """An update far below the spacing of bfloat16 around the weights reaches the output all the same."""
+    model, _ = tiny_prompter(codes=CODES)
+    layer: Any = (
+        base_of(add_lora(model.to(torch.bfloat16), Lora(r=4, alpha=8), "full")).model.layers[0].self_attn.q_proj
+    )
+    half = torch.randn(5, 32, dtype=torch.bfloat16)
+    x = torch.cat((half, -half), dim=1)  # the weights, all 1, give nothing: what comes out is the update alone
+    with torch.no_grad():
+        layer.base_layer.weight.fill_(1.0)
+        layer.lora_B.default.weight.normal_(std=1e-3)
+        update = 2 * x.float() @ layer.lora_A.default.weight.T @ layer.lora_B.default.weight.T
+        assert (linear(x, layer).float() - update).norm() < 0.02 * update.norm()
+
+
+def test_native_calls_stay_native() -> None:
+    model, prompter = tiny_prompter(codes=CODES)
+    batch = PaddedCollator(pad_id=1, stream_eos=CODES + 1)(examples(prompter))
+    inputs = {k: v for k, v in batch.items() if not k.endswith(("_positions", "_targets"))}
+    with torch.no_grad():
+        before = model(**inputs).logits
+        after = with_training_forward(with_training_forward(model))(**inputs).logits
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_gives_every_example_once_and_mutes_what_fills_up(workers: int) -> None:
+    _, prompter = tiny_prompter(codes=CODES)
+    made = examples(prompter)
+    expected = label_counts(pack(made), eos_id=CODES + 1)
+    counts, batches = None, 0
+    for rank in range(2):
+        loader = PackLoader(made, PackSize(clips=1), seed=3, rank=rank, processes=2, workers=workers)
+        for batch in loader:
+            found = label_counts(batch, eos_id=CODES + 1)
+            counts = found if counts is None else {key: counts[key] + found[key] for key in found}
+            batches += 1
+    assert batches == 6  # five examples in two processes
+    assert counts is not None
+    assert all(torch.equal(counts[key], expected[key]) for key in expected)
+
+
+def test_a_muted_batch_has_a_loss_and_gradients_of_zero() -> None:
+    model, prompter = adapted("full", torch.float32)
+    with_training_forward(base_of(model))
+    loader = PackLoader(examples(prompter)[:1], PackSize(clips=1), seed=None, rank=1, processes=2)
+    (batch,) = loader
+    assert (batch["audio_targets"] != IGNORE).sum() == 0
+    sums = model(**batch)
+    loss, found = gradients(model, iter([sums["audio_loss"].sum() + sums["text_loss"]]))
+    assert loss == 0
+    assert len(found) == sum(p.requires_grad for p in model.parameters())
+    assert all(not gradient.any() for gradient in found.values())
+
+
+def test_lengths_are_those_of_the_examples() -> None:
+    _, prompter = tiny_prompter(codes=CODES)
+    made = examples(prompter, listens=True)
+    assert example_lengths(made).tolist() == [len(example) for example in made]
