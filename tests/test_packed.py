@@ -11,6 +11,7 @@ from peft import PeftModel
 from tiny_checkpoint import random_codes, tiny_prompter
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from higgstune.batch.loader import PackLoader, example_lengths
 from higgstune.batch.packed import pack
@@ -174,10 +175,8 @@ class NothingWaits(TorchDispatchMode):
         if any(name in str(func) for name in self.WAITING):
             raise AssertionError(f"{func} waits for the device")
         if "index" in str(func):
-            boolean = [
-                x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor) and x.dtype == torch.bool
-            ]
-            assert not boolean, f"{func} with a mask waits for the device"
+            tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+            assert all(x.dtype != torch.bool for x in tensors), f"{func} with a mask waits for the device"
         return func(*args, **(kwargs or {}))
 
 

@@ -61,7 +61,7 @@ def test_a_recipe_for_the_released_checkpoint_fits_a_card_of_24_gb(path: Path) -
     recipe = load_recipe(path)
     assert recipe.model.checkpoint == "bosonai/higgs-tts-2-3b-base"
     assert recipe.gradient_checkpointing
-    assert all(stage.batch_size <= 2 for stage in recipe.stages)
+    assert all(stage.batch_tokens is not None and stage.batch_tokens <= 4096 for stage in recipe.stages)
 
 
 def test_a_new_language_has_a_text_stage_before_the_full_one() -> None:
@@ -117,6 +117,7 @@ def test_an_unknown_key_names_the_nearest_one(wrong: dict[str, Any], told: str) 
         (stage(learning_rate="fast"), r"stages\.0\.learning_rate: .*number"),
         (stage(learning_rate=float("inf")), r"stages\.0\.learning_rate: .*finite"),
         (stage(batch_size=0), r"stages\.0\.batch_size: .*greater than or equal to 1"),
+        (stage(batch_size=2, batch_tokens=4096), r"batch_tokens \(4096\) and batch_size \(2\) are both given"),
         (stage(text_targets="none"), r"stages\.0: text_weight has no effect with text_targets: none"),
         (stage(text_weight=0, audio_weight=0), r"stages\.0: .*nothing would be learned"),
         (stage(codebook_weights=[0, 0]), r"stages\.0: codebook_weights must be >= 0 and not all 0"),

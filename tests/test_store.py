@@ -12,11 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from recordings import CountingCodec, clip, speech, write
+from tiny_checkpoint import tiny_prompter
 
 from higgstune.data.audio import resample
 from higgstune.data.prepare import prepare
 from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError, DataError
+from higgstune.prompt.rows import RowExamples
 
 TURNS = [
     {"role": "system", "content": "Generate audio following instruction."},
@@ -94,6 +96,27 @@ def test_lengths_are_known_without_codes(store: CodeStore) -> None:
         ]
         assert view.context_frames.tolist() == context
     assert store.frames.dtype == np.int64
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_positions_of_examples_are_known_without_codes(store: CodeStore, split: str) -> None:
+    _, prompter = tiny_prompter()
+    examples = RowExamples(store.split(split), prompter, "transcript")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CodeStore, "codes", no_codes_of_utterances(store))
+        lengths = examples.lengths()
+    assert lengths.tolist() == [len(examples[i]) for i in range(len(examples))]
+
+
+def no_codes_of_utterances(store: CodeStore) -> Any:
+    """`CodeStore.codes` that is allowed for conversations alone."""
+    read = CodeStore.codes
+
+    def codes(self: CodeStore, index: int) -> Any:
+        assert store.light["messages"][index].as_py() is not None
+        return read(self, index)
+
+    return codes
 
 
 def test_references(store: CodeStore) -> None:

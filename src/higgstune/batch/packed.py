@@ -98,4 +98,4 @@ def positions(batch: Packed) -> int:
 
 def tensors_to(batch: Packed, device: torch.device) -> Packed:
     """The batch with its tensors on a device."""
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return {key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import HiggsAudioV2ForConditionalGeneration
 
-from higgstune.model.conditioning import conditioning_of
 from higgstune.model.fused import Order
 from higgstune.model.loss import Sums, head_sums
 from higgstune.model.packed import Places, Runs, with_packed_layers
@@ -78,7 +77,7 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
 
     def _with_features(self, embedded: Tensor, positions: Tensor | None, features: Tensor | None) -> Tensor:
         """Text embeddings [T, D] with Whisper's projected features [W, d_model] at their positions [W]."""
-        shape = conditioning_of(self).whisper
+        shape = getattr(getattr(self.model, "conditioning", None), "whisper", None)
         if shape is None:
             if features is not None:
                 raise ValueError("whisper_features need a model with a projector for them: add_conditioning first")

@@ -20,6 +20,7 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudi
 
 from higgstune.model.audio_attention import AudioAttentionLayer
 from higgstune.model.fused import Order, collect, feed_forward, linear, rms_norm, rotate, spread
+from higgstune.model.quantize import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class PackedAudioAttentionLayer(AudioAttentionLayer):
         if places is None:
             return super().forward(hidden_states, *args, **kwargs)
         text, rows = hidden_states.split((places.text, len(hidden_states) - places.text))
-        own_dtype = self.audio_attn.q_proj.weight.dtype  # of modules trained in full: float32 beside a bfloat16 base
+        own_dtype = compute_dtype(self.audio_attn.q_proj)  # of modules trained in full: float32 beside bfloat16
         normed = rms_norm(rows, self.audio_input_layernorm).to(own_dtype)
         q, k, v = _queries_keys_values(self.audio_attn, normed)
         attended = linear(_attend(q, k, v, places.audio, self.audio_attn.scaling).flatten(1), self.audio_attn.o_proj)
