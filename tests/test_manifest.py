@@ -34,7 +34,7 @@ utterances = st.builds(
 )
 
 
-@settings(max_examples=60)
+@settings(deadline=None, max_examples=60)
 @given(st.lists(utterances, min_size=1, max_size=5))
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[Utterance]) -> None:
     path = tmp_path_factory.mktemp("manifest") / "rows.jsonl"

@@ -4,7 +4,6 @@ The released checkpoint, a hub and a GPU stand no test, so each command gets the
 base in place of the released one, and a few steps in place of some epochs.
 """
 
-import os
 import re
 import shlex
 import shutil
@@ -12,11 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import soundfile
 import typer.main
+from commands import Command, run_script
 
 import higgstune
 from higgstune.cli import app
@@ -46,32 +47,33 @@ def blocks() -> list[list[str]]:
     return [block.strip().splitlines() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)]
 
 
-def command(line: str) -> list[str]:
+def words(line: str) -> list[str]:
     """A line of the README as it is run here."""
     [added] = [options for start, options in MAPPING.items() if line.startswith(start)]
-    words = shlex.split(f"{line} {added}")
-    return [sys.executable, *(["-m", "higgstune"] if words[0] == "higgstune" else []), *words[1:]]
-
-
-def start(line: str, folder: Path) -> subprocess.Popen[str]:
-    """The command in a folder, on one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(line), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def type_in(line: str, folder: Path) -> str:
-    """Run a line of the README; its output."""
-    process = start(line, folder)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, f"{line}\n{errors}"
-    return output
+    return shlex.split(f"{line} {added}")
 
 
 @pytest.fixture
-def clone(tmp_path: Path) -> Path:
-    """A folder like a clone, with a base, and recordings with their texts beside them."""
+def type_in(clone: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """Runs a line of the README in this process; its output."""
+
+    def run(line: str) -> str:
+        program, *arguments = words(line)
+        if program == "higgstune":
+            code, output, errors = command(*arguments)
+        else:
+            code = run_script(Path(arguments[0]), arguments[1:])
+            output, errors = capsys.readouterr()
+        assert code == 0, f"{line}\n{errors}"
+        return output
+
+    return run
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: like a clone, with a base, and recordings with their texts beside them."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "unified_lora_training.py").symlink_to(ROOT / "unified_lora_training.py")
     shutil.copytree(ASSETS / "base", tmp_path / "base")
@@ -100,8 +102,8 @@ def test_every_block_of_the_readme_is_run_somewhere() -> None:
     assert re.search(r"^install: \$\(INSTALLED\)$", makefile, re.MULTILINE)
 
 
-def test_the_real_thing(clone: Path) -> None:
-    said = {line.split()[1]: type_in(line, clone) for line in blocks()[1] if line not in ELSEWHERE}
+def test_the_real_thing(clone: Path, type_in: Callable[[str], str]) -> None:
+    said = {line.split()[1]: type_in(line) for line in blocks()[1] if line not in ELSEWHERE}
     assert "<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>" in said["inspect"]
     assert str(Path("runs/voice/voice/adapter")) in said["train"]
     assert "0 failed" in said["doctor"]
@@ -111,24 +113,27 @@ def test_the_real_thing(clone: Path) -> None:
     assert len(waveform) > 0
 
 
-def test_going_on_with_an_interrupted_run(clone: Path) -> None:
+def test_going_on_with_an_interrupted_run(clone: Path, type_in: Callable[[str], str]) -> None:
     prepare, train = (line for line in blocks()[1] if line.startswith(("higgstune prepare", "higgstune train")))
     [resume] = blocks()[2]
-    type_in(prepare, clone)
-    process, deadline = start(train, clone), time.monotonic() + 300
+    type_in(prepare)
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words(train)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 300
     while not (clone / "runs/voice/voice/checkpoints/checkpoint-2").exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    type_in(resume, clone)
+    type_in(resume)
     assert (clone / "runs/voice/voice/adapter").is_dir()
 
 
-def test_two_stages_with_plain_flags(clone: Path) -> None:
+def test_two_stages_with_plain_flags(clone: Path, type_in: Callable[[str], str]) -> None:
     for line in blocks()[3]:
-        type_in(line, clone)
+        type_in(line)
     assert (clone / "evening.wav").exists()
 
 

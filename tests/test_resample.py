@@ -14,6 +14,7 @@ from higgstune.torchaudio_compat import resample
 GOLDEN = load_file(Path(__file__).parent / "golden" / "resample.safetensors")
 RATES = sorted(name.removeprefix("in_") for name in GOLDEN if name.startswith("in_"))
 STAND_IN = "from higgstune import torchaudio_compat; torchaudio_compat.install(); import sys, torchaudio\n"
+BROKEN = "raise OSError('libc10_cuda.so: cannot open shared object file')"
 CODEC = "from transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer import *\n"
 
 
@@ -34,7 +35,7 @@ def fake_torchaudio(folder: Path, code: str) -> Path:
 @pytest.fixture
 def broken_torchaudio(tmp_path: Path) -> Path:
     """What a wheel for another build of torch does."""
-    return fake_torchaudio(tmp_path, "raise OSError('libc10_cuda.so: cannot open shared object file')")
+    return fake_torchaudio(tmp_path, BROKEN)
 
 
 @pytest.mark.parametrize("rates", RATES)
@@ -69,22 +70,15 @@ def test_codec_class_imports_with_the_stand_in(broken_torchaudio: Path, before: 
     assert run_python(code, broken_torchaudio) == "input_values Higgstune's stand-in for torchaudio."
 
 
-def test_every_other_attribute_raises(broken_torchaudio: Path) -> None:
-    code = STAND_IN + "\n".join(
-        f"try: {name}\nexcept AttributeError as error: print(error)"
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What one fresh interpreter prints of the stand-in: its attributes, and what other libraries make of it."""
+    folder = fake_torchaudio(tmp_path_factory.mktemp("broken"), BROKEN)
+    attributes = "".join(
+        f"try: {name}\nexcept AttributeError as error: print(error)\n"
         for name in ("torchaudio.load", "torchaudio.functional.rnnt_loss", "torchaudio.__version__")
     )
-    lines = run_python(code, broken_torchaudio).splitlines()
-    assert [line.split(" ")[0] for line in lines] == [
-        "torchaudio.load",
-        "torchaudio.functional.rnnt_loss",
-        "torchaudio.__version__",
-    ]
-    assert all("Install a torchaudio for" in line for line in lines)
-
-
-def test_other_libraries_do_not_take_it_for_the_real_one(broken_torchaudio: Path) -> None:
-    code = STAND_IN + (
+    libraries = (
         "import importlib.util; print(importlib.util.find_spec('torchaudio').name)\n"
         "from transformers.utils import is_speech_available, is_torchaudio_available\n"
         "print(is_torchaudio_available(), is_speech_available())\n"
@@ -93,7 +87,21 @@ def test_other_libraries_do_not_take_it_for_the_real_one(broken_torchaudio: Path
         "features = Extractor()(numpy.zeros(16000), sampling_rate=16000, return_tensors='np')\n"
         "print(features['input_values'].shape)"
     )
-    assert run_python(code, broken_torchaudio).splitlines() == ["torchaudio", "False False", "(1, 1024, 128)"]
+    return run_python(STAND_IN + attributes + libraries, folder).splitlines()
+
+
+def test_every_other_attribute_raises(seen: list[str]) -> None:
+    lines = seen[:3]
+    assert [line.split(" ")[0] for line in lines] == [
+        "torchaudio.load",
+        "torchaudio.functional.rnnt_loss",
+        "torchaudio.__version__",
+    ]
+    assert all("Install a torchaudio for" in line for line in lines)
+
+
+def test_other_libraries_do_not_take_it_for_the_real_one(seen: list[str]) -> None:
+    assert seen[3:] == ["torchaudio", "False False", "(1, 1024, 128)"]
 
 
 def test_real_torchaudio_is_preferred(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_all_segments_of_a_recording_stay_together() -> None:
         assert len({splits[f"{recording}-{part}"] for part in range(5)}) == 1
 
 
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=40), st.randoms(), st.floats(0.01, 0.99))
 def test_order_does_not_matter_and_no_split_is_empty(recordings: list[int], random: Any, fraction: float) -> None:
     rows = [entry(recording, f"-{n}") for n, recording in enumerate(recordings)]

@@ -59,7 +59,7 @@ def test_what_is_left_alone(text: str) -> None:
     assert normalize_text(text) == text
 
 
-@settings(max_examples=300)
+@settings(deadline=None, max_examples=300)
 @given(st.one_of(st.text(st.characters(codec=None), max_size=40), st.text(TRICKY, max_size=40)))
 def test_twice_is_once(text: str) -> None:
     once = normalize_text(text)

@@ -1,7 +1,6 @@
 """`unified_lora_training.py` as people start it: one process, torchrun, killed and started again, with wrong flags."""
 
 import json
-import os
 import runpy
 import shutil
 import signal
@@ -16,6 +15,7 @@ import pytest
 import soundfile
 import torch
 import yaml
+from commands import run_script
 from safetensors.torch import load_file
 from tiny_checkpoint import SENTENCES, save_tiny_checkpoint
 
@@ -61,8 +61,7 @@ def start(arguments: list[str], *, processes: int = 0) -> subprocess.Popen[str]:
     """The script in a process of its own, or in several under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(torchrun if processes else []), str(SCRIPT), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def run(arguments: list[str], *, processes: int = 0) -> tuple[int, str]:
@@ -109,8 +108,7 @@ def test_stage1_prepares_the_manifest_and_trains_the_text_pathway(world: Path, o
 @pytest.fixture(scope="module")
 def stage2(world: Path, out: Path) -> Path:
     """The run folder of a stage2 that was trained from the prepared store."""
-    code, errors = run(flags(world, out, training_stage="stage2", train_manifest=out / "data"))
-    assert code == 0, errors
+    assert run_script(SCRIPT, flags(world, out, training_stage="stage2", train_manifest=out / "data")) == 0
     return out / "stage2"
 
 
@@ -125,26 +123,18 @@ def test_stage2_goes_on_from_stage1(out: Path, stage2: Path) -> None:
     assert second[0] == pytest.approx(first[-1], abs=1e-6)
 
 
-def run_here(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int | str | None:
-    """The script inside this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return ended.value.code
-
-
-def test_a_finished_stage_is_not_overwritten(
-    world: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_stage_is_not_overwritten(world: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = adapter(out / "stage1")
-    assert run_here(flags(world, out), monkeypatch) == 2
+    assert run_script(SCRIPT, flags(world, out)) == 2
     assert "is finished and is not overwritten" in capsys.readouterr().err
     assert all(torch.equal(value, before[name]) for name, value in adapter(out / "stage1").items())
 
 
-def test_stage2_without_stage1_says_so_before_any_work(world: Path, tmp_path: Path) -> None:
-    code, errors = run(flags(world, tmp_path, training_stage="stage2"))
-    assert code == 2
+def test_stage2_without_stage1_says_so_before_any_work(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script(SCRIPT, flags(world, tmp_path, training_stage="stage2")) == 2
+    errors = capsys.readouterr().err
     assert errors.startswith("error: stage2 needs stage1 (or --from_base)")
     assert str(tmp_path / "stage1") in errors
     assert not list(tmp_path.iterdir())
@@ -170,14 +160,9 @@ def test_stage2_from_the_base(world: Path, tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_wrong_flags_end_with_2_and_a_message(
-    world: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    changes: dict[str, Any],
-    told: str,
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], told: str
 ) -> None:
-    assert run_here(flags(world, tmp_path, **changes), monkeypatch) == 2
+    assert run_script(SCRIPT, flags(world, tmp_path, **changes)) == 2
     assert told in capsys.readouterr().err
 
 
@@ -194,8 +179,7 @@ def test_a_killed_stage_goes_on_where_it_was(world: Path, out: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (again / "stage1" / "text" / "adapter").exists()
-    code, errors = run(arguments)
-    assert code == 0, errors
+    assert run_script(SCRIPT, arguments) == 0
     expected, found = adapter(out / "stage1"), adapter(again / "stage1")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 

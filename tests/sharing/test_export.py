@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from commands import Command
 from export_world import (
     adapted_logits,
     flip_byte,
@@ -15,14 +16,12 @@ from export_world import (
     heard_through,
     logits,
     make_adapter,
-    make_world,
     nothing_is_left,
     tree,
 )
 from golden_values import Golden
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_cli import Command
 from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgstune import export
@@ -35,22 +34,6 @@ from higgstune.model.load import load_model
 
 TOKENS = {"<|AUDIO|>": 315, "<|audio_eos|>": 312}  # of the golden weights' vocabulary
 GOLDEN = ("base", "audio_attention", "whisper", "whisper_audio_attention")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, a store with Whisper features, a plain adapter and one with both extensions."""
-    folder = make_world(tmp_path_factory.mktemp("export"), whisper=True)
-    make_adapter(folder, folder / "plain")
-    both = Conditioning(audio_attention=True, whisper=heard_through(folder))
-    make_adapter(folder, folder / "both", conditioning=both)
-    return folder
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """`higgstune ...` in this process."""
-    return Command(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -88,7 +71,7 @@ def test_an_original_config_keeps_what_only_it_says() -> None:
 
 
 def test_boson_has_the_names_and_shapes_of_the_reference(world: Path, tmp_path: Path) -> None:
-    result = export(world / "plain", tmp_path / "out", format="boson", device="cpu")
+    result = export(world / "plain" / "adapter", tmp_path / "out", format="boson", device="cpu")
     golden, written = Golden("base"), load_file(result.folder / "model.safetensors")
     assert written.keys() == golden.weights.keys()
     for key, value in golden.weights.items():  # which have 32 codes in a codebook, the real ones 1024
@@ -99,7 +82,7 @@ def test_boson_has_the_names_and_shapes_of_the_reference(world: Path, tmp_path: 
     assert config.keys() - {"torch_dtype"} <= golden.config.keys()
     assert config["text_config"].keys() <= golden.config["text_config"].keys() | {"rope_parameters"}
     model = load_model(result.folder, device="cpu", dtype="float32")
-    assert gap(logits(model, world), adapted_logits(world, world / "plain")) < 5e-5
+    assert gap(logits(model, world), adapted_logits(world, world / "plain" / "adapter")) < 5e-5
     text = (result.folder / "README.md").read_text()
     assert "HiggsAudioServeEngine" in text
     assert (result.folder / "LICENSE").exists()
@@ -121,9 +104,9 @@ def test_boson_has_the_names_of_the_references_extensions(world: Path, tmp_path:
 
 
 def test_native_is_what_transformers_loads(world: Path, tmp_path: Path) -> None:
-    result = export(world / "plain", tmp_path / "out", format="native", base_bits=8, device="cpu")
+    result = export(world / "plain" / "adapter", tmp_path / "out", format="native", base_bits=8, device="cpu")
     plain = HiggsAudioV2ForConditionalGeneration.from_pretrained(result.folder, use_text_head=True)
-    assert gap(logits(plain, world), adapted_logits(world, world / "plain")) < 5e-5
+    assert gap(logits(plain, world), adapted_logits(world, world / "plain" / "adapter")) < 5e-5
     base = load_file(world / "base" / "model.safetensors")
     written = load_file(result.folder / "model.safetensors")
     assert {key: value.shape for key, value in written.items()} == {key: value.shape for key, value in base.items()}
@@ -131,17 +114,17 @@ def test_native_is_what_transformers_loads(world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_peft_is_what_plain_peft_loads(world: Path, tmp_path: Path) -> None:
-    before = tree(world / "plain")
-    result = export(world / "plain", tmp_path / "out", format="peft", device="cpu")
+    before = tree(world / "plain" / "adapter")
+    result = export(world / "plain" / "adapter", tmp_path / "out", format="peft", device="cpu")
     names = {path.name for path in result.folder.iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "higgstune.json", "README.md", "LICENSE"}
     base = HiggsAudioV2ForConditionalGeneration.from_pretrained(world / "base", use_text_head=True)
     plain = PeftModel.from_pretrained(base, result.folder)
-    assert gap(logits(plain, world), adapted_logits(world, world / "plain")) < 1e-6
+    assert gap(logits(plain, world), adapted_logits(world, world / "plain" / "adapter")) < 1e-6
     matter = yaml.safe_load((result.folder / "README.md").read_text().split("---\n")[1])
     assert matter["library_name"] == "peft"
     assert matter["base_model_relation"] == "adapter"
-    assert tree(world / "plain") == before
+    assert tree(world / "plain" / "adapter") == before
     # It is an adapter folder of ours, too, and tells a damaged file.
     moved = shutil.move(result.folder, tmp_path / "moved")
     load_adapter(load_model(world / "base", device="cpu"), moved)
@@ -160,12 +143,12 @@ def test_an_adapter_that_does_nothing_is_not_passed_on(world: Path, tmp_path: Pa
 @pytest.mark.parametrize("format", ["native", "peft"])
 def test_modules_that_would_be_lost_are_named(world: Path, tmp_path: Path, format: str) -> None:
     with pytest.raises(ConfigError, match=r"model\.layers\.\*\.audio_attn.*model\.audio_encoder_proj"):
-        export(world / "both", tmp_path / "out", format=format, device="cpu")
+        export(world / "both" / "adapter", tmp_path / "out", format=format, device="cpu")
     assert nothing_is_left(tmp_path / "out")
 
 
 def test_they_can_be_dropped_for_native(world: Path, tmp_path: Path) -> None:
-    result = export(world / "both", tmp_path / "out", format="native", drop_modules=True, device="cpu")
+    result = export(world / "both" / "adapter", tmp_path / "out", format="native", drop_modules=True, device="cpu")
     assert "model.layers.*.audio_attn" in result.dropped
     HiggsAudioV2ForConditionalGeneration.from_pretrained(result.folder, use_text_head=True)
 
@@ -180,7 +163,7 @@ def snippet(folder: Path) -> str:
 def test_the_cards_snippet_is_python_that_says_the_bits(
     world: Path, tmp_path: Path, format: str, bits: int | None
 ) -> None:
-    folder = export(world / "plain", tmp_path / "out", format=format, base_bits=bits, device="cpu").folder
+    folder = export(world / "plain" / "adapter", tmp_path / "out", format=format, base_bits=bits, device="cpu").folder
     code = snippet(folder)
     called: dict[str, dict[str, Any]] = {}
     run_with_stand_ins(code, called)
@@ -232,7 +215,7 @@ def test_options_that_do_not_go_together_are_refused(
     world: Path, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        export(world / "plain", tmp_path / "out", device="cpu", **options)
+        export(world / "plain" / "adapter", tmp_path / "out", device="cpu", **options)
     assert nothing_is_left(tmp_path / "out")
 
 
@@ -240,7 +223,7 @@ def test_the_command(world: Path, tmp_path: Path, command: Command) -> None:
     code, out, _ = command("export", "--help")
     assert code == 0
     assert "Example: higgstune export" in out
-    arguments = ("export", world / "plain", "--out", tmp_path / "out", "--device", "cpu")
+    arguments = ("export", world / "plain" / "adapter", "--out", tmp_path / "out", "--device", "cpu")
     code, out, err = command(*arguments, "--format", "peft", "--json")
     assert code == 0, err
     assert json.loads(out)["format"] == "peft"

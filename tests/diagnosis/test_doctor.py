@@ -1,0 +1,82 @@
+"""The doctor as a whole: a healthy setup passes, what is named is examined, and the command says how it went."""
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from commands import Command
+from doctor_world import failed, told
+
+from higgstune.diagnosis import doctor
+from higgstune.diagnosis.environment import check_disk, check_versions
+from higgstune.errors import ConfigError
+
+
+def test_a_healthy_setup_has_no_failed_finding(world: Path) -> None:
+    shown: list[str] = []
+    report = doctor(adapter=world / "adapter", data=world / "data", progress=shown.append)
+    assert report.passed, failed(report)
+    assert not report.summary["skipped"]
+    assert {f.check for f in report.findings} == {*examine_checks()}
+    assert "base with adapter" in told(report, "generation", "ok")
+    assert "a base that knows nothing of such speech" in told(report, "loss", "warning")
+    assert "all 50 modules of the adapter are at work" in told(report, "adapter", "ok")
+    assert "(0 of them audio)" not in told(report, "prompt", "ok")
+    assert "checkpoint, model" in shown
+
+
+def examine_checks() -> list[str]:
+    return [
+        "environment", "checkpoint", "rotary", "codec", "data", "prompt", "loss", "adapter", "generation", "memory",
+    ]  # fmt: skip
+
+
+def test_without_anything_the_machine_is_examined() -> None:
+    assert {finding.check for finding in doctor().findings} == {"environment"}
+
+
+def test_wrong_versions_and_a_full_disk_are_found() -> None:
+    assert check_versions().status == "ok"
+
+    def installed(name: str) -> str:
+        if name == "peft":
+            raise metadata.PackageNotFoundError(name)
+        return {"torch": "2.13.0+cpu", "transformers": "4.57.0"}[name]
+
+    wanted = ["torch>=2.6", "transformers>=5.23,<6", "peft>=0.18", 'ruff>=0.11; extra == "dev"']
+    finding = check_versions(wanted, "3.10.1", installed)
+    assert finding.status == "failed"
+    for part in ("Python 3.10.1", "transformers 4.57.0", "peft is not installed"):
+        assert part in finding.message
+    assert [check_disk(free).status for free in (10**7, 10**9, 10**12)] == ["failed", "warning", "ok"]
+
+
+def test_a_device_that_does_not_exist_is_the_callers_mistake() -> None:
+    with pytest.raises(ConfigError, match="unknown device"):
+        doctor(device="toaster")
+    with pytest.raises(ConfigError, match="unknown dtype"):
+        doctor(dtype="int3")
+
+
+def test_the_command_prints_a_table_or_json_and_exits_as_it_should(
+    world: Path,
+    command: Command,
+) -> None:
+    code, out, err = command("doctor", "--adapter", world / "adapter", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["passed"]
+    assert result["summary"]["failed"] == 0
+    assert {"check", "status", "message", "advice"} == result["findings"][0].keys()
+    assert "examining checkpoint" in err
+    code, out, err = command("doctor", "--model", "/no/where")
+    assert code == 1
+    assert "failed" in out
+    assert "/no/where does not exist" in out
+    assert "Traceback" not in err
+    code, _, err = command("doctor", "--device", "toaster")
+    assert code == 2
+    assert "toaster" in err
+    assert command("doctor", "--modle", "x")[0] == 2
+    assert command("doctor")[0] == 0

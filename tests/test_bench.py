@@ -1,0 +1,203 @@
+"""The benches measure equal work on both sides and write what they say; how fast it is, they say elsewhere."""
+
+import importlib
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from higgstune.batch.packed import positions
+from higgstune.batch.packing import PackSize
+from higgstune.data.store import CodeStore
+from higgstune.prompt.rows import RowExamples
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+HERE: Any = {"repeats": 1, "threads": 1, "fresh": False}  # in this process
+
+
+@pytest.fixture(autouse=True)
+def _bench_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+def bench(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def test_the_table_has_the_median_the_spread_and_the_ratio_of_what_ran_side_by_side() -> None:
+    report = bench("report")
+    row = report.Row("speed", [10, 20, 40], [30, 40, 40], "tokens/s")
+    assert row.ratios == [3, 2, 1]
+    table = report.table([row, report.Row("alone", None, [2000.4], "s")]).splitlines()
+    assert table[2] == "| speed | tokens/s | 20 (10 to 40) | 40 (30 to 40) | 2 (1 to 3) |"
+    assert table[3] == "| alone | s | - | 2,000 | - |"
+    with pytest.raises(ValueError, match="zip"):
+        _ = report.Row("uneven", [1, 2], [1], "s").ratios
+
+
+def test_json_has_all_repeats_the_settings_and_the_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = bench("report")
+    path = tmp_path / "out.json"
+    report.finish("speed", [report.Row("a", [1, 2, 4], [2, 4, 4], "s")], Namespace(json=path, folder=tmp_path), more=3)
+    assert "| a | s | 2 (1 to 4) | 4 (2 to 4) | 2 (1 to 2) |" in capsys.readouterr().out
+    written = json.loads(path.read_text())
+    assert written["rows"] == [{"name": "a", "unit": "s", "baseline": [1, 2, 4], "ours": [2, 4, 4], "ratio": 2}]
+    assert (written["bench"], written["more"], written["settings"]["folder"]) == ("speed", 3, str(tmp_path))
+    assert written["machine"]["cores"] >= 1
+    assert written["machine"]["torch"]
+
+
+def test_a_fresh_process_has_a_memory_of_its_own_and_its_threads_are_set(tmp_path: Path) -> None:
+    report = bench("report")
+    ballast = np.ones(60_000_000)  # 480 MB, which a child's getrusage would begin with
+    found = report.Case(report.machine).run()
+    assert found["cores"] >= 1
+    assert 5e6 < found["peak_bytes"] < ballast.nbytes / 2
+    with pytest.raises(RuntimeError, match="report.Case failed:[^$]*unexpected keyword"):
+        report.Case(report.Case, {"no": 1}).run()
+
+
+def test_both_sides_take_turns_and_must_do_the_same() -> None:
+    report = bench("report")
+    called = []
+
+    def case(name: str, tokens: int) -> dict[str, Any]:
+        called.append(name)
+        with report.Meter() as meter:
+            np.ones((300, 300)) @ np.ones((300, 300))
+        return meter.found(tokens=tokens)
+
+    cases = {name: report.Case(case, {"name": name, "tokens": 7}) for name in ("baseline", "ours")}
+    found = report.alternate(cases, repeats=2, fresh=False)
+    assert called == ["baseline", "ours"] * 2
+    assert report.same_work(*found.values(), counted="tokens") == 7
+    assert report.rates(found["ours"], "tokens") == [7 / one["cpu_seconds"] for one in found["ours"]]
+    assert all(0 < one["cpu_seconds"] for one in found["ours"])
+    found["ours"][1]["tokens"] = 6
+    with pytest.raises(ValueError, match=r"tokens is \[6, 7\]"):
+        report.same_work(*found.values(), counted="tokens")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store and the manifests of the same 30 rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        stores = bench("stores")
+        made: Path = tmp_path_factory.mktemp("bench") / "store-30"
+        stores.write_as_earlier_trainers(stores.make_store(made, 30), made)
+    return made
+
+
+def test_both_data_sets_give_the_same_examples(folder: Path) -> None:
+    stores = bench("stores")
+    prompter = stores.demo_prompter()
+    ours = RowExamples(CodeStore.open(folder).split("train"), prompter, "transcript")
+    codes = np.concatenate([row.codes for row in ours.rows])
+    assert len(np.unique(codes)) > 900  # random ones, of all 1024
+    assert len({len(example) for example in map(ours.__getitem__, range(30))}) > 10  # unequal lengths
+    for arrays in (False, True):
+        theirs = stores.ManifestExamples(folder, prompter, arrays=arrays)
+        assert len(theirs) == len(ours) == 30
+        for i in range(30):
+            for name in ("input_ids", "audio_input_ids", "text_labels", "audio_labels"):
+                np.testing.assert_array_equal(getattr(theirs[i], name), getattr(ours[i], name))
+
+
+def test_data_path(folder: Path) -> None:
+    data_path = bench("data_path")
+    found = {kind: data_path.passage(str(folder), kind) for kind in data_path.KINDS}
+    assert len({(one["rows"], one["tokens"], one["cells"]) for one in found.values()}) == 1
+    examples = RowExamples(CodeStore.open(folder).split("train"), bench("stores").demo_prompter(), "transcript")
+    assert found["store"]["tokens"] == sum(len(examples[i]) for i in range(30)) == examples.lengths().sum()
+    rows = data_path.measure(folder, 30, **HERE)
+    assert {row.unit for row in rows} == {"rows/CPU-s", "tokens/CPU-s"}
+    assert all(len(row.ratios) == 1 and row.ours[0] > 0 for row in rows)
+    row = data_path.encoding_row(folder, seconds=0.4, size="small", **HERE)
+    assert row.ratios[0] < 1
+
+
+def test_training_that_waits_counts_its_own_steps(folder: Path) -> None:
+    data_path = bench("data_path")
+    found = [data_path.waiting(str(folder), kind, workers=0, steps=2, tokens=800) for kind in ("json", "store")]
+    assert found[0]["tokens"] == found[1]["tokens"] > 800
+    assert all(0 < one["waited_percent"] < 100 for one in found)
+    examples = RowExamples(CodeStore.open(folder).split("train"), bench("stores").demo_prompter(), "transcript")
+    packs = list(data_path.PackLoader(examples, PackSize(tokens=800), seed=0))
+    assert found[0]["tokens"] == sum(positions(pack) for pack in packs[1:3])
+
+
+def test_codec() -> None:
+    codec = bench("codec")
+    rows, equal = codec.measure("small", 2, 0.4, **HERE)
+    assert [row.baseline is None for row in rows] == [False, True, False, True]
+    assert equal == {"encode": 100, "decode": 100}
+    single, batch = (codec.higgs(together, "small", 3, 0.4) for together in (False, True))
+    assert single["shape"] == batch["shape"] == [3, 10, 8]
+    assert single["seconds"] == batch["seconds"] == pytest.approx(1.2)
+    assert min(single["different"], batch["different"]) > 30  # codes follow the noise
+
+
+def test_codec_sees_codes_that_a_batch_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = bench("codec")
+    together = codec.encode_together
+    monkeypatch.setattr(codec, "encode_together", lambda *given: together(*given)[:, ::-1])
+    assert codec.higgs(True, "small", 2, 0.4)["encode_equal"] < 0.5
+
+
+def test_generation_runs_the_model_as_often_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    generation = bench("generation")
+    native_class = generation.HiggsAudioV2ForConditionalGeneration
+    forward, calls = native_class.forward, []
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(native_class, "forward", counted)
+    numbers = []
+    for side in (generation.native, generation.ours):
+        calls.clear()
+        found = side(batch=2, frames=5, scale=16, layers=1)
+        assert found["frames"] == 10
+        assert found["kinds"] > 20
+        numbers.append(len(calls))
+    assert numbers[0] == numbers[1] > 5
+    rows = generation.measure([1], 4, scale=16, layers=1, **HERE)
+    assert [row.unit for row in rows] == ["frames/CPU-s"]
+    assert rows[0].ratios[0] > 0
+
+
+def test_growth(tmp_path: Path) -> None:
+    growth = bench("growth")
+    curves = growth.measure_training(lengths=[1, 2], counts=[1, 3], tokens=150, scale=16, layers=1, **HERE)
+    curves |= growth.measure_store(tmp_path, [20, 40], most=30, **HERE)
+    assert set(curves) == {"clip", "token", "examples", "opening", "lengths", "plan", "pass", "memory", "codes"}
+    assert list(curves["examples"]) == [1, 3]
+    assert sum(len(row.codes) * 16 for row in CodeStore.open(tmp_path / "store-40")) == curves["codes"][40][0]
+    growth.draw(curves, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+    rows = growth.rows_of(curves)
+    assert len(rows) == 7
+    (tmp_path / "growth.json").write_text(json.dumps({"curves": curves}))
+    assert growth.earlier_curves(tmp_path / "growth.json") == curves
+
+
+def test_slopes_of_growth() -> None:
+    growth = bench("growth")
+    assert growth.slope({1: [2, 2, 9], 10: [20], 100: [200]}) == pytest.approx(1)
+    assert growth.slope({1: [1], 10: [100]}) == pytest.approx(2)
+    (row,) = growth.rows_of({"plan": {10: [1.0], 100: [30.0]}})
+    assert (row.baseline, row.ratios) == ([10.0], [3.0])
+
+
+@pytest.mark.parametrize("name", ["data_path", "codec", "generation", "growth"])
+def test_help_has_an_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        bench(name).main()
+    assert f"example: python bench/{name}.py" in capsys.readouterr().out
