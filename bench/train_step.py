@@ -14,8 +14,7 @@ from typing import Any
 from report import Case, Found, Meter, Row, alternate, finish, parser, peak_bytes, rates, same_work, say, values
 
 BATCH_SIZES = (1, 2, 4, 8)
-CUDA_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-CUDA_BATCH_TOKENS = (4096, 8192, 16384, 32768)
+VARIANTS = ("no-prefix", "peft-lora", "compiled")  # ours with one idea taken away, or one added
 TARGETS = r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|(?:audio_)?mlp\.(?:gate|up|down)_proj)"
 
 
@@ -32,12 +31,16 @@ def main() -> None:
     orders = ("random",) if arguments.quick else ("random", "grouped")
     best = {order: _best_size(order, sizes, settings, arguments) for order in orders}
     cases = {order: _baseline(order, best[order], settings) for order in orders} | {"ours": Case(ours, settings)}
+    cases |= {variant: Case(ours, settings | {"variant": variant}) for variant in arguments.variants}
     found = alternate(cases, repeats=arguments.repeats, threads=arguments.threads)
     same_work(*found.values(), counted="tokens")
     ours_rate = rates(found["ours"], "tokens")
     rows = [
         Row(f"{order}, batch {best[order]}", rates(found[order], "tokens"), ours_rate, "tokens/CPU-s")
         for order in orders
+    ]
+    rows += [
+        Row(f"ours, {name}", rates(found[name], "tokens"), ours_rate, "tokens/CPU-s") for name in arguments.variants
     ]
     if not arguments.quick:
         rows += _memory(settings, arguments)
@@ -61,6 +64,7 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--sigma", type=float, default=0.6, help="of its logarithm")
     made.add_argument("--rank", type=int, default=16, help="of the LoRA")
     made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--variants", nargs="*", choices=VARIANTS, default=[], help="measure these beside ours")
     made.add_argument("--min-ratio", type=float, help="exit with 1 where random order is not that many times slower")
     return made.parse_args()
 
@@ -140,31 +144,38 @@ def baseline(*, order: str, batch_size: int, **settings: Any) -> Found:
     return _measured(step, batches, examples)
 
 
-def ours(*, batch_tokens: int, **settings: Any) -> Found:
+def ours(*, batch_tokens: int, variant: str = "", **settings: Any) -> Found:
     """A pass over the same clips, packed."""
     import numpy as np
 
     from higgstune.batch.packed import pack
     from higgstune.batch.packing import PackSampler, PackSize, fill
+    from higgstune.model import fused
     from higgstune.model.forward import with_training_forward
     from higgstune.model.loss import LossWeights, combine, label_counts
 
     examples, model, optimizer = _world(settings)
-    config = with_training_forward(model.get_base_model()).config
+    base = with_training_forward(model.get_base_model())
+    config, share_prefix = base.config, variant != "no-prefix"
+    if variant == "peft-lora":
+        fused._plain_lora = lambda layer: None
+    if variant == "compiled":
+        for layer in base.model.layers:
+            layer.compile(dynamic=True)
     lengths = np.array([len(example) for example in examples])
     packs = PackSampler(lengths, PackSize(tokens=batch_tokens), seed=settings["seed"]).packs(0)
     rows = 0
 
     def step(chosen: list[int]) -> None:
         nonlocal rows
-        batch = pack([examples[i] for i in chosen])
+        batch = pack([examples[i] for i in chosen], share_prefix=share_prefix)
         rows += len(batch["from_sequence"])
         counts = label_counts(batch, eos_id=config.audio_stream_eos_id)
         combine(model(**batch), counts, LossWeights()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    found = _measured(step, packs, examples)
+    found = _measured(step, packs, examples, warm_up=2 if variant == "compiled" else 1)
     warm_up = len(pack([examples[i] for i in packs[0]])["from_sequence"])
     return found | {"rows": rows - warm_up, "fill": fill(packs, lengths, batch_tokens)}
 
@@ -188,8 +199,11 @@ def _world(settings: dict[str, Any]) -> tuple[list[Any], Any, Any]:
     return examples, adapted, torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
 
-def _measured(step: Callable[[list[int]], None], batches: list[list[int]], examples: list[Any]) -> Found:
-    step(batches[0])  # libraries initialise themselves, optimizer states are made
+def _measured(
+    step: Callable[[list[int]], None], batches: list[list[int]], examples: list[Any], *, warm_up: int = 1
+) -> Found:
+    for batch in batches[:warm_up]:  # libraries initialise themselves, optimizer states are made
+        step(batch)
     meter = Meter()
     with meter:
         for batch in batches:

@@ -13,6 +13,7 @@ import torch
 from fake_codec import FakeCodec
 from golden_values import Golden
 from tiny_checkpoint import random_codes, tiny_prompter
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
 from higgstune.batch.packed import pack
@@ -255,3 +256,27 @@ def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path: Path, monkeyp
     again.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     assert not list(tmp_path.glob("checkpoint-*/*.bin"))
+
+
+class CountedReads(TorchDispatchMode):
+    """Counts values that the host reads: on a GPU it waits for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads += any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "masked_select"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_but_whether_the_one_before_was_finite(tmp_path: Path) -> None:
+    _, prompter = loaded_and_prompter()
+    data = [example(prompter, 5 + i % 4, seed=i) for i in range(20)]  # one epoch: a new one may read
+    reads = {}
+    for steps in (3, 9):
+        run = trainer(tmp_path / str(steps), data=data, max_steps=steps, logging_steps=100)
+        with CountedReads() as counted:
+            run.train()
+        reads[steps] = counted.reads
+    assert reads[9] - reads[3] == 6

@@ -37,9 +37,12 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
         hidden = self._hidden(**batch)
         assert self.text_lm_head is not None  # see `with_training_forward`
         audio = head_sums(
-            hidden[audio_positions], self.audio_lm_head.weight, audio_targets, eos_id=self.config.audio_stream_eos_id
+            hidden.index_select(0, audio_positions),
+            self.audio_lm_head.weight,
+            audio_targets,
+            eos_id=self.config.audio_stream_eos_id,
         )
-        text = head_sums(hidden[text_positions], self.text_lm_head.weight, text_targets[:, None])
+        text = head_sums(hidden.index_select(0, text_positions), self.text_lm_head.weight, text_targets[:, None])
         return {
             **{f"audio_{key}": value for key, value in audio.items()},
             **{f"text_{key}": value[0] for key, value in text.items()},
