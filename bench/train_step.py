@@ -164,20 +164,20 @@ def ours(*, batch_tokens: int, variant: str = "", **settings: Any) -> Found:
             layer.compile(dynamic=True)
     lengths = np.array([len(example) for example in examples])
     packs = PackSampler(lengths, PackSize(tokens=batch_tokens), seed=settings["seed"]).packs(0)
-    rows = 0
+
+    def packed(chosen: list[int]) -> Any:
+        return pack([examples[i] for i in chosen], share_prefix=share_prefix)
 
     def step(chosen: list[int]) -> None:
-        nonlocal rows
-        batch = pack([examples[i] for i in chosen], share_prefix=share_prefix)
-        rows += len(batch["from_sequence"])
+        batch = packed(chosen)
         counts = label_counts(batch, eos_id=config.audio_stream_eos_id)
         combine(model(**batch), counts, LossWeights()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     found = _measured(step, packs, examples, warm_up=2 if variant == "compiled" else 1)
-    warm_up = len(pack([examples[i] for i in packs[0]])["from_sequence"])
-    return found | {"rows": rows - warm_up, "fill": fill(packs, lengths, batch_tokens)}
+    rows = sum(len(packed(chosen)["from_sequence"]) for chosen in packs)
+    return found | {"rows": rows, "fill": fill(packs, lengths, batch_tokens)}
 
 
 def _world(settings: dict[str, Any]) -> tuple[list[Any], Any, Any]:

@@ -17,6 +17,7 @@ from higgstune.batch.loader import PackLoader, example_lengths
 from higgstune.batch.packed import pack
 from higgstune.batch.packing import PackSize
 from higgstune.batch.padded import PaddedCollator
+from higgstune.errors import CheckpointError
 from higgstune.model.adapters import Lora, StageKind, add_lora
 from higgstune.model.conditioning import Conditioning, WhisperShape, add_conditioning, base_of
 from higgstune.model.forward import with_training_forward
@@ -215,6 +216,14 @@ def test_native_calls_stay_native() -> None:
         before = model(**inputs).logits
         after = with_training_forward(with_training_forward(model))(**inputs).logits
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "gelu"}, {"attention_dropout": 0.1}])
+def test_an_architecture_that_is_not_computed_is_refused(change: dict[str, Any]) -> None:
+    model, _ = tiny_prompter(codes=CODES)
+    model.config.update(change)
+    with pytest.raises(CheckpointError, match="knows silu without attention dropout"):
+        with_training_forward(model)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

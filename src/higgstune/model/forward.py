@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import HiggsAudioV2ForConditionalGeneration
 
+from higgstune.errors import CheckpointError
 from higgstune.model.fused import Order
 from higgstune.model.loss import Sums, head_sums
 from higgstune.model.packed import Places, Runs, with_packed_layers
@@ -95,8 +96,17 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
 
 
 def with_training_forward(model: HiggsAudioV2ForConditionalGeneration) -> HiggsAudioForTraining:
-    """Exchange the class of a native model and of its layers in place; its text head must be loaded."""
+    """Exchange the class of a native model and of its layers in place; its text head must be loaded.
+
+    Raises CheckpointError for an architecture that the packed layers do not compute.
+    """
     assert model.text_lm_head is not None, "load the model through load_model: it needs its text head"
+    config = model.config
+    if config.hidden_act != "silu" or config.attention_dropout:
+        raise CheckpointError(
+            f"the checkpoint has hidden_act {config.hidden_act!r} and attention_dropout {config.attention_dropout}: "
+            "training knows silu without attention dropout, as the released one has them"
+        )
     with_packed_layers(model.model.layers)
     model.__class__ = HiggsAudioForTraining
     assert isinstance(model, HiggsAudioForTraining)
