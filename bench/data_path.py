@@ -60,11 +60,11 @@ def _loader(examples: Any, kind: str) -> DataLoader[Any]:
     return DataLoader(examples, BATCH_SIZE, shuffle=True, collate_fn=collator)
 
 
-def waiting(folder: str, kind: str, workers: int, steps: int, tokens: int = BATCH_TOKENS) -> Found:
+def waiting(folder: str, kind: str, workers: int, steps: int, tokens: int = BATCH_TOKENS, layers: int = 4) -> Found:
     """Training the miniature for some steps on packs of either data set, and how long it waits for the next one."""
     from miniature import Training, small_config
 
-    config = small_config()
+    config = small_config(scale=16, layers=layers)
     prompter = Prompter(demo_prompter().tokenizer, SpecialIds.from_config(config))
     loader = PackLoader(examples_of(Path(folder), kind, prompter), PackSize(tokens=tokens), seed=0, workers=workers)
     training = Training(config)
@@ -159,7 +159,7 @@ def main() -> None:
     """Measure, print, write."""
     asked = parser(__doc__ or "", EXAMPLE)
     asked.add_argument("--rows", type=int, nargs="+", metavar="N", help="sizes of the store (default: 1000 10000)")
-    asked.add_argument("--steps", type=int, default=40, help="training steps that may wait (default: 40)")
+    asked.add_argument("--steps", type=int, default=15, help="training steps that may wait (default: 15)")
     asked.add_argument("--encode-seconds", type=float, default=4.0, help="audio to encode with the full-size codec")
     asked.add_argument("--folder", type=Path, help="keep stores and manifests there, and use those of an earlier run")
     given = asked.parse_args()

@@ -62,14 +62,15 @@ def native(batch: int, frames: int, scale: int, layers: int, device: str = "cpu"
         "top_k": SAMPLING.top_k,
         "top_p": SAMPLING.top_p,
     }
-    steps = frames + config.num_codebooks + 1  # row 0, the frames, and the delay of the last codebook and its EOS
-    model.generate(**inputs, **drawn, max_new_tokens=3)
+    more = config.num_codebooks + 1  # row 0, and the delay of the last codebook with its EOS
+    steps = frames + more
+    model.generate(**inputs, **drawn, max_new_tokens=2 + more)
     torch.manual_seed(0)
     with Meter() as meter:
         rows = model.generate(**inputs, **drawn, max_new_tokens=steps)
     if rows.shape[1] != steps or (rows == config.audio_stream_eos_id).any():
         raise RuntimeError(f"the native model ended by itself after {rows.shape[1]} of {steps} rows")
-    return meter.found(frames=batch * (rows.shape[1] - config.num_codebooks - 1), kinds=len(rows.unique()))
+    return meter.found(frames=batch * (rows.shape[1] - more), kinds=len(rows.unique()))
 
 
 def measure(

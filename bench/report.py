@@ -74,14 +74,25 @@ def _cpu_seconds() -> float:
 
 def peak_bytes() -> int:
     """The largest resident memory of this process so far. Of this program alone, whatever started it."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would begin with the memory of the process that started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
+    of_process = _status()
+    if "VmHWM" in of_process:  # getrusage would begin with the memory of the process that started this one
+        return of_process["VmHWM"]
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def own_bytes() -> int | None:
+    """The resident memory of this process without pages of mapped files; None where the system does not say."""
+    return _status().get("RssAnon")
+
+
+def _status() -> dict[str, int]:
+    """What Linux says of this process's memory, in bytes; elsewhere nothing."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
 
 
 @dataclass(frozen=True)

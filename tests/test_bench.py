@@ -1,5 +1,6 @@
 """The benches measure equal work on both sides and write what they say; how fast it is, they say elsewhere."""
 
+import functools
 import importlib
 import json
 import sys
@@ -57,7 +58,7 @@ def test_a_fresh_process_has_a_memory_of_its_own_and_its_threads_are_set(tmp_pat
     found = report.Case(report.machine).run()
     assert found["cores"] >= 1
     assert 5e6 < found["peak_bytes"] < ballast.nbytes / 2
-    with pytest.raises(RuntimeError, match="report.Case failed:[^$]*unexpected keyword"):
+    with pytest.raises(RuntimeError, match=r"report\.Case failed:(.|\n)*unexpected keyword"):
         report.Case(report.Case, {"no": 1}).run()
 
 
@@ -76,7 +77,7 @@ def test_both_sides_take_turns_and_must_do_the_same() -> None:
     assert called == ["baseline", "ours"] * 2
     assert report.same_work(*found.values(), counted="tokens") == 7
     assert report.rates(found["ours"], "tokens") == [7 / one["cpu_seconds"] for one in found["ours"]]
-    assert all(0 < one["cpu_seconds"] for one in found["ours"])
+    assert all(one["cpu_seconds"] > 0 for one in found["ours"])
     found["ours"][1]["tokens"] = 6
     with pytest.raises(ValueError, match=r"tokens is \[6, 7\]"):
         report.same_work(*found.values(), counted="tokens")
@@ -123,7 +124,9 @@ def test_data_path(folder: Path) -> None:
 
 def test_training_that_waits_counts_its_own_steps(folder: Path) -> None:
     data_path = bench("data_path")
-    found = [data_path.waiting(str(folder), kind, workers=0, steps=2, tokens=800) for kind in ("json", "store")]
+    found = [
+        data_path.waiting(str(folder), kind, workers=0, steps=2, tokens=800, layers=1) for kind in ("json", "store")
+    ]
     assert found[0]["tokens"] == found[1]["tokens"] > 800
     assert all(0 < one["waited_percent"] < 100 for one in found)
     examples = RowExamples(CodeStore.open(folder).split("train"), bench("stores").demo_prompter(), "transcript")
@@ -154,6 +157,7 @@ def test_generation_runs_the_model_as_often_on_both_sides(monkeypatch: pytest.Mo
     native_class = generation.HiggsAudioV2ForConditionalGeneration
     forward, calls = native_class.forward, []
 
+    @functools.wraps(forward)
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return forward(self, *args, **kwargs)

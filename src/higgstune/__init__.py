@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from higgstune.model.load import load_model as load_model
     from higgstune.model.load import load_model_and_tokenizers as load_model_and_tokenizers
     from higgstune.model.whisper import load_whisper as load_whisper
+    from higgstune.planning.report import plan as plan
     from higgstune.prompt.delay import build_frames as build_frames
     from higgstune.prompt.template import render as render
     from higgstune.sharing.formats import export as export
@@ -38,6 +39,7 @@ _HOME = {
     "load_recipe": "higgstune.training.recipe",
     "load_whisper": "higgstune.model.whisper",
     "merge": "higgstune.sharing.merge",
+    "plan": "higgstune.planning.report",
     "prepare": "higgstune.data.prepare",
     "render": "higgstune.prompt.template",
     "speak": "higgstune.generate.speak",

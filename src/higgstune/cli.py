@@ -178,17 +178,31 @@ def inspect(
 @app.command(epilog="Example: higgstune train recipes/voice.yaml --out runs/voice --set data.store=data/voice")
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe in YAML; see recipes/.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, such as stages.0.learning_rate=5e-5; may be repeated.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on where the run stopped.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print memory, steps and time, and train nothing; exit code 1: does not fit.")
+    ] = False,
+    memory: Annotated[
+        str | None, typer.Option(help="With --plan: what the device has, such as 16GB, in place of what is free.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="With --plan: cpu or cuda, which need not be here.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train the stages of a recipe, and prove that what was saved is what was trained."""
     from higgstune.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    if plan:
+        _show_plan(loaded, memory, device, as_json)
+        return
+    if memory is not None or device is not None:
+        raise ConfigError("--memory and --device belong to --plan; a run's device is model.device of the recipe")
+    if out is None:
+        raise ConfigError("give --out, the folder of the run (or --plan, which trains nothing)")
     from higgstune.training.run import train as run
 
     result = run(loaded, out, resume=resume)
@@ -196,6 +210,22 @@ def train(
         name: {key: value for key, value in stage.items() if key != "history"} for name, stage in result.stages.items()
     }
     _result({"run": str(result.folder), "adapter": str(result.adapter), "stages": stages}, as_json)
+
+
+def _show_plan(recipe: Any, memory: str | None, device: str | None, as_json: bool) -> None:
+    from higgstune.planning.report import plan
+
+    found = plan(recipe, memory=memory, device=device)
+    if as_json:
+        _result(found.as_json(), as_json)
+    else:
+        table = Table("", *(f"{stage.name} ({stage.kind})" for stage in found.plan.stages))
+        for row in found.rows():
+            table.add_row(*row)
+        Console().print(table)
+        typer.echo(found.verdict())
+    if found.fits is False:
+        raise typer.Exit(1)
 
 
 @app.command(epilog='Example: higgstune speak "Hello there." --adapter runs/voice --out hello.wav')
@@ -226,6 +256,7 @@ def speak(
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the base at the hub.")] = None,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="4bit: the base in 4 bits, for a small GPU.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Speak a text, or each line of a file."""
@@ -255,6 +286,7 @@ def speak(
             device=device,
             dtype=dtype,
             revision=revision,
+            quantize=quantize,  # type: ignore[arg-type]
             on_spoken=lambda done: bar("speaking", done, 1 if isinstance(said, str) else len(said)),
         )
     _result({"files": [str(path) for path in files]}, as_json)

@@ -17,6 +17,7 @@ from higgstune.model.checksums import FILES, check_checksums, folder_card
 from higgstune.model.conditioning import CONDITIONING_KEY, base_of, is_conditioning_key
 from higgstune.model.convert import native_config, native_state
 from higgstune.model.layout import MODEL_TYPES, Layout, read_json
+from higgstune.model.quantize import dequantized
 
 CHECK = "checkpoint"
 ROTARY = "rotary"
@@ -110,7 +111,8 @@ def check_weights(model: Any) -> list[Finding]:
     """Loaded weights are finite, none is all zero, and no pathway is a copy of the other."""
     broken, zero = [], []
     for name, weight in base_of(model).named_parameters():
-        low, high = (bound.item() for bound in torch.aminmax(weight.detach()))  # NaN makes both NaN
+        # NaN makes both NaN, and in 4 bits all of a weight, by the mean of its scales.
+        low, high = (bound.item() for bound in torch.aminmax(dequantized(weight).detach()))
         if not (low > -torch.inf and high < torch.inf):
             broken.append(name)
         elif low == high == 0 and not _starts_at_zero(name):

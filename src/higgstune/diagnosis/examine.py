@@ -254,7 +254,9 @@ class _Examination:
         return [Finding("checkpoint", "ok", f"the tokenizer has {len(tokenizer)} tokens and fits the config")]
 
     def _load_model(self) -> list[Finding]:
-        self.model = load_model(self.folder, dtype=self.dtype, device=self.device)
+        # As it will be trained: its memory was compared so, and on a small GPU it does not fit otherwise.
+        quantize = None if self.recipe is None else self.recipe.model.quantize
+        self.model = load_model(self.folder, dtype=self.dtype, device=self.device, quantize=quantize)
         found = checkpoints.check_weights(self.model)
         return self._if_failed(found, "finite weights", "the checkpoint's weights are broken")
 
@@ -369,11 +371,12 @@ class _Examination:
             size = file.stat().st_size if file is not None and file.exists() else 0
             plan = memory.speaking_plan(self.config, dtype, size, audio_attention=attention)
         else:
-            positions = None
-            if self.store is not None:
-                rows = self.store
-                positions = memory.positions_of(rows.frames, rows.context_frames, self.config.num_codebooks)
-            plan = memory.largest_training_plan(self.recipe, self.config, dtype, positions, audio_attention=attention)
+            if self.store is None:
+                return [Finding("memory", "skipped", "without data there is no training to plan")]
+            settings = self.recipe.model.model_copy(update={"checkpoint": str(self.folder), "dtype": self.dtype})
+            data = self.recipe.data.model_copy(update={"store": str(self.store.folder)})
+            changed = self.recipe.model_copy(update={"model": settings, "data": data})
+            plan = memory.training_plan(changed, self.device)
         free = memory.free_memory(self.device)
         if plan.weights > free:
             self.absent["enough memory"] = "the weights do not fit in the memory that is free"

@@ -1,24 +1,22 @@
 """Whether the plan fits: bytes that training or speaking will need, against those that are free."""
 
-import re
 from dataclasses import dataclass
 
-import numpy as np
-import psutil
 import torch
-from peft import LoraConfig
 from torch import nn
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgstune.diagnosis.checkpoint import empty_model
 from higgstune.diagnosis.report import Finding
-from higgstune.model.adapters import AttentionTraining, Lora, StageKind
 from higgstune.model.conditioning import Conditioning, add_conditioning
+from higgstune.planning.device import free_memory
+from higgstune.planning.rehearsal import ADAPTER, GRADIENTS, OPTIMIZER, WEIGHTS
 from higgstune.training.recipe import Recipe
+
+__all__ = ["CHECK", "Plan", "check_memory", "free_memory", "speaking_plan", "training_plan"]
 
 CHECK = "memory"
 _LITTLE = 0.1  # of what is free
-_TRAINED = 16  # bytes of a trained parameter: weight, gradient and two moments of AdamW, in float32
 _PROMPT = 100  # positions before the target, where no data tells
 _SECONDS = 30.0  # of the longest clip, where no data tells
 
@@ -30,7 +28,7 @@ class Plan:
     what: str
     weights: int
     trained: int  # adapter, gradients, optimizer
-    activations: int  # or, in speaking, the KV cache
+    activations: int  # and all else that training needs for a moment; in speaking, the KV cache
 
     @property
     def total(self) -> int:
@@ -38,57 +36,22 @@ class Plan:
         return self.weights + self.trained + self.activations
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, with what this process holds and does not use, or in RAM."""
-    if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+def training_plan(recipe: Recipe, device: torch.device) -> Plan:
+    """What the stage that needs most will take beside this process: as `higgstune train --plan` says.
 
+    Raises CheckpointError, DataError or ConfigError for what the recipe names and is not there.
+    """
+    from higgstune.planning.plan import Planner, machine_for  # which reads checkpoints as this package does
 
-def largest_training_plan(
-    recipe: Recipe, config: HiggsAudioV2Config, dtype: torch.dtype, positions: int | None, *, audio_attention: bool
-) -> Plan:
-    """The plan of the stage that needs most. `positions` are those of the longest row, None where no data tell."""
-    conditioning = Conditioning(audio_attention=audio_attention or bool(recipe.model.audio_attention))
-    plans = [
-        training_plan(
-            config,
-            dtype,
-            recipe.lora,
-            stage.kind,
-            conditioning=conditioning,
-            attention=recipe.model.audio_attention or "lora",
-            positions=positions,
-            batch_size=stage.batch_size,
-            gradient_checkpointing=recipe.gradient_checkpointing,
-        )
-        for stage in recipe.stages
-    ]
-    return max(plans, key=lambda plan: plan.total)
-
-
-def training_plan(
-    config: HiggsAudioV2Config,
-    dtype: torch.dtype,
-    lora: Lora,
-    kind: StageKind,
-    *,
-    conditioning: Conditioning,
-    attention: AttentionTraining,
-    positions: int | None,
-    batch_size: int,
-    gradient_checkpointing: bool,
-) -> Plan:
-    """Memory of an optimizer step on `batch_size` clips of `positions` positions (None: of 30 s)."""
-    model = _empty_model(config, conditioning)
-    length = positions or _longest(config)
-    activations = activation_bytes(config, batch_size, length, dtype, gradient_checkpointing=gradient_checkpointing)
+    planner = Planner(recipe, machine_for(recipe, device=device.type))
+    stage = max(planner.plan().stages, key=lambda stage: stage.peak)
+    trained = stage.memory[ADAPTER] + stage.memory[GRADIENTS] + stage.memory[OPTIMIZER]
+    weights = stage.memory[WEIGHTS]
     return Plan(
-        f"training a {kind} stage, {batch_size} x {length} positions",
-        weights=_weight_bytes(model, dtype),
-        trained=_TRAINED * trained_parameters(model, lora.config(kind, conditioning, attention)),
-        activations=activations,
+        f"training a {stage.kind} stage, packs of up to {stage.positions} positions",
+        weights=weights,
+        trained=trained,
+        activations=stage.peak - planner.process - weights - trained,
     )
 
 
@@ -106,35 +69,6 @@ def speaking_plan(
         trained=0,
         activations=per_position * _longest(config),
     )
-
-
-def activation_bytes(
-    config: HiggsAudioV2Config, clips: int, positions: int, dtype: torch.dtype, *, gradient_checkpointing: bool
-) -> int:
-    """What the forward pass of `clips` clips of `positions` positions keeps for the backward pass, and the logits.
-
-    The factors were counted on small models with `torch.autograd.graph.saved_tensors_hooks`.
-    """
-    hidden, inner, width = config.hidden_size, config.intermediate_size, dtype.itemsize
-    layer = 7 * hidden * 4 + 4 * inner * width  # norms and LoRA compute in float32
-    layers = config.num_hidden_layers
-    body = layers * hidden * width + layer if gradient_checkpointing else layers * layer
-    logit = 2 * 4 + width  # as computed, its log-softmax, its gradient
-    audio = positions * config.num_codebooks * config.codebook_size * logit
-    text = _PROMPT * config.vocab_size * logit
-    return clips * (positions * body + audio + text)
-
-
-def trained_parameters(model: nn.Module, config: LoraConfig) -> int:
-    """Parameters that a stage trains: LoRA on its layers, and modules that are trained in full."""
-    targets, saved = re.compile(str(config.target_modules)), tuple(config.modules_to_save or ())
-    total = 0
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in saved:
-            total += sum(parameter.numel() for parameter in module.parameters())
-        elif isinstance(module, nn.Linear) and targets.fullmatch(name):
-            total += config.r * (module.in_features + module.out_features) + config.use_dora * module.out_features
-    return total
 
 
 def check_memory(plan: Plan, free: int, *, device: str) -> Finding:
@@ -155,8 +89,8 @@ def _advice(plan: Plan) -> str:
     if not plan.trained:
         return "close what else uses the memory, or use a GPU with more of it; in bfloat16 the weights take half"
     return (
-        "a smaller batch_size with more gradient_accumulation, gradient_checkpointing: true, shorter clips, a smaller "
-        "lora.r, or a GPU with more memory"
+        "`higgstune train --plan` says what would fit: gradient_checkpointing, a smaller batch_tokens with more "
+        "gradient_accumulation, model.quantize: 4bit; also shorter clips, a smaller lora.r, or a GPU with more memory"
     )
 
 
@@ -178,10 +112,3 @@ def _size(size: int) -> str:
     if size < 1e9:
         return f"{size / 1e6:.0f} MB"
     return f"{size / 1e9:.1f} GB"
-
-
-def positions_of(frames: np.ndarray, context_frames: np.ndarray, codebooks: int) -> int | None:
-    """Positions of a store's longest row, from the frames of its rows and of what they hear; None without rows."""
-    if not len(frames):
-        return None
-    return int((frames + context_frames).max()) + 2 * (codebooks + 1) + _PROMPT

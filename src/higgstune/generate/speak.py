@@ -20,6 +20,7 @@ from higgstune.model.checksums import folder_card
 from higgstune.model.conditioning import WhisperShape, conditioning_of
 from higgstune.model.layout import read_json
 from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
+from higgstune.model.quantize import Quantize
 from higgstune.model.whisper import WhisperTower, load_whisper
 from higgstune.prompt.example import Audio, Example, Heard, Prompter, SpecialIds
 from higgstune.prompt.rows import ReferencePlace
@@ -229,10 +230,12 @@ def load_speaker(
     revision: str | None = None,
     reference_place: ReferencePlace | None = None,
     whisper: str | Path | None = None,
+    quantize: Quantize | None = None,
 ) -> Speaker:
     """A speaker from a base, an adapter (its folder or its run's), or both; the adapter knows its base and codec.
 
-    Raises CheckpointError.
+    `quantize` ("4bit") puts the base into 4 bits, whatever the adapter was trained on. Raises CheckpointError,
+    ConfigError.
     """
     folder = find_adapter(adapter) if adapter is not None else None
     if folder is not None:
@@ -244,7 +247,9 @@ def load_speaker(
     if model is None:
         raise InputError("name a base (--model) or an adapter (--adapter)")
     try:
-        loaded = load_model_and_tokenizers(model, codec=codec, dtype=dtype, device=device, revision=revision)
+        loaded = load_model_and_tokenizers(
+            model, codec=codec, dtype=dtype, device=device, revision=revision, quantize=quantize
+        )
     except CheckpointError as error:
         if folder is None:
             raise
@@ -274,6 +279,7 @@ def speak(
     revision: str | None = None,
     reference_place: ReferencePlace | None = None,
     whisper: str | Path | None = None,
+    quantize: Quantize | None = None,
     on_spoken: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Speak one text into the file `out`, or several into the folder `out` (0001.wav, ...). Gives the files.
@@ -303,6 +309,7 @@ def speak(
         revision=revision,
         reference_place=reference_place,
         whisper=whisper,
+        quantize=quantize,
     )
     voice = speaker.reference(reference, words) if reference is not None else None
     for first in range(0, len(texts), batch_size):  # written batch by batch: a long list that is stopped keeps them

@@ -35,6 +35,11 @@ _LICENCE = (
     "that of the software alone, not of these weights."
 )
 
+_ON_4_BITS = (
+    "It was trained on a base in 4 bits (QLoRA: nf4, double quantisation). What is compared here is the same adapter "
+    "on the whole base, which speaks slightly differently."
+)
+
 
 @dataclass(frozen=True)
 class Made:
@@ -200,6 +205,8 @@ def _training(card: Mapping[str, Any]) -> str:
     notes = [_table(("stage", "kind", "steps", "last losses"), rows)]
     if recipe.get("lora"):
         notes.append("LoRA: " + ", ".join(f"{key} {value}" for key, value in recipe["lora"].items()) + ".")
+    if card.get("base_quantized"):
+        notes.append(_ON_4_BITS)
     if recipe.get("init_adapter"):
         notes.append(f"It went on from another adapter, `{_code(Path(recipe['init_adapter']).name)}`.")
     return "\n\n".join(notes)

@@ -137,7 +137,9 @@ class Recipe(_Strict):
     stages: tuple[Stage, ...]
     init_adapter: str | None = Field(None, description="adapter or run that the first stage goes on from")
     seed: int = Field(0, ge=0, description="of the adapter's start and of the order of the clips")
-    gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        False, description="less memory for up to a third more time; auto: in as many layers as the memory asks for"
+    )
     log_steps: int = Field(10, ge=1, description="optimizer steps between logs")
     eval_steps: int = Field(200, ge=1, description="optimizer steps between validations")
     save_steps: int = Field(200, ge=1, description="optimizer steps between checkpoints")

@@ -35,6 +35,8 @@ from higgstune.model.forward import with_training_forward
 from higgstune.model.layout import read_json
 from higgstune.model.load import ModelAndTokenizers, choose_device, load_model_and_tokenizers
 from higgstune.model.loss import LossWeights
+from higgstune.planning.at_training import RunMemory
+from higgstune.planning.layers import checkpoint_first
 from higgstune.prompt.example import Prompter, SpecialIds
 from higgstune.prompt.rows import RowExamples, telling_split
 from higgstune.training.metrics import check_possible
@@ -71,6 +73,7 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
     run = _Run(Path(out), recipe, is_main=processes.is_main)
     if run.is_main:
         run.check(resume=resume)
+    memory = RunMemory(recipe)  # before anything is loaded: what is free then is what training may take
     store = CodeStore.open(recipe.data.store)
     settings = recipe.model
     loaded = load_model_and_tokenizers(
@@ -88,6 +91,8 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
     _check_same_encoder(adapter, setting)
     add_conditioning(loaded.model, setting.conditioning)
     check_directions(loaded.model, recipe.lora, setting.conditioning, setting.attention)
+    if run.is_main:
+        memory.warn()
     # Only now is the folder taken: a wrong store or checkpoint must not leave a run that cannot go on.
     if run.is_main:
         run.begin()
@@ -95,7 +100,7 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
     run.read()
     for stage in recipe.stages:
         if not run.has_finished(stage):
-            run.finished(stage, _train_stage(run, stage, loaded, store, adapter, setting))
+            run.finished(stage, _train_stage(run, stage, loaded, store, adapter, setting, memory))
             processes.wait()  # the next stage begins from what the first process has written
         adapter = run.adapter(stage)
     assert adapter is not None
@@ -237,7 +242,13 @@ class _Run:
 
 
 def _train_stage(
-    run: _Run, stage: Stage, loaded: ModelAndTokenizers, store: CodeStore, start_from: Path | None, setting: Setting
+    run: _Run,
+    stage: Stage,
+    loaded: ModelAndTokenizers,
+    store: CodeStore,
+    start_from: Path | None,
+    setting: Setting,
+    memory: RunMemory,
 ) -> dict[str, Any]:
     """Train, save and prove one stage; the base is left as it was."""
     recipe = run.recipe
@@ -249,6 +260,7 @@ def _train_stage(
         model = continue_lora(
             loaded.model, start_from, recipe.lora, stage.kind, setting.conditioning, setting.attention
         )
+    checkpoint_first(loaded.model.model.layers, memory.checkpointed(stage))
     prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
     train_rows, validation_rows = (
         RowExamples(store.split(name), prompter, stage.text_targets, setting.rendering)
@@ -266,7 +278,8 @@ def _train_stage(
         full_learning_rate=stage.rate_of_full_modules,
         callbacks=_callbacks(recipe, stage, folder, is_main=run.is_main),
     )
-    _train_or_resume(trainer, _newest_checkpoint(folder))
+    with memory.explained(stage):
+        _train_or_resume(trainer, _newest_checkpoint(folder))
     evaluated_at = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if len(validation_rows) and trainer.state.global_step not in evaluated_at:
         check_possible(trainer.evaluate()["eval_code_loss"], step=trainer.state.global_step)
@@ -337,8 +350,6 @@ def _training_arguments(
         eval_on_start=evaluate,
         save_steps=recipe.save_steps,
         save_total_limit=recipe.save_total_limit,
-        activation_checkpointing=recipe.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
         bf16=loaded.model.dtype == torch.bfloat16,
         use_cpu=device.type == "cpu",
         ddp_find_unused_parameters=False,

@@ -1,0 +1,230 @@
+"""A recipe's plan: what each stage takes, whether the device has it, how many steps, how long."""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from higgstune.errors import ConfigError
+from higgstune.model.load import choose_device, choose_dtype
+from higgstune.planning.device import free_memory
+from higgstune.planning.footprint import Footprint
+from higgstune.planning.rehearsal import KINDS, WEIGHTS, Subject
+from higgstune.planning.survey import Packs, Survey, dtype_of, is_native, packs_of, survey
+from higgstune.training.recipe import Recipe, Stage
+
+DeviceKind = Literal["cpu", "cuda"]
+MARGIN = 0.05  # of the memory: a plan that `auto` makes leaves it free
+_CUDA_WORKSPACE = 40_000_000  # cuBLAS keeps it once it has computed
+_CPU_KERNELS = 190_000_000  # what the libraries, the planner and the trainer keep for themselves
+_CPU_SCATTER = 0.08  # of what moves: what malloc keeps between pieces that are alive
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device that is planned for."""
+
+    kind: DeviceKind
+    memory: int | None  # bytes that training may take; None: the device is not here, and nobody said
+    at_hand: bool
+
+    def usable(self) -> int | None:
+        """Bytes that a plan may fill."""
+        return None if self.memory is None else int((1 - MARGIN) * self.memory)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its memory in bytes, its packs and steps."""
+
+    name: str
+    kind: str
+    layers: int
+    checkpointed: int  # of the layers, computed again in the backward pass
+    memory: dict[str, int]  # by kind, at the peak of training
+    loading: int  # while the weights are read
+    peak: int
+    fits: bool | None
+    positions: int  # of the largest pack
+    tokens_per_pack: float
+    packs: int  # of an epoch
+    tokens: int  # of an epoch
+    steps_per_epoch: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All stages of a recipe on one machine."""
+
+    machine: Machine
+    dtype: str
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the stage that takes most."""
+        return max(stage.peak for stage in self.stages)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device has the memory; None where that is not known."""
+        return None if self.machine.memory is None else self.peak <= self.machine.memory
+
+
+class Planner:
+    """Plans a recipe and its variants on one machine; what was read and rehearsed is kept for the next variant."""
+
+    def __init__(self, recipe: Recipe, machine: Machine, *, seen: Survey | None = None) -> None:
+        """Raises CheckpointError, DataError or ConfigError for what the recipe names and is not there."""
+        self.recipe = recipe
+        self.machine = machine
+        self.seen = survey(recipe) if seen is None else seen
+        self.process = _process_bytes() if machine.kind == "cpu" else 0
+        self.codec = self.seen.codec_bytes if machine.kind == "cpu" else 0
+        self._packs: dict[Any, Packs | None] = {}
+        self._footprints: dict[Any, Footprint] = {}
+
+    def plan(self, recipe: Recipe | None = None) -> RunPlan:
+        """The plan of the recipe, or of a variant with the same checkpoint and data."""
+        recipe = recipe or self.recipe
+        stages = tuple(self._stage(recipe, stage) for stage in recipe.stages)
+        return RunPlan(self.machine, str(self.dtype(recipe)).removeprefix("torch."), stages)
+
+    def dtype(self, recipe: Recipe) -> torch.dtype:
+        """The dtype of the base's weights on the machine."""
+        if self.machine.at_hand:
+            return choose_dtype(recipe.model.dtype, torch.device(self.machine.kind))
+        return dtype_of(recipe, self.machine.kind)
+
+    def checkpointed(self, recipe: Recipe, stage: Stage) -> int:
+        """How many layers are computed again: all, none or, with `auto`, the fewest with which the stage fits."""
+        layers = self.seen.config.num_hidden_layers
+        if recipe.gradient_checkpointing != "auto":
+            return layers if recipe.gradient_checkpointing else 0
+        usable = self.machine.usable()
+        if usable is None:
+            return layers
+        return fewest(lambda again: self.peak(recipe, stage, again), layers, usable)
+
+    def peak(self, recipe: Recipe, stage: Stage, again: int) -> int:
+        """Bytes that a stage takes at the most, loading apart."""
+        return self._whole(self.footprint(recipe, stage).peak(again))
+
+    def packs(self, recipe: Recipe, stage: Stage, split: str = "train") -> Packs | None:
+        """The packs of a stage."""
+        key = (split, stage.pack_size, stage.text_targets, recipe.seed, recipe.lora.dropout == 0)
+        if key not in self._packs:
+            self._packs[key] = packs_of(self.seen, recipe, stage, split=split)
+        return self._packs[key]
+
+    def footprint(self, recipe: Recipe, stage: Stage) -> Footprint:
+        """What is rehearsed for a stage."""
+        subject = self.subject(recipe, stage)
+        key = (repr(subject), stage.pack_size, stage.text_targets)
+        if key not in self._footprints:
+            train, validation = self.packs(recipe, stage), self.packs(recipe, stage, "validation")
+            assert train is not None
+            self._footprints[key] = Footprint(subject, train.largest, validation.largest if validation else None)
+        return self._footprints[key]
+
+    def subject(self, recipe: Recipe, stage: Stage) -> Subject:
+        """What is trained in a stage."""
+        return Subject(
+            config=self.seen.config,
+            dtype=self.dtype(recipe),
+            lora=recipe.lora,
+            kind=stage.kind,
+            own=self.seen.own,
+            trained=self.seen.trained,
+            attention=recipe.model.audio_attention or "lora",
+            quantize=recipe.model.quantize,
+            on_cuda=self.machine.kind == "cuda",
+            accumulation=stage.gradient_accumulation > 1,
+        )
+
+    def _stage(self, recipe: Recipe, stage: Stage) -> StagePlan:
+        again = self.checkpointed(recipe, stage)
+        taken = self.footprint(recipe, stage).peak(again)
+        train = self.packs(recipe, stage)
+        assert train is not None
+        per_epoch = math.ceil(math.ceil(len(train.packs) / processes()) / stage.gradient_accumulation)
+        memory = {kind: taken[kind] for kind in KINDS}
+        loading = self._loading(recipe, taken[WEIGHTS])
+        peak = max(loading, self._whole(taken))
+        return StagePlan(
+            name=stage.name,
+            kind=stage.kind,
+            layers=self.seen.config.num_hidden_layers,
+            checkpointed=again,
+            memory=memory | {"process": self._whole(taken) - taken.total()},
+            loading=loading,
+            peak=peak,
+            fits=None if self.machine.memory is None else peak <= self.machine.memory,
+            positions=max(train.positions),
+            tokens_per_pack=float(train.lengths.sum()) / len(train.packs),
+            packs=len(train.packs),
+            tokens=int(train.lengths.sum()),
+            steps_per_epoch=per_epoch,
+            steps=stage.max_steps if stage.max_steps is not None else math.ceil((stage.epochs or 1) * per_epoch),
+        )
+
+    def _whole(self, taken: Any) -> int:
+        """Tensors, with what the process and its libraries take beside them."""
+        if self.machine.kind == "cuda":
+            return taken.total() + _CUDA_WORKSPACE
+        moving = taken.total() - taken[WEIGHTS]
+        return self.process + self.codec + _CPU_KERNELS + taken.total() + int(_CPU_SCATTER * moving)
+
+    def _loading(self, recipe: Recipe, weights: int) -> int:
+        """While the weights are read, on the CPU: the file is mapped, and copied where dtype or layout change."""
+        if self.machine.kind == "cuda":
+            return weights + _CUDA_WORKSPACE
+        files, dtype = self.seen.files, {torch.float32: "F32", torch.bfloat16: "BF16"}.get(self.dtype(recipe))
+        as_it_lies = is_native(self.seen.folder) and recipe.model.quantize is None
+        copied = sum(size for stored, size in files.items() if not as_it_lies or stored != dtype)
+        return self.process + self.codec + weights + copied
+
+
+def _process_bytes() -> int:
+    """The interpreter with all libraries of a run, the tokenizer and the store: they are in this process already."""
+    import_module("higgstune.training.run")
+    return psutil.Process().memory_info().rss
+
+
+def machine_for(recipe: Recipe, *, memory: int | None = None, device: str | None = None) -> Machine:
+    """The device of the recipe, or another kind that is planned for; its memory is the given one, or what is free.
+
+    Raises ConfigError for a device that cannot be.
+    """
+    if device not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--device {device}: a plan is for cpu or cuda")
+    here = device is None or device == "cpu" or torch.cuda.is_available()
+    kind = choose_device(device or recipe.model.device).type if here else "cuda"
+    assert kind in ("cpu", "cuda")
+    if memory is None and here:
+        memory = free_memory(torch.device(kind)) + (psutil.Process().memory_info().rss if kind == "cpu" else 0)
+    return Machine("cuda" if kind == "cuda" else "cpu", memory, here)
+
+
+def fewest(peak: Callable[[int], int], most: int, room: int) -> int:
+    """The smallest number up to `most` whose peak is within `room`; where there is none, the one with the least."""
+    fitting = (again for again in range(most + 1) if peak(again) <= room)
+    found = next(fitting, None)
+    return min(range(most + 1), key=peak) if found is None else found
+
+
+def with_stages(recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> Recipe:
+    """The recipe with changes to its stages by name, checked anew."""
+    stages = tuple(Stage.model_validate(stage.model_dump() | dict(changes[stage.name])) for stage in recipe.stages)
+    return recipe.model_copy(update={"stages": stages})
+
+
+def processes() -> int:
+    """Of the run that this process belongs to."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,131 @@
+"""The plan of a recipe as a user asks for it: with its speed, and with what would fit where it does not."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from higgstune.planning.device import parse_memory
+from higgstune.planning.options import Option, options, size, told
+from higgstune.planning.plan import Planner, RunPlan, StagePlan, machine_for
+from higgstune.planning.rehearsal import KINDS
+from higgstune.planning.speed import Speed, measure
+from higgstune.planning.survey import row_examples
+from higgstune.training.recipe import Recipe, Stage, load_recipe
+
+_ROWS = {
+    "weights": "weights of the base", "adapter": "adapter", "gradients": "gradients at the peak",
+    "optimizer": "optimizer moments", "activations": "activations kept", "transient": "transient",
+    "process": "process and libraries",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A recipe's plan, the time of each stage in seconds (None: not known here), and options where it does not fit."""
+
+    plan: RunPlan
+    tokens_per_second: dict[str, float | None]  # by stage, of one process
+    seconds: dict[str, float | None]
+    options: list[Option]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device has the memory; None where that is not known."""
+        return self.plan.fits
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; sizes in bytes, times in seconds."""
+        machine = self.plan.machine
+        return {
+            "fits": self.fits,
+            "peak": self.plan.peak,
+            "device": {"kind": machine.kind, "memory": machine.memory, "at_hand": machine.at_hand},
+            "dtype": self.plan.dtype,
+            "stages": [
+                asdict(stage)
+                | {"tokens_per_second": self.tokens_per_second[stage.name], "seconds": self.seconds[stage.name]}
+                for stage in self.plan.stages
+            ],
+            "options": [{"change": option.change, "peak": option.peak, "time": option.time} for option in self.options],
+        }
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """The table: what, then one cell a stage."""
+        stages = self.plan.stages
+        for kind in (*KINDS, "process"):
+            if kind != "process" or self.plan.machine.kind == "cpu":
+                yield _ROWS[kind], *(size(stage.memory[kind]) for stage in stages)
+        yield "while loading", *(size(stage.loading) for stage in stages)
+        yield "peak", *(size(stage.peak) for stage in stages)
+        yield "layers computed again", *(f"{stage.checkpointed} of {stage.layers}" for stage in stages)
+        yield "largest pack", *(f"{stage.positions} tokens" for stage in stages)
+        yield "mean pack", *(f"{stage.tokens_per_pack:.0f} tokens" for stage in stages)
+        yield "an epoch", *(f"{stage.packs} packs, {stage.steps_per_epoch} steps" for stage in stages)
+        yield "steps in all", *(str(stage.steps) for stage in stages)
+        yield "tokens/s", *(_known(self.tokens_per_second[stage.name], "{:.0f}") for stage in stages)
+        yield "time", *(_duration(self.seconds[stage.name]) for stage in stages)
+
+    def verdict(self) -> str:
+        """Whether it fits, in words, with options where it does not."""
+        machine, peak = self.plan.machine, size(self.plan.peak)
+        if self.fits is None:
+            return f"The peak is {peak}; what {machine.kind} has is not known here: say it with --memory 16GB"
+        assert machine.memory is not None
+        if self.fits:
+            return f"It fits: {peak} of {size(machine.memory)} on {machine.kind}"
+        return f"It does not fit: {peak} of {size(machine.memory)} on {machine.kind}\n{told(self.options)}"
+
+
+def plan(
+    recipe: Recipe | str | Path, *, memory: str | int | None = None, device: str | None = None, timed: bool = True
+) -> PlanReport:
+    """What a recipe's training will take, before anything is loaded.
+
+    `memory` (bytes, or as "16GB") takes the place of what is free; `device` (cpu or cuda) plans for another machine.
+    `timed` measures a layer, for seconds, where the device is the one at hand. Raises ConfigError, DataError,
+    CheckpointError.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    budget = parse_memory(memory) if isinstance(memory, str) else memory
+    planner = Planner(recipe, machine_for(recipe, memory=budget, device=device))
+    made = planner.plan()
+    speeds = {
+        stage.name: _speed(planner, stage) if timed and planner.machine.at_hand and made.fits else None
+        for stage in recipe.stages
+    }
+    seconds, tokens = {}, {}
+    for stage, planned in zip(recipe.stages, made.stages, strict=True):
+        seconds[stage.name], tokens[stage.name] = _time(speeds[stage.name], stage, planned)
+    return PlanReport(made, tokens, seconds, options(planner) if made.fits is False else [])
+
+
+def _speed(planner: Planner, stage: Stage) -> Speed | None:
+    packs = planner.packs(planner.recipe, stage)
+    assert packs is not None
+    largest = max(packs.packs, key=lambda indices: packs.lengths[indices].sum())
+    rows = row_examples(planner.seen, stage, "train")
+    subject = planner.subject(planner.recipe, stage)
+    return measure(subject, [rows[i] for i in largest], torch.device(planner.machine.kind))
+
+
+def _time(speed: Speed | None, stage: Stage, planned: StagePlan) -> tuple[float | None, float | None]:
+    """Seconds of a stage, and tokens a second."""
+    if speed is None:
+        return None, None
+    step = speed.step(planned.tokens_per_pack, planned.layers, planned.checkpointed, stage.gradient_accumulation)
+    return planned.steps * step, stage.gradient_accumulation * planned.tokens_per_pack / step
+
+
+def _known(value: float | None, form: str) -> str:
+    return "not known" if value is None else form.format(value)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "not known"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,116 @@
+"""How fast it will go: one layer of the recipe's shape, with random weights, timed on the device at hand."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+
+from higgstune.batch.packed import Packed, pack, positions, tensors_to
+from higgstune.model.adapters import add_lora
+from higgstune.model.conditioning import add_conditioning, base_of
+from higgstune.model.forward import with_training_forward
+from higgstune.model.loss import LossWeights, combine, label_counts
+from higgstune.model.quantize import quantize_layers
+from higgstune.planning.layers import checkpoint_first
+from higgstune.planning.rehearsal import Subject
+from higgstune.prompt.example import Example
+
+CPU_TOKENS = 1024  # of the pack that is timed on a CPU
+_REPEATS = 2  # the shortest counts, after one to warm up
+_LARGEST = 4_000_000_000  # bytes of the weights that are made for it on a CPU
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds, measured: of a position in a layer and outside of layers, and of the optimizer in a layer."""
+
+    layer: float
+    layer_again: float  # with its forward pass computed once more
+    outside: float  # embedding and heads
+    optimizer: float
+
+    def step(self, tokens: float, layers: int, checkpointed: int, passes: int) -> float:
+        """Seconds of an optimizer step with `tokens` positions in each of its passes."""
+        kept = layers - checkpointed
+        a_token = self.outside + kept * self.layer + checkpointed * self.layer_again
+        return passes * tokens * a_token + layers * self.optimizer
+
+
+def measure(subject: Subject, examples: list[Example], device: torch.device) -> Speed | None:
+    """Time the real training step of models with one layer and with none; None where making them takes too much.
+
+    `examples` are those of a pack; on a CPU a part of them is timed.
+    """
+    if device.type == "cpu" and _bytes(subject.config, subject.dtype) > _LARGEST:
+        return None
+    batch = tensors_to(pack(_some(examples) if device.type == "cpu" else examples), device)
+    tokens = positions(batch)
+    model = _one_layer(subject, device)
+    layers = base_of(model).model.layers
+    with_layer = _seconds(lambda: _pass(model, batch), device)
+    checkpoint_first(layers, 1)
+    again = _seconds(lambda: _pass(model, batch), device)
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    update = _seconds(optimizer.step, device)
+    base = base_of(model)
+    del layers[0]
+    base.model.norm.weight.requires_grad_(True)  # so that the heads have a backward pass
+    outside = _seconds(lambda: _pass(model, batch), device)
+    one = max(with_layer - outside, 0.0)
+    return Speed(one / tokens, max(again - outside, one) / tokens, outside / tokens, update)
+
+
+def _pass(model: PeftModel, batch: Packed) -> None:
+    base = base_of(model)
+    with torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
+        sums = model(**batch)
+    combine(sums, label_counts(batch, eos_id=base.config.audio_stream_eos_id), LossWeights()).backward()
+
+
+def _one_layer(subject: Subject, device: torch.device) -> PeftModel:
+    config = type(subject.config).from_dict(subject.config.to_dict() | {"num_hidden_layers": 1})
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.device(device):
+            model: Any = HiggsAudioV2ForConditionalGeneration._from_config(
+                config, use_text_head=True, dtype=subject.dtype
+            )
+        for parameter in model.parameters():
+            parameter.data.uniform_(-0.02, 0.02)
+        add_conditioning(model, subject.own)
+        if subject.quantize is not None:
+            quantize_layers(model, device)
+        add_conditioning(model, subject.trained)
+        with_training_forward(model)
+        return add_lora(model, subject.lora, subject.kind, subject.trained, subject.attention).train()
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """The shortest of some repeats."""
+    taken = []
+    for _ in range(1 + _REPEATS):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return min(taken[1:])
+
+
+def _some(examples: list[Example]) -> list[Example]:
+    """As many as make a pack that is timed on a CPU."""
+    chosen: list[Example] = []
+    for example in examples:
+        if sum(map(len, chosen)) < CPU_TOKENS:
+            chosen.append(example)
+    return chosen
+
+
+def _bytes(config: HiggsAudioV2Config, dtype: torch.dtype) -> int:
+    embeddings = config.hidden_size * (2 * config.vocab_size + 2 * config.num_codebooks * config.codebook_size)
+    layer = 4 * config.hidden_size**2 + 6 * config.hidden_size * config.intermediate_size
+    return dtype.itemsize * (embeddings + layer)

@@ -1,0 +1,137 @@
+"""What a recipe names, read as far as a plan needs it: no weight, no codec, no encoder is loaded."""
+
+import json
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import HiggsAudioV2Config
+
+from higgstune.batch.packed import Packed, pack
+from higgstune.batch.packing import Pack, PackSampler
+from higgstune.data.store import CodeStore
+from higgstune.data.whisper_features import WhisperFeatures
+from higgstune.diagnosis.checkpoint import brings_audio_attention, read_config
+from higgstune.errors import CheckpointError, DataError
+from higgstune.hub import fetch
+from higgstune.model.conditioning import CONDITIONING_KEY, Conditioning, WhisperShape
+from higgstune.model.layout import read_json
+from higgstune.model.load import CODEC_FOLDER, load_tokenizer
+from higgstune.prompt.example import Prompter, SpecialIds
+from higgstune.prompt.rows import Rendering, RowExamples
+from higgstune.prompt.template import AUDIO_IN
+from higgstune.training.recipe import Recipe, Stage
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A recipe's checkpoint and data, from their small files."""
+
+    folder: Path
+    config: HiggsAudioV2Config
+    own: Conditioning  # what the checkpoint brings
+    trained: Conditioning  # with what the recipe adds
+    store: CodeStore
+    prompter: Prompter
+    rendering: Rendering
+
+    @cached_property
+    def files(self) -> dict[str, int]:
+        """Bytes of the checkpoint's tensors by their stored dtype, as far as its files are here."""
+        return stored_bytes(self.folder)
+
+    @property
+    def codec_bytes(self) -> int:
+        """Of a codec that lies in the checkpoint's folder; computed in float32."""
+        widths = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
+        return sum(4 * size // widths.get(dtype, 4) for dtype, size in stored_bytes(self.folder / CODEC_FOLDER).items())
+
+
+@dataclass(frozen=True)
+class Packs:
+    """The packs of a stage's first epoch, and the largest one."""
+
+    lengths: NDArray[np.int64]  # positions of each example
+    packs: list[Pack]
+    largest: Packed
+
+    @property
+    def positions(self) -> list[int]:
+        """Of each pack."""
+        return [int(self.lengths[pack].sum()) for pack in self.packs]
+
+
+def survey(recipe: Recipe) -> Survey:
+    """Raises CheckpointError, DataError or ConfigError for what is missing or does not fit."""
+    folder = fetch(recipe.model.checkpoint, what="checkpoint", revision=recipe.model.revision, weights=False)
+    config = read_config(folder)
+    store = CodeStore.open(recipe.data.store)
+    if not len(store.split("train")):
+        raise DataError(f"{store.folder} has no training rows")
+    prompter = Prompter(load_tokenizer(folder, config), SpecialIds.from_config(config))
+    features = shape = None
+    if recipe.model.whisper is not None:
+        features = WhisperFeatures.open(store.folder, recipe.model.whisper)
+        index, token_id = features.index, prompter.heard_id
+        if not isinstance(token_id, int):
+            raise CheckpointError(f"the tokenizer in {folder} has no {AUDIO_IN}: it cannot hear through Whisper")
+        shape = WhisperShape(
+            checkpoint=index.checkpoint, revision=index.revision, d_model=index.d_model,
+            chunk_frames=index.chunk_frames, token_id=token_id,
+        )  # fmt: skip
+    own = _own_conditioning(folder)
+    attention = bool(recipe.model.audio_attention) or own.audio_attention
+    trained = Conditioning(audio_attention=attention, whisper=shape)
+    return Survey(folder, config, own, trained, store, prompter, Rendering(recipe.data.reference, features))
+
+
+def packs_of(seen: Survey, recipe: Recipe, stage: Stage, *, split: str = "train") -> Packs | None:
+    """The packs that the trainer will make; None for a split without rows."""
+    rows = row_examples(seen, stage, split)
+    if not len(rows):
+        return None
+    lengths = rows.lengths()
+    sampler = PackSampler(lengths, stage.pack_size, seed=recipe.seed if split == "train" else None)
+    packs = sampler.packs(0)
+    largest = max(packs, key=lambda indices: lengths[indices].sum())
+    return Packs(lengths, packs, pack([rows[i] for i in largest], share_prefix=recipe.lora.dropout == 0))
+
+
+def row_examples(seen: Survey, stage: Stage, split: str) -> RowExamples:
+    """The examples of a split, as the stage labels them."""
+    return RowExamples(seen.store.split(split), seen.prompter, stage.text_targets, seen.rendering)
+
+
+def stored_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of the tensors in a folder's safetensors files by dtype, from their headers."""
+    found: dict[str, int] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                found[entry["dtype"]] = found.get(entry["dtype"], 0) + end - start
+    return found
+
+
+def is_native(folder: Path) -> bool:
+    """Whether transformers itself reads the checkpoint, which takes its file as it lies."""
+    return read_json(folder / "config.json", "").get("model_type") == "higgs_audio_v2"
+
+
+def dtype_of(recipe: Recipe, device: str) -> torch.dtype:
+    """The dtype that the base will have on a device that may not be here: `auto` is bfloat16 on a GPU."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return named.get(recipe.model.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+def _own_conditioning(folder: Path) -> Conditioning:
+    written = read_json(folder / "config.json", "it is no checkpoint folder without it").get(CONDITIONING_KEY)
+    if written is not None:
+        return Conditioning.model_validate(written)
+    return Conditioning(audio_attention=brings_audio_attention(folder))

@@ -1,0 +1,278 @@
+"""The plan of a run: memory rehearsed without weights, packs, steps, options, and what training makes of it."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import Command
+from peft import PeftModel
+from planning_world import ROWS, make_world, recipe
+from tiny_checkpoint import tiny_config, tiny_model, tiny_tokenizer
+
+import higgstune
+from higgstune.batch.packed import Packed
+from higgstune.errors import ConfigError, TrainingError
+from higgstune.model.adapters import Lora, add_lora
+from higgstune.model.conditioning import Conditioning, add_conditioning
+from higgstune.model.forward import with_training_forward
+from higgstune.model.load import load_model
+from higgstune.model.loss import LossWeights, combine, label_counts
+from higgstune.planning.device import parse_memory
+from higgstune.planning.footprint import Footprint
+from higgstune.planning.layers import checkpoint_first
+from higgstune.planning.options import options
+from higgstune.planning.plan import Machine, Planner, fewest
+from higgstune.planning.rehearsal import ADAPTER, Subject, rehearse
+from higgstune.planning.tracker import Tracker
+from higgstune.training import run as training_run
+from higgstune.training.recipe import Recipe
+from higgstune.training.trainer import HiggsAudioTrainer
+
+EIGHT = torch.float64.itemsize
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint and a store."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def planner(world: Path) -> Planner:
+    """A planner with more memory than it needs."""
+    return Planner(recipe(world), Machine("cpu", 10**12, at_hand=True))
+
+
+@pytest.fixture
+def parts(planner: Planner) -> tuple[Subject, Packed]:
+    """What is rehearsed."""
+    footprint = planner.footprint(planner.recipe, planner.recipe.stages[0])
+    return footprint.subject, footprint.pack
+
+
+def test_what_is_alive_is_counted_by_kind_and_segment() -> None:
+    with Tracker() as tracker:
+        tracker.begin("first", "kept")
+        kept = torch.zeros(100, dtype=torch.float64)
+        view = kept[:10]
+        tracker.begin("second", "moving")
+        passing = torch.zeros(1000, dtype=torch.float64)
+        del passing
+        other = kept + 1
+    assert tracker.peaks["first"] == Counter(kept=100 * EIGHT)
+    assert tracker.peaks["second"] == Counter(kept=100 * EIGHT, moving=1000 * EIGHT)
+    assert tracker.alive == Counter(kept=100 * EIGHT, moving=100 * EIGHT)
+    del kept
+    assert tracker.alive["kept"] == 100 * EIGHT  # a view holds the storage
+    del view, other
+    assert not any(tracker.alive.values())
+
+
+def training_step(model: PeftModel, pack: Packed) -> torch.Tensor:
+    sums = model(**pack)
+    counts = label_counts(pack, eos_id=model.config.audio_stream_eos_id)  # type: ignore[union-attr]
+    loss = combine(sums, counts, LossWeights())
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("again", [0, 2])
+def test_a_rehearsal_takes_what_the_real_step_takes(world: Path, parts: tuple[Subject, Packed], again: int) -> None:
+    subject, pack = parts
+    base = load_model(world / "base", dtype="float32", device="cpu")
+    with_training_forward(base)
+    model = add_lora(base, subject.lora, "full").train()
+    checkpoint_first(base.model.layers, again)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    with Tracker() as tracker:
+        for tensor in (*model.parameters(), *model.buffers()):
+            tracker.count(tensor, "model")
+        for _ in range(2):  # in the second step the optimizer's moments are there
+            tracker.peaks.clear()
+            training_step(model, pack)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    real = max(peak.total() for peak in tracker.peaks.values())
+    rehearsed = max(peak.total() for peak in rehearse(subject, pack, (again, 3 - again)).values())
+    assert rehearsed == pytest.approx(real, rel=0.01)
+
+
+@pytest.mark.parametrize(("again", "kept"), [(0, 4), (4, 0), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_were_not_rehearsed_add_what_the_others_did(
+    parts: tuple[Subject, Packed], again: int, kept: int, dtype: torch.dtype
+) -> None:
+    subject, pack = replace(parts[0], dtype=dtype), parts[1]
+    whole = rehearse(subject, pack, (again, kept))
+    inferred = Footprint(subject, pack).segments(again, kept)
+    assert max(v.total() for v in inferred.values()) == pytest.approx(max(v.total() for v in whole.values()), rel=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["lora", "full"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_adapter_is_counted_as_it_is(parts: tuple[Subject, Packed], attention: Any, dora: bool) -> None:
+    model, lora = tiny_model(tiny_config(tiny_tokenizer())), Lora(r=4, dora=dora)
+    conditioning = Conditioning(audio_attention=True)
+    add_conditioning(model, conditioning)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.audio_attn.o_proj.weight)  # a direction for DoRA
+    subject = replace(
+        parts[0], config=model.config, lora=lora, trained=conditioning, attention=attention, dtype=torch.bfloat16
+    )
+    counted = rehearse(subject, parts[1], (0, 2))["forward"][ADAPTER]
+    peft_model = add_lora(model, lora, "full", attention=attention)
+    assert counted == 4 * sum(weight.numel() for weight in peft_model.parameters() if weight.requires_grad)
+
+
+def test_four_bits_take_less(parts: tuple[Subject, Packed]) -> None:
+    whole = rehearse(parts[0], parts[1], (0, 2))["forward"]
+    less = rehearse(replace(parts[0], quantize="4bit"), parts[1], (0, 2))["forward"]
+    config = parts[0].config
+    heads = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    linear = 2 * config.hidden_size * (heads + 6 * config.intermediate_size)
+    assert whole["weights"] - less["weights"] == pytest.approx(linear * (4 - 0.516), rel=0.02)
+    assert whole[ADAPTER] == less[ADAPTER]
+
+
+@pytest.mark.parametrize("again", [1, 3])
+def test_layers_computed_again_change_no_bit(world: Path, parts: tuple[Subject, Packed], again: int) -> None:
+    def gradients(count: int) -> list[torch.Tensor]:
+        base = load_model(world / "base", dtype="float32", device="cpu")
+        with_training_forward(base)
+        torch.manual_seed(0)
+        model = add_lora(base, parts[0].lora, "full").train()
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            torch.nn.init.normal_(parameter, std=0.02)  # B starts at zero, and A would have no gradient
+        checkpoint_first(base.model.layers, count)
+        loss = training_step(model, parts[1])
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    kept, computed_again = gradients(0), gradients(again)
+    assert len(kept) > 50
+    assert all(torch.equal(a, b) for a, b in zip(kept, computed_again, strict=True))
+
+
+def test_packs_and_steps_are_those_of_the_trainer(planner: Planner, world: Path, tmp_path: Path) -> None:
+    changed = recipe(world, stage={"gradient_accumulation": 2, "batch_tokens": 700})
+    planned = planner.plan(changed).stages[0]
+    assert planned.packs * planned.tokens_per_pack == pytest.approx(planned.tokens)
+    assert planned.positions <= 700
+    result = higgstune.train(changed, tmp_path / "run")
+    assert result.stages["voice"]["steps"] == planned.steps == 2 * planned.steps_per_epoch
+
+
+def test_auto_takes_the_fewest_layers(world: Path, planner: Planner) -> None:
+    auto = recipe(world, gradient_checkpointing="auto")
+    stage = auto.stages[0]
+    peaks = [planner.peak(auto, stage, again) for again in range(4)]
+    assert peaks[0] > peaks[1] > peaks[2]
+    for again in (0, 1):
+        tight = Planner(auto, Machine("cpu", int(peaks[again] / 0.95) + 2, at_hand=True), seen=planner.seen)
+        tight.process = planner.process
+        planned = tight.plan().stages[0]
+        assert (planned.checkpointed, planned.peak) == (again, peaks[again])
+    assert fewest(lambda again: 10 - again, 4, room=8) == 2
+    assert fewest([9, 5, 6].__getitem__, 2, room=1) == 1  # none fits: the one that needs least
+
+
+def large_recipe(world: Path) -> Recipe:
+    model = {"checkpoint": str(world / "base"), "device": "cpu", "dtype": "bfloat16"}
+    return recipe(world, model=model, stage={"batch_tokens": 2400}, lora={"r": 64, "alpha": 64})
+
+
+def test_options_fit_and_keep_the_tokens_of_a_step(world: Path, planner: Planner) -> None:
+    big = large_recipe(world)
+    tight = Planner(big, Machine("cuda", 10**12, at_hand=False), seen=planner.seen)
+    room = int(0.9 * tight.plan().peak)
+    found = options(tight, room=room)
+    assert len(found) == 3
+    assert [option.time for option in found] == sorted(option.time for option in found)
+    for option in found:
+        assert tight.plan(option.recipe).peak == option.peak <= room
+        stage = option.recipe.stages[0]
+        if "batch_tokens" in option.change:
+            assert stage.pack_size.tokens is not None
+            assert stage.pack_size.tokens * stage.gradient_accumulation == 2400
+    assert options(tight, room=1000) == []
+
+
+def command_recipe(folder: Path, plan: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(plan.model_dump(mode="json")))  # JSON is YAML
+    return path
+
+
+def test_plan_on_the_command_line(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("higgstune.model.load._load", refuse)
+    command, path = Command(capsys), command_recipe(tmp_path, recipe(world))
+    code, out, _ = command("train", path, "--plan", "--json")
+    found = json.loads(out)
+    assert (code, found["fits"], found["options"]) == (0, True, [])
+    (stage,) = found["stages"]
+    assert sum(stage["memory"].values()) == stage["peak"] == found["peak"]
+    assert stage["tokens_per_second"] > 0
+    assert stage["seconds"] == pytest.approx(stage["steps"] * stage["tokens_per_pack"] / stage["tokens_per_second"])
+    code, out, _ = command("train", path, "--plan", "--memory", "1MB")
+    assert code == 1
+    assert "It does not fit" in out
+    code, out, _ = command("train", path, "--plan", "--device", "cuda", "--memory", "16GB", "--json")
+    assert code == 0
+    assert json.loads(out)["peak"] < 200_000_000  # no interpreter in it
+    for wrong in (("--memory", "much"), ("--device", "tpu"), ("--set", "data.store=nowhere")):
+        assert command("train", path, "--plan", *wrong)[0] == 2
+    assert command("train", path, "--memory", "1GB", "--out", tmp_path / "run")[0] == 2
+    assert command("train", path)[0] == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_names_what_would_fit(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def step(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    big = large_recipe(world)
+    peak = Planner(big, Machine("cuda", 10**12, at_hand=False)).plan().peak
+    monkeypatch.setattr(HiggsAudioTrainer, "training_step", step)
+    monkeypatch.setattr(
+        "higgstune.planning.at_training.machine_for", lambda _: Machine("cuda", int(0.9 * peak), at_hand=False)
+    )
+    with pytest.raises(
+        TrainingError, match=r"(?s)stage voice ran out of memory \(CUDA out of memory\).*quickest first:"
+    ) as raised:
+        training_run.train(big, tmp_path / "run")
+    lines = str(raised.value).splitlines()
+    assert len([line for line in lines if line.startswith("  ")]) == 3
+    assert "gradient_checkpointing: " in str(raised.value)
+    assert "will hardly fit" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("16GB", 16 * 10**9), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8), ("1000", 1000)]
+)
+def test_memory_is_read(text: str, size: int) -> None:
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "16XB", "-1GB", "0", "16 G B", "nan"])
+def test_memory_that_makes_no_sense(text: str) -> None:
+    with pytest.raises(ConfigError, match="--memory"):
+        parse_memory(text)
+
+
+def test_rows_are_all_in_packs(planner: Planner) -> None:
+    packs = planner.packs(planner.recipe, planner.recipe.stages[0])
+    assert packs is not None
+    assert sorted(i for pack in packs.packs for i in pack) == list(range(ROWS))
+    assert sum(packs.largest["lengths"]) == max(packs.positions)
