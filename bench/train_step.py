@@ -11,7 +11,19 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from report import Case, Found, Meter, Row, alternate, finish, parser, peak_bytes, rates, same_work, say, values
+import numpy as np
+import torch
+from padded import collate
+from peft import LoraConfig, get_peft_model
+from report import Case, Found, Meter, Row, alternate, finish, parser, peak_bytes, rates, same_work, values
+from workload import Shape, clip_seconds, make_examples, random_model
+
+from higgstune.batch.packed import pack, positions
+from higgstune.batch.packing import PackSampler, PackSize, fill
+from higgstune.model import fused
+from higgstune.model.forward import with_training_forward
+from higgstune.model.loss import LossWeights, combine, label_counts
+from higgstune.prompt.delay import IGNORE
 
 BATCH_SIZES = (1, 2, 4, 8)
 VARIANTS = ("no-prefix", "peft-lora", "compiled")  # ours with one idea taken away, or one added
@@ -27,28 +39,25 @@ def main() -> None:
         train_step_cuda.main(arguments)
         return
     settings = _settings(arguments)
-    sizes = [1, 2, 4] if arguments.quick else list(BATCH_SIZES)
-    orders = ("random",) if arguments.quick else ("random", "grouped")
-    best = {order: _best_size(order, sizes, settings, arguments) for order in orders}
-    cases = {order: _baseline(order, best[order], settings) for order in orders} | {"ours": Case(ours, settings)}
+    tried = {"random": [("random", size) for size in ((1, 2, 4) if arguments.quick else BATCH_SIZES)]}
+    if not arguments.quick:
+        tried["grouped"] = [("random", 1), *(("grouped", size) for size in BATCH_SIZES[1:])]  # one clip has no group
+    sides = [side for both in tried.values() for side in both]
+    cases = {f"{order}, batch {size}": _baseline(order, size, settings) for order, size in sides}
+    cases |= {"ours": Case(ours, settings)}
     cases |= {variant: Case(ours, settings | {"variant": variant}) for variant in arguments.variants}
     found = alternate(cases, repeats=arguments.repeats, threads=arguments.threads)
-    same_work(*found.values(), counted="tokens")
-    ours_rate = rates(found["ours"], "tokens")
-    rows = [
-        Row(f"{order}, batch {best[order]}", rates(found[order], "tokens"), ours_rate, "tokens/CPU-s")
-        for order in orders
-    ]
-    rows += [
-        Row(f"ours, {name}", rates(found[name], "tokens"), ours_rate, "tokens/CPU-s") for name in arguments.variants
-    ]
+    for counted in ("tokens", "text_labels", "audio_labels"):
+        same_work(*found.values(), counted=counted)
+    speed = {name: rates(one, "tokens") for name, one in found.items()}
+    rows = [Row(f"{order}: {best}", speed[best], speed["ours"], "tokens/CPU-s") for order, best in _best(tried, speed)]
+    rows += [Row(f"ours, {name}", speed[name], speed["ours"], "tokens/CPU-s") for name in arguments.variants]
     if not arguments.quick:
         rows += _memory(settings, arguments)
-    finish("train_step", rows, arguments, best_batch_sizes=best, shares=_shares(found["ours"]))
-    if arguments.min_ratio is not None:
-        ratio = statistics.median(rows[0].ratios)
-        if ratio < arguments.min_ratio:
-            sys.exit(f"ours is {ratio:.2f} x the baseline in random order, less than {arguments.min_ratio:g} x")
+    finish("train_step", rows, arguments, speed=speed, shares=_shares(found["ours"]))
+    ratio = statistics.median(rows[0].ratios)
+    if arguments.min_ratio is not None and ratio < arguments.min_ratio:
+        sys.exit(f"ours is {ratio:.2f} x the baseline in random order, less than {arguments.min_ratio:g} x")
 
 
 def _arguments() -> argparse.Namespace:
@@ -56,7 +65,7 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--size", choices=("mini", "full"), default="mini", help="mini: CPU. full: a GPU, all in one go")
     made.add_argument("--scale", type=int, default=16, help="mini: width, vocabulary and codebooks divided by this")
     made.add_argument("--layers", type=int, default=28)
-    made.add_argument("--clips", type=int, help="clips that each side trains on (default: 64; 24 with --quick)")
+    made.add_argument("--clips", type=int, help="clips to train on (default: 64; 24 with --quick; 1024 with full)")
     made.add_argument("--batch-tokens", type=int, default=4096, help="mini: ours, positions in a pack")
     made.add_argument("--low", type=float, default=1.0, help="seconds of the shortest clip")
     made.add_argument("--high", type=float, default=15.0, help="seconds of the longest clip")
@@ -79,53 +88,36 @@ def _baseline(order: str, batch_size: int, settings: dict[str, Any]) -> Case:
     return Case(baseline, settings | {"order": order, "batch_size": batch_size})
 
 
-def _best_size(order: str, sizes: Sequence[int], settings: dict[str, Any], arguments: argparse.Namespace) -> int:
-    """The batch size with which the baseline is quickest."""
-    found = {size: _baseline(order, size, settings).run(threads=arguments.threads) for size in sizes}
-    for size, one in found.items():
-        say(f"baseline, {order}, batch {size}: {one['tokens'] / one['cpu_seconds']:.0f} tokens/CPU-s")
-    return max(sizes, key=lambda size: found[size]["tokens"] / found[size]["cpu_seconds"])
+def _best(tried: dict[str, list[tuple[str, int]]], speed: dict[str, list[float]]) -> list[tuple[str, str]]:
+    """For each order the name of its quickest case, by the median of its repeats."""
+    best = []
+    for order, both in tried.items():
+        names = [f"{kind}, batch {size}" for kind, size in both]
+        best.append((order, max(names, key=lambda name: statistics.median(speed[name]))))
+    return best
 
 
 def _memory(settings: dict[str, Any], arguments: argparse.Namespace) -> list[Row]:
-    """Peak memory of steps of equally many tokens: baseline batches of as many clips as a pack holds on average."""
-    mean = _lengths(settings).mean()
-    clips = max(1, round(settings["batch_tokens"] / mean))
-    few = settings | {"clips": clips}
-    cases = {"baseline": _baseline("random", clips, few), "ours": Case(ours, few)}
+    """Peak memory of a step on the same clips: as many of the first ones as a pack holds."""
+    lengths = np.array([len(example) for example in _examples(settings)])
+    first = settings | {"first": int((lengths.cumsum() <= settings["batch_tokens"]).sum())}
+    cases = {"baseline": _baseline("random", first["first"], first), "ours": Case(ours, first)}
     found = alternate(cases, repeats=arguments.repeats, threads=arguments.threads)
-    name = f"peak memory, {settings['batch_tokens']} tokens a step"
+    same_work(*found.values(), counted="steps")
+    tokens = same_work(*found.values(), counted="tokens")
     peaks = [values(found[side], "peak_bytes", scale=1e-9) for side in ("baseline", "ours")]
-    return [Row(name, *peaks, "GB")]
+    return [Row(f"peak memory, {tokens} tokens a step", *peaks, "GB")]
 
 
 def _shares(found: Sequence[Found]) -> Found:
-    """What ours left out: rows of hidden states against positions, heads against positions."""
-    one = found[0]
-    return {"rows_per_token": one["rows"] / one["tokens"], "fill": one["fill"]}
-
-
-# What follows runs in a process of its own.
-
-
-def _lengths(settings: dict[str, Any]) -> Any:
-    import numpy as np
-    from workload import Shape, clip_seconds, make_examples
-
-    seconds = clip_seconds(
-        settings["clips"], low=settings["low"], high=settings["high"], median=settings["median"],
-        sigma=settings["sigma"], seed=settings["seed"],
-    )  # fmt: skip
-    config = Shape(settings["scale"], settings["layers"]).config()
-    return np.array([len(example) for example in make_examples(config, seconds, seed=settings["seed"])])
+    """Rows of hidden states for each position, and how full the packs are."""
+    return {"rows_per_token": found[0]["rows"] / found[0]["tokens"], "fill": found[0]["fill"]}
 
 
 def baseline(*, order: str, batch_size: int, **settings: Any) -> Found:
-    """A pass over the clips as a user of the native class would train."""
-    import numpy as np
-    from padded import collate
-
-    examples, model, optimizer = _world(settings)
+    """A pass over the clips as a user of the native class would train; in a process of its own."""
+    examples = _examples(settings)
+    model, optimizer = _model(settings)
     config = model.get_base_model().config
     generator = np.random.default_rng(settings["seed"])
     if order == "grouped":
@@ -135,28 +127,28 @@ def baseline(*, order: str, batch_size: int, **settings: Any) -> Found:
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     batches = [batches[i] for i in generator.permutation(len(batches))]
 
+    def padded(batch: list[int]) -> dict[str, Any]:
+        return collate([examples[i] for i in batch], config)
+
     def step(batch: list[int]) -> None:
-        loss = model(**collate([examples[i] for i in batch], config)).loss
-        loss.backward()
+        model(**padded(batch), use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return _measured(step, batches, examples)
+    found = _measured(step, batches)
+    made = [padded(batch) for batch in batches]
+    return found | {
+        "tokens": sum(int(batch["attention_mask"].sum()) for batch in made),
+        "text_labels": sum(int((batch["labels"] != IGNORE).sum()) for batch in made),
+        "audio_labels": sum(int((batch["audio_labels"] != IGNORE).sum()) for batch in made),
+    }
 
 
 def ours(*, batch_tokens: int, variant: str = "", **settings: Any) -> Found:
-    """A pass over the same clips, packed."""
-    import numpy as np
-
-    from higgstune.batch.packed import pack
-    from higgstune.batch.packing import PackSampler, PackSize, fill
-    from higgstune.model import fused
-    from higgstune.model.forward import with_training_forward
-    from higgstune.model.loss import LossWeights, combine, label_counts
-
-    examples, model, optimizer = _world(settings)
+    """A pass over the same clips, packed; in a process of its own."""
+    examples = _examples(settings)
+    model, optimizer = _model(settings)
     base = with_training_forward(model.get_base_model())
-    config, share_prefix = base.config, variant != "no-prefix"
     if variant == "peft-lora":
         fused._plain_lora = lambda layer: None
     if variant == "compiled":
@@ -166,50 +158,53 @@ def ours(*, batch_tokens: int, variant: str = "", **settings: Any) -> Found:
     packs = PackSampler(lengths, PackSize(tokens=batch_tokens), seed=settings["seed"]).packs(0)
 
     def packed(chosen: list[int]) -> Any:
-        return pack([examples[i] for i in chosen], share_prefix=share_prefix)
+        return pack([examples[i] for i in chosen], share_prefix=variant != "no-prefix")
 
     def step(chosen: list[int]) -> None:
         batch = packed(chosen)
-        counts = label_counts(batch, eos_id=config.audio_stream_eos_id)
+        counts = label_counts(batch, eos_id=base.config.audio_stream_eos_id)
         combine(model(**batch), counts, LossWeights()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    found = _measured(step, packs, examples, warm_up=2 if variant == "compiled" else 1)
-    rows = sum(len(packed(chosen)["from_sequence"]) for chosen in packs)
-    return found | {"rows": rows, "fill": fill(packs, lengths, batch_tokens)}
+    found = _measured(step, packs, warm_up=len(packs) if variant == "compiled" else 1)
+    made = [packed(chosen) for chosen in packs]
+    return found | {
+        "tokens": sum(positions(batch) for batch in made),
+        "text_labels": sum(len(batch["text_targets"]) for batch in made),
+        "audio_labels": sum(int((batch["audio_targets"] != IGNORE).sum()) for batch in made),
+        "rows": sum(len(batch["from_sequence"]) for batch in made),
+        "fill": fill(packs, lengths, batch_tokens),
+    }
 
 
-def _world(settings: dict[str, Any]) -> tuple[list[Any], Any, Any]:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from workload import Shape, clip_seconds, make_examples, random_model
-
-    config = Shape(settings["scale"], settings["layers"]).config()
+def _examples(settings: dict[str, Any]) -> list[Any]:
     seconds = clip_seconds(
         settings["clips"], low=settings["low"], high=settings["high"], median=settings["median"],
         sigma=settings["sigma"], seed=settings["seed"],
     )  # fmt: skip
-    examples = make_examples(config, seconds, seed=settings["seed"])
+    config = Shape(settings["scale"], settings["layers"]).config()
+    return make_examples(config, seconds, seed=settings["seed"])[: settings.get("first")]
+
+
+def _model(settings: dict[str, Any]) -> tuple[Any, Any]:
+    config = Shape(settings["scale"], settings["layers"]).config()
     model = random_model(config, dtype=torch.float32, device=torch.device("cpu"), seed=settings["seed"])
     rank = settings["rank"]
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, bias="none")
     adapted = get_peft_model(model, lora).train()
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    return examples, adapted, torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    return adapted, torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
 
-def _measured(
-    step: Callable[[list[int]], None], batches: list[list[int]], examples: list[Any], *, warm_up: int = 1
-) -> Found:
+def _measured(step: Callable[[list[int]], None], batches: list[list[int]], *, warm_up: int = 1) -> Found:
     for batch in batches[:warm_up]:  # libraries initialise themselves, optimizer states are made
         step(batch)
     meter = Meter()
     with meter:
         for batch in batches:
             step(batch)
-    tokens = sum(len(example) for example in examples)
-    return meter.found(tokens=tokens, steps=len(batches), peak_bytes=peak_bytes())
+    return meter.found(steps=len(batches), peak_bytes=peak_bytes())
 
 
 if __name__ == "__main__":

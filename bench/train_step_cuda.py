@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from report import Found, Row, finish, say
 from workload import Shape, clip_seconds, make_examples, random_model
 
-from higgstune.batch.packed import Packed, pack, positions, tensors_to
+from higgstune.batch.packed import Packed, pack, positions, tensors_to, without_waiting
 from higgstune.batch.packing import PackSampler, PackSize
 from higgstune.model.forward import with_training_forward
 from higgstune.model.loss import LossWeights, combine, label_counts
 from higgstune.prompt.example import Example
+from higgstune.training.finite import FiniteSteps
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 BATCH_TOKENS = (4096, 8192, 16384, 32768)
@@ -41,30 +42,49 @@ def main(arguments: argparse.Namespace) -> None:
     bench = _Bench(arguments)
     peak = matrix_rate()
     say(f"{torch.cuda.get_device_name()}: {peak / 1e12:.0f} TFLOP/s in a bf16 product of 8192 x 8192 x 8192")
-    base: dict[str, list[Found]] = {
-        order: bench.sweep(f"baseline, {order}, batch", BATCH_SIZES, lambda size, o=order: bench.baseline(o, size))
-        for order in ("random", "grouped")
+    found: Found = {"device": torch.cuda.get_device_name(), "matrix_flops_per_second": peak}
+    parts: dict[str, Callable[[], Any]] = {
+        "baseline, random": lambda: bench.sweep("random, batch", BATCH_SIZES, partial(bench.baseline, "random")),
+        "baseline, grouped": lambda: bench.sweep("grouped, batch", BATCH_SIZES, partial(bench.baseline, "grouped")),
+        "ours": lambda: bench.sweep("ours, tokens", BATCH_TOKENS, bench.ours),
+        "waits": bench.waits,
+        "4-bit base within 16 GB": bench.small_card,
+        "ours, compiled": lambda: bench.sweep("compiled, tokens", BATCH_TOKENS, partial(bench.ours, compiled=True)),
     }
-    plain = bench.sweep("ours, tokens", BATCH_TOKENS, bench.ours)
-    compiled = bench.sweep("ours compiled, tokens", BATCH_TOKENS, lambda tokens: bench.ours(tokens, compiled=True))
-    best = max([*plain, *compiled], key=lambda found: found["tokens_per_second"])
-    rows = [
-        Row(
-            f"{order}, best batch",
-            *([max(f["tokens_per_second"] for f in side)] for side in (base[order], [best])),
-            "tokens/s",
-        )
-        for order in base
-    ]
-    rows.append(Row("share of the matrix rate", None, [100 * best["flops_per_second"] / peak], "%"))
-    rows.append(Row("the host waits for the device, in a step", None, [bench.waits()], "times"))
-    small = bench.small_card() if find_spec("bitsandbytes") else None
-    if small is not None:
+    for name, part in parts.items():
+        # What fails is a result, too, and must not take the others with it.
+        try:
+            found[name] = part()
+        except Exception as error:  # noqa: BLE001
+            found[name] = None
+            found[f"{name}: failed"] = f"{type(error).__name__}: {error}"
+            say(f"{name}: failed: {found[f'{name}: failed']}")
+        gc.collect()
+        torch.cuda.empty_cache()
+    finish("train_step_cuda", _rows(found), arguments, found=found)
+
+
+def _rows(found: Found) -> list[Row]:
+    best = max(
+        [*(found["ours"] or []), *(found["ours, compiled"] or [])],
+        key=lambda one: one["tokens_per_second"],
+        default=None,
+    )
+    rows = []
+    for order in ("random", "grouped"):
+        side = found[f"baseline, {order}"]
+        if side and best:
+            fastest = max(one["tokens_per_second"] for one in side)
+            rows.append(Row(f"{order}, best batch", [fastest], [best["tokens_per_second"]], "tokens/s"))
+    if best:
+        share = 100 * best["flops_per_second"] / found["matrix_flops_per_second"]
+        rows.append(Row("share of the matrix rate", None, [share], "%"))
+    if found["waits"] is not None:
+        rows.append(Row("the host waits for the device, in a step", None, [found["waits"]], "times"))
+    small = found["4-bit base within 16 GB"]
+    if small:
         rows.append(Row("4-bit base, r 16, clips of 15 s: peak memory", None, [small["peak_bytes"] / 1e9], "GB"))
-    finish(
-        "train_step_cuda", rows, arguments, device=torch.cuda.get_device_name(), matrix_flops_per_second=peak,
-        baseline=base, ours=plain, compiled=compiled, small_card=small,
-    )  # fmt: skip
+    return rows
 
 
 def matrix_rate() -> float:
@@ -93,6 +113,8 @@ class _Bench:
             arguments.clips or 1024, low=arguments.low, high=arguments.high, median=arguments.median,
             sigma=arguments.sigma, seed=arguments.seed,
         )  # fmt: skip
+        if seconds.sum() * 25 < 4 * max(BATCH_TOKENS):
+            raise SystemExit(f"--clips {len(seconds)} are too few for packs of {max(BATCH_TOKENS)} positions: 1024")
         self.examples = make_examples(self.config, seconds, seed=arguments.seed)
         self.lengths = np.array([len(example) for example in self.examples])
         self.order = np.random.default_rng(arguments.seed).permutation(len(self.examples))
@@ -143,7 +165,7 @@ class _Bench:
         def step(batch: dict[str, torch.Tensor]) -> None:
             on_device = {key: value.cuda(non_blocking=True) for key, value in batch.items()}
             with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = model(**on_device).loss
+                loss = model(**on_device, use_cache=False).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -169,10 +191,19 @@ class _Bench:
             for layer in base.model.layers:
                 layer.compile(dynamic=True)
 
+        finite = FiniteSteps()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
         def step(batch: Packed) -> None:
-            on_device = tensors_to(batch, torch.device("cuda"))
-            counts = label_counts(on_device, eos_id=self.config.audio_stream_eos_id)
-            combine(model(**on_device), counts, LossWeights()).backward()
+            """What the trainer does with a pack."""
+            counts = label_counts(batch, eos_id=self.config.audio_stream_eos_id)
+            device = torch.device("cuda")
+            on_device = tensors_to(batch, device)
+            counts = {key: without_waiting(value, device) for key, value in counts.items()}
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                sums = model(**on_device)
+            combine(sums, counts, LossWeights()).backward()
+            finite.note(torch.nn.utils.clip_grad_norm_(trained, 1.0), optimizer)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -185,9 +216,11 @@ class _Bench:
         made = [_pinned(pack([self.examples[i] for i in chosen])) for chosen in packs]
         for batch in made[:2]:
             step(batch)
+        torch.cuda.set_sync_debug_mode("warn")  # it warns of itself, once
         torch.cuda.synchronize()
         with _counted_waits() as seen:
             step(made[2])
+        torch.cuda.set_sync_debug_mode("default")
         for message in seen:
             say(f"waits: {message}")
         return len(seen)
@@ -243,9 +276,5 @@ def _counted_waits() -> Iterator[list[str]]:
     seen: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield seen
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    seen += [str(one.message) for one in caught if "synchroniz" in str(one.message)]
+        yield seen
+    seen += [str(one.message) for one in caught if "called a synchronizing" in str(one.message)]

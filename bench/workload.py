@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import report  # noqa: F401  # it puts the checkout's src on the path
 import torch
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 

@@ -16,7 +16,7 @@ from higgstune.data.shards import write_store
 from higgstune.training.recipe import Recipe, parse_recipe
 
 CODEC = Path(higgstune.__file__).parent / "demo" / "assets" / "codec"
-SHAPE = {"num_hidden_layers": 3, "hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 6}
+SHAPE = {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 6}
 ROWS = 8
 
 

@@ -1,5 +1,6 @@
 """Steps with gradients that are no numbers change nothing, and too many of them end the run."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,5 +71,8 @@ def test_the_trainer_leaves_the_step_out_and_says_so(tmp_path: Path) -> None:
     after = {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
     assert all(torch.isfinite(value).all() for value in after.values())
     assert any(not torch.equal(value, before[name]) for name, value in after.items())
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert all(math.isfinite(losses[step]) for step in (0, 2, 3))
+    assert math.isfinite(run.state.log_history[-1]["train_loss"])
     logged = [entry.get("skipped_steps", 0) for entry in run.state.log_history if "loss" in entry]
     assert logged == [0, 0, 1, 1]  # known one step late

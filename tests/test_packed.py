@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from tiny_checkpoint import random_codes, tiny_prompter
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -256,7 +257,71 @@ def test_a_muted_batch_has_a_loss_and_gradients_of_zero() -> None:
     assert all(not gradient.any() for gradient in found.values())
 
 
-def test_lengths_are_those_of_the_examples() -> None:
+def test_lengths_are_known_from_shapes_alone() -> None:
     _, prompter = tiny_prompter(codes=CODES)
-    made = examples(prompter, listens=True)
-    assert example_lengths(made).tolist() == [len(example) for example in made]
+    features = np.zeros((7, D_MODEL), dtype=np.float16)
+    reference, target = random_codes(4, 1, codes=CODES), random_codes(9, 2, codes=CODES)
+    voice = [*speech_messages("Good morning.", voice="r"), TARGET]
+    turn = [*speech_messages("Hello.", context=[("Hi.", "r")]), TARGET]
+    conversations = [
+        (voice, [Heard(features, (3, 4)), target]),
+        (voice, [reference, target]),
+        (turn, [reference, target]),
+    ]
+    expected = [len(prompter.example(messages, audio)) for messages, audio in conversations]
+    shapes: list[Any] = [
+        (messages, [item if isinstance(item, Heard) else np.broadcast_to(np.uint16(0), item.shape) for item in audio])
+        for messages, audio in conversations
+    ]
+    assert prompter.lengths(shapes) == expected
+    assert example_lengths([prompter.example(*conversations[0])]).tolist() == expected[:1]
+
+
+def test_two_targets_and_labels_in_what_is_shared() -> None:
+    model, prompter = adapted("full", torch.float64)
+    opening = [*speech_messages("Say two things, as I do."), TARGET, *speech_messages("And now?", scene=None)[1:]]
+    ends = [
+        {"role": "assistant", "content": [{"type": "text", "text": "Well."}, {"type": "audio", "url": "t"}]},
+        TARGET,
+    ]
+    made = [
+        prompter.example([*opening, end], [random_codes(5, 1, codes=CODES), random_codes(4 + i, i, codes=CODES)],
+                         text_targets="transcript", target_from=2)
+        for i, end in enumerate(ends)
+    ]  # fmt: skip
+    expected_loss, expected = gradients(model, (native_loss(model, example) for example in made))
+    with_training_forward(base_of(model))
+    batch = pack(made)
+    assert (batch["text_positions"] < batch["shared_at"].shape[1]).any()
+    sums = model(**batch)
+    loss, found = gradients(model, iter([sums["audio_loss"].sum() + 0.3 * sums["text_loss"]]))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of PyTorch's own tracing
+def test_layers_are_compiled_for_all_packs_at_once() -> None:
+    model, prompter = adapted("full", torch.float32)
+    base: Any = with_training_forward(base_of(model))
+    made = examples(prompter)
+    packs = [pack(made[:2]), pack(made[:4]), pack(made[1:4]), pack(made), pack(made[2:])]
+    with torch.no_grad():
+        expected = [model(**batch)["audio_loss"] for batch in packs]
+    counter = CompileCounterWithBackend("eager")
+    for layer in base.model.layers:
+        layer.compile(dynamic=True, backend=counter)
+    frames = []
+    for batch, plain in zip(packs, expected, strict=True):
+        sums = model(**batch)
+        (sums["audio_loss"].sum() + sums["text_loss"]).backward()
+        torch.testing.assert_close(sums["audio_loss"].detach(), plain)
+        frames.append(counter.frame_count)
+    assert frames[1:] == [frames[1]] * 4  # the second pack tells which sizes change
+
+
+def test_fsdp_finds_the_layers() -> None:
+    model, _ = tiny_prompter(codes=CODES)
+    with_training_forward(model)
+    names = {type(part).__name__ for part in model.modules()}
+    assert set(model._no_split_modules) == {type(layer).__name__ for layer in model.model.layers} <= names

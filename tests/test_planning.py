@@ -21,16 +21,17 @@ from higgstune.model.conditioning import Conditioning, add_conditioning
 from higgstune.model.forward import with_training_forward
 from higgstune.model.load import load_model
 from higgstune.model.loss import LossWeights, combine, label_counts
-from higgstune.planning.device import parse_memory
+from higgstune.planning.device import Machine, parse_memory
 from higgstune.planning.footprint import Footprint
 from higgstune.planning.layers import checkpoint_first
 from higgstune.planning.options import options
-from higgstune.planning.plan import Machine, Planner, fewest
+from higgstune.planning.plan import Planner, fewest
 from higgstune.planning.rehearsal import ADAPTER, Subject, rehearse
 from higgstune.planning.tracker import Tracker
 from higgstune.training import run as training_run
 from higgstune.training.recipe import Recipe
 from higgstune.training.trainer import HiggsAudioTrainer
+from higgstune.training.verify import Verification
 
 EIGHT = torch.float64.itemsize
 
@@ -99,11 +100,11 @@ def test_a_rehearsal_takes_what_the_real_step_takes(world: Path, parts: tuple[Su
             optimizer.step()
             optimizer.zero_grad()
     real = max(peak.total() for peak in tracker.peaks.values())
-    rehearsed = max(peak.total() for peak in rehearse(subject, pack, (again, 3 - again)).values())
+    rehearsed = max(peak.total() for peak in rehearse(subject, pack, (again, 2 - again)).values())
     assert rehearsed == pytest.approx(real, rel=0.01)
 
 
-@pytest.mark.parametrize(("again", "kept"), [(0, 4), (4, 0), (3, 3)])
+@pytest.mark.parametrize(("again", "kept"), [(0, 4), (3, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_that_were_not_rehearsed_add_what_the_others_did(
     parts: tuple[Subject, Packed], again: int, kept: int, dtype: torch.dtype
@@ -140,7 +141,7 @@ def test_four_bits_take_less(parts: tuple[Subject, Packed]) -> None:
     assert whole[ADAPTER] == less[ADAPTER]
 
 
-@pytest.mark.parametrize("again", [1, 3])
+@pytest.mark.parametrize("again", [1, 2])
 def test_layers_computed_again_change_no_bit(world: Path, parts: tuple[Subject, Packed], again: int) -> None:
     def gradients(count: int) -> list[torch.Tensor]:
         base = load_model(world / "base", dtype="float32", device="cpu")
@@ -154,11 +155,15 @@ def test_layers_computed_again_change_no_bit(world: Path, parts: tuple[Subject, 
         return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
     kept, computed_again = gradients(0), gradients(again)
-    assert len(kept) > 50
+    assert len(kept) == 1 + 2 * 2 * 10
     assert all(torch.equal(a, b) for a, b in zip(kept, computed_again, strict=True))
 
 
-def test_packs_and_steps_are_those_of_the_trainer(planner: Planner, world: Path, tmp_path: Path) -> None:
+def test_packs_and_steps_are_those_of_the_trainer(
+    planner: Planner, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proof = Verification("float32", 1e-5, 0.0, 1.0)
+    monkeypatch.setattr(training_run, "verify_in_fresh_process", lambda **_: proof)  # it has tests of its own
     changed = recipe(world, stage={"gradient_accumulation": 2, "batch_tokens": 700})
     planned = planner.plan(changed).stages[0]
     assert planned.packs * planned.tokens_per_pack == pytest.approx(planned.tokens)
@@ -170,7 +175,7 @@ def test_packs_and_steps_are_those_of_the_trainer(planner: Planner, world: Path,
 def test_auto_takes_the_fewest_layers(world: Path, planner: Planner) -> None:
     auto = recipe(world, gradient_checkpointing="auto")
     stage = auto.stages[0]
-    peaks = [planner.peak(auto, stage, again) for again in range(4)]
+    peaks = [planner.peak(auto, stage, again) for again in range(3)]
     assert peaks[0] > peaks[1] > peaks[2]
     for again in (0, 1):
         tight = Planner(auto, Machine("cpu", int(peaks[again] / 0.95) + 2, at_hand=True), seen=planner.seen)

@@ -96,6 +96,13 @@ def positions(batch: Packed) -> int:
     return sum(batch["lengths"])
 
 
+def without_waiting(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device: from pinned memory, so that a GPU's queue of work goes on."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
 def tensors_to(batch: Packed, device: torch.device) -> Packed:
     """The batch with its tensors on a device."""
-    return {key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
+    }

@@ -18,6 +18,7 @@ from higgstune.errors import ConfigError
 
 Pack = list[int]  # indices of clips
 _LOOKAHEAD = 512  # clips among which one is looked for that fills a gap
+_SMALL = 16  # clips in a pack from which on it can always be filled
 _FULL = 0.985  # the share of their budget that packs should hold
 
 
@@ -37,20 +38,28 @@ def pack_indices(lengths: NDArray[np.int64], size: PackSize, *, seed: int | None
     if size.tokens is not None and len(lengths) and lengths.max() > size.tokens:
         longest = int(lengths.argmax())
         raise ConfigError(
-            f"batch_tokens is {size.tokens}, but clip {longest} alone has {lengths[longest]} positions (text, and 25 a "
-            "second of audio with its reference): raise batch_tokens, or prepare with a smaller --max-seconds"
+            f"batch_tokens is {size.tokens}, but clip {longest} (counted from 0) has {lengths[longest]} positions, "
+            "of text and 25 a second of audio: raise batch_tokens, or prepare with a smaller --max-seconds"
         )
     generator = None if seed is None else np.random.default_rng(seed)
     order = np.arange(len(lengths)) if generator is None else generator.permutation(len(lengths))
     if size.tokens is None:
         return [order[first : first + size.clips].tolist() for first in range(0, len(order), size.clips)]
-    packs, back = _draw(order.tolist(), lengths.tolist(), size.tokens), 8
-    while fill(packs, lengths, size.tokens) < _FULL and back < 2 * len(packs):
-        # Short clips ran out before long ones: the last packs, more and more of them, are packed by length alone.
-        tail = [index for pack in packs[-back:] for index in pack]
-        packs[-back:] = _best_fit(tail, lengths.tolist(), size.tokens)
-        back *= 2
+    packs = _draw(order.tolist(), lengths.tolist(), size.tokens)
+    if len(lengths) and lengths.mean() * _SMALL <= size.tokens:
+        return _tightened(packs, lengths, size.tokens)
     return packs
+
+
+def _tightened(drawn: list[Pack], lengths: NDArray[np.int64], budget: int) -> list[Pack]:
+    """The last packs, as few as do, packed by length alone, where short clips ran out before long ones."""
+    best, back = drawn, 8
+    while fill(best, lengths, budget) < _FULL and back < 2 * len(drawn):
+        tail = [index for pack in drawn[-back:] for index in pack]
+        tried = [*drawn[:-back], *_best_fit(tail, lengths.tolist(), budget)]
+        best = max(best, tried, key=lambda packs: fill(packs, lengths, budget))
+        back *= 2
+    return best
 
 
 def _draw(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[Pack]:

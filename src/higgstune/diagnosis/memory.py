@@ -9,7 +9,7 @@ from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneratio
 from higgstune.diagnosis.checkpoint import empty_model
 from higgstune.diagnosis.report import Finding
 from higgstune.model.conditioning import Conditioning, add_conditioning
-from higgstune.planning.device import free_memory
+from higgstune.planning.device import free_memory, machine_for
 from higgstune.planning.rehearsal import ADAPTER, GRADIENTS, OPTIMIZER, WEIGHTS
 from higgstune.training.recipe import Recipe
 
@@ -41,7 +41,7 @@ def training_plan(recipe: Recipe, device: torch.device) -> Plan:
 
     Raises CheckpointError, DataError or ConfigError for what the recipe names and is not there.
     """
-    from higgstune.planning.plan import Planner, machine_for  # which reads checkpoints as this package does
+    from higgstune.planning.plan import Planner  # which reads checkpoints as this package does
 
     planner = Planner(recipe, machine_for(recipe, device=device.type))
     stage = max(planner.plan().stages, key=lambda stage: stage.peak)

@@ -108,6 +108,8 @@ def with_training_forward(model: HiggsAudioV2ForConditionalGeneration) -> HiggsA
             "training knows silu without attention dropout, as the released one has them"
         )
     with_packed_layers(model.model.layers)
+    # FSDP looks for the layers that it wraps by the names of their classes.
+    model._no_split_modules = sorted({type(layer).__name__ for layer in model.model.layers})
     model.__class__ = HiggsAudioForTraining
     assert isinstance(model, HiggsAudioForTraining)
     return model

@@ -59,7 +59,7 @@ def label_counts(batch: Mapping[str, Tensor], *, eos_id: int) -> Sums:
     return {
         "audio": (targets != IGNORE).sum(0),
         "audio_eos": (targets == eos_id).sum(0),
-        "text": torch.tensor(batch["text_targets"].numel(), device=targets.device),
+        "text": torch.full((), batch["text_targets"].numel(), device=targets.device),  # a fill: no copy to wait for
     }
 
 
@@ -85,7 +85,7 @@ def combine(sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], weights: L
     if weights.codebooks is None:
         audio = per_codebook.mean()
     else:
-        shares = torch.tensor(weights.codebooks, dtype=per_codebook.dtype, device=per_codebook.device)
-        audio = (per_codebook * shares).sum() / shares.sum()
+        shares = zip(weights.codebooks, per_codebook.unbind(), strict=True)
+        audio = torch.stack([share * value for share, value in shares]).sum() / sum(weights.codebooks)
     text = sums["text_loss"] / counts["text"].clamp(min=1)
     return weights.text * text + weights.audio * audio

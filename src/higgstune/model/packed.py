@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2DecoderLayer
 
+from higgstune.batch.packed import without_waiting
 from higgstune.model.audio_attention import AudioAttentionLayer
 from higgstune.model.fused import Order, collect, feed_forward, linear, rms_norm, rotate, spread
 from higgstune.model.quantize import compute_dtype
@@ -37,9 +38,7 @@ class Runs:
         """`rotary`: cos and sin [P, d], whose halves are equal."""
         cos, sin = (part.chunk(2, dim=-1)[0].unsqueeze(1).contiguous() for part in rotary)
         offsets = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32)
-        if cos.device.type == "cuda":
-            offsets = offsets.pin_memory().to(cos.device, non_blocking=True)
-        return cls(lengths, offsets, cos, sin)
+        return cls(lengths, without_waiting(offsets, cos.device), cos, sin)
 
 
 @dataclass(frozen=True)
@@ -121,6 +120,7 @@ def _queries_keys_values(attention: Any, x: Tensor) -> list[Tensor]:
     return [linear(x, layer).unflatten(-1, (-1, attention.head_dim)) for layer in layers]
 
 
+@torch.compiler.disable  # by its examples' lengths each pack would be compiled anew
 def _attend(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scaling: float) -> Tensor:
     """Causal attention inside each run: q [P, H, d], k and v [P, G, d], in the order of the sequence -> [P, H, d]."""
     q, k = rotate(q, runs.cos, runs.sin), rotate(k, runs.cos, runs.sin)

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 import torch
 
 from higgstune.errors import HiggstuneError, TrainingError
+from higgstune.planning.device import MARGIN, machine_for
 from higgstune.planning.options import options, size, told
-from higgstune.planning.plan import MARGIN, Planner, machine_for
+from higgstune.planning.plan import Planner
 from higgstune.training.recipe import Recipe, Stage
 
 _LOG = logging.getLogger(__name__)

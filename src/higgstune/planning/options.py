@@ -62,8 +62,10 @@ def size(count: int) -> str:
 
 
 def _fitting(planner: Planner, room: int, ways: Iterator[list[_Variant]]) -> Iterator[Option]:
-    """Of each way the first variant that fits."""
+    """Of each way the first variant that fits; none is tried of a way whose last one does not."""
     for variants in ways:
+        if not variants or planner.plan(variants[-1].recipe).peak > room:
+            continue
         for variant in variants:
             plan = planner.plan(variant.recipe)
             if plan.peak <= room:

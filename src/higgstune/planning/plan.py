@@ -5,37 +5,23 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
 
-from higgstune.errors import ConfigError
-from higgstune.model.load import choose_device, choose_dtype
-from higgstune.planning.device import free_memory
+from higgstune.model.load import choose_dtype
+from higgstune.planning.device import Machine
 from higgstune.planning.footprint import Footprint
-from higgstune.planning.rehearsal import KINDS, WEIGHTS, Subject
+from higgstune.planning.rehearsal import ADAPTER, KINDS, OPTIMIZER, TRANSIENT, WEIGHTS, Subject
 from higgstune.planning.survey import Packs, Survey, dtype_of, is_native, packs_of, survey
 from higgstune.training.recipe import Recipe, Stage
 
-DeviceKind = Literal["cpu", "cuda"]
-MARGIN = 0.05  # of the memory: a plan that `auto` makes leaves it free
 _CUDA_WORKSPACE = 40_000_000  # cuBLAS keeps it once it has computed
-_CPU_KERNELS = 190_000_000  # what the libraries, the planner and the trainer keep for themselves
-_CPU_SCATTER = 0.08  # of what moves: what malloc keeps between pieces that are alive
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The device that is planned for."""
-
-    kind: DeviceKind
-    memory: int | None  # bytes that training may take; None: the device is not here, and nobody said
-    at_hand: bool
-
-    def usable(self) -> int | None:
-        """Bytes that a plan may fill."""
-        return None if self.memory is None else int((1 - MARGIN) * self.memory)
+# On a CPU, beside what is counted; fitted to measured runs, see docs/planning.md.
+_CPU_LIBRARIES = 150_000_000  # once they have computed, with the trainer and this planner
+_CPU_SCATTERED = {TRANSIENT: 0.7, ADAPTER: 0.5, OPTIMIZER: 0.5}  # what malloc keeps between pieces that are alive
+_CPU_MOST_SCATTERED = 250_000_000  # larger pieces go back to the system when they are freed
 
 
 @dataclass(frozen=True)
@@ -178,8 +164,8 @@ class Planner:
         """Tensors, with what the process and its libraries take beside them."""
         if self.machine.kind == "cuda":
             return taken.total() + _CUDA_WORKSPACE
-        moving = taken.total() - taken[WEIGHTS]
-        return self.process + self.codec + _CPU_KERNELS + taken.total() + int(_CPU_SCATTER * moving)
+        scattered = int(sum(share * taken[kind] for kind, share in _CPU_SCATTERED.items()))
+        return self.process + self.codec + taken.total() + _CPU_LIBRARIES + min(scattered, _CPU_MOST_SCATTERED)
 
     def _loading(self, recipe: Recipe, weights: int) -> int:
         """While the weights are read, on the CPU: the file is mapped, and copied where dtype or layout change."""
@@ -195,21 +181,6 @@ def _process_bytes() -> int:
     """The interpreter with all libraries of a run, the tokenizer and the store: they are in this process already."""
     import_module("higgstune.training.run")
     return psutil.Process().memory_info().rss
-
-
-def machine_for(recipe: Recipe, *, memory: int | None = None, device: str | None = None) -> Machine:
-    """The device of the recipe, or another kind that is planned for; its memory is the given one, or what is free.
-
-    Raises ConfigError for a device that cannot be.
-    """
-    if device not in (None, "cpu", "cuda"):
-        raise ConfigError(f"--device {device}: a plan is for cpu or cuda")
-    here = device is None or device == "cpu" or torch.cuda.is_available()
-    kind = choose_device(device or recipe.model.device).type if here else "cuda"
-    assert kind in ("cpu", "cuda")
-    if memory is None and here:
-        memory = free_memory(torch.device(kind)) + (psutil.Process().memory_info().rss if kind == "cpu" else 0)
-    return Machine("cuda" if kind == "cuda" else "cpu", memory, here)
 
 
 def fewest(peak: Callable[[int], int], most: int, room: int) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from higgstune.planning.device import parse_memory
+from higgstune.planning.device import machine_for, parse_memory
 from higgstune.planning.options import Option, options, size, told
-from higgstune.planning.plan import Planner, RunPlan, StagePlan, machine_for
+from higgstune.planning.plan import Planner, RunPlan, StagePlan
 from higgstune.planning.rehearsal import KINDS
 from higgstune.planning.speed import Speed, measure
 from higgstune.planning.survey import row_examples

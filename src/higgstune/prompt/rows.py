@@ -112,20 +112,33 @@ class RowExamples:
         self.prompter = prompter
         self.text_targets = text_targets
         self.rendering = rendering
+        self._lengths: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def lengths(self) -> NDArray[np.int64]:
         """The positions of each example, [rows], without reading the codes of a store."""
+        if self._lengths is None:
+            self._lengths = self._measured()
+        return self._lengths
+
+    def _measured(self) -> NDArray[np.int64]:
         outlines = self.rows.outlines() if isinstance(self.rows, SplitView) else iter(self.rows)
         lengths: list[int] = []
-        while some := [row_conversation(row, self.rendering)[:2] for row in islice(outlines, _TOKENIZED_AT_ONCE)]:
-            lengths += self.prompter.lengths(some)
+        while rows := list(islice(outlines, _TOKENIZED_AT_ONCE)):
+            try:
+                lengths += self.prompter.lengths([row_conversation(row, self.rendering)[:2] for row in rows])
+            except DataError:
+                for row in rows:
+                    self._example(row)  # tells which one it is
+                raise
         return np.array(lengths, dtype=np.int64)
 
     def __getitem__(self, index: int) -> Example:
-        row = self.rows[index]
+        return self._example(self.rows[index])
+
+    def _example(self, row: Row) -> Example:
         try:
             return row_example(self.prompter, row, self.text_targets, self.rendering)
         except DataError as error:

@@ -22,12 +22,16 @@ class FiniteSteps:
         self._in_a_row = 0
         self._last: tuple[Tensor, Any] | None = None  # was it left out, and when that is known
 
-    def note(self, norm: Tensor, optimizer: Any) -> None:
+    def note(self, norm: Any, optimizer: Any) -> None:
         """Decide the coming step by the norm [] of all its gradients.
 
         Raises TrainingError when too many steps before it were left out.
         """
         self._read()
+        if not isinstance(norm, Tensor):
+            return  # DeepSpeed clips and skips by itself
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()  # FSDP2 has its share of the norm on each process
         found = (~torch.isfinite(norm)).float()
         getattr(optimizer, "optimizer", optimizer).found_inf = found  # accelerate wraps the optimizer
         if found.device.type != "cuda":
@@ -43,7 +47,7 @@ class FiniteSteps:
             return
         found, event = self._last
         if event is not None:
-            event.synchronize()  # of the step before: the device has long been past it
+            event.synchronize()  # of the step before; this step's work is queued behind it already
         self._in_a_row = self._in_a_row + 1 if found.item() else 0
         self.skipped += bool(self._in_a_row)
         if self._in_a_row >= _IN_A_ROW:

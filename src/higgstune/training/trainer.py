@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from higgstune.batch.loader import PackLoader
-from higgstune.batch.packed import Packed, pack, positions, tensors_to
+from higgstune.batch.packed import Packed, positions, tensors_to, without_waiting
 from higgstune.batch.packing import PackSize
 from higgstune.codec import Codec
 from higgstune.model.forward import with_training_forward
@@ -74,11 +74,12 @@ class HiggsAudioTrainer(Trainer):
         super().__init__(
             model=model if model is not None else loaded.model,
             args=args,
-            data_collator=pack,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=list(callbacks),
         )
+        if eval_dataset is not None:
+            self._loader(eval_dataset, seed=None)  # a clip that does not fit is told of now
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
@@ -127,6 +128,10 @@ class HiggsAudioTrainer(Trainer):
     def _prepare_inputs(self, inputs: Packed) -> Packed:
         return tensors_to(inputs, self.args.device)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`'s; a loss that is no number stays out of the running sum, which it would spoil for good."""
+        return super().training_step(*args, **kwargs).nan_to_num(0.0, 0.0, 0.0)
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         self._steps.note(norm, self.optimizer)
@@ -140,7 +145,7 @@ class HiggsAudioTrainer(Trainer):
         if not samples:
             return samples, None
         counts = add_sums([label_counts(batch, eos_id=self._eos_id) for batch in samples])
-        return samples, self._over_ranks({key: value.to(device) for key, value in counts.items()})
+        return samples, self._over_ranks({key: without_waiting(value, device) for key, value in counts.items()})
 
     def compute_loss(  # type: ignore[override]
         self,
