@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from peft import PeftModel
 from tiny_checkpoint import random_codes, tiny_prompter
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -298,26 +297,6 @@ def test_two_targets_and_labels_in_what_is_shared() -> None:
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     for name, gradient in found.items():
         assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of PyTorch's own tracing
-def test_layers_are_compiled_for_all_packs_at_once() -> None:
-    model, prompter = adapted("full", torch.float32)
-    base: Any = with_training_forward(base_of(model))
-    made = examples(prompter)
-    packs = [pack(made[:2]), pack(made[:4]), pack(made[1:4]), pack(made), pack(made[2:])]
-    with torch.no_grad():
-        expected = [model(**batch)["audio_loss"] for batch in packs]
-    counter = CompileCounterWithBackend("eager")
-    for layer in base.model.layers:
-        layer.compile(dynamic=True, backend=counter)
-    frames = []
-    for batch, plain in zip(packs, expected, strict=True):
-        sums = model(**batch)
-        (sums["audio_loss"].sum() + sums["text_loss"]).backward()
-        torch.testing.assert_close(sums["audio_loss"].detach(), plain)
-        frames.append(counter.frame_count)
-    assert frames[1:] == [frames[1]] * 4  # the second pack tells which sizes change
 
 
 def test_fsdp_finds_the_layers() -> None:
