@@ -48,18 +48,30 @@ def draw(curves: Mapping[str, Points], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     panels = (
-        ("Training step by length of clips", "seconds a clip", "CPU-seconds a clip", {"clip": "training step"}),
-        ("Training step by examples", "examples in a pack", "CPU-seconds a step", {"examples": "training step"}),
-        ("Store by utterances", "utterances in the store", "CPU-seconds", PARTS),
+        (
+            "Training step by length of clips",
+            "length of clips (s)",
+            "CPU time for a clip (s)",
+            {"clip": "training step"},
+        ),
+        ("Training step by examples", "examples in a pack", "CPU time for a step (s)", {"examples": "training step"}),
+        ("Store by utterances", "utterances in the store", "CPU time (s)", PARTS),
     )
     for axis, (title, x, y, labels) in zip(axes, panels, strict=True):
+        axis.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
         for key, label in labels.items():
             if key in curves:
                 _curve(axis, curves[key], label)
-        axis.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
+        for of_axis in (axis.xaxis, axis.yaxis):
+            of_axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        axis.minorticks_off()
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high * 2)  # room for the legend
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
         axis.grid(True, which="major", alpha=0.3)
         axis.legend(frameon=False, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,8 +85,7 @@ def _curve(axis: Any, points: Points, label: str) -> None:
     (line,) = axis.plot(sizes, medians, marker="o", label=f"{label}: slope {slope(points):.2f}")
     axis.fill_between(sizes, *zip(*[(min(c), max(c)) for c in points.values()], strict=True), alpha=0.2)
     axis.plot(sizes, medians[0] * sizes / sizes[0], linestyle="--", linewidth=1, color=line.get_color())
-    axis.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
-    axis.minorticks_off()
+    axis.set_xticks(sizes)
 
 
 def earlier_curves(path: Path) -> dict[str, Points]:

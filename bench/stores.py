@@ -35,19 +35,15 @@ def demo_prompter() -> Prompter:
     return Prompter(AutoTokenizer.from_pretrained(ASSETS / "base"), SpecialIds.from_config(config))
 
 
-def make_store(folder: Path, rows: int, *, seed: int = 0, seconds: float | None = None) -> CodeStore:
-    """A store of so many utterances by the project's own writer, made once: lognormal lengths of 1 to 15 s, or all
-    of `seconds`; random codes; texts of the length that such speech has.
+def make_store(folder: Path, rows: int, *, seed: int = 0) -> CodeStore:
+    """A store of so many utterances by the project's own writer, made once: lognormal lengths of 1 to 15 s, random
+    codes, texts of the length that such speech has.
     """
     if not (folder / INDEX_NAME).exists():
         from workload import clip_seconds  # brings the model's class, which nothing else here needs
 
         folder.mkdir(parents=True, exist_ok=True)
-        lengths = (
-            clip_seconds(rows, low=1, high=15, median=5, sigma=0.6, seed=seed)
-            if seconds is None
-            else np.full(rows, seconds)
-        )
+        lengths = clip_seconds(rows, low=1, high=15, median=5, sigma=0.6, seed=seed)
         entries = {entry.audio_sha256: entry for entry in _entries(lengths, seed)}
         info = StoreInfo(
             codec="random",
