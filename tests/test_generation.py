@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_checkpoint import random_codes, tiny_prompter
 
+from higgstune.batch.packed import pack
 from higgstune.batch.padded import PaddedCollator
 from higgstune.generate.engine import Decoder, generate
 from higgstune.generate.sampling import RowSampler, Sampling
@@ -94,7 +95,7 @@ def test_an_overfitted_clip_is_spoken_back_exactly_and_stops_by_itself() -> None
     model, prompter = tiny_prompter(codes=CODES)
     with_training_forward(model)
     made = clips(prompter)
-    batch = PaddedCollator(pad_id=1, stream_eos=CODES + 1)([example for example, _, _ in made])
+    batch = pack([example for example, _, _ in made])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     counts = label_counts(batch, eos_id=CODES + 1)
     for _ in range(150):
