@@ -50,7 +50,10 @@ def main() -> None:
     for counted in ("tokens", "text_labels", "audio_labels"):
         same_work(*found.values(), counted=counted)
     speed = {name: rates(one, "tokens") for name, one in found.items()}
-    rows = [Row(f"{order}: {best}", speed[best], speed["ours"], "tokens/CPU-s") for order, best in _best(tried, speed)]
+    rows = [
+        Row(best if best.startswith(order) else f"{order}: {best}", speed[best], speed["ours"], "tokens/CPU-s")
+        for order, best in _best(tried, speed)
+    ]
     rows += [Row(f"ours, {name}", speed[name], speed["ours"], "tokens/CPU-s") for name in arguments.variants]
     if not arguments.quick:
         rows += _memory(settings, arguments)
