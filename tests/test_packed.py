@@ -218,6 +218,13 @@ def test_native_calls_stay_native() -> None:
     assert torch.equal(before, after)
 
 
+def test_a_padded_batch_with_targets_is_refused() -> None:
+    model, prompter = tiny_prompter(codes=CODES)
+    batch = PaddedCollator(pad_id=1, stream_eos=CODES + 1)(examples(prompter))
+    with pytest.raises(ValueError, match="pack the examples"):
+        with_training_forward(model)(**batch)
+
+
 @pytest.mark.parametrize("change", [{"hidden_act": "gelu"}, {"attention_dropout": 0.1}])
 def test_an_architecture_that_is_not_computed_is_refused(change: dict[str, Any]) -> None:
     model, _ = tiny_prompter(codes=CODES)

@@ -23,6 +23,8 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
     def forward(self, *args: Any, lengths: tuple[int, ...] | None = None, **kwargs: Any) -> Any:
         """With a packed batch (see `batch.packed`): sums of losses. Without: the native forward, unchanged."""
         if lengths is None:
+            if "audio_targets" in kwargs:  # the native forward would take them, and leave them out in silence
+                raise ValueError("a padded batch with targets is not trained on: pack the examples (batch.packed.pack)")
             return super().forward(*args, **kwargs)
         return self._sums(lengths=lengths, **kwargs)
 
