@@ -22,7 +22,7 @@ from higgstune.model.adapters import Lora, StageKind, add_lora
 from higgstune.model.conditioning import Conditioning, WhisperShape, add_conditioning, base_of
 from higgstune.model.forward import with_training_forward
 from higgstune.model.fused import linear
-from higgstune.model.loss import label_counts
+from higgstune.model.loss import head_sums, label_counts
 from higgstune.prompt.delay import IGNORE
 from higgstune.prompt.example import Example, Heard, Prompter
 from higgstune.prompt.rows import TARGET
@@ -165,6 +165,21 @@ def test_pieces_of_the_heads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert in_pieces == pytest.approx(loss, rel=1e-6)  # losses are float32
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_heads_sums_are_those_of_plain_formulas() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 5), torch.randn(3 * 7, 5)
+    targets = torch.randint(0, 7, (9, 3))
+    targets[::2, 0] = IGNORE
+    logits = (hidden @ weight.T).view(9, 3, 7)
+    targets[1] = logits[1].argmax(-1)  # at least one hit for each head
+    sums = head_sums(hidden, weight, targets, eos_id=6)
+    for k in range(3):
+        cells = F.cross_entropy(logits[:, k], targets[:, k], reduction="none")
+        torch.testing.assert_close(sums["loss"][k], cells.sum())
+        torch.testing.assert_close(sums["eos_loss"][k], cells[targets[:, k] == 6].sum())
+        assert sums["hits"][k] == (logits[:, k].argmax(-1) == targets[:, k]).sum() > 0
 
 
 class NothingWaits(TorchDispatchMode):
