@@ -263,14 +263,12 @@ def test_out_of_memory_names_what_would_fit(
     assert "will hardly fit" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("16GB", 16 * 10**9), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8), ("1000", 1000)]
-)
+@pytest.mark.parametrize(("text", "size"), [("16GB", 16 * 10**9), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8)])
 def test_memory_is_read(text: str, size: int) -> None:
     assert parse_memory(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "16XB", "-1GB", "0", "16 G B", "nan"])
+@pytest.mark.parametrize("text", ["", "GB", "16XB", "-1GB", "0GB", "16", "16 G B", "nan"])
 def test_memory_that_makes_no_sense(text: str) -> None:
     with pytest.raises(ConfigError, match="--memory"):
         parse_memory(text)

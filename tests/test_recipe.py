@@ -117,6 +117,10 @@ def test_an_unknown_key_names_the_nearest_one(wrong: dict[str, Any], told: str) 
         (stage(learning_rate="fast"), r"stages\.0\.learning_rate: .*number"),
         (stage(learning_rate=float("inf")), r"stages\.0\.learning_rate: .*finite"),
         (stage(batch_size=0), r"stages\.0\.batch_size: .*greater than or equal to 1"),
+        (
+            {"data": {"store": "x"}, "stages": [], "gradient_checkpointing": "some"},
+            "gradient_checkpointing: true, false or",
+        ),
         (stage(batch_size=2, batch_tokens=4096), r"batch_tokens \(4096\) and batch_size \(2\) are both given"),
         (stage(text_targets="none"), r"stages\.0: text_weight has no effect with text_targets: none"),
         (stage(text_weight=0, audio_weight=0), r"stages\.0: .*nothing would be learned"),

@@ -20,6 +20,7 @@ from tiny_checkpoint import SENTENCES, save_tiny_checkpoint
 from tiny_codec import save_tiny_codec
 
 import higgstune
+from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError, ConfigError, DataError, VerificationError
 from higgstune.generate.speak import load_speaker, speak
 from higgstune.model.adapters import find_adapter, load_adapter
@@ -116,6 +117,18 @@ def test_a_finished_run_is_not_overwritten_nor_a_strange_folder_used(
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is no run"):
         train(recipe(world), tmp_path)
+
+
+@pytest.mark.parametrize("checkpointing", [False, "auto"])
+def test_a_row_that_no_pack_can_hold_is_named_before_the_folder_is_taken(
+    world: Path, tmp_path: Path, checkpointing: Any
+) -> None:
+    stages = [{"name": "s", "kind": "full", "max_steps": 2, "batch_tokens": 20}]
+    store = CodeStore.open(world / "data")
+    longest = max(store.rows(), key=lambda row: (row.codes.shape[0], len(row.text)))
+    with pytest.raises(ConfigError, match=rf"stages.0.batch_tokens is 20, but row {longest.id} of the {longest.split}"):
+        train(recipe(world, stages=stages, gradient_checkpointing=checkpointing), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_never_began_does_not_claim_its_folder(world: Path, tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def parse_memory(text: str) -> int:
-    """`16GB`, `15.5 GiB`, `800MB`, or bytes. Raises ConfigError."""
-    units = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    """`16GB`, `15.5 GiB`, `800MB`. Raises ConfigError, also without a unit: 16 is meant as gigabytes by some."""
+    units = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
     number = text.strip().rstrip("BbGgIiMmTt ")
     unit = text.strip()[len(number) :].strip().upper()
     try:

@@ -125,15 +125,14 @@ def _layers(planner: Planner, recipe: Recipe, room: int) -> list[int]:
 def _smaller_packs(planner: Planner, recipe: Recipe) -> Iterator[_Variant]:
     """Smaller forward passes, and as many more of them in an optimizer step."""
     for halvings in range(1, 7):
-        changes = {}
-        for stage in recipe.stages:
+        changes, texts = {}, []
+        for index, stage in enumerate(recipe.stages):
             change = _smaller(planner, recipe, stage, 2**halvings)
             if change is None:
                 return
-            changes[stage.name] = change
-        texts = dict.fromkeys(", ".join(f"{key}: {value}" for key, value in c.items()) for c in changes.values())
-        changed = with_stages(recipe, {name: dict(change) for name, change in changes.items()})
-        yield _Variant(" / ".join(texts), _HALVED**halvings, changed)
+            changes[stage.name] = dict(change)
+            texts += [f"stages.{index}.{key}: {value}" for key, value in change.items()]
+        yield _Variant(", ".join(texts), _HALVED**halvings, with_stages(recipe, changes))
 
 
 def _smaller(planner: Planner, recipe: Recipe, stage: Stage, parts: int) -> dict[str, int] | None:

@@ -117,6 +117,12 @@ class RowExamples:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def with_targets(self, text_targets: TextTargets) -> "RowExamples":
+        """The same rows with other labels; their lengths are not found again."""
+        other = RowExamples(self.rows, self.prompter, text_targets, self.rendering)
+        other._lengths = self._lengths
+        return other
+
     def lengths(self) -> NDArray[np.int64]:
         """The positions of each example, [rows], without reading the codes of a store."""
         if self._lengths is None:

@@ -146,6 +146,13 @@ class Recipe(_Strict):
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept in each stage")
     report_to: tuple[str, ...] = Field(("tensorboard",), description="as in transformers: tensorboard, wandb, ...")
 
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _known_way(cls, value: Any) -> Any:
+        if value not in (True, False, "auto"):
+            raise ValueError(f"true, false or auto, not {value!r}")
+        return value
+
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
         if not self.stages:

@@ -43,7 +43,7 @@ from higgstune.training.metrics import check_possible
 from higgstune.training.progress import ProgressReport
 from higgstune.training.recipe import Recipe, Stage, load_recipe, save_recipe
 from higgstune.training.save import adapter_card_of, save_adapter
-from higgstune.training.setting import Setting, find_setting
+from higgstune.training.setting import Setting, check_packs, find_setting
 from higgstune.training.trainer import HiggsAudioTrainer
 from higgstune.training.verify import verify_in_fresh_process, write_probe
 
@@ -91,6 +91,11 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
     _check_same_encoder(adapter, setting)
     add_conditioning(loaded.model, setting.conditioning)
     check_directions(loaded.model, recipe.lora, setting.conditioning, setting.attention)
+    prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
+    examples = {
+        name: RowExamples(store.split(name), prompter, "none", setting.rendering) for name in ("train", "validation")
+    }
+    check_packs(recipe, list(examples.values()))
     if run.is_main:
         memory.warn()
     # Only now is the folder taken: a wrong store or checkpoint must not leave a run that cannot go on.
@@ -100,7 +105,7 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
     run.read()
     for stage in recipe.stages:
         if not run.has_finished(stage):
-            run.finished(stage, _train_stage(run, stage, loaded, store, adapter, setting, memory))
+            run.finished(stage, _train_stage(run, stage, loaded, store, examples, adapter, setting, memory))
             processes.wait()  # the next stage begins from what the first process has written
         adapter = run.adapter(stage)
     assert adapter is not None
@@ -246,6 +251,7 @@ def _train_stage(
     stage: Stage,
     loaded: ModelAndTokenizers,
     store: CodeStore,
+    examples: Mapping[str, RowExamples],
     start_from: Path | None,
     setting: Setting,
     memory: RunMemory,
@@ -261,11 +267,7 @@ def _train_stage(
             loaded.model, start_from, recipe.lora, stage.kind, setting.conditioning, setting.attention
         )
     checkpoint_first(loaded.model.model.layers, memory.checkpointed(stage))
-    prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
-    train_rows, validation_rows = (
-        RowExamples(store.split(name), prompter, stage.text_targets, setting.rendering)
-        for name in ("train", "validation")
-    )
+    train_rows, validation_rows = (examples[name].with_targets(stage.text_targets) for name in ("train", "validation"))
     folder = run.stage_folder(stage)
     trainer = HiggsAudioTrainer(
         loaded,
@@ -287,6 +289,7 @@ def _train_stage(
         "kind": stage.kind,
         "steps": trainer.state.global_step,
         "layers": len(adapted_layers(model)),
+        "checkpointed_layers": min(memory.checkpointed(stage), loaded.config.num_hidden_layers),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "history": trainer.state.log_history,
     }

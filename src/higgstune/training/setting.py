@@ -1,5 +1,6 @@
 """What a recipe's conditioning asks of the model and of the store, found out before anything is trained."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from higgstune.data.store import CodeStore
@@ -9,7 +10,7 @@ from higgstune.model.adapters import AttentionTraining, base_fingerprint
 from higgstune.model.conditioning import Conditioning, WhisperShape, conditioning_of
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.model.quantize import is_quantized
-from higgstune.prompt.rows import Rendering, heard_clips, says_whisper
+from higgstune.prompt.rows import Rendering, RowExamples, heard_clips, says_whisper
 from higgstune.prompt.template import AUDIO_IN
 from higgstune.training.recipe import Recipe
 
@@ -60,6 +61,22 @@ def find_setting(recipe: Recipe, store: CodeStore, loaded: ModelAndTokenizers) -
         Rendering(recipe.data.reference, features),
         base_fingerprint(loaded.model),
     )
+
+
+def check_packs(recipe: Recipe, splits: Sequence[RowExamples]) -> None:
+    """Raises ConfigError for a stage whose packs cannot hold the longest row of all splits, and names that row."""
+    filled = [examples for examples in splits if len(examples)]
+    longest = max(filled, key=lambda examples: int(examples.lengths().max()))
+    positions = int(longest.lengths().max())
+    row = longest.rows[int(longest.lengths().argmax())]
+    for index, stage in enumerate(recipe.stages):
+        tokens = stage.pack_size.tokens
+        if tokens is not None and tokens < positions:
+            raise ConfigError(
+                f"stages.{index}.batch_tokens is {tokens}, but row {row.id} of the {row.split} split alone has "
+                f"{positions} positions (text, and 25 a second of audio): raise it to {positions} or more, or prepare "
+                "with a smaller --max-seconds"
+            )
 
 
 def _check_features(recipe: Recipe, store: CodeStore, features: WhisperFeatures) -> None:
