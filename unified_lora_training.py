@@ -8,20 +8,19 @@ OUTPUT_DIR/stage1 and stage2 are run folders; the same command goes on with one 
 
 import argparse
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from higgstune import prepare
 from higgstune.data.schema import INDEX_NAME
 from higgstune.data.summary import References
-from higgstune.errors import CheckpointError, HiggstuneError, InputError
+from higgstune.errors import CheckpointError, HiggstuneError
 from higgstune.hub import fetch
 from higgstune.model.adapters import Lora, find_adapter
 from higgstune.model.load import choose_device
+from higgstune.training.processes import Processes
 from higgstune.training.recipe import ModelSettings, Recipe, Stage, parse_recipe
 from higgstune.training.run import train
 
@@ -47,7 +46,7 @@ def main() -> int:
         train(recipe, args.output_dir / args.training_stage, resume=True)
     except HiggstuneError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2 if isinstance(error, InputError) else 1
+        return error.exit_code
     return 0
 
 
@@ -95,16 +94,13 @@ def as_recipe(args: argparse.Namespace, store: Path) -> Recipe:
 
 def prepare_once(source: Path, store: Path, checkpoint: str, whisper: str | None) -> None:
     """The first process prepares while the others wait."""
-    state = PartialState(cpu=not torch.cuda.is_available())
-    if state.use_distributed:  # a collective gives up after minutes, and encoding may take hours
-        patient = torch.distributed.new_group(timeout=timedelta(days=9), backend="gloo")
-    if state.is_main_process:
+    processes = Processes(cpu=not torch.cuda.is_available())
+    if processes.is_main:
         fetch(checkpoint, what="checkpoint", weights=False)  # a wrong name is told before hours of encoding
         references: References = "none" if whisper is None else "same_speaker"
         device = str(choose_device())
         prepare(source, store, model=checkpoint, whisper=whisper, references=references, device=device)
-    if state.use_distributed:
-        torch.distributed.barrier(patient)
+    processes.wait()
 
 
 if __name__ == "__main__":

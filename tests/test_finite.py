@@ -20,14 +20,14 @@ def world() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
 
 def take(parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer, steps: FiniteSteps, value: float) -> None:
     parameter.grad = torch.full((3,), value)
-    steps.note(parameter.grad.norm(), optimizer)
+    steps.note(parameter.grad.norm(), optimizer, step=0)
     optimizer.step()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(value: float) -> None:
     (a, plain), (b, careful) = world(), world()
-    steps, clean = FiniteSteps(), FiniteSteps()
+    steps, clean = FiniteSteps(print), FiniteSteps(print)
     for gradient in (1.0, 2.0):
         take(a, plain, clean, gradient)
     for gradient in (1.0, value, 2.0, 3.0):
@@ -42,7 +42,7 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(value: fl
 
 def test_ten_in_a_row_end_the_run_and_nine_do_not() -> None:
     parameter, optimizer = world()
-    steps = FiniteSteps()
+    steps = FiniteSteps(print)
     for gradient in [*[float("nan")] * 9, 1.0, *[float("nan")] * 10]:
         take(parameter, optimizer, steps, gradient)
     with pytest.raises(TrainingError, match="10 steps in a row are not finite"):

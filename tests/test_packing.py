@@ -62,13 +62,45 @@ def test_every_clip_once_and_as_many_packs_for_all_processes(
     assert sum(len(share) for share in shares) - sum(bool(pack) for pack in loud) < processes
 
 
+@given(
+    clips=st.integers(1, 60), per_step=st.integers(1, 6), processes=st.integers(1, 8), epoch=st.integers(0, 3)
+)  # fmt: skip
+def test_a_step_has_the_same_clips_on_any_number_of_processes(
+    clips: int, per_step: int, processes: int, epoch: int
+) -> None:
+    lengths = np.random.default_rng(clips).integers(20, 90, clips)
+
+    def shares(count: int) -> list[list[list[int]]]:
+        samplers = [
+            PackSampler(lengths, PackSize(tokens=200), seed=5, rank=rank, processes=count, per_step=per_step)
+            for rank in range(count)
+        ]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        packs = [list(sampler) for sampler in samplers]
+        assert {len(share) for share in packs} == {len(samplers[0])}  # no process waits for one that has no more
+        return packs
+
+    rounds = -(-per_step // processes)  # of each process in a step
+    one, several = shares(1)[0], shares(processes)
+    for step in range(-(-len(one) // per_step)):
+        expected = one[step * per_step : (step + 1) * per_step]
+        found = [pack for share in several for pack in share[step * rounds : (step + 1) * rounds]]
+        heard = sorted(pack for pack in found if pack[0] >= 0)
+        assert heard == sorted(expected)
+        assert sorted(pack for pack in found if pack[0] < 0) == [[~expected[0][0]]] * (len(found) - len(expected))
+        sampler = PackSampler(lengths, PackSize(tokens=200), seed=5, per_step=per_step)
+        steps_before = epoch * -(-len(one) // per_step)
+        assert sorted(sampler.of_step(steps_before + step)) == heard
+
+
 def test_the_processes_of_a_step_have_the_packs_of_one_process() -> None:
     lengths = np.random.default_rng(0).integers(20, 90, 200)
     one = list(PackSampler(lengths, PackSize(tokens=300), seed=5))
     four = [list(PackSampler(lengths, PackSize(tokens=300), seed=5, rank=r, processes=4)) for r in range(4)]
     in_order = [share[step] for step in range(len(four[0])) for share in four]
     assert in_order[: len(one)] == one
-    assert all(pack == [~one[0][0]] for pack in in_order[len(one) :])
+    assert all(len(pack) == 1 and pack[0] < 0 for pack in in_order[len(one) :])
 
 
 def test_epochs_differ_and_come_again() -> None:

@@ -29,6 +29,7 @@ from higgstune.planning.plan import Planner, fewest
 from higgstune.planning.rehearsal import ADAPTER, Subject, rehearse
 from higgstune.planning.tracker import Tracker
 from higgstune.training import run as training_run
+from higgstune.training import stage as training_stage
 from higgstune.training.recipe import Recipe
 from higgstune.training.trainer import HiggsAudioTrainer
 from higgstune.training.verify import Verification
@@ -163,7 +164,7 @@ def test_packs_and_steps_are_those_of_the_trainer(
     planner: Planner, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proof = Verification("float32", 1e-5, 0.0, 1.0)
-    monkeypatch.setattr(training_run, "verify_in_fresh_process", lambda **_: proof)  # it has tests of its own
+    monkeypatch.setattr(training_stage, "verify_in_fresh_process", lambda **_: proof)  # it has tests of its own
     changed = recipe(world, stage={"gradient_accumulation": 2, "batch_tokens": 700})
     planned = planner.plan(changed).stages[0]
     assert planned.packs * planned.tokens_per_pack == pytest.approx(planned.tokens)

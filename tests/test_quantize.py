@@ -320,7 +320,7 @@ def test_variants_pass_the_same_proof(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # In this process, which is faster than a fresh one; `run` has that.
-    monkeypatch.setattr("higgstune.training.run.verify_in_fresh_process", lambda **request: verify._compare(request))
+    monkeypatch.setattr("higgstune.training.stage.verify_in_fresh_process", lambda **request: verify._compare(request))
     stage = {"name": "s", "kind": "full", "max_steps": 12, "learning_rate": 2e-2, "batch_size": 2}
     made = on_4_bits(world, {"checkpoint": str(world / checkpoint), **model}, stages=[stage], **changes)
     proof = train(made, tmp_path / "run").stages["s"]["verification"]

@@ -182,7 +182,7 @@ def test_a_run_stopped_in_its_final_proof_takes_no_step_more(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("higgstune.training.run.verify_in_fresh_process", killed)
+        patch.setattr("higgstune.training.stage.verify_in_fresh_process", killed)
         with pytest.raises(KeyboardInterrupt):
             train(made, tmp_path / "run")
     before = load_file(tmp_path / "run" / "s" / "adapter" / "adapter_model.safetensors")

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -14,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from higgstune.errors import ConfigError, HiggstuneError, InputError, WorkError
+from higgstune.errors import ConfigError, HiggstuneError, Interrupted, WorkError
 
 # Modules that bring torch are imported by the verb that needs them: `--help` answers at once.
 
@@ -54,15 +56,29 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars, too: lines, not bars, in a log
+    signal.signal(signal.SIGTERM, _end)
     try:
         app()
-    except HiggstuneError as error:
-        errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except OSError as error:
-        errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+    except (HiggstuneError, OSError) as error:
+        _tell_launcher(error)
+        rank = os.environ.get("RANK")
+        who = "" if rank is None else f" in process {rank}"
+        errors.print(f"[bold red]error{who}:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(getattr(error, "exit_code", 1))
     sys.exit(0)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """What was begun is cleaned up, where a plain SIGTERM would leave it."""
+    raise Interrupted(number)
+
+
+def _tell_launcher(error: Exception) -> None:
+    """torchrun shows what the process that failed first has left for it."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 @app.callback(invoke_without_command=True)

@@ -6,19 +6,26 @@
     │   ├── DataError         a manifest, a recording, a code store
     │   └── CheckpointError   a checkpoint, an adapter, a tokenizer, a codec
     └── WorkError             the input was fine and the work failed        (exit code 1)
+        ├── Interrupted       a signal ended it                         (exit code 128 + the signal)
         ├── TrainingError     a run that must not go on
         └── VerificationError what was saved is not what was trained
 
 A message says what is wrong, where, and what to do.
 """
 
+import signal
+
 
 class HiggstuneError(Exception):
     """Base of all errors of this package."""
 
+    exit_code = 1  # of a command that ends with it
+
 
 class InputError(HiggstuneError, ValueError):
     """The user's input is wrong."""
+
+    exit_code = 2
 
 
 class ConfigError(InputError):
@@ -35,6 +42,15 @@ class CheckpointError(InputError):
 
 class WorkError(HiggstuneError, RuntimeError):
     """The input was fine and the work failed."""
+
+
+class Interrupted(WorkError):
+    """A signal ended the work; what is needed to go on is kept."""
+
+    def __init__(self, number: int, message: str = "nothing is lost") -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}: {message}")
+        self.number = number
+        self.exit_code = 128 + number  # as shells say it
 
 
 class TrainingError(WorkError):

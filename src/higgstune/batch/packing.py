@@ -123,19 +123,31 @@ def fill(packs: Sequence[Pack], lengths: NDArray[np.int64], tokens: int) -> floa
 class PackSampler(Sampler[Pack]):
     """One process's packs of each epoch, as a batch sampler; all processes have equally many.
 
-    Where packs do not fill the processes, some at the end get a muted clip: an index i < 0 asks for clip ~i without
-    its labels. It counts nowhere, and every clip still counts once.
+    Packs belong to optimizer steps: `per_step` of them to each, fewer to the last one of an epoch, whatever the number
+    of processes. Where the packs of a step do not fill the processes, some get a muted clip: an index i < 0 asks for
+    clip ~i without its labels. It counts nowhere, and every clip still counts once.
     """
 
     def __init__(
-        self, lengths: NDArray[np.int64], size: PackSize, *, seed: int | None, rank: int = 0, processes: int = 1
+        self,
+        lengths: NDArray[np.int64],
+        size: PackSize,
+        *,
+        seed: int | None,
+        rank: int = 0,
+        processes: int = 1,
+        per_step: int | None = None,
     ) -> None:
-        """`seed` None: the order of the clips, the same in every epoch. Raises ConfigError as `pack_indices`."""
+        """`seed` None: the order of the clips, the same in every epoch; `per_step` None: one pack for each process.
+
+        Raises ConfigError as `pack_indices`.
+        """
         self.lengths = lengths
         self.size = size
         self.seed = seed
         self.rank = rank
         self.processes = processes
+        self.per_step = processes if per_step is None else per_step
         self.epoch = 0
         self._first = pack_indices(lengths, size, seed=seed)
 
@@ -144,12 +156,31 @@ class PackSampler(Sampler[Pack]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self._first) // self.processes)
+        steps, rest = divmod(len(self._first), self.per_step)
+        return steps * self._rounds(self.per_step) + self._rounds(rest)
 
     def __iter__(self) -> Iterator[Pack]:
-        packs = self.packs(self.epoch)
-        packs += [[~packs[0][0]]] * (len(self) * self.processes - len(packs))
-        yield from packs[self.rank :: self.processes]
+        for packs in self._steps(self.epoch):
+            empty = self._rounds(len(packs)) * self.processes - len(packs)
+            yield from (packs + [[~packs[0][0]]] * empty)[self.rank :: self.processes]
+
+    @property
+    def idle(self) -> int:
+        """How many processes have nothing but muted clips in every step."""
+        return max(0, self.processes - min(self.per_step, len(self._first)))
+
+    def of_step(self, step: int) -> list[Pack]:
+        """All processes' packs of an optimizer step, counted from 0 over all epochs."""
+        epoch, place = divmod(step, -(-len(self._first) // self.per_step))
+        return self._steps(epoch)[place]
+
+    def _rounds(self, packs: int) -> int:
+        """How many packs each process has where there are so many of all."""
+        return -(-packs // self.processes)
+
+    def _steps(self, epoch: int) -> list[list[Pack]]:
+        packs = self.packs(epoch)
+        return [packs[first : first + self.per_step] for first in range(0, len(packs), self.per_step)]
 
     def packs(self, epoch: int) -> list[Pack]:
         """All processes' packs of an epoch; equally many in each, because schedules are made by the first."""

@@ -48,7 +48,7 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
         text = head_sums(hidden.index_select(0, text_positions), self.text_lm_head.weight, text_targets[:, None])
         return {
             **{f"audio_{key}": value for key, value in audio.items()},
-            **{f"text_{key}": value[0] for key, value in text.items()},
+            **{f"text_{key}": value.sum() for key, value in text.items()},  # of one; FSDP wants no views
         }
 
     def _hidden(
@@ -112,6 +112,7 @@ def with_training_forward(model: HiggsAudioV2ForConditionalGeneration) -> HiggsA
     with_packed_layers(model.model.layers)
     # FSDP looks for the layers that it wraps by the names of their classes.
     model._no_split_modules = sorted({type(layer).__name__ for layer in model.model.layers})
-    model.__class__ = HiggsAudioForTraining
+    if not isinstance(model, HiggsAudioForTraining):  # or a subclass of it, which FSDP makes
+        model.__class__ = HiggsAudioForTraining
     assert isinstance(model, HiggsAudioForTraining)
     return model

@@ -123,6 +123,10 @@ class RowExamples:
         other._lengths = self._lengths
         return other
 
+    def row_id(self, index: int) -> str:
+        """What the row of an example is called."""
+        return self.rows[index].id
+
     def lengths(self) -> NDArray[np.int64]:
         """The positions of each example, [rows], without reading the codes of a store."""
         if self._lengths is None:

@@ -1,5 +1,6 @@
 """Steps whose gradients are no numbers: left out on the device itself, and told of one step late."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,11 @@ from torch import Tensor
 from higgstune.errors import TrainingError
 
 _IN_A_ROW = 10  # so many without a finite one between them end the run
+SKIPPED_STEPS = "skipped_steps.jsonl"  # beside the checkpoints: which clips were in steps that were left out
+_ADVICE = (
+    "training went out of bounds. Lower the learning rate, or look at the data with `higgstune doctor`; the clips of "
+    f"these steps are in {SKIPPED_STEPS} beside the checkpoints, and the checkpoints before them are kept"
+)
 
 
 class FiniteSteps:
@@ -17,17 +23,19 @@ class FiniteSteps:
     moments. What happened is read when the next step's gradients are there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_skipped: Callable[[int], None]) -> None:
+        """`on_skipped` is called with each step that was left out, counted from 0, once that is known."""
         self.skipped = 0  # steps, as far as is known
+        self._on_skipped = on_skipped
         self._in_a_row = 0
-        self._last: tuple[Tensor, Any] | None = None  # was it left out, and when that is known
+        self._last: tuple[int, Tensor, Any] | None = None  # which step, was it left out, and when that is known
 
-    def note(self, norm: Any, optimizer: Any) -> None:
+    def note(self, norm: Any, optimizer: Any, *, step: int) -> None:
         """Decide the coming step by the norm [] of all its gradients.
 
         Raises TrainingError when too many steps before it were left out.
         """
-        self._read()
+        self.read()
         if not isinstance(norm, Tensor):
             return  # DeepSpeed clips and skips by itself
         if hasattr(norm, "full_tensor"):
@@ -35,23 +43,31 @@ class FiniteSteps:
         found = (~torch.isfinite(norm)).float()
         getattr(optimizer, "optimizer", optimizer).found_inf = found  # accelerate wraps the optimizer
         if found.device.type != "cuda":
-            self._last = found, None
+            self._last = step, found, None
             return
         copy = torch.empty((), pin_memory=True).copy_(found, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._last = copy, event
+        self._last = step, copy, event
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """What became of the last step; waits for it. Raises TrainingError as `note`."""
         if self._last is None:
             return
-        found, event = self._last
+        step, found, event = self._last
+        self._last = None
         if event is not None:
-            event.synchronize()  # of the step before; this step's work is queued behind it already
-        self._in_a_row = self._in_a_row + 1 if found.item() else 0
-        self.skipped += bool(self._in_a_row)
+            event.synchronize()  # from `note`: of the step before; this step's work is queued behind it already
+        if not found.item():
+            self._in_a_row = 0
+            return
+        self.skipped += 1
+        self._in_a_row += 1
+        self._on_skipped(step)
         if self._in_a_row >= _IN_A_ROW:
-            raise TrainingError(
-                f"the gradients of {_IN_A_ROW} steps in a row are not finite: training went out of bounds. Lower the "
-                "learning rate, or look at the data with `higgstune doctor`; the checkpoints before it are kept"
-            )
+            raise TrainingError(f"the gradients of {_IN_A_ROW} steps in a row are not finite: {_ADVICE}")
+
+    def check_any_taken(self, *, of: int) -> None:
+        """Raises TrainingError when all steps of a stage were left out, few as they may be."""
+        if of and self.skipped >= of:
+            raise TrainingError(f"the gradients of all {of} steps are not finite: {_ADVICE}")

@@ -137,6 +137,9 @@ class Recipe(_Strict):
     stages: tuple[Stage, ...]
     init_adapter: str | None = Field(None, description="adapter or run that the first stage goes on from")
     seed: int = Field(0, ge=0, description="of the adapter's start and of the order of the clips")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="several processes: ddp, each with the whole base; fsdp, each with a share of it (FSDP2)"
+    )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         False, description="less memory for up to a third more time; auto: in as many layers as the memory asks for"
     )
@@ -162,6 +165,11 @@ class Recipe(_Strict):
             raise ValueError(f"stages need different names, got {', '.join(names)}")
         if ("full", "text") in pairwise(stage.kind for stage in self.stages):
             raise ValueError("a text stage cannot follow a full one: its adapter has no audio layers to keep them in")
+        if self.parallel == "fsdp" and self.model.quantize is not None:
+            raise ValueError(
+                f"parallel: fsdp and model.quantize: {self.model.quantize} are both set: weights in 4 bits are not "
+                "sharded; leave one out"
+            )
         if self.model.audio_attention and all(stage.kind == "text" for stage in self.stages):
             raise ValueError(
                 "model.audio_attention is on, but no stage has the kind full: it would never be trained; "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 
 import higgstune
 from higgstune.data.schema import SPLITS
@@ -19,15 +20,15 @@ from higgstune.training.recipe import Recipe
 from higgstune.training.setting import Setting
 
 
-def save_adapter(folder: Path, model: PeftModel, card: dict[str, Any]) -> None:
-    """Write the adapter folder under a temporary name, then rename it."""
+def save_adapter(folder: Path, model: PeftModel, card: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Write the adapter folder under a temporary name, then rename it. `weights`: see `trained_state`."""
     temporary = folder.with_name("adapter.tmp")
     for leftover in (temporary, folder):
         shutil.rmtree(leftover, ignore_errors=True)
     config = model.peft_config["default"]
     config.base_model_name_or_path = card["checkpoint"]
     config.revision = card["revision"]
-    model.save_pretrained(str(temporary), save_embedding_layers=False)
+    model.save_pretrained(str(temporary), state_dict=weights, save_embedding_layers=False)
     write_card(temporary, card)
     os.replace(temporary, folder)
 

@@ -1,30 +1,49 @@
 """`transformers.Trainer` with what is special about Higgs Audio: data, loss, evaluation, whole checkpoints."""
 
-import os
-import shutil
+import json
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
 
-from higgstune.batch.loader import PackLoader
+from higgstune.batch.loader import PackLoader, watched
 from higgstune.batch.packed import Packed, positions, tensors_to, without_waiting
 from higgstune.batch.packing import PackSize
 from higgstune.codec import Codec
+from higgstune.errors import CheckpointError
+from higgstune.model.adapters import ADAPTER_WEIGHTS
 from higgstune.model.forward import with_training_forward
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.model.loss import LossWeights, Sums, add_sums, combine, label_counts, zero_sums
-from higgstune.training.finite import FiniteSteps
+from higgstune.training.checkpoint import new_checkpoint, read_checkpoint
+from higgstune.training.finite import SKIPPED_STEPS, FiniteSteps
 from higgstune.training.metrics import check_possible, loss_metrics
+from higgstune.training.sharding import is_sharded
+from higgstune.training.state import (
+    optimizer_tensors,
+    part,
+    random_states,
+    set_optimizer,
+    set_random_states,
+    set_weights,
+    trained_parameters,
+    trained_state,
+    under,
+)
 
-_STAGING = "incomplete"  # where a checkpoint is written before it gets its name
+_LOG = logging.getLogger(__name__)
+_STATE = "training.safetensors"  # in a checkpoint: optimizer, random numbers, what was not logged yet
 
 
 class HiggsAudioTrainer(Trainer):
@@ -46,13 +65,15 @@ class HiggsAudioTrainer(Trainer):
         model: PeftModel | None = None,
         weights: LossWeights | None = None,
         batch_tokens: int | None = None,
+        packs_per_step: int | None = None,
         full_learning_rate: float | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         """`model` is `loaded.model` with an adapter; without it, `loaded.model` itself is trained.
 
         Examples are packed into one sequence without padding: as many as fit into `batch_tokens` positions, or, where
-        that is not given, `args.per_device_train_batch_size` of them.
+        that is not given, `args.per_device_train_batch_size` of them. An optimizer step takes `packs_per_step` of all
+        processes together; where that is not given, `args.gradient_accumulation_steps` of each.
 
         Modules that an adapter trains in full (peft's `modules_to_save`) have `full_learning_rate` as their peak, where
         it is given.
@@ -65,9 +86,10 @@ class HiggsAudioTrainer(Trainer):
         self.full_learning_rate = full_learning_rate
         self._eos_id: int = loaded.config.audio_stream_eos_id
         self._window = _Window()
-        self._steps = FiniteSteps()
-        self._staging = False
+        self._steps = FiniteSteps(self._note_skipped)
         self._pack_size = PackSize(batch_tokens, args.per_device_train_batch_size)
+        self.packs_per_step = packs_per_step or args.gradient_accumulation_steps * args.world_size
+        args.gradient_accumulation_steps = -(-self.packs_per_step // args.world_size)
         args.remove_unused_columns = False  # examples are objects, not columns
         args.logging_nan_inf_filter = False  # it would wait for the device in every step: see `FiniteSteps`
         args._n_gpu = min(1, args.n_gpu)  # several GPUs in one process would be DataParallel: use torchrun
@@ -78,6 +100,7 @@ class HiggsAudioTrainer(Trainer):
             eval_dataset=eval_dataset,
             callbacks=list(callbacks),
         )
+        self.is_distributed_loading_by_transformers = is_sharded(model)  # its name for: do not wrap this model
         if eval_dataset is not None:
             self._loader(eval_dataset, seed=None)  # a clip that does not fit is told of now
         self.remove_callback(PrinterCallback)
@@ -107,9 +130,21 @@ class HiggsAudioTrainer(Trainer):
 
     def get_train_dataloader(self) -> PackLoader:
         """Packs of the training split; each process has its own share of them and no other."""
-        return self._loader(self.train_dataset, seed=self.args.seed, workers=self.args.dataloader_num_workers)
+        loader = self._loader(
+            self.train_dataset,
+            seed=self.args.seed,
+            per_step=self.packs_per_step,
+            workers=self.args.dataloader_num_workers,
+        )
+        self._packs = loader.packs
+        if loader.packs.idle and self.args.should_save:
+            _LOG.warning(
+                "%d of %d processes have nothing to do: a step has fewer packs than that. Lower batch_tokens, or use "
+                "fewer processes", loader.packs.idle, self.args.world_size,
+            )  # fmt: skip
+        return loader
 
-    def _loader(self, examples: Any, *, seed: int | None, workers: int = 0) -> PackLoader:
+    def _loader(self, examples: Any, *, seed: int | None, per_step: int | None = None, workers: int = 0) -> PackLoader:
         return PackLoader(
             examples,
             self._pack_size,
@@ -117,6 +152,7 @@ class HiggsAudioTrainer(Trainer):
             share_prefix=not _has_dropout(self.model),
             rank=self.args.process_index,
             processes=self.args.world_size,
+            per_step=per_step,
             workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
@@ -128,20 +164,51 @@ class HiggsAudioTrainer(Trainer):
     def _prepare_inputs(self, inputs: Packed) -> Packed:
         return tensors_to(inputs, self.args.device)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`'s. Raises TrainingError as well when no step could be taken."""
+        output = super().train(*args, **kwargs)
+        self._steps.read()
+        self._steps.check_any_taken(of=self.state.global_step)
+        return output
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s; a loss that is no number stays out of the running sum, which it would spoil for good."""
         return super().training_step(*args, **kwargs).nan_to_num(0.0, 0.0, 0.0)
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_sharded(model):  # which is where it belongs
+            super()._move_model_to_device(model, device)
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """As `Trainer`'s, which asks the model for a configuration that sharding here does not leave."""
+        model: Any = self.model
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
-        self._steps.note(norm, self.optimizer)
+        self._steps.note(norm, self.optimizer, step=self.state.global_step)
         return norm
+
+    def _note_skipped(self, step: int) -> None:
+        """Keep which clips a step was left out with, for a look at them."""
+        if self.args.should_save:
+            indices = [index for pack in self._packs.of_step(step) for index in pack]
+            name = getattr(self.train_dataset, "row_id", str)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(self._folder / SKIPPED_STEPS, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step + 1, "clips": [name(index) for index in indices]}) + "\n")
 
     def get_batch_samples(  # type: ignore[override]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Sums | None]:
         """The micro-batches of one optimizer step, and their labelled cells, summed over all ranks."""
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # An epoch that is gone on with has an iterator which `Trainer` made from parts of the loader.
+        samples, _ = super().get_batch_samples(watched(epoch_iterator), num_batches, device)
         if not samples:
             return samples, None
         counts = add_sums([label_counts(batch, eos_id=self._eos_id) for batch in samples])
@@ -162,15 +229,14 @@ class HiggsAudioTrainer(Trainer):
             # DDP averages gradients over ranks; the counts are already those of all ranks.
             loss = loss * self.accelerator.num_processes
         if model.training:
-            self._window.add(sums, counts, tokens=positions(inputs))
+            tokens = torch.full((), positions(inputs), device=self.args.device)  # a fill: no copy to wait for
+            self._window.add(sums, counts | {"tokens": tokens})
         return (loss, sums) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the training window's own numbers to what is logged."""
         if "loss" in logs and self._window.sums:
-            sums, counts, tokens = self._window.sums, self._window.counts, self._window.tokens
-            sums = self._over_ranks(sums)
-            counts = self._over_ranks(counts | {"tokens": torch.tensor(tokens, device=self.args.device)})
+            sums, counts = self._over_ranks(self._window.sums), self._over_ranks(self._window.counts)
             seconds = time.monotonic() - self._window.since
             codes = (counts["audio"][0] - counts["audio_eos"][0]).item()
             logs |= {key: value for key, value in loss_metrics(sums, counts, self.weights).items() if key != "loss"}
@@ -215,27 +281,78 @@ class HiggsAudioTrainer(Trainer):
             return values
         return {key: self.accelerator.reduce(value, reduction="sum") for key, value in values.items()}
 
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, _STAGING) if self._staging else folder
+    @property
+    def _folder(self) -> Path:
+        assert self.args.output_dir is not None
+        return Path(self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint under a temporary name and rename it: one that was cut off is never resumed from."""
+        """Everything that going on exactly needs: see `training.checkpoint`. All processes take part."""
+        self._steps.read()
+        assert isinstance(self.model, nn.Module)
+        assert self.lr_scheduler is not None
+        optimizer = _plain(self.optimizer)
+        weights = trained_state(self.model)
+        tensors = {
+            **under("optimizer", optimizer_tensors(optimizer, trained_parameters(self.model))),
+            **under("random", random_states()),
+            **under("window", self._over_ranks(self._window.tensors(loss=self._tr_loss / self.args.world_size))),
+        }
         if self.args.should_save:
-            shutil.rmtree(Path(self._get_output_dir(trial)) / _STAGING, ignore_errors=True)
+            notes = {
+                "step": self.state.global_step,
+                "processes": self.args.world_size,
+                "packs_per_step": self.packs_per_step,
+                "skipped_steps": self._steps.skipped,
+                "logged_at": self._globalstep_last_logged,
+                "window_seconds": time.monotonic() - self._window.since,
+                "rates": [group["lr"] for group in optimizer.param_groups],
+                "scheduler": self.lr_scheduler.state_dict(),
+            }
+            limit = self.args.save_total_limit
+            with new_checkpoint(self._folder, self.state.global_step, notes, keep=limit) as folder:
+                self._save(str(folder), state_dict=weights)
+                save_file({name: value.cpu() for name, value in tensors.items()}, folder / _STATE)
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
-        self._staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            name = f"checkpoint-{self.state.global_step}"
-            folder = Path(self._get_output_dir(trial))
-            os.replace(folder / _STAGING / name, folder / name)
-            shutil.rmtree(folder / _STAGING)
-            rotate_checkpoints(str(folder), self.args.save_total_limit)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with _named(resume_from_checkpoint) as folder:
+            if isinstance(self.model, PeftModel):
+                set_weights(trained_parameters(self.model), load_file(folder / ADAPTER_WEIGHTS))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        with _named(checkpoint) as folder:
+            assert isinstance(self.model, nn.Module)
+            assert self.lr_scheduler is not None
+            notes, tensors = read_checkpoint(folder), load_file(folder / _STATE)
+            optimizer = _plain(self.optimizer)
+            set_optimizer(optimizer, trained_parameters(self.model), part("optimizer", tensors))
+            for group, rate in zip(optimizer.param_groups, notes["rates"], strict=True):
+                group["lr"] = rate
+            self.lr_scheduler.load_state_dict(notes["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Also what the loop keeps beside it, which is made anew between the loading of weights and this."""
+        if checkpoint is None:
+            return
+        with _named(checkpoint) as folder:
+            notes, tensors = read_checkpoint(folder), load_file(folder / _STATE)
+            rank, processes = self.args.process_index, self.args.world_size
+            step: int = notes["step"]
+            seed = self.args.seed + step * processes
+            set_random_states(part("random", tensors), rank=rank, processes=processes, seed=seed)
+            window = {name: value.to(self.args.device) for name, value in part("window", tensors).items()}
+            self._tr_loss = window.pop("loss")  # the mean of all processes' losses, in each of them
+            if rank == 0:  # sums over all processes
+                self._window = _Window.of(window)
+            self._window.since = time.monotonic() - notes["window_seconds"]
+            self._globalstep_last_logged = notes["logged_at"]
+            self._steps.skipped = notes["skipped_steps"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter alone, as peft writes it; no pickled training arguments beside it."""
@@ -256,13 +373,36 @@ class _Window:
         self.since = time.monotonic()
         self.sums: Sums = {}
         self.counts: Sums = {}
-        self.tokens = 0
 
-    def add(self, sums: Sums, counts: Sums, *, tokens: int) -> None:
+    def add(self, sums: Sums, counts: Sums) -> None:
         detached = {key: value.detach() for key, value in sums.items()}
-        self.tokens += tokens
         self.sums = add_sums([self.sums, detached]) if self.sums else detached
         self.counts = add_sums([self.counts, counts]) if self.counts else counts
+
+    def tensors(self, loss: Tensor) -> dict[str, Tensor]:
+        """All of it, and the loss as `Trainer` sums it up, for a checkpoint."""
+        return {"loss": loss, **under("sums", self.sums), **under("counts", self.counts)}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "_Window":
+        """From what `tensors` gave."""
+        window = cls()
+        window.sums, window.counts = part("sums", tensors), part("counts", tensors)
+        return window
+
+
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that accelerate has wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+@contextmanager
+def _named(checkpoint: str) -> Iterator[Path]:
+    """The folder of a checkpoint, which errors about its content name."""
+    try:
+        yield Path(checkpoint)
+    except (CheckpointError, KeyError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint} cannot be gone on from: {error}") from error
 
 
 def _split_groups(optimizer: torch.optim.Optimizer, chosen: set[int], learning_rate: float) -> None:

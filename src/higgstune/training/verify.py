@@ -6,6 +6,7 @@ python -m higgstune.training.verify REQUEST.json     prints one JSON line
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -21,6 +22,8 @@ from higgstune.errors import HiggstuneError, VerificationError
 from higgstune.model.adapters import load_adapter
 from higgstune.model.conditioning import check_features
 from higgstune.model.load import load_model
+from higgstune.training.processes import Processes
+from higgstune.training.sharding import embedding_and_heads, shard
 
 # The largest difference of a logit in float32. In bfloat16 the mean difference: a logit of 8 has steps of 0.03 there,
 # so one rounding that falls otherwise is allowed, many are not.
@@ -51,16 +54,17 @@ def probe_logits(model: Any, batch: Batch) -> dict[str, Tensor]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in batch.items() if not key.endswith(("_positions", "_targets"))}
-    with torch.no_grad():
+    with torch.no_grad(), embedding_and_heads(model):
         hidden = base.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         audio = base.audio_lm_head(hidden[batch["audio_positions"][:_POSITIONS].to(device)])
         text = base.text_lm_head(hidden[batch["text_positions"][:_POSITIONS].to(device)])
     return {"audio_logits": audio.float().cpu(), "text_logits": text.float().cpu()}
 
 
-def write_probe(model: Any, batch: Batch, path: Path) -> None:
+def write_probe(batch: Batch, logits: dict[str, Tensor], path: Path) -> None:
     """Save a batch with the trained model's logits on it."""
-    save_file({**{k: v.contiguous() for k, v in batch.items()}, **probe_logits(model, batch)}, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({**{k: v.contiguous() for k, v in batch.items()}, **logits}, path)
 
 
 def verify_in_fresh_process(
@@ -72,23 +76,32 @@ def verify_in_fresh_process(
     device: str,
     probe: Path,
     quantize: str | None = None,
+    among: Processes | None = None,
 ) -> Verification:
     """Load base and adapter in a new process and compare with the probe. Raises VerificationError if it differs.
 
-    The base is loaded in the way that it was trained in: a probe of a 4-bit base says nothing of a whole one.
+    The base is loaded in the way that it was trained in: a probe of a 4-bit base says nothing of a whole one. A base
+    that was sharded is so again: `among` all processes, each of which calls this.
     """
     request = {
         "adapter": str(adapter), "checkpoint": checkpoint, "revision": revision,
-        "dtype": dtype, "device": device, "quantize": quantize, "probe": str(probe),
+        "dtype": dtype, "device": device, "quantize": quantize, "probe": str(probe), "sharded": among is not None,
     }  # fmt: skip
-    path = probe.with_name("request.json")
+    rank = 0 if among is None else among.rank
+    path = probe.with_name(f"request-{rank}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(request, indent=2), encoding="utf-8")
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums of equal order
+    if among is not None:
+        # They meet in a place of their own, not at the launcher's of the processes that wait for them.
+        environment = {key: value for key, value in environment.items() if not key.startswith("TORCHELASTIC_")}
+        environment["MASTER_PORT"] = str(among.of_main(_free_port()))
     done = subprocess.run(
         [sys.executable, "-m", "higgstune.training.verify", str(path)],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # sums of equal order
+        env=environment,
     )
     if done.returncode != 0:
         raise VerificationError(f"the adapter {adapter} could not be loaded in a fresh process:\n{done.stderr[-4000:]}")
@@ -114,18 +127,30 @@ def _explain(result: Verification, adapter: Path) -> str:
     )
 
 
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("", 0))
+        port: int = listening.getsockname()[1]
+        return port
+
+
 def _compare(request: dict[str, Any]) -> Verification:
     probe = load_file(request["probe"])
     trained = {key: probe.pop(key) for key in ("audio_logits", "text_logits")}
+    sharded, device = request.get("sharded", False), torch.device(request["device"])
+    if sharded:
+        Processes(cpu=device.type == "cpu")
     model = load_model(
         request["checkpoint"],
         revision=request["revision"],
         dtype=request["dtype"],
-        device=request["device"],
+        device="cpu" if sharded else device,
         quantize=request["quantize"],
     )
     # Logits are the judge here, not a checksum: what differs is to be told by what it does.
     adapted = load_adapter(model, Path(request["adapter"]), checksum=False)
+    if sharded:
+        shard(adapted, device)
     fresh = probe_logits(adapted, probe)
     with adapted.disable_adapter():
         base = probe_logits(adapted, probe)

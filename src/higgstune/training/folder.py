@@ -1,0 +1,140 @@
+"""The folder of a run: `recipe.yaml`, `run.json`, and a folder for each stage. One job at a time has it."""
+
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+import higgstune
+from higgstune.data.shards import write_file
+from higgstune.errors import ConfigError, WorkError
+from higgstune.model.adapters import RUN_STATE
+from higgstune.model.layout import read_json
+from higgstune.training.recipe import Recipe, Stage, load_recipe, save_recipe
+
+RECIPE_FILE = "recipe.yaml"
+_LOCK = ".lock"
+_OURS = (RECIPE_FILE, RUN_STATE, _LOCK, f".{RUN_STATE}")  # a run killed in its first moment has left no more than these
+# What a run that goes on may have otherwise than it began: it changes nothing of what is trained.
+FREE = ("parallel", "gradient_checkpointing", "save_steps", "save_total_limit", "report_to")
+# A process that was killed lets go of the lock at once, but for those that build its examples: they notice after 5 s.
+_UNTIL_FREE = 10.0  # seconds
+
+
+class RunFolder:
+    """What a run has done so far, and the right to go on with it."""
+
+    def __init__(self, folder: Path, recipe: Recipe, *, is_main: bool, processes: int) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self.is_main = is_main  # the one of several processes that writes
+        self.state: dict[str, Any] = {
+            "status": "running",
+            "higgstune": higgstune.__version__,
+            "processes": processes,  # that it began with: a step's share of the data stays what it was then
+            "stages": {},
+        }
+        self._lock = FileLock(folder / _LOCK)
+
+    def check(self, *, resume: bool) -> None:
+        """Raises ConfigError when the folder cannot be taken or gone on with; writes nothing but the lock."""
+        if not (self.folder / RUN_STATE).exists():
+            if self.folder.is_dir() and any(not p.name.startswith(_OURS) for p in self.folder.iterdir()):
+                raise ConfigError(f"{self.folder} exists and is no run: give another --out")
+            return
+        self._hold()
+        self.read()
+        if self.state["status"] == "finished":
+            adapter = self.folder / str(self.state.get("adapter"))
+            raise ConfigError(
+                f"the run {self.folder} is finished and is not overwritten: its adapter is {adapter}; give another "
+                "--out to train again"
+            )
+        if not resume:
+            raise ConfigError(
+                f"the run {self.folder} was begun already: continue it with --resume, or give another --out"
+            )
+        begun_with = load_recipe(self.folder / RECIPE_FILE)
+        changed = _differences(_mathematics(begun_with), _mathematics(self.recipe))
+        if changed:
+            raise ConfigError(
+                f"the run {self.folder} was begun with another recipe ({', '.join(changed)} differ): continue it with "
+                f"{self.folder / RECIPE_FILE}, of which data.workers, {', '.join(FREE)} may change, or give another "
+                "--out"
+            )
+
+    def read(self) -> None:
+        """What the folder says of the run."""
+        self.state = read_json(self.folder / RUN_STATE, "it is no run's folder without it")
+
+    def begin(self) -> None:
+        """Take the folder, unless the run has it. Raises ConfigError when another job has taken it meanwhile."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WorkError(f"{self.folder} cannot be written: {error.strerror}; give another --out") from error
+        if not self._lock.is_locked:
+            self._hold()
+            self.check(resume=False)
+        save_recipe(self.recipe, self.folder / RECIPE_FILE)  # a run that goes on may have other `FREE` values
+        self.state["held_by"] = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._save()
+
+    def release(self) -> None:
+        """Another job may have it."""
+        self._lock.release()
+
+    def stage_folder(self, stage: Stage) -> Path:
+        return self.folder / stage.name
+
+    def adapter(self, stage: Stage) -> Path:
+        return self.stage_folder(stage) / "adapter"
+
+    def packs_per_step(self, stage: Stage) -> int:
+        """Of all processes that it began with together: on any other number a step stays what it was."""
+        processes: int = self.state.get("processes", 1)
+        return stage.gradient_accumulation * processes
+
+    def has_finished(self, stage: Stage) -> bool:
+        return stage.name in self.state["stages"]
+
+    def finished(self, stage: Stage, result: dict[str, Any]) -> None:
+        self.state["stages"][stage.name] = result
+        self.state["adapter"] = self.adapter(stage).relative_to(self.folder).as_posix()
+        self._save()
+
+    def close(self) -> None:
+        self.state["status"] = "finished"
+        self.state.pop("held_by", None)
+        self._save()
+
+    def _hold(self) -> None:
+        try:
+            self._lock.acquire(timeout=_UNTIL_FREE)
+        except Timeout:
+            self.read()
+            holder = self.state.get("held_by", {})
+            raise ConfigError(
+                f"another job trains into {self.folder} (process {holder.get('pid')} on {holder.get('host')}): wait "
+                "for its end or stop it, or give another --out"
+            ) from None
+        except OSError as error:
+            raise WorkError(f"{self.folder} cannot be written: {error.strerror}; give another --out") from error
+
+    def _save(self) -> None:
+        if self.is_main:
+            write_file(self.folder / RUN_STATE, json.dumps(self.state, indent=2))
+
+
+def _mathematics(recipe: Recipe) -> dict[str, Any]:
+    tree = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in FREE}
+    del tree["data"]["workers"]
+    return tree
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    return [key for key in a.keys() | b.keys() if a.get(key) != b.get(key)]

@@ -1,0 +1,72 @@
+"""The processes of a run: one, or those that torchrun or accelerate started."""
+
+import os
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from higgstune.errors import ConfigError
+
+Value = TypeVar("Value")
+# Collectives give up after minutes; preparing data, or the proof of a large model, may take longer.
+_PATIENCE = timedelta(days=9)
+_OTHER_WAYS = {  # accelerate's own sharding would go past what is saved, resumed and proven here
+    "ACCELERATE_USE_FSDP": "set parallel: fsdp in the recipe, and leave accelerate's FSDP off",
+    "ACCELERATE_USE_DEEPSPEED": "it is not supported; set parallel: fsdp in the recipe for a base that does not fit",
+}
+
+
+class Processes:
+    """This process among those of the run, and what they tell each other outside of training steps."""
+
+    def __init__(self, *, cpu: bool) -> None:
+        """Joins the others. Raises ConfigError for accelerate's FSDP and DeepSpeed."""
+        for variable, advice in _OTHER_WAYS.items():
+            if os.environ.get(variable, "").lower() in ("true", "1"):
+                raise ConfigError(f"{variable} is set: {advice}")
+        state = PartialState(cpu=cpu)
+        self.rank: int = state.process_index
+        self.count: int = state.num_processes
+        self._group = dist.new_group(timeout=_PATIENCE, backend="gloo") if state.use_distributed else None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self._group is not None:
+            dist.barrier(self._group)
+
+    def of_main(self, value: Value) -> Value:
+        """The first process' value, in all of them."""
+        if self._group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def largest(self, value: int) -> "Agreement":
+        """Ask for the largest of all processes' values; all must ask."""
+        box = torch.tensor(value)
+        if self._group is None:
+            return Agreement(box, None)
+        return Agreement(box, dist.all_reduce(box, dist.ReduceOp.MAX, group=self._group, async_op=True))
+
+
+class Agreement:
+    """A number that is being agreed on while work goes on."""
+
+    def __init__(self, box: torch.Tensor, work: "dist.Work | None") -> None:
+        self._box = box
+        self._work = work
+
+    def result(self) -> int:
+        """The number, once all have named theirs."""
+        if self._work is not None:
+            self._work.wait()
+        return int(self._box)

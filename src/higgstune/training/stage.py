@@ -1,0 +1,231 @@
+"""One stage of a run: trained or gone on with, saved, and proven."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
+
+from higgstune.batch.padded import Batch, PaddedCollator
+from higgstune.data.store import CodeStore
+from higgstune.errors import Interrupted
+from higgstune.model.adapters import adapted_layers, add_lora, continue_lora, unload_adapter
+from higgstune.model.forward import with_training_forward
+from higgstune.model.load import ModelAndTokenizers
+from higgstune.model.loss import LossWeights
+from higgstune.planning.at_training import RunMemory
+from higgstune.planning.layers import checkpoint_first
+from higgstune.prompt.rows import RowExamples, telling_split
+from higgstune.training.checkpoint import newest_checkpoint
+from higgstune.training.folder import RunFolder
+from higgstune.training.metrics import check_possible
+from higgstune.training.processes import Processes
+from higgstune.training.progress import ProgressReport
+from higgstune.training.recipe import Recipe, Stage
+from higgstune.training.save import adapter_card_of, save_adapter
+from higgstune.training.setting import Setting
+from higgstune.training.sharding import shard, sharded_parameters
+from higgstune.training.state import trained_state
+from higgstune.training.stopping import StopSignals
+from higgstune.training.trainer import HiggsAudioTrainer
+from higgstune.training.verify import probe_logits, verify_in_fresh_process, write_probe
+
+_PROBE_CLIPS = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all stages of a run have in common."""
+
+    run: RunFolder
+    processes: Processes
+    stop: StopSignals
+    memory: RunMemory
+    device: torch.device  # of this process
+    loaded: ModelAndTokenizers
+    store: CodeStore
+    setting: Setting
+    examples: Mapping[str, RowExamples]  # by split
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.run.recipe
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are spread over the processes; one alone has them all."""
+        return self.recipe.parallel == "fsdp" and self.processes.count > 1
+
+
+def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, Any]:
+    """Train, save and prove one stage; the base is left as it was, but where it is sharded.
+
+    Raises Interrupted (a checkpoint is kept), TrainingError, VerificationError, WorkError.
+    """
+    recipe, loaded, run = job.recipe, job.loaded, job.run
+    torch.manual_seed(recipe.seed)  # the adapter's start, the same for the same recipe
+    model = _with_adapter(job, stage, start_from)
+    checkpoint_first(loaded.model.model.layers, job.memory.checkpointed(stage))
+    if job.sharded:
+        shard(model, job.device)
+    train_rows, validation_rows = (
+        job.examples[name].with_targets(stage.text_targets) for name in ("train", "validation")
+    )
+    folder = run.stage_folder(stage)
+    found = newest_checkpoint(folder / "checkpoints") if run.is_main else None
+    checkpoint = job.processes.of_main(found)  # the same for all, also where one of them reads a file wrongly
+    has_validation = len(validation_rows) > 0
+    trainer = HiggsAudioTrainer(
+        loaded,
+        _training_arguments(job, stage, evaluate=has_validation, evaluate_first=has_validation and checkpoint is None),
+        train_dataset=train_rows,
+        eval_dataset=validation_rows if has_validation else None,
+        model=model,
+        weights=LossWeights(stage.text_weight, stage.audio_weight, stage.codebook_weights),
+        batch_tokens=stage.pack_size.tokens,
+        packs_per_step=run.packs_per_step(stage),
+        full_learning_rate=stage.rate_of_full_modules,
+        callbacks=_callbacks(job, stage),
+    )
+    with job.memory.explained(stage):
+        _train_or_resume(trainer, checkpoint)
+    steps = trainer.state.global_step
+    try:
+        job.stop.end_training()
+    except Interrupted as interrupted:
+        raise Interrupted(
+            interrupted.number, f"after step {steps} of {stage.name}, which is kept; go on with --resume"
+        ) from None
+    evaluated_at = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if has_validation and steps not in evaluated_at:
+        check_possible(trainer.evaluate()["eval_code_loss"], step=steps)
+    result: dict[str, Any] = {
+        "kind": stage.kind,
+        "steps": steps,
+        "layers": len(adapted_layers(model)),
+        "checkpointed_layers": min(job.memory.checkpointed(stage), loaded.config.num_hidden_layers),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "sharded_parameters": sharded_parameters(model),
+        # Without `Trainer`'s last line: its means are of this process alone, which may have gone on with the stage.
+        "history": [entry for entry in trainer.state.log_history if "train_runtime" not in entry],
+    }
+    del trainer  # a second base has to fit beside it: gradients and moments go
+    _save_and_prove(job, stage, model, train_rows, result)
+    if not job.sharded:
+        unload_adapter(model)
+    return result
+
+
+def _with_adapter(job: Job, stage: Stage, start_from: Path | None) -> PeftModel:
+    recipe, base = job.recipe, job.loaded.model
+    with_training_forward(base)
+    conditioning, attention = job.setting.conditioning, job.setting.attention
+    if start_from is None:
+        return add_lora(base, recipe.lora, stage.kind, conditioning, attention)
+    return continue_lora(base, start_from, recipe.lora, stage.kind, conditioning, attention)
+
+
+def _save_and_prove(job: Job, stage: Stage, model: PeftModel, rows: RowExamples, result: dict[str, Any]) -> None:
+    """Write the adapter, load it in a fresh process, compare, and note in `result` how that came out."""
+    run = job.run
+    if not (run.is_main or job.sharded):
+        return
+    probe = run.stage_folder(stage) / "verify" / "probe.safetensors"
+    batch = _probe_batch(job.store, rows, job.loaded)
+    logits = probe_logits(model, batch)
+    weights = trained_state(model)
+    if run.is_main:
+        write_probe(batch, logits, probe)
+        card = adapter_card_of(
+            job.recipe, job.loaded, job.store, job.setting, run.state["stages"] | {stage.name: result}
+        )
+        save_adapter(run.adapter(stage), model, card, weights)
+    if not job.sharded:
+        _free(model)
+    verification = verify_in_fresh_process(
+        adapter=run.adapter(stage),
+        checkpoint=job.loaded.checkpoint,
+        revision=job.loaded.revision,
+        dtype=str(job.loaded.model.dtype).removeprefix("torch."),
+        device=str(job.device),
+        probe=probe,
+        quantize=job.recipe.model.quantize,
+        among=job.processes if job.sharded else None,
+    )
+    if not job.sharded:
+        torch.nn.Module.to(job.loaded.model, job.device)
+    result["verification"] = asdict(verification)
+
+
+def _train_or_resume(trainer: HiggsAudioTrainer, checkpoint: Path | None) -> None:
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint is not None else None
+    if state is not None and state.global_step >= state.max_steps:
+        # It was stopped after its last step; `Trainer.train` would take one more.
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = state
+        return
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressReport):
+                callback.close()
+
+
+def _training_arguments(job: Job, stage: Stage, *, evaluate: bool, evaluate_first: bool) -> TrainingArguments:
+    recipe = job.recipe
+    return TrainingArguments(
+        output_dir=str(job.run.stage_folder(stage) / "checkpoints"),
+        max_steps=stage.max_steps if stage.max_steps is not None else -1,
+        num_train_epochs=stage.epochs if stage.epochs is not None else 1.0,
+        per_device_train_batch_size=stage.pack_size.clips,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=stage.scheduler,
+        warmup_steps=stage.warmup_steps,
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        logging_steps=recipe.log_steps,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=recipe.eval_steps,
+        eval_on_start=evaluate_first,
+        save_steps=recipe.save_steps,
+        save_total_limit=recipe.save_total_limit,
+        bf16=job.loaded.model.dtype == torch.bfloat16,
+        use_cpu=job.device.type == "cpu",
+        ddp_find_unused_parameters=False,
+        dataloader_num_workers=recipe.data.workers,
+        dataloader_pin_memory=job.device.type == "cuda",
+        seed=recipe.seed,
+        report_to=[name for name in recipe.report_to if name != "tensorboard"],
+        disable_tqdm=True,
+    )
+
+
+def _callbacks(job: Job, stage: Stage) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [ProgressReport(stage.name), job.stop]
+    if "tensorboard" in job.recipe.report_to and job.run.is_main:
+        # Given its writer, the callback writes into the stage's folder; by itself it would hide below the checkpoints.
+        folder = job.run.stage_folder(stage) / "tensorboard"
+        callbacks.append(TensorBoardCallback(SummaryWriter(log_dir=str(folder))))
+    return callbacks
+
+
+def _probe_batch(store: CodeStore, examples: RowExamples, loaded: ModelAndTokenizers) -> Batch:
+    """A few clips; their transcripts are labelled whatever the stage does, so that text logits are compared too."""
+    splits = [(name, store.split(name)) for name in ("validation", "train")]
+    _, rows = telling_split(splits, examples.rendering)
+    probe = RowExamples(rows, examples.prompter, "transcript", examples.rendering)
+    collate = PaddedCollator(pad_id=loaded.config.pad_token_id or 0, stream_eos=loaded.config.audio_stream_eos_id)
+    return collate([probe[i] for i in range(min(_PROBE_CLIPS, len(probe)))])
+
+
+def _free(model: PeftModel) -> None:
+    if torch.cuda.is_available():
+        model.to("cpu")
+        torch.cuda.empty_cache()

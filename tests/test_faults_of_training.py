@@ -1,0 +1,326 @@
+"""What clusters do to a run: whatever it is, the run goes on and ends as if nothing had been."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import Together
+from test_distributed import adapter, assert_same, history, shared_recipe, train_unproven, world
+
+from higgstune.errors import ConfigError, HiggstuneError, TrainingError, WorkError
+from higgstune.training import stage
+from higgstune.training.folder import FREE
+from higgstune.training.recipe import Recipe, parse_recipe
+from higgstune.training.run import train
+
+__all__ = ["world"]  # a fixture
+
+STAGES = ("stage1", "stage2")
+
+
+def faulty_recipe(world: Path, **changes: Any) -> Recipe:
+    """Odd numbers: nothing is logged, validated and saved at the same step; dropout draws random numbers."""
+    shape = {"max_steps": 7, "learning_rate": 5e-3, "batch_size": 2, "gradient_accumulation": 2}
+    tree = shared_recipe(world, 1, log_steps=3, eval_steps=4, save_steps=2).model_dump(mode="json")
+    tree["stages"] = [{"name": "stage1", "kind": "text", **shape}, {"name": "stage2", "kind": "full", **shape}]
+    tree["lora"]["dropout"] = 0.1
+    return parse_recipe(tree | changes, where="test")
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path) -> Path:
+    """A run that nothing happened to."""
+    Together(world / "logs-whole", 1, train_unproven, faulty_recipe(world), world / "whole").succeeded()
+    return world / "whole"
+
+
+def on_call(path: str, nth: int, act: Callable[[], None]) -> None:
+    """Do something before the nth call of `module:Class.function`."""
+    module, _, names = path.partition(":")
+    *parents, name = names.split(".")
+    owner: Any = import_module(module)
+    for parent in parents:
+        owner = getattr(owner, parent)
+    real, calls = getattr(owner, name), 0
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            act()
+        return real(*arguments, **options)
+
+    setattr(owner, name, watched)
+
+
+def train_with_signal(
+    made: Recipe, out: Path, number: int, at: str, nth: int, rank: int = 0, resume: bool = False
+) -> None:
+    if os.environ.get("RANK", "0") == str(rank):
+        on_call(at, nth, lambda: os.kill(os.getpid(), number))
+    train_unproven(made, out, resume)
+
+
+def assert_identical(found: Path, expected: Path) -> None:
+    """Bit by bit: adapters, and all that was logged but for times."""
+    for name in STAGES:
+        for key, value in adapter(expected, name).items():
+            assert torch.equal(adapter(found, name)[key], value), f"{name} {key}"
+        timeless = [
+            [
+                {k: v for k, v in entry.items() if "second" not in k and "runtime" not in k}
+                for entry in history(run, name)
+            ]
+            for run in (found, expected)
+        ]
+        assert timeless[0] == timeless[1]
+
+
+STEP = "higgstune.training.trainer:HiggsAudioTrainer.training_step"
+MOMENTS = {
+    "the first step": (STEP, 1),
+    "a step between checkpoints": (STEP, 8),
+    "a checkpoint, before its seal": ("higgstune.training.checkpoint:_seal", 2),
+    "a checkpoint, before its name": ("higgstune.training.checkpoint:os.replace", 4),
+    "the removal of an old checkpoint": ("higgstune.training.checkpoint:shutil.rmtree", 7),
+    "the final proof": ("higgstune.training.stage:probe_logits", 1),
+    "the final save": ("higgstune.training.save:write_card", 1),
+    "the final save, before its name": ("higgstune.training.save:os.replace", 1),
+    "the stage change": ("higgstune.training.folder:RunFolder.finished", 1),
+    "the second stage": (STEP, 20),
+    "the end": ("higgstune.training.folder:RunFolder.close", 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(
+    world: Path, whole: Path, tmp_path: Path, moment: str
+) -> None:
+    run, made = tmp_path / "run", faulty_recipe(world)
+    killed = Together(tmp_path / "killed", 1, train_with_signal, made, run, signal.SIGKILL, *MOMENTS[moment])
+    assert killed.exit_codes() == [-signal.SIGKILL], killed.log()
+    workers = faulty_recipe(world, data=made.data.model_dump() | {"workers": 1})
+    Together(tmp_path / "resumed", 1, train_unproven, workers if "between" in moment else made, run, True).succeeded()
+    assert_identical(run, whole)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_ends_it_with_a_checkpoint_of_that_step(
+    world: Path, whole: Path, tmp_path: Path, name: str, code: int
+) -> None:
+    run, made = tmp_path / "run", faulty_recipe(world, save_steps=100)
+    started = time.monotonic()
+    stopped = Together(tmp_path / "stopped", 1, train_with_signal, made, run, signal.Signals[name], STEP, 9)
+    assert stopped.exit_codes() == [code], stopped.log()
+    assert time.monotonic() - started < 30
+    assert f"stopped by {name}: after step 5 of stage1" in stopped.log()
+    assert [path.name for path in (run / "stage1" / "checkpoints").iterdir()] == ["checkpoint-5"]
+    Together(tmp_path / "resumed", 1, train_unproven, made, run, True).succeeded()
+    assert_identical(run, whole)
+
+
+def test_a_signal_outside_of_training_ends_it_at_once(world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    at = "higgstune.training.run:check_store"
+    stopped = Together(tmp_path / "logs", 1, train_with_signal, faulty_recipe(world), run, signal.SIGTERM, at, 1)
+    assert stopped.exit_codes() == [143], stopped.log()
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(("first", "then", "rank"), [(2, 1, 1), (2, 4, 0)])
+def test_it_goes_on_with_the_same_data_on_another_number_of_processes(
+    world: Path, tmp_path: Path, first: int, then: int, rank: int
+) -> None:
+    run, made = tmp_path / "run", shared_recipe(world, first)
+    at = "higgstune.training.trainer:HiggsAudioTrainer.training_step"
+    stopped = Together(tmp_path / "stopped", first, train_with_signal, made, run, signal.SIGTERM, at, 3, rank)
+    assert stopped.exit_codes() == [143, 143], stopped.log()
+    checkpoints = sorted(path.name for path in (run / "stage1" / "checkpoints").iterdir())
+    assert len(checkpoints) == 1  # of the same step in all processes, which are asked one step late
+    Together(tmp_path / "resumed", then, train_unproven, made, run, True).succeeded()
+    alone = tmp_path / "alone"
+    Together(tmp_path / "logs-alone", 1, train_unproven, shared_recipe(world, 1), alone).succeeded()
+    assert_same(run, alone)
+
+
+def fail_in_one(made: Recipe, out: Path, rank: int) -> None:
+    def fail() -> None:
+        raise WorkError("this process has had enough")
+
+    if os.environ["RANK"] == str(rank):
+        on_call(STEP, 3, fail)
+    train_unproven(made, out)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_fails_ends_them_all_with_its_own_error(world: Path, tmp_path: Path, rank: int) -> None:
+    started = time.monotonic()
+    failed = Together(tmp_path / "logs", 2, fail_in_one, shared_recipe(world, 2), tmp_path / "run", rank)
+    assert failed.exit_codes(60) == [1, 1]
+    assert time.monotonic() - started < 60
+    assert "this process has had enough" in failed.log(rank)
+    assert failed.log(1 - rank).splitlines()[-1].startswith("WorkError: another process of this run has ended")
+
+
+def train_on_a_full_disk(made: Recipe, out: Path) -> None:
+    """Files may not be longer than a few kilobytes from the second checkpoint on."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit))  # noqa: E731
+    on_call("higgstune.training.trainer:new_checkpoint", 2, fill)
+    train_unproven(made, out)
+
+
+def test_a_full_disk_ends_it_and_the_checkpoints_before_stay(world: Path, whole: Path, tmp_path: Path) -> None:
+    run, made = tmp_path / "run", faulty_recipe(world, report_to=[])
+    full = Together(tmp_path / "full", 1, train_on_a_full_disk, made, run)
+    assert full.exit_codes() == [1], full.log()
+    assert "the checkpoint of step 4 cannot be written" in full.log()
+    assert [path.name for path in (run / "stage1" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    Together(tmp_path / "resumed", 1, train_unproven, made, run, True).succeeded()
+    assert_identical(run, whole)
+
+
+def train_with_jumping_clock(made: Recipe, out: Path) -> None:
+    real, calls = time.time, 0
+
+    def jumping() -> float:
+        nonlocal calls
+        calls += 1
+        return real() + (-1) ** calls * 86_400 * 400  # back and forth by more than a year
+
+    time.time = jumping
+    train_unproven(made, out)
+
+
+def test_a_clock_that_jumps_changes_nothing(world: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    Together(tmp_path / "logs", 1, train_with_jumping_clock, faulty_recipe(world), run).succeeded()
+    assert_identical(run, whole)
+    assert all(entry.get("tokens_per_second", 1) > 0 for entry in history(run))
+
+
+def train_and_kill_a_worker(made: Recipe, out: Path) -> None:
+    import multiprocessing
+
+    on_call(STEP, 5, lambda: multiprocessing.active_children()[0].kill())
+    train_unproven(made, out)
+
+
+def test_a_data_worker_that_dies_ends_it_and_it_goes_on(world: Path, whole: Path, tmp_path: Path) -> None:
+    run, made = tmp_path / "run", faulty_recipe(world)
+    workers = faulty_recipe(world, data=made.data.model_dump() | {"workers": 1})
+    died = Together(tmp_path / "died", 1, train_and_kill_a_worker, workers, run)
+    assert died.exit_codes(60) == [1], died.log()
+    assert "WorkError" in died.log()
+    assert "--resume" in died.log()
+    Together(tmp_path / "resumed", 1, train_unproven, made, run, True).succeeded()
+    assert_identical(run, whole)
+
+
+def train_and_wait(made: Recipe, out: Path, until: Path) -> None:
+    def wait() -> None:
+        (out / "waiting").touch()
+        while not until.exists():
+            time.sleep(0.02)
+
+    on_call(STEP, 3, wait)
+    train_unproven(made, out)
+
+
+def test_two_jobs_do_not_share_a_folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, made = tmp_path / "run", faulty_recipe(world)
+    first = Together(tmp_path / "first", 1, train_and_wait, made, run, tmp_path / "go")
+    deadline = time.monotonic() + 60
+    while not (run / "waiting").exists():
+        assert time.monotonic() < deadline, first.log()
+        time.sleep(0.02)
+    monkeypatch.setattr("higgstune.training.folder._UNTIL_FREE", 0.2)
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=rf"another job trains into .*process {first.all[0].pid} on "):
+            train(made, run, resume=resume)
+    (tmp_path / "go").touch()
+    first.succeeded()
+    with pytest.raises(ConfigError, match="is finished"):
+        train(made, run, resume=True)
+
+
+def test_a_folder_that_cannot_be_written_is_told(world: Path) -> None:
+    with pytest.raises(WorkError, match=r"/proc/self/run cannot be written.*--out"):
+        train(faulty_recipe(world), "/proc/self/run")
+
+
+def test_a_run_may_go_on_with_another_way_but_not_with_another_aim(world: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    state = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(state | {"status": "running"}))
+    other = faulty_recipe(world, gradient_checkpointing=True, save_steps=9, report_to=[])
+    assert train(other, run, resume=True).stages.keys() == {"stage1", "stage2"}
+    (run / "run.json").write_text(json.dumps(state | {"status": "running"}))
+    with pytest.raises(ConfigError, match=rf"eval_steps differ.*data.workers, {FREE[0]}.* may change"):
+        train(faulty_recipe(world, eval_steps=5), run, resume=True)
+
+
+def skipped(run: Path) -> list[dict[str, Any]]:
+    path = run / "stage1" / "checkpoints" / "skipped_steps.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_clips_of_steps_that_were_left_out_are_kept(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from higgstune.training.trainer import HiggsAudioTrainer
+
+    compute, calls = HiggsAudioTrainer.compute_loss, 0
+
+    def spoiled(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return compute(*arguments, **options) * (float("nan") if calls >= bad_from else 1.0)
+
+    monkeypatch.setattr(HiggsAudioTrainer, "compute_loss", spoiled)
+    monkeypatch.setattr(stage, "verify_in_fresh_process", None)
+    long = [{"name": "stage1", "kind": "text", "max_steps": 30, "batch_size": 2, "gradient_accumulation": 2}]
+    bad_from = 7
+    with pytest.raises(TrainingError, match=r"10 steps in a row.*skipped_steps.jsonl"):
+        train(faulty_recipe(world, stages=long), tmp_path / "run")
+    assert [entry["step"] for entry in skipped(tmp_path / "run")] == list(range(4, 14))
+    ids = {clip for entry in skipped(tmp_path / "run") for clip in entry["clips"]}
+    assert ids <= {f"clip{i}" for i in range(16)} or all(isinstance(clip, str) for clip in ids)
+    assert all(len(entry["clips"]) == 4 or entry["step"] % 4 == 0 for entry in skipped(tmp_path / "run"))
+    calls, bad_from = 0, 1
+    short = [long[0] | {"max_steps": 3}]
+    with pytest.raises(TrainingError, match="all 3 steps are not finite"):
+        train(faulty_recipe(world, stages=short), tmp_path / "short")
+
+
+def test_a_damaged_checkpoint_costs_no_more_than_its_steps(world: Path, whole: Path, tmp_path: Path) -> None:
+    run, made = tmp_path / "run", faulty_recipe(world)
+    Together(tmp_path / "killed", 1, train_with_signal, made, run, signal.SIGKILL, STEP, 26).exit_codes()
+    newest = max((run / "stage2" / "checkpoints").glob("checkpoint-*"), key=lambda path: path.name)
+    weights = newest / "training.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    resumed = Together(tmp_path / "resumed", 1, train_unproven, made, run, True)
+    resumed.succeeded()
+    assert f"{newest.name}/training.safetensors is missing, cut off or changed" in resumed.log()
+    assert_identical(run, whole)
+
+
+def test_a_checkpoint_of_another_model_is_refused(world: Path, whole: Path, tmp_path: Path) -> None:
+    run, made = tmp_path / "run", faulty_recipe(world)
+    Together(tmp_path / "killed", 1, train_with_signal, made, run, signal.SIGKILL, STEP, 20).exit_codes()
+    newest = max((run / "stage2" / "checkpoints").glob("checkpoint-*"), key=lambda path: path.name)
+    shutil.rmtree(newest)
+    shutil.copytree(whole / "stage1" / "checkpoints" / "checkpoint-7", newest)
+    with pytest.raises(HiggstuneError, match=f"{newest.name} cannot be gone on from: its weights are not"):
+        train(made, run, resume=True)
