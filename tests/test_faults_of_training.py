@@ -6,34 +6,32 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from processes import Together
-from test_distributed import adapter, assert_same, history, shared_recipe, train_unproven, world
+from training_world import (
+    assert_identical,
+    assert_same,
+    faulty_recipe,
+    history,
+    make_world,
+    on_call,
+    shared_recipe,
+    train_unproven,
+)
 
 from higgstune.errors import ConfigError, HiggstuneError, TrainingError, WorkError
 from higgstune.training import stage
 from higgstune.training.folder import FREE
-from higgstune.training.recipe import Recipe, parse_recipe
+from higgstune.training.recipe import Recipe
 from higgstune.training.run import train
 
-__all__ = ["world"]  # a fixture
 
-STAGES = ("stage1", "stage2")
-
-
-def faulty_recipe(world: Path, **changes: Any) -> Recipe:
-    """Odd numbers: nothing is logged, validated and saved at the same step; dropout draws random numbers."""
-    shape = {"max_steps": 7, "learning_rate": 5e-3, "batch_size": 2, "gradient_accumulation": 2}
-    tree = shared_recipe(world, 1, log_steps=3, eval_steps=4, save_steps=2).model_dump(mode="json")
-    tree["stages"] = [{"name": "stage1", "kind": "text", **shape}, {"name": "stage2", "kind": "full", **shape}]
-    tree["lora"]["dropout"] = 0.1
-    return parse_recipe(tree | changes, where="test")
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -43,46 +41,12 @@ def whole(world: Path) -> Path:
     return world / "whole"
 
 
-def on_call(path: str, nth: int, act: Callable[[], None]) -> None:
-    """Do something before the nth call of `module:Class.function`."""
-    module, _, names = path.partition(":")
-    *parents, name = names.split(".")
-    owner: Any = import_module(module)
-    for parent in parents:
-        owner = getattr(owner, parent)
-    real, calls = getattr(owner, name), 0
-
-    def watched(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == nth:
-            act()
-        return real(*arguments, **options)
-
-    setattr(owner, name, watched)
-
-
 def train_with_signal(
     made: Recipe, out: Path, number: int, at: str, nth: int, rank: int = 0, resume: bool = False
 ) -> None:
     if os.environ.get("RANK", "0") == str(rank):
         on_call(at, nth, lambda: os.kill(os.getpid(), number))
     train_unproven(made, out, resume)
-
-
-def assert_identical(found: Path, expected: Path) -> None:
-    """Bit by bit: adapters, and all that was logged but for times."""
-    for name in STAGES:
-        for key, value in adapter(expected, name).items():
-            assert torch.equal(adapter(found, name)[key], value), f"{name} {key}"
-        timeless = [
-            [
-                {k: v for k, v in entry.items() if "second" not in k and "runtime" not in k}
-                for entry in history(run, name)
-            ]
-            for run in (found, expected)
-        ]
-        assert timeless[0] == timeless[1]
 
 
 STEP = "higgstune.training.trainer:HiggsAudioTrainer.training_step"
@@ -136,11 +100,11 @@ def test_a_signal_outside_of_training_ends_it_at_once(world: Path, tmp_path: Pat
     assert not run.exists()
 
 
-@pytest.mark.parametrize(("first", "then", "rank"), [(2, 1, 1), (2, 4, 0)])
+@pytest.mark.parametrize(("first", "then", "rank", "parallel"), [(2, 1, 1, "ddp"), (2, 4, 0, "fsdp")])
 def test_it_goes_on_with_the_same_data_on_another_number_of_processes(
-    world: Path, tmp_path: Path, first: int, then: int, rank: int
+    world: Path, tmp_path: Path, first: int, then: int, rank: int, parallel: str
 ) -> None:
-    run, made = tmp_path / "run", shared_recipe(world, first)
+    run, made = tmp_path / "run", shared_recipe(world, first, parallel=parallel)
     at = "higgstune.training.trainer:HiggsAudioTrainer.training_step"
     stopped = Together(tmp_path / "stopped", first, train_with_signal, made, run, signal.SIGTERM, at, 3, rank)
     assert stopped.exit_codes() == [143, 143], stopped.log()

@@ -9,7 +9,7 @@ import torch
 from higgstune.errors import HiggstuneError, TrainingError
 from higgstune.planning.device import MARGIN, machine_for
 from higgstune.planning.options import options, size, told
-from higgstune.planning.plan import Planner
+from higgstune.planning.plan import Planner, processes
 from higgstune.training.recipe import Recipe, Stage
 
 _LOG = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ class RunMemory:
 
     def warn(self) -> None:
         """A line in the log when the run will hardly fit."""
-        if self._error is None and self._plan.fits is False:
+        sharded = self.recipe.parallel == "fsdp" and processes() > 1  # the plan is that of a whole base
+        if self._error is None and self._plan.fits is False and not sharded:
             assert self._planner is not None
             _LOG.warning(
                 "this run will hardly fit: its peak is %s of %s on %s; `higgstune train --plan` says what would",
