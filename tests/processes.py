@@ -68,10 +68,11 @@ def _run(rank: int, count: int, port: int, folder: Path, work: Callable[..., Non
         }  # fmt: skip
     try:
         work(*arguments)
+        os._exit(0)
     except HiggstuneError as error:
         log.write(f"{type(error).__name__}: {error}\n")
         os._exit(error.exit_code)
     finally:
-        # What is still to be raised is told here: a forked process must not go on with its parent's clean-up.
+        # What is raised is told here: a forked process must not go on with its parent's clean-up.
         traceback.print_exc(file=log)
-        os._exit(0 if sys.exc_info()[0] is None else 1)
+        os._exit(1)

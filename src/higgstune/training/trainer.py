@@ -87,6 +87,7 @@ class HiggsAudioTrainer(Trainer):
         self._eos_id: int = loaded.config.audio_stream_eos_id
         self._window = _Window()
         self._steps = FiniteSteps(self._note_skipped)
+        self._found: tuple[dict[str, Any], dict[str, Tensor]] | None = None  # in the checkpoint that is gone on from
         self._pack_size = PackSize(batch_tokens, args.per_device_train_batch_size)
         self.packs_per_step = packs_per_step or args.gradient_accumulation_steps * args.world_size
         args.gradient_accumulation_steps = -(-self.packs_per_step // args.world_size)
@@ -318,6 +319,7 @@ class HiggsAudioTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with _named(resume_from_checkpoint) as folder:
+            self._found = read_checkpoint(folder), load_file(folder / _STATE)
             if isinstance(self.model, PeftModel):
                 set_weights(trained_parameters(self.model), load_file(folder / ADAPTER_WEIGHTS))
             else:
@@ -326,11 +328,12 @@ class HiggsAudioTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        with _named(checkpoint) as folder:
-            assert isinstance(self.model, nn.Module)
-            assert self.lr_scheduler is not None
-            notes, tensors = read_checkpoint(folder), load_file(folder / _STATE)
-            optimizer = _plain(self.optimizer)
+        assert self._found is not None
+        assert isinstance(self.model, nn.Module)
+        assert self.lr_scheduler is not None
+        notes, tensors = self._found
+        optimizer = _plain(self.optimizer)
+        with _named(checkpoint):
             set_optimizer(optimizer, trained_parameters(self.model), part("optimizer", tensors))
             for group, rate in zip(optimizer.param_groups, notes["rates"], strict=True):
                 group["lr"] = rate
@@ -340,11 +343,12 @@ class HiggsAudioTrainer(Trainer):
         """Also what the loop keeps beside it, which is made anew between the loading of weights and this."""
         if checkpoint is None:
             return
-        with _named(checkpoint) as folder:
-            notes, tensors = read_checkpoint(folder), load_file(folder / _STATE)
-            rank, processes = self.args.process_index, self.args.world_size
-            step: int = notes["step"]
-            seed = self.args.seed + step * processes
+        assert self._found is not None
+        notes, tensors = self._found
+        self._found = None
+        rank, processes = self.args.process_index, self.args.world_size
+        with _named(checkpoint):
+            seed = self.args.seed + notes["step"] * processes
             set_random_states(part("random", tensors), rank=rank, processes=processes, seed=seed)
             window = {name: value.to(self.args.device) for name, value in part("window", tensors).items()}
             self._tr_loss = window.pop("loss")  # the mean of all processes' losses, in each of them
