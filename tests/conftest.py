@@ -10,7 +10,10 @@ from commands import Command
 
 # Minutes on one core, most of them for starting Python and importing torch. They go first, so that with several
 # processes none is left alone with one of them at the end.
-LONGEST = ("test_conditioned_run.py", "test_run.py", "test_readme.py", "test_unified_script.py")
+LONGEST = (
+    "test_launchers.py", "test_faults_of_training.py", "test_faults_of_data.py", "test_conditioned_run.py",
+    "test_run.py", "test_readme.py", "test_unified_script.py", "test_distributed.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import time
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ import pytest
 import soundfile
 import torch
 from peft import PeftModel
+from processes import Together
 from safetensors.torch import load_file, save_file
-from test_run import DEMO_CODEC, history, make_recordings, start
+from test_run import DEMO_CODEC, history, make_recordings
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_whisper import save_tiny_whisper
+from training_world import STEP, assert_identical, train_unproven, train_with_signal
 
 import higgstune
 from higgstune.data.manifest import Utterance, read_manifest
@@ -24,7 +26,7 @@ from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FOLDER, WhisperFeatures
 from higgstune.errors import CheckpointError, ConfigError, DataError, InputError
 from higgstune.generate.speak import load_speaker, speak
-from higgstune.model.adapters import ADAPTER_WEIGHTS, adapter_card, adapter_conditioning, base_fingerprint, load_adapter
+from higgstune.model.adapters import adapter_card, adapter_conditioning, base_fingerprint, load_adapter
 from higgstune.model.conditioning import conditioning_of
 from higgstune.model.load import load_model
 from higgstune.model.whisper import load_whisper
@@ -356,21 +358,11 @@ def test_whisper_without_anything_to_hear_has_no_effect(world: Path, tmp_path: P
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(world: Path, run: Path, tmp_path: Path) -> None:
-    made = recipe(world, attention=run.name)
-    killed = tmp_path / "killed"
-    process = start(tmp_path, killed, made)
-    deadline = time.monotonic() + 120
-    while not list((killed / "stage2" / "checkpoints").glob("checkpoint-*")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    train(made, killed, resume=True)
-    for stage in ("stage1", "stage2"):
-        expected, found = (load_file(folder / stage / "adapter" / ADAPTER_WEIGHTS) for folder in (run, killed))
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    made, out = recipe(world, attention=run.name), tmp_path / "run"
+    killed = Together(tmp_path / "killed", 1, train_with_signal, made, out, signal.SIGKILL, STEP, 11)
+    assert killed.exit_codes() == [-signal.SIGKILL], killed.log()
+    Together(tmp_path / "resumed", 1, train_unproven, made, out, True).succeeded()
+    assert_identical(out, run)
 
 
 def test_the_demos_miniature_hears_and_attends_and_moves_house(world: Path, tmp_path: Path) -> None:

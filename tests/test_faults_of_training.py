@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from processes import Together
 from training_world import (
+    STEP,
     assert_identical,
     assert_same,
     faulty_recipe,
@@ -20,6 +21,7 @@ from training_world import (
     on_call,
     shared_recipe,
     train_unproven,
+    train_with_signal,
 )
 
 from higgstune.errors import ConfigError, HiggstuneError, TrainingError, WorkError
@@ -41,15 +43,6 @@ def whole(world: Path) -> Path:
     return world / "whole"
 
 
-def train_with_signal(
-    made: Recipe, out: Path, number: int, at: str, nth: int, rank: int = 0, resume: bool = False
-) -> None:
-    if os.environ.get("RANK", "0") == str(rank):
-        on_call(at, nth, lambda: os.kill(os.getpid(), number))
-    train_unproven(made, out, resume)
-
-
-STEP = "higgstune.training.trainer:HiggsAudioTrainer.training_step"
 MOMENTS = {
     "the first step": (STEP, 1),
     "a step between checkpoints": (STEP, 8),
@@ -100,7 +93,7 @@ def test_a_signal_outside_of_training_ends_it_at_once(world: Path, tmp_path: Pat
     assert not run.exists()
 
 
-@pytest.mark.parametrize(("first", "then", "rank", "parallel"), [(2, 1, 1, "ddp"), (2, 4, 0, "fsdp")])
+@pytest.mark.parametrize(("first", "then", "rank", "parallel"), [(2, 1, 1, "ddp"), (2, 2, 1, "ddp"), (2, 4, 0, "fsdp")])
 def test_it_goes_on_with_the_same_data_on_another_number_of_processes(
     world: Path, tmp_path: Path, first: int, then: int, rank: int, parallel: str
 ) -> None:

@@ -1,6 +1,7 @@
 """A tiny run in two stages, for what happens to runs: on several processes, and when it is interrupted."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,7 @@ from higgstune.training.run import train
 from higgstune.training.verify import Verification
 
 STAGES = ("stage1", "stage2")
+STEP = "higgstune.training.trainer:HiggsAudioTrainer.training_step"
 
 
 def make_world(folder: Path) -> Path:
@@ -130,3 +132,11 @@ def on_call(path: str, nth: int, act: Callable[[], None]) -> None:
         return real(*arguments, **options)
 
     setattr(owner, name, watched)
+
+
+def train_with_signal(
+    made: Recipe, out: Path, number: int, at: str, nth: int, rank: int = 0, resume: bool = False
+) -> None:
+    if os.environ.get("RANK", "0") == str(rank):
+        on_call(at, nth, lambda: os.kill(os.getpid(), number))
+    train_unproven(made, out, resume)

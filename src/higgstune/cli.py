@@ -60,6 +60,7 @@ def main() -> NoReturn:
     try:
         app()
     except (HiggstuneError, OSError) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that ends the others must not cut the message off
         _tell_launcher(error)
         rank = os.environ.get("RANK")
         who = "" if rank is None else f" in process {rank}"
@@ -225,7 +226,8 @@ def train(
     stages = {
         name: {key: value for key, value in stage.items() if key != "history"} for name, stage in result.stages.items()
     }
-    _result({"run": str(result.folder), "adapter": str(result.adapter), "stages": stages}, as_json)
+    if os.environ.get("RANK", "0") == "0":
+        _result({"run": str(result.folder), "adapter": str(result.adapter), "stages": stages}, as_json)
 
 
 def _show_plan(recipe: Any, memory: str | None, device: str | None, as_json: bool) -> None:

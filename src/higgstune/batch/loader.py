@@ -1,5 +1,6 @@
 """Packs of examples, one after the other, for training and for validation."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -65,7 +66,7 @@ class PackLoader(DataLoader[Packed]):
             persistent_workers=False,
             generator=torch.Generator(),  # a loader that draws from the common one would change what dropout draws
             prefetch_factor=4 if workers else None,
-            worker_init_fn=_ignore_interrupts if workers else None,
+            worker_init_fn=_leave_signals_to_parent if workers else None,
         )
 
     def __iter__(self) -> Any:
@@ -79,6 +80,8 @@ class PackLoader(DataLoader[Packed]):
 
 def watched(packs: Iterator[Packed]) -> Iterator[Packed]:
     """An iterator of a `DataLoader`, with what goes wrong in its worker processes said as it is.
+
+    That of a `PackLoader` is so already; one that skips batches, as `accelerate` makes it from a `PackLoader`, is not.
 
     Raises WorkError, in `next` and nowhere else, when a worker was killed. An error of this package that was raised in
     a worker has its own message, without the worker's traceback.
@@ -100,8 +103,9 @@ class _Watched(Iterator[Packed]):
 
     def __init__(self, packs: _MultiProcessingDataLoaderIter) -> None:
         self._packs = packs
-        signal_handling._remove_worker_pids(id(packs))
-        packs._worker_pids_set = False
+        if packs._worker_pids_set:
+            signal_handling._remove_worker_pids(id(packs))
+            packs._worker_pids_set = False
 
     def __next__(self) -> Packed:
         try:
@@ -135,10 +139,11 @@ class _Watched(Iterator[Packed]):
 
     @contextmanager
     def _interrupted_by_an_end(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-            yield  # torch looks at its workers every five seconds
+        in_main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGCHLD) if in_main and hasattr(signal, "SIGCHLD") else None
+        if before is None:  # it is not for us to handle; torch looks at its workers every five seconds
+            yield
             return
-        before = signal.getsignal(signal.SIGCHLD)
 
         def handle(number: int, frame: FrameType | None) -> None:
             if callable(before):
@@ -185,9 +190,18 @@ def _own_message(error: HiggstuneError) -> str | None:
     return text.rpartition(name)[2].strip() if text.startswith("Caught ") and name in text else None
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """A terminal sends Ctrl-C to all processes; the parent says when workers end."""
+def _leave_signals_to_parent(worker: int) -> None:
+    """A terminal sends Ctrl-C to all processes, a scheduler SIGTERM; the parent says when workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # where it can be told who sends a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_parent_says, daemon=True).start()
+
+
+def _end_when_parent_says() -> None:
+    while (info := signal.sigwaitinfo({signal.SIGTERM})) is not None and info.si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def example_lengths(examples: Any) -> NDArray[np.int64]:

@@ -16,6 +16,8 @@ _PATIENCE = timedelta(days=9)
 _OTHER_WAYS = {  # accelerate's own sharding would go past what is saved, resumed and proven here
     "ACCELERATE_USE_FSDP": "set parallel: fsdp in the recipe, and leave accelerate's FSDP off",
     "ACCELERATE_USE_DEEPSPEED": "it is not supported; set parallel: fsdp in the recipe for a base that does not fit",
+    "ACCELERATE_USE_MEGATRON_LM": "it is not supported; set parallel: fsdp in the recipe for a base that does not fit",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "it is not supported; processes share the data and, with fsdp, the weights",
 }
 
 

@@ -81,8 +81,7 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
         memory.warn()
         # Only now is the folder taken: a wrong store or checkpoint must not leave a run that cannot go on.
         run.begin()
-    processes.wait()
-    run.read()
+    run.state = processes.of_main(run.state)
     base: ModelAndTokenizers | None = loaded
     del loaded
     for stage in recipe.stages:

@@ -71,7 +71,8 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
     recipe, loaded, run = job.recipe, job.loaded, job.run
     torch.manual_seed(recipe.seed)  # the adapter's start, the same for the same recipe
     model = _with_adapter(job, stage, start_from)
-    checkpoint_first(loaded.model.model.layers, job.memory.checkpointed(stage))
+    again = job.processes.of_main(job.memory.checkpointed(stage))  # by what is free, which is not the same for all
+    checkpoint_first(loaded.model.model.layers, again)
     if job.sharded:
         shard(model, job.device)
     train_rows, validation_rows = (
@@ -109,7 +110,7 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
         "kind": stage.kind,
         "steps": steps,
         "layers": len(adapted_layers(model)),
-        "checkpointed_layers": min(job.memory.checkpointed(stage), loaded.config.num_hidden_layers),
+        "checkpointed_layers": min(again, loaded.config.num_hidden_layers),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "sharded_parameters": sharded_parameters(model),
         # Without `Trainer`'s last line: its means are of this process alone, which may have gone on with the stage.

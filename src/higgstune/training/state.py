@@ -89,9 +89,9 @@ def set_random_states(tensors: Mapping[str, Tensor], *, rank: int, processes: in
     if len(tensors["cpu"]) != processes:
         torch.manual_seed(seed + rank)
         return
-    torch.set_rng_state(tensors["cpu"][rank])
+    torch.set_rng_state(tensors["cpu"][rank].clone())  # torch reads a view from the start of its storage
     if torch.cuda.is_available() and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"][rank])
+        torch.cuda.set_rng_state(tensors["cuda"][rank].clone())
 
 
 def _of_all(value: Tensor) -> Tensor:
