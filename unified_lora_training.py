@@ -15,7 +15,6 @@ import torch
 
 from higgstune import prepare
 from higgstune.data.schema import INDEX_NAME
-from higgstune.data.summary import References
 from higgstune.errors import CheckpointError, HiggstuneError
 from higgstune.hub import fetch
 from higgstune.model.adapters import Lora, find_adapter
@@ -42,7 +41,7 @@ def main() -> int:
     try:
         recipe = as_recipe(args, store)
         if not is_store:
-            prepare_once(args.train_manifest, store, args.base_ckpt, args.whisper)
+            prepare_once(args, store)
         train(recipe, args.output_dir / args.training_stage, resume=True)
     except HiggstuneError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -57,6 +56,7 @@ def arguments() -> argparse.Namespace:
     add("--training_stage", choices=["stage1", "stage2"], required=True)
     add("--train_manifest", type=Path, required=True, help="what `prepare` takes, or a store that it made")
     add("--output_dir", type=Path, required=True, help="gets stage1, stage2 and, from a manifest, data")
+    add("--allow_outside", action="store_true", help="take paths that leave the manifest's folder, too")
     add("--base_ckpt", default=ModelSettings.model_fields["checkpoint"].default, help="folder or hub id")
     add("--from_base", action="store_true", help="start stage2 from the base, without stage1's adapter")
     add(
@@ -92,14 +92,20 @@ def as_recipe(args: argparse.Namespace, store: Path) -> Recipe:
     return parse_recipe(tree, where="unified_lora_training.py")
 
 
-def prepare_once(source: Path, store: Path, checkpoint: str, whisper: str | None) -> None:
+def prepare_once(args: argparse.Namespace, store: Path) -> None:
     """The first process prepares while the others wait."""
     processes = Processes(cpu=not torch.cuda.is_available())
     if processes.is_main:
-        fetch(checkpoint, what="checkpoint", weights=False)  # a wrong name is told before hours of encoding
-        references: References = "none" if whisper is None else "same_speaker"
-        device = str(choose_device())
-        prepare(source, store, model=checkpoint, whisper=whisper, references=references, device=device)
+        fetch(args.base_ckpt, what="checkpoint", weights=False)  # a wrong name is told before hours of encoding
+        prepare(
+            args.train_manifest,
+            store,
+            model=args.base_ckpt,
+            whisper=args.whisper,
+            references="none" if args.whisper is None else "same_speaker",
+            device=str(choose_device()),
+            allow_outside=args.allow_outside,
+        )
     processes.wait()
 
 

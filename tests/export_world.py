@@ -105,7 +105,8 @@ def make_adapter(
             "data": {"store": str(world / "data"), "reference": "scene" if has.whisper else "turn"},
         },
     }  # fmt: skip
-    save_adapter(folder, adapted, card)
+    weights = {name: value.detach() for name, value in adapted.named_parameters()}  # of which peft takes its own
+    save_adapter(folder, adapted, card, weights)
     return folder
 
 

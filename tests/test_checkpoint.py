@@ -80,6 +80,18 @@ def test_a_damaged_one_is_told_of_and_skipped(tmp_path: Path, caplog: pytest.Log
     assert weights.read_bytes() == b"again"
 
 
+def test_what_is_written_after_a_damaged_one_was_skipped_stays(tmp_path: Path) -> None:
+    for step in (2, 4, 8):
+        write(tmp_path, step)
+    (tmp_path / "checkpoint-8" / "weights").write_bytes(b"half")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    write(tmp_path, 6, keep=1)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-8"]
+    write(tmp_path, 8, keep=1)
+    assert names(tmp_path) == ["checkpoint-8"]
+
+
 def test_a_whole_one_is_never_taken_away_for_its_like(tmp_path: Path) -> None:
     first = write(tmp_path, 5)
     before = (first / "weights").stat().st_ino

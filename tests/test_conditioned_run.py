@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_run import DEMO_CODEC, history, make_recordings
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_whisper import save_tiny_whisper
-from training_world import STEP, assert_identical, train_unproven, train_with_signal
+from training_world import STEP, assert_identical, assert_same, train_unproven, train_with_signal
 
 import higgstune
 from higgstune.data.manifest import Utterance, read_manifest
@@ -363,6 +363,18 @@ def test_a_killed_run_ends_as_if_it_had_not_been(world: Path, run: Path, tmp_pat
     assert killed.exit_codes() == [-signal.SIGKILL], killed.log()
     Together(tmp_path / "resumed", 1, train_unproven, made, out, True).succeeded()
     assert_identical(out, run)
+
+
+def test_sharded_it_goes_on_as_on_one_process(world: Path, run: Path, tmp_path: Path) -> None:
+    """Also the projector, which stands outside of the layers: its moments are saved after a validation."""
+    tree = recipe(world, attention=run.name, parallel="fsdp").model_dump(mode="json")
+    for stage in tree["stages"]:
+        stage["batch_size"] = 1
+    made, out = parse_recipe(tree, where="test"), tmp_path / "run"
+    killed = Together(tmp_path / "killed", 2, train_with_signal, made, out, signal.SIGKILL, STEP, 11)
+    assert killed.exit_codes() == [-signal.SIGKILL, 1], killed.log(1)
+    Together(tmp_path / "resumed", 2, train_unproven, made, out, True).succeeded()
+    assert_same(out, run)
 
 
 def test_the_demos_miniature_hears_and_attends_and_moves_house(world: Path, tmp_path: Path) -> None:

@@ -81,8 +81,10 @@ def test_a_signal_ends_it_with_a_checkpoint_of_that_step(
     assert time.monotonic() - started < 30
     assert f"stopped by {name}: after step 5 of stage1" in stopped.log()
     assert [path.name for path in (run / "stage1" / "checkpoints").iterdir()] == ["checkpoint-5"]
+    made = faulty_recipe(world, save_steps=6)  # how often is free to change
     Together(tmp_path / "resumed", 1, train_unproven, made, run, True).succeeded()
     assert_identical(run, whole)
+    assert sorted(path.name for path in (run / "stage1" / "checkpoints").iterdir()) == ["checkpoint-6", "checkpoint-7"]
 
 
 def test_a_signal_outside_of_training_ends_it_at_once(world: Path, tmp_path: Path) -> None:
@@ -97,7 +99,8 @@ def test_a_signal_outside_of_training_ends_it_at_once(world: Path, tmp_path: Pat
 def test_it_goes_on_with_the_same_data_on_another_number_of_processes(
     world: Path, tmp_path: Path, first: int, then: int, rank: int, parallel: str
 ) -> None:
-    run, made = tmp_path / "run", shared_recipe(world, first, parallel=parallel)
+    # Between two logs: what was not logged yet is summed over the processes, and goes on in the first one.
+    run, made = tmp_path / "run", shared_recipe(world, first, parallel=parallel, log_steps=2)
     at = "higgstune.training.trainer:HiggsAudioTrainer.training_step"
     stopped = Together(tmp_path / "stopped", first, train_with_signal, made, run, signal.SIGTERM, at, 3, rank)
     assert stopped.exit_codes() == [143, 143], stopped.log()
@@ -105,7 +108,7 @@ def test_it_goes_on_with_the_same_data_on_another_number_of_processes(
     assert len(checkpoints) == 1  # of the same step in all processes, which are asked one step late
     Together(tmp_path / "resumed", then, train_unproven, made, run, True).succeeded()
     alone = tmp_path / "alone"
-    Together(tmp_path / "logs-alone", 1, train_unproven, shared_recipe(world, 1), alone).succeeded()
+    Together(tmp_path / "logs-alone", 1, train_unproven, shared_recipe(world, 1, log_steps=2), alone).succeeded()
     assert_same(run, alone)
 
 
@@ -128,21 +131,31 @@ def test_a_process_that_fails_ends_them_all_with_its_own_error(world: Path, tmp_
     assert failed.log(1 - rank).splitlines()[-1].startswith("WorkError: another process of this run has ended")
 
 
-def train_on_a_full_disk(made: Recipe, out: Path) -> None:
-    """Files may not be longer than a few kilobytes from the second checkpoint on."""
+def train_on_a_full_disk(made: Recipe, out: Path, at: str, nth: int) -> None:
+    """Files may not be longer than a few kilobytes from a moment on."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit))  # noqa: E731
-    on_call("higgstune.training.trainer:new_checkpoint", 2, fill)
+    on_call(at, nth, fill)
     train_unproven(made, out)
 
 
-def test_a_full_disk_ends_it_and_the_checkpoints_before_stay(world: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("at", "nth", "said", "kept"),
+    [
+        ("higgstune.training.trainer:new_checkpoint", 2, "the checkpoint of step 4 cannot be written", [2]),
+        ("higgstune.training.stage:write_probe", 1, "the adapter cannot be written", [6, 7]),
+        ("higgstune.training.stage:save_adapter", 1, "the adapter cannot be written", [6, 7]),
+    ],
+)
+def test_a_full_disk_ends_it_and_the_checkpoints_before_stay(
+    world: Path, whole: Path, tmp_path: Path, at: str, nth: int, said: str, kept: list[int]
+) -> None:
     run, made = tmp_path / "run", faulty_recipe(world, report_to=[])
-    full = Together(tmp_path / "full", 1, train_on_a_full_disk, made, run)
+    full = Together(tmp_path / "full", 1, train_on_a_full_disk, made, run, at, nth)
     assert full.exit_codes() == [1], full.log()
-    assert "the checkpoint of step 4 cannot be written" in full.log()
-    assert [path.name for path in (run / "stage1" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert f"WorkError: {said}" in full.log()
+    assert sorted(path.name for path in (run / "stage1" / "checkpoints").iterdir()) == [f"checkpoint-{n}" for n in kept]
     Together(tmp_path / "resumed", 1, train_unproven, made, run, True).succeeded()
     assert_identical(run, whole)
 

@@ -15,12 +15,13 @@ from tiny_checkpoint import tiny_config, tiny_model, tiny_tokenizer
 
 import higgstune
 from higgstune.batch.packed import Packed
-from higgstune.errors import ConfigError, TrainingError
+from higgstune.errors import ConfigError, Interrupted, TrainingError
 from higgstune.model.adapters import Lora, add_lora
 from higgstune.model.conditioning import Conditioning, add_conditioning
 from higgstune.model.forward import with_training_forward
 from higgstune.model.load import load_model
 from higgstune.model.loss import LossWeights, combine, label_counts
+from higgstune.planning.at_training import RunMemory
 from higgstune.planning.device import Machine, parse_memory
 from higgstune.planning.footprint import Footprint
 from higgstune.planning.layers import checkpoint_first
@@ -158,6 +159,15 @@ def test_layers_computed_again_change_no_bit(world: Path, parts: tuple[Subject, 
     kept, computed_again = gradients(0), gradients(again)
     assert len(kept) == 1 + 2 * 2 * 10
     assert all(torch.equal(a, b) for a, b in zip(kept, computed_again, strict=True))
+
+
+def test_a_signal_is_no_reason_to_go_on_without_a_plan(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: Any) -> Any:
+        raise Interrupted(15)
+
+    monkeypatch.setattr("higgstune.planning.at_training.machine_for", interrupted)
+    with pytest.raises(Interrupted):
+        RunMemory(recipe(world))
 
 
 def test_packs_and_steps_are_those_of_the_trainer(

@@ -150,6 +150,12 @@ def test_a_run_that_was_begun_is_gone_on_with_only_on_request_and_with_its_recip
         train(recipe(world), tmp_path / "run")
     with pytest.raises(ConfigError, match="seed differ"):
         train(recipe(world, seed=1), tmp_path / "run", resume=True)
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    for name in ("store", "base"):
+        other = state["trained_on"] | {name: "another"}
+        (tmp_path / "run" / "run.json").write_text(json.dumps(state | {"trained_on": other}))
+        with pytest.raises(ConfigError, match=f"was begun on another {name}"):
+            train(recipe(world), tmp_path / "run", resume=True)
 
 
 def test_an_adapter_that_is_not_what_was_trained_is_told(world: Path, finished: Path, tmp_path: Path) -> None:

@@ -117,6 +117,10 @@ def prepare(
     validation_fraction: Annotated[float, typer.Option(help="Share of recordings kept for validation.")] = 0.05,
     max_seconds: Annotated[float, typer.Option(help="Longest clip.")] = 30.0,
     allow_long: Annotated[bool, typer.Option(help="Take longer clips, too.")] = False,
+    allow_outside: Annotated[
+        bool,
+        typer.Option("--allow-outside", help="Take paths that leave the source's folder, too: sources you trust."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the reference pairing.")] = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -137,6 +141,7 @@ def prepare(
             references=references,  # type: ignore[arg-type]
             max_seconds=max_seconds,
             allow_long=allow_long,
+            allow_outside=allow_outside,
             seed=seed,
             speaker=speaker,
             language=language,

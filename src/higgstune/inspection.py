@@ -12,7 +12,7 @@ from higgstune.data.whisper_features import WhisperFeatures
 from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.hub import fetch
 from higgstune.model.convert import native_config
-from higgstune.model.layout import read_json
+from higgstune.model.layout import MALFORMED, read_json
 from higgstune.model.load import load_tokenizer
 from higgstune.prompt.delay import IGNORE
 from higgstune.prompt.example import Example, Prompter, SpecialIds, TextTargets
@@ -77,7 +77,12 @@ def load_prompter(checkpoint: str | Path) -> Prompter:
     folder = fetch(checkpoint, what="checkpoint", weights=False)
     written = read_json(folder / "config.json", "it is no checkpoint folder without it")
     original = written.get("model_type") == "higgs_audio"
-    config = native_config(written) if original else HiggsAudioV2Config.from_dict(written)
+    try:
+        config = native_config(written) if original else HiggsAudioV2Config.from_dict(written)
+    except CheckpointError:
+        raise
+    except MALFORMED as error:
+        raise CheckpointError(f"{folder / 'config.json'} is damaged: {error}; copy or download it again") from error
     return Prompter(load_tokenizer(folder, config), SpecialIds.from_config(config))
 
 

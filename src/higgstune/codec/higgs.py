@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from higgstune import torchaudio_compat
 from higgstune.codec.base import checked_codes, whole_frames
 from higgstune.errors import CheckpointError
+from higgstune.model.layout import MALFORMED, read_json, weight_files
 
 torchaudio_compat.install()  # the codec's module imports torchaudio
 
@@ -21,6 +22,9 @@ from transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokeni
 
 # transformers itself still has a placeholder under this name, made while there was no torchaudio.
 vars(transformers)["HiggsAudioV2TokenizerModel"] = HiggsAudioV2TokenizerModel
+
+
+_NOT_READ = {"_attn_implementation", "attn_implementation", "quantization_config"}  # of a configuration: leads to code
 
 
 class HiggsCodec:
@@ -72,11 +76,12 @@ class HiggsCodec:
 
         Raises CheckpointError where the folder cannot be read or does not hold every weight.
         """
+        _check_folder(Path(folder))
         try:
             loaded: Any = HiggsAudioV2TokenizerModel.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+                folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, local_files_only=True
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (SafetensorError, *MALFORMED) as error:
             raise CheckpointError(f"{folder}: the codec cannot be loaded: {error}") from error
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
@@ -85,6 +90,24 @@ class HiggsCodec:
                 f"Download the folder again."
             )
         return cls(model, folder_revision(Path(folder)), device)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise CheckpointError for pickled weights, and for what would make transformers fetch code or other weights."""
+    weight_files(folder)
+    named = _keys(read_json(folder / "config.json", "it is no codec's folder without it")) & _NOT_READ
+    if named or (folder / "adapter_config.json").exists():
+        what = sorted(named)[0] if named else "an adapter"
+        raise CheckpointError(f"{folder}: the codec brings {what}, which is not read. Download the folder again.")
+
+
+def _keys(config: Any) -> set[str]:
+    """Every key of a configuration, those of its parts included."""
+    if isinstance(config, list):
+        return {key for part in config for key in _keys(part)}
+    if not isinstance(config, dict):
+        return set()
+    return set(config) | {key for part in config.values() for key in _keys(part)}
 
 
 def folder_revision(folder: Path) -> str:

@@ -42,6 +42,6 @@ def _model_type(path: Path) -> object:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: not found, so {path.parent} is not a codec's folder") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}). Copy or download the codec again.") from error
     return config.get("model_type") if isinstance(config, dict) else None

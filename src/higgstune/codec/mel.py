@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -140,13 +141,23 @@ class MelCodec:
         return digest.hexdigest()[:16]
 
 
+_CONFIG = TypeAdapter(MelCodecConfig)
+_MOST_FFT = 1 << 14  # samples: what is made of it must fit into memory
+
+
 def _read_config(path: Path) -> MelCodecConfig:
     try:
         values = json.loads(path.read_text())
         if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
             raise CheckpointError(f'{path}: not a fitted codec (expected "model_type": "{MODEL_TYPE}")')
-        return MelCodecConfig(**values)
-    except (OSError, json.JSONDecodeError, TypeError) as error:
+        config = MelCodecConfig(**values)
+        _CONFIG.validate_json(json.dumps(asdict(config)), strict=True)
+        if not (0 < config.num_mels <= config.n_fft <= _MOST_FFT and 0 < config.hop <= config.n_fft):
+            raise ValueError(f"num_mels {config.num_mels}, hop {config.hop} and n_fft {config.n_fft} do not fit")
+        return config
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: cannot be read as a fitted codec's configuration: {error}. Copy the folder again."
         ) from error

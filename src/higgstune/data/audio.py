@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+import os
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,10 @@ MAX_SECONDS = 3600.0  # of one clip in memory, whatever its header claims
 _RATES = range(4_000, 768_001)  # Hz; anything else is a damaged header
 _MAX_CHANNELS = 64
 _MAX_SAMPLES = 1 << 34  # four days at 48 kHz
+_MAX_IN_MEMORY = 3600 * 48_000  # samples of one clip
+_DENSEST = 200  # samples a byte: Opus at 6 kbit/s has 64, only silence has more
+# libsndfile knows forty formats, by their first bytes and not by the file's name; from strangers it gets these alone.
+_BEGINNINGS = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"ID3")
 _CORRECTED_WAV = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)  # in libsndfile's log
 _UNKNOWN_BYTES = 0x7FFFF000  # what a program that writes a WAV into a pipe leaves as its length
 _COMPLETE = {
@@ -75,15 +81,17 @@ def read_audio(
     Channels are averaged. Raises RowError for a file that cannot be read, a part that lies outside of it, or
     more than `max_seconds` of audio (nothing of that size is read into memory first).
     """
+    if not all(value is None or 0 <= value < 1e9 for value in (start, end)):
+        raise RowError("segment_outside", f"{path}: the part from {start} to {end} s cannot be")
     with _opened(path) as file:
         rate = file.samplerate
         first = 0 if start is None else round(start * rate)
         wanted = None if end is None else round(end * rate) - first
         if first < 0 or (wanted is not None and wanted <= 0):
             raise RowError("segment_outside", f"{path}: the part from {start} to {end} s is empty")
-        limit = int(max_seconds * rate)
+        limit = int(min(max_seconds * rate, _MAX_IN_MEMORY))
         if wanted is not None and wanted > limit:
-            raise RowError("too_long", f"{path}: {wanted / rate:.1f} s are asked for, the limit is {max_seconds:g} s")
+            raise RowError("too_long", f"{path}: {wanted / rate:.1f} s are asked for, the limit is {limit / rate:g} s")
         if first:
             _seek(file, path, first)
         blocks, total = [], 0
@@ -91,7 +99,7 @@ def read_audio(
             blocks.append(block)
             total += len(block)
             if total > limit:
-                raise RowError("too_long", f"{path}: longer than {max_seconds:g} s")
+                raise RowError("too_long", f"{path}: longer than {limit / rate:g} s")
     return np.concatenate([np.empty(0, np.float32), *blocks]), rate
 
 
@@ -118,22 +126,49 @@ def peak_of(waveform: np.ndarray) -> float:
 
 
 def _opened(path: str | Path) -> soundfile.SoundFile:
-    """An audio file, open. Raises RowError where it is missing or nothing that libsndfile reads."""
+    """An audio file, open. Raises RowError where it is missing, of another format, or claims what it cannot hold."""
     if not is_file(path):
         raise RowError("missing_audio", f"{path}: there is no such file")
+    size = _check_beginning(path)
     try:
         file = soundfile.SoundFile(str(path))
     except (soundfile.SoundFileError, TypeError, ValueError, OSError) as error:  # .raw needs more arguments
         raise RowError("unreadable_audio", f"{path} cannot be read as audio: {_reason(error)}") from error
     claims = file.samplerate, file.channels, file.frames
-    if claims[0] in _RATES and claims[1] <= _MAX_CHANNELS and claims[2] <= _MAX_SAMPLES:
+    possible = claims[0] in _RATES and claims[1] <= _MAX_CHANNELS and claims[2] <= _MAX_SAMPLES
+    if possible and claims[2] <= max(_MAX_IN_MEMORY, size * _DENSEST):
         return file
     file.close()
+    if possible:
+        hours = claims[2] / claims[0] / 3600
+        raise RowError(
+            "unreadable_audio", f"{path} has {hours:.1f} h in {size} bytes, as only silence or a damaged header does"
+        )
     raise RowError(
         "unreadable_audio",
         f"{path}: its header claims {claims[0]} Hz, {claims[1]} channels and {claims[2]} samples, which "
         "cannot be (or does not say how long it is): write the file again, for example with ffmpeg",
     )
+
+
+def _check_beginning(path: str | Path) -> int:
+    """The file's size in bytes. Raises RowError for another format, and for an RF64 that is cut off.
+
+    Of the lengths that a header claims, libsndfile passes on all but that of an RF64.
+    """
+    try:
+        with open(path, "rb") as file:
+            size, head = os.fstat(file.fileno()).st_size, file.read(36)
+    except OSError as error:
+        raise RowError("unreadable_audio", f"{path} cannot be read: {error.strerror}") from error
+    is_mpeg = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
+    if not is_mpeg and not head.startswith(_BEGINNINGS):
+        raise RowError("unreadable_audio", f"{path} cannot be read as audio: it is no wav, flac, mp3, ogg or opus file")
+    if head.startswith(b"RF64") and head[12:16] == b"ds64" and len(head) == 36:
+        (claimed,) = struct.unpack_from("<Q", head, 28)
+        if _COMPLETE["WAV"] * claimed > size:
+            raise RowError("unreadable_audio", f"{path} is cut off after {size} of {claimed} bytes")
+    return size
 
 
 def _check_complete(file: soundfile.SoundFile, samples: int) -> None:
@@ -180,9 +215,11 @@ def _mono(block: np.ndarray) -> np.ndarray:
 
 def _seek(file: soundfile.SoundFile, path: str | Path, first: int) -> None:
     try:
-        file.seek(first)
+        found = file.seek(first)
     except (soundfile.SoundFileError, OSError) as error:
         raise RowError("segment_outside", f"{path} has no sample {first}: {_reason(error)}") from error
+    if found != first:  # an MP3 of which a frame is damaged, even behind its end
+        raise RowError("unreadable_audio", f"{path} is damaged: sample {first} cannot be found in it")
 
 
 def _reason(error: BaseException) -> str:

@@ -56,7 +56,7 @@ class Checker:
         reference = reference_text = None
         if utterance.reference_text:
             reference_text = _spoken(utterance.reference_text, "reference_text")
-        target = self._clips.read(row.folder / (utterance.audio or ""), Segment(utterance.start, utterance.end))
+        target = self._clips.read(row.path(utterance.audio or ""), Segment(utterance.start, utterance.end))
         if utterance.reference_audio:
             reference = self._part(row, "reference_audio", utterance.reference_audio, Segment())
         return Candidate(row.location, utterance, text, target, reference, reference_text)
@@ -82,7 +82,7 @@ class Checker:
     def _part(self, row: SourceRow, where: str, name: str, segment: Segment) -> Clip:
         """A clip that is not the row's `audio`: errors say what it is."""
         try:
-            return self._clips.read(row.folder / name, segment)
+            return self._clips.read(row.path(name), segment)
         except RowError as error:
             raise RowError(error.reason, f"{where}: {error}") from error
 

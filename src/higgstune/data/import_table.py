@@ -9,7 +9,7 @@ from higgstune.data.audio import AUDIO_SUFFIXES, is_file
 from higgstune.data.manifest import Utterance
 from higgstune.data.message_parts import is_unicode
 from higgstune.data.rejection import RowError
-from higgstune.data.source import SourceRow
+from higgstune.data.source import SourceRow, path_within, read_whole
 from higgstune.errors import DataError
 
 _FOLDERS = ("wavs", "", "wav", "audio", "clips")
@@ -35,7 +35,7 @@ _COLUMNS = {  # what a header may call a column; the first name that is there co
 _HINT = "one clip a line: id|text or id|text|normalised text, or a header such as file_name,text,speaker"
 
 
-def read_table(path: Path) -> Iterator[SourceRow]:
+def read_table(path: Path, *, allow_outside: bool = False) -> Iterator[SourceRow]:
     """The rows of `id|text`, `id|text|normalised text`, `id|speaker|text|score`, or a table with a header.
 
     With a header the columns may come in any order, separated by `|` or commas; unknown ones are passed over.
@@ -50,20 +50,16 @@ def read_table(path: Path) -> Iterator[SourceRow]:
     for number, cells in rows:
         location = f"{path.name}:{number}"
         try:
-            row = _utterance(path.parent, _named(header, cells) if header else _plain(cells))
+            row = _utterance(path.parent, _named(header, cells) if header else _plain(cells), allow_outside)
         except RowError as error:
             yield SourceRow(location, path.parent, error, id=cells[0] or None)
         else:
-            yield SourceRow(location, path.parent, row, id=row.id, audio=row.audio)
+            yield SourceRow(location, path.parent, row, row.id, row.audio, allow_outside)
 
 
 def _lines(path: Path) -> list[tuple[int, list[str]]]:
     """The cells of every line that is not empty, with the line's number from 1."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            text = file.read()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    text = read_whole(path).decode("utf-8-sig", errors="surrogateescape")
     plain = [(n, line.rstrip("\r")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not plain:
         raise DataError(f"{path} is empty: write {_HINT}")
@@ -104,10 +100,10 @@ def _plain(cells: Sequence[str]) -> dict[str, str]:
     raise RowError("bad_row", f"{len(cells)} columns without a header: write {_HINT}")
 
 
-def _utterance(folder: Path, values: dict[str, str]) -> Utterance:
+def _utterance(folder: Path, values: dict[str, str], allow_outside: bool) -> Utterance:
     if broken := [name for name, value in values.items() if not is_unicode(value)]:
         raise RowError("bad_row", f"the column {broken[0]} is not UTF-8: convert the table")
-    audio = _find_audio(folder, values["audio"])
+    audio = _find_audio(folder, values["audio"], allow_outside)
     row_id = values.get("id") or values["audio"]
     return Utterance(
         audio=audio,
@@ -119,15 +115,18 @@ def _utterance(folder: Path, values: dict[str, str]) -> Utterance:
     )
 
 
-def _find_audio(folder: Path, name: str) -> str:
-    """The path, relative to the table, of the recording that a line names. Raises RowError without one."""
+def _find_audio(folder: Path, name: str, allow_outside: bool) -> str:
+    """The path, relative to the table, of the recording that a line names. Raises RowError without one.
+
+    Whether there is a file outside of the folder is not even looked for unless `allow_outside`.
+    """
     if not name:
         raise RowError("bad_row", "the line names no recording")
     for place in _FOLDERS:
         for suffix in ("", *AUDIO_SUFFIXES):
-            path = Path(place, name + suffix)
-            if is_file(folder / path):
-                return path.as_posix()
+            path = Path(place, name + suffix).as_posix()
+            if is_file(path_within(folder, path, allow_outside)):
+                return path
     raise RowError("missing_audio", f"there is no wavs/{_without_suffix(name)}{AUDIO_SUFFIXES[0]} nor any other")
 
 

@@ -1,16 +1,18 @@
 """Rows from the formats of this model's earlier trainers: a ChatML list, `metadata.json` with samples."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from higgstune.data.import_folder import read_transcript
 from higgstune.data.manifest import Utterance, parse_utterance
-from higgstune.data.rejection import RowError
-from higgstune.data.source import SourceRow
+from higgstune.data.rejection import RowError, shown
+from higgstune.data.source import SourceRow, read_whole
 from higgstune.errors import DataError
 
 _CHATML_KEYS = ("messages", "start_index", "speaker", "misc", "id", "language")
@@ -24,15 +26,15 @@ _IGNORED_SAMPLE_KEYS = (
     *("duration", "emotion", "gender", "quality_score", "original_audio_path", "user_instruction"),
     *("task_type", "num_ref_speakers", "sample_rate"),
 )
+_NO_OBJECT = RowError("bad_row", "it is no object with keys")
 _UNKNOWN = ("", "unknown", "unknown_speaker")  # what the converters write for want of a name
 
 
 def load_json(path: Path) -> Any:
     """Decode a JSON file. Raises DataError saying where it is broken."""
+    content = read_whole(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        return json.loads(content.decode("utf-8-sig"))
     except RecursionError as error:
         raise DataError(f"{path} is nested too deeply to be a data set") from error
     except ValueError as error:
@@ -46,31 +48,38 @@ def is_trainer_json(data: Any) -> bool:
     return isinstance(data, list) and any(isinstance(item, dict) and "messages" in item for item in data)
 
 
-def read_trainer_json(path: Path, data: Any) -> Iterator[SourceRow]:
+def read_trainer_json(path: Path, data: Any, *, allow_outside: bool = False) -> Iterator[SourceRow]:
     """The rows of `load_json(path)`, where `is_trainer_json`. Raises DataError where there are none."""
-    items, place, convert = (
-        (data["samples"], f"{path.name}:samples", _from_sample)
-        if isinstance(data, dict)
-        else (data, path.name, _from_chatml)
-    )
+    if isinstance(data, dict):
+        items, place = data["samples"], f"{path.name}:samples"
+        convert = _from_sample
+    else:
+        items, place, convert = data, path.name, _from_chatml
     if not items:
         raise DataError(f"{path} has no sample")
     for number, item in enumerate(items):
-        yield _row(f"{place}[{number}]", path.parent, item, convert)
+        row = SourceRow(f"{place}[{number}]", path.parent, _NO_OBJECT, allow_outside=allow_outside)
+        yield _converted(row, item, convert) if isinstance(item, dict) else row
 
 
-def _row(location: str, folder: Path, item: Any, convert: Callable[[Path, dict[str, Any]], Utterance]) -> SourceRow:
-    if not isinstance(item, dict):
-        return SourceRow(location, folder, RowError("bad_row", "it is no object with keys"))
-    item = {key: None if value != value else value for key, value in item.items()}  # NaN stands for nothing
-    row_id, audio = _text(item.get("id")), _text(item.get("audio_file"))
+def _converted(
+    row: SourceRow, item: dict[str, Any], convert: Callable[[SourceRow, dict[str, Any]], Utterance]
+) -> SourceRow:
+    item = {key: None if _is_nan(value) else value for key, value in item.items()}  # NaN stands for nothing
+    row = replace(row, id=_text(item.get("id")), audio=_text(item.get("audio_file")))
     try:
-        return SourceRow(location, folder, convert(folder, item), id=row_id, audio=audio)
+        return replace(row, content=convert(row, item))
     except RowError as error:
-        return SourceRow(location, folder, error, id=row_id, audio=audio)
+        return replace(row, content=error)
+    except RecursionError:
+        return replace(row, content=RowError("bad_row", "it is nested too deeply to be a row"))
 
 
-def _from_chatml(folder: Path, item: dict[str, Any]) -> Utterance:
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _from_chatml(row: SourceRow, item: dict[str, Any]) -> Utterance:
     _check_spelling(item, _CHATML_KEYS)
     misc = item.get("misc")
     misc = misc if isinstance(misc, dict) else {}
@@ -86,45 +95,45 @@ def _from_chatml(folder: Path, item: dict[str, Any]) -> Utterance:
     )
 
 
-def _from_sample(folder: Path, item: dict[str, Any]) -> Utterance:
+def _from_sample(row: SourceRow, item: dict[str, Any]) -> Utterance:
     _check_spelling(item, _SAMPLE_KEYS, _IGNORED_SAMPLE_KEYS)
-    row: dict[str, Any] = {
+    said: dict[str, Any] = {
         "id": _text(item.get("id")) or _text(item.get("audio_id")),
         "speaker": next(filter(None, map(_text, map(item.get, ("speaker_id", "speaker", "speaker_name")))), None),
         "language": _text(item.get("language")),
     }
-    audio, text, scene = item.get("audio_file"), _transcript(folder, item, ""), _scene(item.get("scene"))
+    audio, text, scene = item.get("audio_file"), _transcript(row, item, ""), _scene(item.get("scene"))
     if item.get("ref_speakers"):
-        row["messages"] = _multi_speaker_messages(folder, item["ref_speakers"], audio, text, scene)
+        said["messages"] = _multi_speaker_messages(row, item["ref_speakers"], audio, text, scene)
     else:
-        row |= {"audio": audio, "text": text, "scene": scene}
+        said |= {"audio": audio, "text": text, "scene": scene}
         if item.get("ref_audio_file"):
-            row["reference_audio"] = item["ref_audio_file"]
-            row["reference_text"] = _transcript(folder, item, "ref_")
-    return parse_utterance(row)
+            said["reference_audio"] = item["ref_audio_file"]
+            said["reference_text"] = _transcript(row, item, "ref_")
+    return parse_utterance(said)
 
 
-def _transcript(folder: Path, item: dict[str, Any], prefix: str) -> Any:
+def _transcript(row: SourceRow, item: dict[str, Any], prefix: str) -> Any:
     for key in (f"{prefix}transcript", f"{prefix}text"):
         if item.get(key) is not None:
             return item[key]
     name = item.get(f"{prefix}transcript_file")
     if isinstance(name, str) and name:
-        return read_transcript(folder / name)
+        return read_transcript(row.path(name))
     if prefix:
         return None
     raise RowError("no_transcript", "the sample has neither transcript_file nor transcript")
 
 
-def _multi_speaker_messages(folder: Path, speakers: Any, audio: Any, text: Any, scene: str | None) -> list[Any]:
+def _multi_speaker_messages(row: SourceRow, speakers: Any, audio: Any, text: Any, scene: str | None) -> list[Any]:
     """What the earlier trainer makes of `ref_speakers`: a turn for each of the voices, then the target's."""
     if not isinstance(speakers, list) or not all(isinstance(speaker, dict) for speaker in speakers):
         raise RowError("bad_row", "ref_speakers must be a list of objects with ref_audio_file and ref_transcript")
     messages: list[Any] = [{"role": "scene", "content": scene}] if scene else []
     for number, speaker in enumerate(speakers):
         tag = speaker.get("speaker_tag") or f"[SPEAKER{number}]"
-        said = _transcript(folder, speaker, "ref_")
-        messages.append({"role": "user", "content": f"{tag} {said or ''}"})
+        words = _transcript(row, speaker, "ref_")
+        messages.append({"role": "user", "content": f"{tag} {words or ''}"})
         messages.append({"role": "assistant", "content": _audio(speaker.get("ref_audio_file"))})
     return [*messages, {"role": "user", "content": text}, {"role": "assistant", "content": _audio(audio)}]
 
@@ -152,5 +161,5 @@ def _text(value: Any) -> str | None:
 def _check_spelling(item: dict[str, Any], known: tuple[str, ...], ignored: tuple[str, ...] = ()) -> None:
     """Keys of other people's tools are passed over, unless one looks like a slip of a key that matters."""
     for key in item:
-        if key not in known + ignored and (near := get_close_matches(str(key), known, n=1, cutoff=0.85)):
-            raise RowError("bad_row", f"the key {key!r} is unknown; did you mean {near[0]!r}?")
+        if key not in known + ignored and (near := get_close_matches(key[:100], known, n=1, cutoff=0.85)):
+            raise RowError("bad_row", f"the key {shown(key)} is unknown; did you mean {near[0]!r}?")

@@ -5,14 +5,16 @@ import struct
 import time
 import zlib
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 
 import numpy as np
 
+from higgstune.data.shards import refusal
 from higgstune.errors import WorkError
 
 _HEADER = struct.Struct("<32sI")  # SHA-256 of the clip's samples, frames
 _CHECKSUM = struct.Struct("<I")
+_KEPT = "what is encoded is kept"
 _SYNC_SECONDS = 20.0  # what a power cut may cost; a kill costs the clip in work
 
 
@@ -27,10 +29,11 @@ class CodeJournal:
         self._synced = time.monotonic()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115 - closed by __exit__
+            # Without a buffer: what a full disk refuses would be tried again on closing, and fail again.
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by __exit__
             self._file.truncate(self._scan())
         except OSError as error:
-            raise WorkError(f"{path} cannot be written: {error.strerror}") from error
+            raise WorkError(refusal(path, error, _KEPT)) from error
 
     def __enter__(self) -> Self:
         return self
@@ -57,14 +60,18 @@ class CodeJournal:
         body = _HEADER.pack(bytes.fromhex(sha256), len(codes)) + codes.astype("<u2").tobytes()
         try:
             offset = self._file.seek(0, os.SEEK_END)
-            self._file.write(body + _CHECKSUM.pack(zlib.crc32(body)))
-            self._file.flush()
+            self._write(body + _CHECKSUM.pack(zlib.crc32(body)))
             if time.monotonic() - self._synced > _SYNC_SECONDS:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
         except OSError as error:
-            raise WorkError(f"{self.path}: {error.strerror}; what is encoded is kept: run it again") from error
+            raise WorkError(refusal(self.path, error, _KEPT)) from error
         self._places[sha256] = (offset + _HEADER.size, len(codes))
+
+    def _write(self, record: bytes) -> None:
+        """A disk that is almost full takes a part before it refuses the rest."""
+        while record:
+            record = record[self._file.write(record) :]
 
     def _scan(self) -> int:
         """Find every whole record; returns the length of the file up to the first that is not."""

@@ -1,6 +1,7 @@
 """The manifest: one utterance or one conversation a row, as JSON lines."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -9,10 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from higgstune.data.message_parts import is_unicode
 from higgstune.data.messages import normalize_messages
-from higgstune.data.rejection import RowError, did_you_mean
+from higgstune.data.rejection import RowError, did_you_mean, shown
 from higgstune.errors import DataError
 
 Seconds = Annotated[FiniteFloat, Field(ge=0)]
+MAX_LINE = 1 << 22  # bytes: an hour of speech is 60 kB
+_SHOWN_PROBLEMS = 5
 _UTTERANCE_ONLY = ("audio", "text", "scene", "reference_audio", "reference_text", "start", "end")
 
 
@@ -61,15 +64,24 @@ class Utterance(BaseModel):
 
 def parse_utterance(data: Any) -> Utterance:
     """A row from decoded JSON, the messages of a conversation normalised. Raises RowError saying why not."""
+    try:
+        return _utterance(data)
+    except RecursionError as error:
+        raise RowError("bad_row", "it is nested too deeply to be a row") from error
+
+
+def _utterance(data: Any) -> Utterance:
     if not isinstance(data, dict):
-        raise RowError("bad_row", f"a row must be an object with keys, this is {_shown(data)}")
+        raise RowError("bad_row", f"a row must be an object with keys, this is {shown(data)}")
     for key in data:
         if key not in Utterance.model_fields:
-            raise RowError("bad_row", f"the key {key!r} is unknown; {did_you_mean(str(key), Utterance.model_fields)}")
+            raise RowError(
+                "bad_row", f"the key {shown(key)} is unknown; {did_you_mean(str(key), Utterance.model_fields)}"
+            )
     try:
         utterance = Utterance.model_validate(data)
     except ValidationError as error:
-        raise RowError("bad_row", "; ".join(_explain(problem) for problem in error.errors())) from error
+        raise RowError("bad_row", "; ".join(map(_explain, error.errors()[:_SHOWN_PROBLEMS]))) from error
     if broken := [key for key, value in data.items() if isinstance(value, str) and not is_unicode(value)]:
         raise RowError("bad_row", f"{broken[0]} holds half a surrogate pair, which is no text")
     if utterance.messages is None:
@@ -100,7 +112,7 @@ def read_manifest(path: str | Path) -> Iterator[tuple[int, Utterance | RowError]
     for number, line in _lines(Path(path)):
         empty = False
         try:
-            yield number, parse_line(line)
+            yield number, line if isinstance(line, RowError) else parse_line(line)
         except RowError as error:
             yield number, error
     if empty:
@@ -116,15 +128,23 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
             file.write(json.dumps(utterance.model_dump(exclude_none=True), ensure_ascii=False) + "\n")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path) -> Iterator[tuple[int, bytes | RowError]]:
+    """The lines that are not empty; one that is too long comes as its RowError, and is never in memory as a whole."""
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            number = 0
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE and not line.endswith(b"\n"):
+                    while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                        continue
+                    yield number, RowError("bad_row", f"it is longer than {MAX_LINE >> 20} MB: write one row a line")
+                    continue
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if line.strip():
                     yield number, line.strip()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # a null byte in the path
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _no_constant(name: str) -> float:
@@ -132,18 +152,13 @@ def _no_constant(name: str) -> float:
 
 
 def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise ValueError(f"the key {twice!r} stands twice")
-    return dict(pairs)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:60] + "..."
+    if len(once := dict(pairs)) < len(pairs):
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(twice)} stands twice")
+    return once
 
 
 def _explain(problem: Any) -> str:
     place = ".".join(str(step) for step in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{place}: {message}, got {_shown(problem['input'])}" if place else message
+    return f"{place}: {message}, got {shown(problem['input'])}" if place else message

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from higgstune.data.rejection import RowError, did_you_mean
+from higgstune.data.rejection import RowError, did_you_mean, shown
 from higgstune.data.text import clean_text, find_control_tokens, normalize_text
 
 Part = dict[str, Any]
@@ -33,7 +33,7 @@ def normalize_parts(content: Any, where: str) -> Iterator[Part]:
         elif kind in ("audio", "audio_url"):
             yield _audio_part(part, place)
         else:
-            raise RowError("bad_row", f"{place} has the type {kind!r}: text or audio")
+            raise RowError("bad_row", f"{place} has the type {shown(kind)}: text or audio")
 
 
 def normalize_texts(parts: list[Part], where: str) -> list[Part]:
@@ -64,7 +64,7 @@ def check_control_tokens(text: str, where: str) -> None:
     if tokens := find_control_tokens(text) or find_control_tokens(clean_text(text)):
         raise RowError(
             "control_token",
-            f"{where} holds the control token {tokens[0]}: remove it, it is structure of the prompt",
+            f"{where} holds the control token {tokens[0][:100]}: remove it, it is structure of the prompt",
         )
 
 
@@ -72,7 +72,7 @@ def check_keys(given: dict[str, Any], valid: Iterable[str], where: str) -> None:
     """Raise RowError for a key that is not one of the valid ones, naming the nearest."""
     for key in given:
         if key not in valid:
-            raise RowError("bad_row", f"{where}: the key {key!r} is unknown; {did_you_mean(str(key), valid)}")
+            raise RowError("bad_row", f"{where}: the key {shown(key)} is unknown; {did_you_mean(str(key), valid)}")
 
 
 def _text_part(part: Part, where: str) -> Part:
@@ -103,12 +103,12 @@ def _audio_part(part: Part, where: str) -> Part:
             result[key] = _seconds(part[key], f"{where}.{key}")
     if part.get("as") is not None:
         if part["as"] not in _READ_AS:
-            raise RowError("bad_row", f"{where}.as is {part['as']!r}: one of {', '.join(_READ_AS)}")
+            raise RowError("bad_row", f"{where}.as is {shown(part['as'])}: one of {', '.join(_READ_AS)}")
         result["as"] = part["as"]
     return result
 
 
 def _seconds(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
-        raise RowError("bad_row", f"{where} must be a number of seconds, it is {value!r}")
+        raise RowError("bad_row", f"{where} must be a number of seconds, it is {shown(value)}")
     return float(value)

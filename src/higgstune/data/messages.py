@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from higgstune.data.message_parts import Part, check_keys, check_texts, normalize_parts, normalize_texts
-from higgstune.data.rejection import RowError, did_you_mean
+from higgstune.data.rejection import RowError, did_you_mean, shown
 
 ROLES = ("system", "scene", "user", "assistant")
 Message = dict[str, Any]
@@ -75,7 +75,7 @@ def _normalize_message(number: int, message: Any) -> list[Message]:
     check_keys(message, ("role", "content", "recipient"), where)
     role = message.get("role")
     if role not in ROLES:
-        raise RowError("bad_row", f"{where} has the role {role!r}; {did_you_mean(str(role), ROLES)}")
+        raise RowError("bad_row", f"{where} has the role {shown(role)}; {did_you_mean(str(role), ROLES)}")
     if message.get("recipient"):
         raise RowError("bad_row", f"{where}: a recipient is not supported")
     parts = list(normalize_parts(message.get("content"), where))

@@ -11,6 +11,7 @@ from higgstune.codec.base import Codec
 from higgstune.data.importers import read_source
 from higgstune.data.preparation import Preparation, Progress
 from higgstune.data.rejection import RowError
+from higgstune.data.shards import refusal
 from higgstune.data.source import SourceRow
 from higgstune.data.summary import PrepareOptions, PrepareSummary, References
 from higgstune.data.whisper_features import Listener
@@ -32,6 +33,7 @@ def prepare(
     references: References = "none",
     max_seconds: float = 30.0,
     allow_long: bool = False,
+    allow_outside: bool = False,
     seed: int = 0,
     speaker: str | None = None,
     language: str | None = None,
@@ -46,7 +48,9 @@ def prepare(
     scene). `references="same_speaker"` gives each row another clip of its speaker to hear, drawn by `seed`;
     splits follow the recordings' hashes. `whisper` is a Whisper checkpoint (or encoder) whose features of every
     reference, and of audio in user and system turns, are stored for a recipe's `model.whisper`. `max_seconds` bounds a
-    clip unless `allow_long`. `progress` is called with what is being done, the rows done and the rows in all.
+    clip unless `allow_long`. A row of which a path leaves the source's folder (`..`, a link, an absolute path) is
+    refused unless `allow_outside`: a source from a stranger could name any file here. `progress` is called with what is
+    being done, the rows done and the rows in all.
 
     A row that cannot be used is refused into `rejected.jsonl` and counted. A run that is interrupted keeps
     the codes it has and goes on from there when it is started again; until then the old store stays.
@@ -57,12 +61,14 @@ def prepare(
     for_model = None if model is None else str(model)
     whisper = str(whisper) if isinstance(whisper, Path) else whisper
     heard_by = whisper if whisper is None or isinstance(whisper, str) else whisper.checkpoint
-    options = PrepareOptions(validation_fraction, references, max_seconds, allow_long, seed, for_model, heard_by)
+    options = PrepareOptions(
+        validation_fraction, references, max_seconds, allow_long, seed, for_model, heard_by, allow_outside
+    )
     options.check()
     source, out = Path(source), Path(out)
     if source.resolve() == out.resolve():
         raise ConfigError(f"{out} is the source, too: give the code store a folder of its own")
-    rows = [_with_labels(row, speaker, language, scene) for row in read_source(source)]
+    rows = [_with_labels(row, speaker, language, scene) for row in read_source(source, allow_outside=allow_outside)]
     name, codec = _loaded(codec, model, device)
     listener = _listener(whisper, device)
     with _locked(out):
@@ -116,7 +122,7 @@ def _locked(out: Path) -> Iterator[None]:
     except (FileExistsError, NotADirectoryError) as error:
         raise DataError(f"{out} is no folder: name one for the code store") from error
     except OSError as error:
-        raise WorkError(f"{out} cannot be written: {error.strerror}") from error
+        raise WorkError(refusal(out, error, "nothing was encoded")) from error
     try:
         yield
     finally:

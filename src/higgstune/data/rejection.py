@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from higgstune.errors import DataError
 
 Reason = Literal[
     "bad_row",  # no JSON, a wrong type, an unknown key, keys that exclude each other
+    "outside_folder",  # a path that leaves the folder of its source
     "missing_audio",
     "unsupported_format",
     "unreadable_audio",  # no audio, damaged, cut off
@@ -30,6 +31,7 @@ Reason = Literal[
     "duplicate_id",
     "split_conflict",
 ]
+_SHOWN = 100  # characters of a value in a message
 REASONS: tuple[str, ...] = get_args(Reason)
 
 
@@ -56,6 +58,12 @@ class Rejection:
         return json.dumps(asdict(self), ensure_ascii=True)
 
 
+def shown(value: Any) -> str:
+    """A value for a message, short. Raises RecursionError for one that is nested too deeply."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
 def count_reasons(rejections: Iterable[Rejection]) -> dict[str, int]:
     """How many rows each reason refused, the most frequent first."""
     return dict(Counter(rejection.reason for rejection in rejections).most_common())
@@ -64,5 +72,6 @@ def count_reasons(rejections: Iterable[Rejection]) -> dict[str, int]:
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest valid one, or all of them."""
     valid = list(valid)
+    name = name[:_SHOWN]  # the search for a near one must not take long, whatever the name is
     near = get_close_matches(name, valid, n=1)
     return f"did you mean {near[0]!r}?" if near else f"the valid ones are {', '.join(valid)}"

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import TypeAdapter, ValidationError
 
 from higgstune.errors import DataError
 
 SCHEMA_VERSION = 1
 INDEX_NAME = "store.json"
+_MAX_INDEX = 1 << 28  # bytes: that of a million rows has thirty thousand
 REJECTED_NAME = "rejected.jsonl"
 PARTIAL_NAME = ".partial"
 SPLITS = ("train", "validation")
@@ -61,16 +63,20 @@ class StoreIndex:
         return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
 
 
+_STORE_INDEX = TypeAdapter(StoreIndex)
+
+
 def read_index(folder: Path) -> StoreIndex:
     """The index of the store in a folder. Raises DataError where there is none or it is not one of ours."""
     path = folder / INDEX_NAME
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = json.loads(file.read(_MAX_INDEX))
     except FileNotFoundError:
         raise DataError(
             f"{folder} is no code store: it has no {INDEX_NAME}; make one with `higgstune prepare`"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}): prepare the store again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
@@ -78,10 +84,13 @@ def read_index(folder: Path) -> StoreIndex:
     try:
         shards = [Shard(**shard) for shard in data["shards"]]
         index = StoreIndex(StoreInfo(**data["info"]), shards)
-    except (KeyError, TypeError) as error:
+        _STORE_INDEX.validate_json(json.dumps(asdict(index)), strict=True)  # types, also of what is in lists
+    except (KeyError, TypeError, ValidationError) as error:
         raise DataError(f"{path} is damaged ({error}): prepare the store again") from error
     if foreign := [shard.name for shard in shards if not SHARD_NAME.fullmatch(shard.name)]:
         raise DataError(f"{path} names {foreign[0]}, which is no shard of a store: prepare the store again")
+    if odd := [shard.name for shard in shards if not shard.name.startswith(f"{shard.split}-")]:
+        raise DataError(f"{path} has {odd[0]} in another split than its name says: prepare the store again")
     return index
 
 

@@ -1,9 +1,11 @@
 """Writing a store: shards beside the old ones, then the index in one step, then the old shards go."""
 
+import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,22 @@ from higgstune.data.schema import (
     Shard,
     StoreIndex,
     StoreInfo,
+    read_index,
     store_schema,
 )
-from higgstune.errors import WorkError
+from higgstune.errors import DataError, WorkError
 
 CodesOf = Callable[[str], np.ndarray]  # audio hash -> [frames, num_codebooks] uint16
+_AS_IT_WAS = "the store is as it was, and what is encoded is kept"
+_ADVICE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "allow larger files (ulimit -f)",
+    errno.EROFS: "name a folder that can be written",
+    errno.EACCES: "name a folder that you may write to",
+    errno.EPERM: "name a folder that you may write to",
+    errno.ENOENT: "name a folder that can be written",
+}
 
 
 def write_store(folder: Path, entries: list[Entry], codes_of: CodesOf, info: StoreInfo) -> None:
@@ -34,8 +47,8 @@ def write_store(folder: Path, entries: list[Entry], codes_of: CodesOf, info: Sto
 
     Raises WorkError where the disk refuses; then the old store is intact.
     """
+    assembly = folder / PARTIAL_NAME / "shards"
     try:
-        assembly = folder / PARTIAL_NAME / "shards"
         shutil.rmtree(assembly, ignore_errors=True)
         assembly.mkdir(parents=True)
         shards = [
@@ -46,14 +59,28 @@ def write_store(folder: Path, entries: list[Entry], codes_of: CodesOf, info: Sto
         for shard in shards:
             os.replace(assembly / shard.name, folder / shard.name)
         sync_folder(folder)
-        write_file(folder / INDEX_NAME, StoreIndex(info, shards).to_json())
+        write_file(folder / INDEX_NAME, StoreIndex(info, shards).to_json(), kept=_AS_IT_WAS)
+    except (OSError, WorkError) as error:
+        shutil.rmtree(assembly, ignore_errors=True)  # where the disk is full, this is in the way
+        with suppress(OSError, DataError):
+            _remove_stale(folder, _named_by_index(folder))
+        if isinstance(error, WorkError):
+            raise
+        raise WorkError(refusal(folder, error, _AS_IT_WAS)) from error
+    try:
         _remove_stale(folder, {shard.name for shard in shards})
     except OSError as error:
-        raise WorkError(f"{folder} cannot be written: {error.strerror or error}; the store is as it was") from error
+        raise WorkError(f"{folder} has the new store, but its old shards cannot be deleted: {error}") from error
 
 
-def write_file(path: Path, text: str) -> None:
-    """Replace a text file in one step, so that a reader sees the old or the new one. Raises WorkError."""
+def refusal(path: Path, error: OSError, kept: str) -> str:
+    """Why a file cannot be written, what is kept (a clause), and what to do."""
+    advice = ", and ".join(filter(None, [_ADVICE.get(error.errno or 0), "run it again"]))
+    return f"{path} cannot be written: {error.strerror or error}; {kept}: {advice}"
+
+
+def write_file(path: Path, text: str, *, kept: str = "it is as it was") -> None:
+    """Replace a text file in one step, so that a reader sees the old or the new one. Raises WorkError, with `kept`."""
     temporary = path.with_name(f".{path.name}.new")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -63,7 +90,17 @@ def write_file(path: Path, text: str) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise WorkError(f"{path} cannot be written: {error.strerror or error}; it is as it was") from error
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise WorkError(refusal(path, error, kept)) from error
+
+
+def sync_files(folder: Path) -> None:
+    """Let the files of a folder, and their names, reach the disk."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:
@@ -82,17 +119,20 @@ def _write_shard(
 ) -> Shard:
     temporary = folder / f"{split}-{number:05d}"
     schema = store_schema(num_codebooks)
-    with open(temporary, "wb") as file:
-        with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
-            for first in range(0, len(rows), ROWS_PER_GROUP):
-                writer.write_table(_table(rows[first : first + ROWS_PER_GROUP], codes_of, schema))
-        file.flush()
-        os.fsync(file.fileno())
-    with open(temporary, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    name = f"{split}-{number:05d}-{sha256[:12]}.parquet"
-    os.replace(temporary, folder / name)
-    return Shard(name, split, len(rows), (folder / name).stat().st_size, sha256)
+    try:
+        with open(temporary, "wb") as file:
+            with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
+                for first in range(0, len(rows), ROWS_PER_GROUP):
+                    writer.write_table(_table(rows[first : first + ROWS_PER_GROUP], codes_of, schema))
+            file.flush()
+            os.fsync(file.fileno())
+        with open(temporary, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        name = f"{split}-{number:05d}-{sha256[:12]}.parquet"
+        os.replace(temporary, folder / name)
+        return Shard(name, split, len(rows), (folder / name).stat().st_size, sha256)
+    except OSError as error:
+        raise WorkError(refusal(temporary, error, _AS_IT_WAS)) from error
 
 
 def _table(rows: list[Entry], codes_of: CodesOf, schema: pa.Schema) -> pa.Table:
@@ -134,7 +174,13 @@ def _chunks(rows: list[Entry]) -> Iterator[list[Entry]]:
         yield rows[first : first + ROWS_PER_SHARD]
 
 
-def _remove_stale(folder: Path, names: Iterable[str]) -> None:
+def _named_by_index(folder: Path) -> set[str]:
+    """The shards of the store in a folder; none where there is no store."""
+    has_index = (folder / INDEX_NAME).exists()
+    return {shard.name for shard in read_index(folder).shards} if has_index else set()
+
+
+def _remove_stale(folder: Path, names: set[str]) -> None:
     for path in folder.iterdir():
         if SHARD_NAME.fullmatch(path.name) and path.name not in names:
             path.unlink()

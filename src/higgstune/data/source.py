@@ -1,11 +1,15 @@
 """What every importer gives: rows with their place in the source, and what becomes of refused ones."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from higgstune.data.manifest import Utterance
-from higgstune.data.rejection import Rejection, RowError
+from higgstune.data.rejection import Rejection, RowError, shown
+from higgstune.errors import DataError
+
+MAX_BYTES = 1 << 29  # of a source that is read as a whole: a million rows, and ten times as much once decoded
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,48 @@ class SourceRow:
     content: Utterance | RowError
     id: str | None = None  # as far as it is known of a row that is refused
     audio: str | None = None
+    allow_outside: bool = False  # whether its paths may leave the folder
+
+    def path(self, name: str) -> Path:
+        """Where a path of this row leads. Raises RowError where that is outside of the folder, and may not be."""
+        return path_within(self.folder, name, self.allow_outside)
+
+
+def path_within(folder: Path, name: str, allow_outside: bool) -> Path:
+    """`folder / name`. Raises RowError where `..`, a link or an absolute path leads out of the folder.
+
+    A source from a stranger must not make rows of files that it did not bring. `allow_outside` is the user's word that
+    it may.
+    """
+    path = folder / name
+    try:
+        leaves = not allow_outside and not is_within(path, folder)
+    except ValueError:  # a null byte, half a surrogate pair: no file has such a name, which its reader says
+        return path
+    if leaves:
+        raise RowError(
+            "outside_folder",
+            f"{shown(name)} leads out of the folder {folder} of its source: move the file there, or, if you trust "
+            "whoever wrote the source, give --allow-outside (allow_outside=True in Python)",
+        )
+    return path
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether a path, its links followed, lies in a folder or is it. Raises ValueError for what can be no path."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def read_whole(path: Path) -> bytes:
+    """The bytes of a source's file. Raises DataError where it cannot be read or is too large for that."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > MAX_BYTES:
+        raise DataError(f"{path} is larger than {MAX_BYTES >> 20} MB: split it, or write a manifest of JSON lines")
+    return content
 
 
 def rejections_of(rows: Sequence[SourceRow], refused: Mapping[int, RowError]) -> list[Rejection]:

@@ -1,4 +1,4 @@
-"""A prepared code store: Parquet shards read through a memory map, opened by row."""
+"""A prepared code store: Parquet shards, opened by row."""
 
 from bisect import bisect_right
 from collections import OrderedDict
@@ -10,7 +10,6 @@ from typing import Any, Self, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from higgstune.data.schema import CODE_COLUMNS, ROWS_PER_GROUP, SPLITS, StoreIndex, read_index
 from higgstune.data.shard_reader import codes_of, named_in_errors, open_shard, read_light_columns
@@ -101,18 +100,26 @@ class CodeStore(SplitView):
         self.folder = folder
         self.info = index.info
         self.shards = sorted(index.shards, key=lambda shard: (SPLITS.index(shard.split), shard.name))
-        self.light = read_light_columns(folder, self.shards)  # everything but codes
+        # All are opened now and stay open: a store that is prepared anew, or deleted, does not change under a run.
+        self._files = {number: open_shard(folder, shard) for number, shard in enumerate(self.shards)}
+        self.light = read_light_columns(folder, self.shards, list(self._files.values()))  # everything but codes
         self._ends = list(accumulate(shard.rows for shard in self.shards))
         self._ids: dict[str, int] | None = None
-        self._files: dict[int, pq.ParquetFile] = {}
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         super().__init__(self, range(self.light.num_rows))
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
-        """Open the store in a folder. Raises DataError where there is none or a shard is damaged."""
+        """Open the store in a folder, and read all of it once. Raises DataError where there is none, or for damage."""
         folder = Path(folder)
-        return cls(folder, read_index(folder))
+        index = read_index(folder)
+        try:
+            return cls(folder, index)
+        except DataError:
+            newer = read_index(folder)
+            if newer == index:
+                raise
+            return cls(folder, newer)  # a preparation ended meanwhile, and took the old shards away
 
     def split(self, name: str) -> SplitView:
         """The rows of one split, which may be none. Raises DataError for a split that cannot exist."""
@@ -141,13 +148,20 @@ class CodeStore(SplitView):
         return codes
 
     def row(self, index: int) -> Row:
-        """One row by its position, counted from 0, with its reference's codes looked up."""
+        """One row by its position, counted from 0, with its reference's codes looked up.
+
+        Raises DataError, with the row and the file, for a shard that was damaged since the store was opened.
+        """
         values = self._values(index)
-        reference_codes = self.cells(index, "reference_codes")
-        if reference_codes is None and values["reference_id"] is not None:
-            reference_codes = self.codes(self.index_of(values["reference_id"]))
-        context_codes = self.cells(index, "context_codes") or []
-        return self._row(index, values, self.codes(index), reference_codes, context_codes)
+        try:
+            reference_codes = self.cells(index, "reference_codes")
+            if reference_codes is None and values["reference_id"] is not None:
+                reference_codes = self.codes(self.index_of(values["reference_id"]))
+            context_codes = self.cells(index, "context_codes") or []
+            return self._row(index, values, self.codes(index), reference_codes, context_codes)
+        except DataError as error:
+            split = self.shards[self._shard_of(index)].split
+            raise DataError(f"row {values['id']} of the {split} split: {error}") from error
 
     def outline(self, index: int) -> Row:
         """One row by its position, see `outlines`."""
@@ -222,7 +236,7 @@ class CodeStore(SplitView):
         return self._groups[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Open files and what was read from them stay behind when a store goes to another process."""
+        """Open files and what was read from them stay behind when a store is pickled for another process."""
         return self.__dict__ | {"_files": {}, "_groups": OrderedDict()}
 
 

@@ -42,6 +42,7 @@ class PrepareOptions:
     seed: int
     model: str | None = None  # the checkpoint that it is prepared for
     whisper: str | None = None  # the Whisper checkpoint whose features are stored
+    allow_outside: bool = False  # whether paths may leave the folder of the source
 
     def check(self) -> None:
         """Raise ConfigError for an option that cannot be."""

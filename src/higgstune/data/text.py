@@ -48,6 +48,8 @@ _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 _LINE_ENDS = "\r\x85\u2028\u2029"
 # The zero-width joiner and non-joiner are not here: they are spelling in Persian and in the scripts of India.
 _INVISIBLE = "\u00ad\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
+_MAX_MARKS = 30
+_GRAPHEME_JOINER = "\u034f"
 _CHARACTERS = str.maketrans(
     _REPLACED
     | dict.fromkeys(_SINGLE_QUOTES, "'")
@@ -77,8 +79,8 @@ def clean_text(text: str) -> str:
     invisible characters, no empty lines.
     Single line breaks stay, since "[SPEAKER0] ...\\n[SPEAKER1] ..." is how a dialogue is written.
     """
-    text = unicodedata.normalize("NFC", text).translate(_CHARACTERS)
-    text = unicodedata.normalize("NFC", "".join(map(_printable, text)))
+    text = _composed(text).translate(_CHARACTERS)
+    text = _composed("".join(map(_printable, text)))
     lines = (" ".join(line.split()) for line in text.split("\n"))
     text = "\n".join(line for line in lines if line)
     for tag, sound in _SOUND_TAGS.items():
@@ -94,6 +96,24 @@ def is_speakable(text: str) -> bool:
 def find_control_tokens(text: str) -> list[str]:
     """Every `<|...|>` in a text, in order. One in a user's words would be read as structure of the prompt."""
     return _CONTROL_TOKEN.findall(text)
+
+
+def _composed(text: str) -> str:
+    """Unicode NFC; a run of more than 30 combining marks is cut by an invisible joiner first.
+
+    That is the stream-safe process of Unicode's UAX 15: no language has such a run, and the time for one grows with the
+    square of its length.
+    """
+    if text.isascii():
+        return text
+    result, run = [], 0
+    for character in text:
+        run = run + 1 if unicodedata.combining(character) else 0
+        if run > _MAX_MARKS:
+            result.append(_GRAPHEME_JOINER)
+            run = 1
+        result.append(character)
+    return unicodedata.normalize("NFC", "".join(result))
 
 
 def _printable(character: str) -> str:

@@ -10,24 +10,31 @@ audio takes 64 kB for a d_model of 1280.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from higgstune.data.audio import resample
 from higgstune.data.clips import Clip
+from higgstune.data.shard_reader import CheckedFile
 from higgstune.data.shards import write_file
 from higgstune.errors import DataError, WorkError
 from higgstune.prompt.example import Heard
 
 FOLDER = "whisper"
 _INDEX = "index.json"
+_TEMPORARY = "features.tmp"
 _CLIPS_IN_A_FILE = 256
+_MAX_INDEX = 1 << 28  # bytes: a million clips have 70 million
+_FILE_NAME = re.compile(r"features-[0-9a-f]{12}\.safetensors")
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 class Listener(Protocol):
@@ -73,7 +80,7 @@ class WhisperFeatures:
         self.folder = folder
         self.index = index
         self._places = {sha256: file for file in index.files for sha256 in file.clips}
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, _Tensors] = {}
 
     @classmethod
     def open(cls, store: Path, checkpoint: str, revision: str | None = None) -> "WhisperFeatures":
@@ -105,33 +112,79 @@ class WhisperFeatures:
         if file.name not in self._files:
             self._files[file.name] = self._opened(file)
         opened = self._files[file.name]
-        chunks = tuple(opened.get_tensor(f"{sha256}.chunks").tolist())
-        return Heard(opened.get_tensor(sha256), chunks)
+        with self._named_in_errors(file):
+            features, chunks = opened.tensor(sha256), opened.tensor(f"{sha256}.chunks")
+        fits = features.shape == (chunks.sum(), self.index.d_model) and chunks.ndim == 1
+        if not fits or (features.dtype, chunks.dtype) != (np.float16, np.int32):
+            raise DataError(
+                f"{self.folder / file.name} has features of the clip {sha256[:16]} that are not as its index says: "
+                "copy or prepare it again"
+            )
+        return Heard(features, tuple(chunks.tolist()))
 
-    def _opened(self, file: FeatureFile) -> Any:
-        path = self.folder / file.name
+    def _opened(self, file: FeatureFile) -> "_Tensors":
+        with self._named_in_errors(file):
+            return _Tensors(CheckedFile(self.folder / file.name, file.bytes, file.sha256))
+
+    @contextmanager
+    def _named_in_errors(self, file: FeatureFile) -> Iterator[None]:
         try:
-            with path.open("rb") as stream:
-                checksum = hashlib.file_digest(stream, "sha256").hexdigest()
-            if checksum != file.sha256:
-                raise DataError(f"{path} is not the file that was written: copy or prepare it again")
-            return safe_open(path, "np")
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{path} is missing or damaged ({error}): copy or prepare it again") from error
+            yield
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            path = self.folder / file.name
+            raise DataError(
+                f"{path} is missing, or not the file that was written ({error}): copy or prepare it again"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files stay behind when it goes to another process."""
         return self.__dict__ | {"_files": {}}
 
 
+class _Tensors:
+    """The tensors of a safetensors file, read without its library: that maps the file, see `shard_reader`."""
+
+    def __init__(self, file: CheckedFile) -> None:
+        """Raises OSError, ValueError, KeyError or TypeError for a file that is none."""
+        self._file = file
+        length = int.from_bytes(file.read(8), "little")
+        self._header = json.loads(file.read(length))
+        self._start = 8 + length
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One of float16 or int32. Raises as `__init__`."""
+        entry = self._header[name]
+        begin, end = entry["data_offsets"]
+        self._file.seek(self._start + begin)
+        data = np.frombuffer(self._file.read(end - begin), {"F16": np.float16, "I32": np.int32}[entry["dtype"]])
+        return data.reshape(entry["shape"]).copy()  # torch wants one that may be written to
+
+
 def read_feature_index(path: Path) -> FeatureIndex:
-    """Read `index.json`. Raises DataError where it is damaged."""
+    """Read `index.json`. Raises DataError where it is damaged, or names what is not in its folder."""
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            content = stream.read(_MAX_INDEX)
+        written = json.loads(content)
         files = tuple(FeatureFile(**file | {"clips": tuple(file["clips"])}) for file in written.pop("files"))
-        return FeatureIndex(**written, files=files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        index = FeatureIndex(**written, files=files)
+        _check_index(index, path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}): delete its folder and prepare with --whisper again") from error
+    return index
+
+
+def _check_index(index: FeatureIndex, path: Path) -> None:
+    """Raise ValueError unless it is of this folder: its names become paths."""
+    if index.revision != path.parent.name:
+        raise ValueError(f"the revision {index.revision!r} is not that of its folder")
+    if not isinstance(index.checkpoint, str) or not isinstance(index.d_model, int):
+        raise ValueError("checkpoint must be a text, d_model a number")
+    for file in index.files:
+        if not _FILE_NAME.fullmatch(file.name):
+            raise ValueError(f"{file.name!r} is no file of features")
+        if not all(map(_HASH.fullmatch, file.clips)):
+            raise ValueError(f"{file.name} names a clip by something else than its hash")
 
 
 def store_features(
@@ -162,8 +215,14 @@ def store_features(
             write_file(path, _to_json(index))
         write_file(path, _to_json(index))
         _take_name(store, index)
+        _remove_unnamed(folder, {file.name for file in index.files})
     except (OSError, SafetensorError) as error:
-        raise WorkError(f"{folder} cannot be written: {error}; run it again to go on") from error
+        with suppress(OSError):
+            (folder / _TEMPORARY).unlink(missing_ok=True)  # where the disk is full, this is in the way
+        raise WorkError(
+            f"{folder} cannot be written: {error}; what is there already is kept: make room where the disk is full, "
+            "and run it again"
+        ) from error
     progress(len(todo))
     return len(wanted) - len(missing), missing
 
@@ -217,10 +276,20 @@ def _listen(clip: Clip, listener: Listener) -> dict[str, np.ndarray]:
     }
 
 
+def _remove_unnamed(folder: Path, names: set[str]) -> None:
+    """A preparation that was killed may leave a file that is in no index."""
+    for path in folder.iterdir():
+        if _FILE_NAME.fullmatch(path.name) and path.name not in names:
+            path.unlink()
+    (folder / _TEMPORARY).unlink(missing_ok=True)
+
+
 def _write(folder: Path, tensors: dict[str, np.ndarray], clips: tuple[str, ...]) -> FeatureFile:
-    temporary = folder / "features.tmp"
+    temporary = folder / _TEMPORARY
     save_file(tensors, temporary)
-    checksum = hashlib.sha256(temporary.read_bytes()).hexdigest()
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())  # before an index names it
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
     name = f"features-{checksum[:12]}.safetensors"
     size = temporary.stat().st_size
     os.replace(temporary, folder / name)

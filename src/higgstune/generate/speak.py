@@ -241,7 +241,7 @@ def load_speaker(
     if folder is not None:
         card = adapter_card(folder)
         if model is None:
-            model = read_json(folder / "adapter_config.json", "")["base_model_name_or_path"]
+            model = read_json(folder / "adapter_config.json", "").get("base_model_name_or_path")
             revision = revision or card.get("revision")
         codec = codec or card.get("codec")
     if model is None:

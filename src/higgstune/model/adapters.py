@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,11 +12,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgstune.errors import CheckpointError, ConfigError
+from higgstune.model.adapter_config import check_shapes, check_values, read_adapter_config
 from higgstune.model.audio_attention import ATTENTION, NORM
 from higgstune.model.checksums import sha256_of
 from higgstune.model.conditioning import (
@@ -29,7 +28,7 @@ from higgstune.model.conditioning import (
     is_conditioning_key,
     own_conditioning,
 )
-from higgstune.model.layout import read_json, safetensors_keys
+from higgstune.model.layout import is_pickled, read_json, read_tensors, safetensors_keys
 from higgstune.model.quantize import dequantized
 
 StageKind = Literal["text", "full"]
@@ -41,6 +40,7 @@ RUN_STATE = "run.json"
 UNQUANTIZED_FINGERPRINT = "unquantized_fingerprint"  # attribute of a base in 4 bits
 _SEAL = "card_sha256"
 _PLACES = (_SEAL, "base_model_name_or_path", "checkpoint", "codec", "store", "whisper", "init_adapter")
+_NAMES = ("checkpoint", "revision", "codec", "codec_revision", "base_fingerprint")  # keys of the card that are texts
 _SAMPLED = 4096  # values of a weight that its fingerprint looks at
 
 _SHARED = r"self_attn\.[qkvo]_proj"
@@ -50,6 +50,7 @@ _LAYER = r"model\.layers\.\d+\."
 _TEXT_TARGETS = rf"{_LAYER}(?:{_SHARED}|mlp{_FFN})"
 _FULL_TARGETS = rf"{_LAYER}(?:{_SHARED}|(?:audio_)?mlp{_FFN})"
 _FULL_AND_AUDIO_ATTENTION = rf"{_LAYER}(?:(?:self|audio)_attn\.[qkvo]_proj|(?:audio_)?mlp{_FFN})"
+_PATTERNS = (_TEXT_TARGETS, _FULL_TARGETS, _FULL_AND_AUDIO_ATTENTION)
 
 AttentionTraining = Literal["lora", "full"]
 
@@ -145,18 +146,12 @@ def load_adapter(model: HiggsAudioV2ForConditionalGeneration, folder: Path, *, c
     tensors than the adapter on this base has (peft alone would leave them out in silence).
     """
     weights = _checked_weights(folder, model, checksum=checksum)
+    config = read_adapter_config(folder / ADAPTER_CONFIG, _PATTERNS)
     add_conditioning(model, adapter_conditioning(folder))
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} is not a LoRA configuration: {error}") from error
-    config.inference_mode = True
-    config.base_model_name_or_path = None  # peft warns of a base that has moved; the fingerprint knows better
-    if not isinstance(config, LoraConfig):
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} is no LoRA configuration: copy the adapter again")
+    check_shapes(config, model, weights, folder)
     try:
         peft_model = _with_adapter(model, config)
-    except (ValueError, TypeError, KeyError, re.error) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"the adapter {folder} does not fit this base: {error}") from error
     expected = adapter_state(peft_model).keys()
     if expected != weights.keys():
@@ -267,9 +262,14 @@ def adapter_card(folder: Path) -> dict[str, Any]:
     card = read_json(path, "") if path.exists() else {}
     if card.get(_SEAL) not in (None, _seal(card)):
         raise CheckpointError(f"{path} is not what was saved (its checksum differs): copy the adapter again")
-    wrong = [key for key in ("recipe", "base_shape", "conditioning", "data") if not isinstance(card.get(key, {}), dict)]
-    if wrong:
+    recipe = card.get("recipe", {})
+    parts = {key: card.get(key, {}) for key in ("recipe", "base_shape", "conditioning", "data")}
+    if isinstance(recipe, dict):
+        parts |= {f"recipe.{key}": recipe.get(key, {}) for key in ("model", "data", "lora")}
+    if wrong := [key for key, value in parts.items() if not isinstance(value, dict)]:
         raise CheckpointError(f"{path} is damaged: {wrong[0]} must be an object; copy the adapter again")
+    if wrong := [key for key in _NAMES if not isinstance(card.get(key), str | None)]:
+        raise CheckpointError(f"{path} is damaged: {wrong[0]} must be a text; copy the adapter again")
     return card
 
 
@@ -304,9 +304,12 @@ def find_adapter(path: str | Path) -> Path:
     if (folder / ADAPTER_CONFIG).exists():
         return folder
     if (folder / RUN_STATE).exists():
-        last = json.loads((folder / RUN_STATE).read_text(encoding="utf-8")).get("adapter")
+        last = read_json(folder / RUN_STATE, "").get("adapter")
         if last is not None:
-            return folder / last
+            place = Path(str(last))
+            if place.is_absolute() or ".." in place.parts:
+                raise CheckpointError(f"{folder / RUN_STATE} names an adapter outside of its run: {last}")
+            return folder / place
         raise CheckpointError(f"the run {folder} has no finished stage yet: `higgstune train` it to its end")
     hint = "; it is a checkpoint, which goes by --model" if (folder / "config.json").exists() else ""
     raise CheckpointError(f"{folder} is neither an adapter ({ADAPTER_CONFIG}) nor a run ({RUN_STATE}){hint}")
@@ -357,13 +360,20 @@ def _checked_weights(
     """The adapter's tensors, once nothing speaks against them. Raises CheckpointError."""
     check_adapter_files(folder, checksum=checksum)
     check_base(folder, model)
-    return load_file(folder / ADAPTER_WEIGHTS)
+    weights = read_tensors(folder / ADAPTER_WEIGHTS)
+    check_values(weights, folder)
+    return weights
 
 
 def check_adapter_files(folder: Path, *, checksum: bool = True) -> None:
     """Raises CheckpointError when a file of an adapter is missing, truncated or not the one that was written."""
     config = read_json(folder / ADAPTER_CONFIG, "it is no adapter folder without it")
     path = folder / ADAPTER_WEIGHTS
+    if not path.exists() and is_pickled(folder):
+        raise CheckpointError(
+            f"{folder} has pickled weights only: they can run code when loaded and are not read; have the adapter "
+            "saved as safetensors"
+        )
     keys = safetensors_keys(path)  # tells a truncated file with a message of its own
     card = adapter_card(folder)
     recorded = (card.get("weights_sha256"), card.get("config_sha256")) if checksum else (None, None)

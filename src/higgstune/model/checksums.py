@@ -50,6 +50,8 @@ def check_checksums(folder: Path) -> None:
     if not isinstance(files, dict):
         raise CheckpointError(f"{folder / FOLDER_CARD}: {FILES} must map file names to checksums; copy it again")
     for name, recorded in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{folder / FOLDER_CARD} names a file outside of its folder: {name}; copy it again")
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: {FOLDER_CARD} says that it belongs here; copy the folder again")

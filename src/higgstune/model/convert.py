@@ -82,14 +82,14 @@ def _with_llama_defaults(written: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other_architectures(original: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-    layers = list(range(text.get("num_hidden_layers", 0)))
+    layers = range(text.get("num_hidden_layers", 0))
     dual = original.get("audio_dual_ffn_layers")
     wrong = {
         f"audio_adapter_type is {original.get('audio_adapter_type')!r}, only 'dual_ffn' has a native class": (
             original.get("audio_adapter_type") != "dual_ffn"
         ),
         f"audio FFNs in layers {dual} only, the native class has one in all {len(layers)}": (
-            dual is not None and sorted(dual) != layers
+            dual is not None and (len(dual) != len(layers) or sorted(dual) != list(layers))
         ),
         "Whisper conditioning is on (encode_whisper_embed), but it brings no encoder for it (skip_audio_tower)": bool(
             original.get("encode_whisper_embed") and original.get("skip_audio_tower")
@@ -211,25 +211,25 @@ def _original_text(native: HiggsAudioV2Config) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Original:
-    """An original-format checkpoint in the native layout."""
+    """The weights of an original-format checkpoint in the native layout."""
 
-    config: HiggsAudioV2Config
     state: dict[str, Tensor]
     conditioning: Conditioning  # the extensions that it has and the native class does not
     whisper: WhisperTower | None  # its audio_tower
 
 
 def read_original(layout: Layout) -> Original:
-    """Config and weights of an original-format folder. Raises CheckpointError."""
+    """Weights of an original-format folder, whose `native_config` was read. Raises CheckpointError."""
     written = layout.config
-    config = native_config(written)
     state = read_weights(layout.weights)
     tower = {key: state.pop(key) for key in list(state) if key.startswith("audio_tower.")}
     whisper = None
     if not written.get("skip_audio_tower", True):
-        whisper = tower_from_original(written["audio_encoder_config"], tower, layout.folder)
-    conditioning = Conditioning(
-        audio_attention=bool(written.get("use_audio_out_self_attention")),
-        whisper=None if whisper is None else whisper_shape(whisper, written["audio_in_token_idx"]),
-    )
-    return Original(config, native_state(state), conditioning, whisper)
+        whisper = tower_from_original(written.get("audio_encoder_config"), tower, layout.folder)
+    conditioning = Conditioning(audio_attention=bool(written.get("use_audio_out_self_attention")))
+    if whisper is not None:
+        heard_at = written.get("audio_in_token_idx")
+        if not isinstance(heard_at, int):
+            raise CheckpointError(f"{layout.folder / 'config.json'} has no audio_in_token_idx: download it again")
+        conditioning = conditioning.model_copy(update={"whisper": whisper_shape(whisper, heard_at)})
+    return Original(native_state(state), conditioning, whisper)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -14,7 +16,16 @@ from higgstune.errors import CheckpointError
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS = "model.safetensors"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # of weights that may run code when they are loaded
 Kind = Literal["native", "original", "extended"]
+# What configuration classes and models raise for wrong types, sizes and names in a file from elsewhere.
+MALFORMED = (
+    ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError, RuntimeError, OSError,
+    StrictDataclassError,
+)  # fmt: skip
+_MAX_JSON = 64 << 20  # bytes; the index of the largest checkpoint has a few
+_MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
+_MAX_DEPTH = 64
 # The extended layout is the native one with modules that the native class does not have. It has a name of its own, so
 # that no other software takes it for a native checkpoint and leaves them out.
 MODEL_TYPES: dict[Any, Kind] = {
@@ -31,6 +42,11 @@ class Layout:
     config: dict[str, Any]
     weights: tuple[Path, ...]
     keys: frozenset[str]
+
+    @property
+    def bytes(self) -> int:
+        """Of its weight files."""
+        return sum(path.stat().st_size for path in self.weights)
 
 
 def read_layout(folder: Path) -> Layout:
@@ -52,14 +68,37 @@ def read_layout(folder: Path) -> Layout:
 def read_json(path: Path, why: str) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError when it is missing (with `why` it matters) or broken."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_MAX_JSON + 1)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: {why}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > _MAX_JSON:
+        raise CheckpointError(f"{path} is larger than {_MAX_JSON >> 20} MB, which it cannot be: download it again")
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): copy or download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
+    if _is_deep(value):
+        raise CheckpointError(f"{path} is nested more than {_MAX_DEPTH} levels deep: copy or download it again")
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether walking through it could exhaust the stack."""
+    level, depth = [value], 0
+    while level and depth <= _MAX_DEPTH:
+        level = [
+            part
+            for item in level
+            if isinstance(item, dict | list)
+            for part in (item.values() if isinstance(item, dict) else item)
+        ]
+        depth += 1
+    return bool(level)
 
 
 def safetensors_keys(path: Path) -> set[str]:
@@ -71,15 +110,19 @@ def safetensors_keys(path: Path) -> set[str]:
         with path.open("rb") as file:
             size = path.stat().st_size
             length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else -1
-            if not 0 < length <= size - 8:
-                raise CheckpointError(f"{path} is truncated or no safetensors file: copy or download it again")
-            header = json.loads(file.read(length))
+            written = file.read(length) if 0 < length <= min(size - 8, _MAX_HEADER) else b""
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: copy or download the checkpoint again") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if not written:
+        raise CheckpointError(f"{path} is truncated or no safetensors file: copy or download it again")
+    try:
+        header = json.loads(written)
+        header.pop("__metadata__", None)
+        needed = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except MALFORMED as error:
         raise CheckpointError(f"{path} has a broken header: copy or download it again") from error
-    header.pop("__metadata__", None)
-    needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size < needed:
         raise CheckpointError(f"{path} is truncated ({size} of {needed} bytes): copy or download it again")
     return set(header)
@@ -92,21 +135,39 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         shards = read_json(index, "").get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise CheckpointError(f"{index} has no weight_map: copy or download it again")
-        return tuple(folder / name for name in sorted(set(shards.values())))
+        names = sorted({str(name) for name in shards.values()})
+        if odd := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+            raise CheckpointError(
+                f"{index} names the weight file {odd[0]!r}: it may name safetensors files of its own folder alone"
+            )
+        return tuple(folder / name for name in names)
     if (folder / SAFETENSORS).exists():
         return (folder / SAFETENSORS,)
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+    if is_pickled(folder):
         raise CheckpointError(
-            f"{folder} has pickled weights (.bin, .pt) only: they can run code when loaded and are not read; "
+            f"{folder} has pickled weights (.bin, .pt, ...) only: they can run code when loaded and are not read; "
             "convert them to safetensors"
         )
     raise CheckpointError(f"{folder} has neither {SAFETENSORS} nor {SAFETENSORS_INDEX}: the weights are missing")
+
+
+def is_pickled(folder: Path) -> bool:
+    """Whether a folder holds pickled weights, which are never read."""
+    return any(next(folder.glob(pattern), None) for pattern in PICKLED)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises CheckpointError naming a file that is missing, truncated or broken."""
+    safetensors_keys(file)  # tells a truncated file with a message of its own
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): copy or download it again") from error
 
 
 def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
     """All tensors of a checkpoint's files. Raises CheckpointError naming a file that is missing or truncated."""
     state: dict[str, Tensor] = {}
     for file in files:
-        safetensors_keys(file)  # tells a truncated file with a message of its own
-        state |= load_file(file)
+        state |= read_tensors(file)
     return state

@@ -6,23 +6,33 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgstune.codec import DEFAULT_CODEC, Codec, load_codec
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.hub import fetch
-from higgstune.model.adapters import UNQUANTIZED_FINGERPRINT, base_fingerprint
+from higgstune.model.adapters import ADAPTER_CONFIG, UNQUANTIZED_FINGERPRINT, base_fingerprint
 from higgstune.model.checksums import check_checksums
 from higgstune.model.conditioning import CONDITIONING_KEY, Conditioning, add_conditioning
 from higgstune.model.convert import native_config, read_original
-from higgstune.model.layout import Layout, read_layout, read_weights
+from higgstune.model.layout import MALFORMED, Layout, read_json, read_layout, read_weights
 from higgstune.model.quantize import Quantize, check_quantize, quantize_layers
 from higgstune.model.whisper import WhisperTower
 from higgstune.prompt.template import AUDIO_OUT, AUDIO_OUT_BOS
 
 CODEC_FOLDER = "codec"  # a checkpoint may bring its codec along, in a sub-folder of this name
 _TEXT_HEAD = "text_lm_head.weight"
+# What a config.json may say. Other keys can make transformers fetch code (_attn_implementation) or read other files.
+_ARCHITECTURE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
+    "rope_theta", "rope_scaling",  # how rope_parameters are spelt in older files
+    "pad_token_id", "bos_token_id", "eos_token_id", "pretraining_tp", "tie_word_embeddings", "rope_parameters",
+    "attention_bias", "attention_dropout", "mlp_bias", "head_dim", "num_codebooks", "codebook_size", "audio_token_id",
+    "audio_bos_token_id", "audio_delay_token_id", "audio_stream_bos_id", "audio_stream_eos_id",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,9 +130,14 @@ def load_tokenizer(folder: Path, config: HiggsAudioV2Config) -> Any:
     """The checkpoint's own tokenizer. Raises CheckpointError when it is missing or does not fit the config."""
     if not (folder / "tokenizer.json").exists():
         raise CheckpointError(f"{folder / 'tokenizer.json'} is missing: the tokenizer belongs to the checkpoint")
+    settings = read_json(folder / "tokenizer_config.json", "") if (folder / "tokenizer_config.json").exists() else {}
+    # A name here would be read instead of the folder's own file. That of special_tokens_map_file never is.
+    files = [key for key in settings if key.endswith("_file") and key != "special_tokens_map_file"]
+    if named := [key for key in files if settings[key] is not None]:
+        raise CheckpointError(f"{folder / 'tokenizer_config.json'} names a file by {named[0]}: remove the key")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers has nothing narrower
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
     for token, expected in {AUDIO_OUT: config.audio_token_id, AUDIO_OUT_BOS: config.audio_bos_token_id}.items():
         found = tokenizer.convert_tokens_to_ids(token)
@@ -175,10 +190,37 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 
 
 def _config(layout: Layout) -> HiggsAudioV2Config:
-    if layout.kind == "original":
-        return native_config(layout.config)
-    native = {key: value for key, value in layout.config.items() if key not in ("model_type", CONDITIONING_KEY)}
-    return HiggsAudioV2Config.from_dict(native)
+    """The architecture, and nothing else that a config may say, such as code to fetch for its attention.
+
+    Raises CheckpointError where it does not hold together or asks for more than the weight files can fill.
+    """
+    path = layout.folder / "config.json"
+    try:
+        if layout.kind == "original":
+            config = native_config(layout.config)
+        else:
+            config = HiggsAudioV2Config(**{key: layout.config[key] for key in _ARCHITECTURE if key in layout.config})
+        ids = (config.pad_token_id or 0, config.audio_token_id, config.audio_bos_token_id, config.audio_delay_token_id)
+        if not 0 < config.num_hidden_layers <= len(layout.keys):
+            raise ValueError(f"{config.num_hidden_layers} layers of {len(layout.keys)} tensors")
+        if not 0 <= min(ids) <= max(ids) < config.vocab_size:
+            raise ValueError(f"a token id is outside of the {config.vocab_size} of the vocabulary")
+        values = sum(value.numel() for value in _empty(config, Conditioning()).state_dict().values())
+    except CheckpointError:
+        raise
+    except MALFORMED as error:
+        raise CheckpointError(f"{path} is damaged: {error}; copy or download the checkpoint again") from error
+    if values > layout.bytes:
+        raise CheckpointError(f"{path} asks for {values} values, which the {layout.bytes} bytes of weights cannot hold")
+    return config
+
+
+def _empty(config: HiggsAudioV2Config, conditioning: Conditioning) -> HiggsAudioV2ForConditionalGeneration:
+    """The model on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+        add_conditioning(model, conditioning)
+    return model
 
 
 def _load(
@@ -188,15 +230,16 @@ def _load(
     check_quantize(quantize, chosen)
     check_checksums(layout.folder)
     tower = None
+    config = _config(layout)
     if layout.kind == "native":
-        model = _load_native(layout, chosen)
+        model = _load_native(layout, config, chosen)
     elif layout.kind == "original":
         original = read_original(layout)
         tower = original.whisper
-        model = _filled(layout, original.config, original.conditioning, original.state, chosen)
+        model = _filled(layout, config, original.conditioning, original.state, chosen)
     else:
         conditioning = _written_conditioning(layout)
-        model = _filled(layout, _config(layout), conditioning, read_weights(layout.weights), chosen)
+        model = _filled(layout, config, conditioning, read_weights(layout.weights), chosen)
     if quantize is not None:
         setattr(model, UNQUANTIZED_FINGERPRINT, base_fingerprint(model))  # how adapters know the base, whole or not
         quantize_layers(model, device)
@@ -204,15 +247,30 @@ def _load(
     return model.eval(), tower
 
 
-def _load_native(layout: Layout, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGeneration:
+def _load_native(
+    layout: Layout, config: HiggsAudioV2Config, dtype: torch.dtype
+) -> HiggsAudioV2ForConditionalGeneration:
     if _TEXT_HEAD not in layout.keys:
         raise CheckpointError(
             f"{layout.folder} has no {_TEXT_HEAD}: it was saved without its text head, which the text loss needs; "
             "save it again with use_text_head=True"
         )
-    loaded: Any = HiggsAudioV2ForConditionalGeneration.from_pretrained(
-        layout.folder, use_text_head=True, dtype=dtype, output_loading_info=True
-    )
+    if (layout.folder / ADAPTER_CONFIG).exists():  # transformers would put it on the base, unasked
+        raise CheckpointError(
+            f"{layout.folder} is a checkpoint with an adapter in it: keep them in folders of their own"
+        )
+    try:
+        loaded: Any = HiggsAudioV2ForConditionalGeneration.from_pretrained(
+            layout.folder,
+            config=config,
+            use_text_head=True,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (SafetensorError, *MALFORMED) as error:
+        raise CheckpointError(f"{layout.folder} cannot be loaded: {error}") from error
     model, info = loaded
     problems = [*info["missing_keys"], *(str(item) for item in info["mismatched_keys"])]
     if problems:
@@ -231,11 +289,8 @@ def _filled(
     dtype: torch.dtype,
 ) -> HiggsAudioV2ForConditionalGeneration:
     """A model with its extensions and these weights, all of them and no others. Raises CheckpointError."""
-    # Built on the meta device first: names and shapes are compared before memory is taken for the weights.
-    with torch.device("meta"):
-        empty = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
-        add_conditioning(empty, conditioning)
-    shapes = {key: tuple(value.shape) for key, value in empty.state_dict().items()}
+    # Names and shapes are compared before memory is taken for the weights.
+    shapes = {key: tuple(value.shape) for key, value in _empty(config, conditioning).state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     wrong = sorted(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
     if wrong:
@@ -266,6 +321,6 @@ def _whisper_processor(name: str, cache_dir: str | Path | None) -> Any:
 
     folder = fetch(name, what="Whisper checkpoint", cache_dir=cache_dir)
     try:
-        return WhisperProcessor.from_pretrained(folder)
-    except (ValueError, OSError) as error:
+        return WhisperProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
         raise CheckpointError(f"the Whisper processor in {folder} cannot be read: {error}") from error

@@ -22,13 +22,15 @@ from transformers import Qwen2AudioEncoder, Qwen2AudioEncoderConfig, WhisperFeat
 
 from higgstune.errors import CheckpointError, DataError
 from higgstune.hub import fetch
-from higgstune.model.layout import read_json, read_weights, weight_files
+from higgstune.model.layout import MALFORMED, read_json, read_weights, weight_files
 from higgstune.prompt.example import Heard
 
 _CONFIG_KEYS = (
     "num_mel_bins", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "d_model", "activation_function",
     "scale_embedding", "max_source_positions",
 )  # fmt: skip
+# Of a preprocessor_config.json: enough for every Whisper, and a spectrogram that fits into memory.
+_MOST = {"feature_size": 1024, "n_fft": 8192, "chunk_length": 60, "hop_length": 8192, "sampling_rate": 192_000}
 _PREFIXES = ("model.encoder.", "encoder.", "audio_tower.")  # WhisperForConditionalGeneration, WhisperModel, original
 
 
@@ -105,16 +107,20 @@ def load_whisper(
     config = read_json(folder / "config.json", "it is no checkpoint folder without it")
     if config.get("model_type") == "higgs_audio" and not config.get("skip_audio_tower", True):
         state = read_weights(weight_files(folder))
-        return tower_from_original(config["audio_encoder_config"], state, folder, device)
+        return tower_from_original(config.get("audio_encoder_config"), state, folder, device)
     if config.get("model_type") != "whisper":
         raise CheckpointError(
             f"{folder / 'config.json'} has the model_type {config.get('model_type')!r}: name a Whisper checkpoint, "
             "such as openai/whisper-large-v3"
         )
-    read_json(folder / "preprocessor_config.json", "it says how a waveform becomes a mel spectrogram")
+    written = read_json(folder / "preprocessor_config.json", "it says how a waveform becomes a mel spectrogram")
+    for key, most in _MOST.items():
+        value = written.get(key, 1)
+        if not isinstance(value, int) or not 0 < value <= most:
+            raise CheckpointError(f"{folder / 'preprocessor_config.json'}: {key} is {value!r}, at most {most} is read")
     try:
-        extractor = WhisperFeatureExtractor.from_pretrained(folder)
-    except (ValueError, OSError, TypeError) as error:
+        extractor = WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"the Whisper feature extractor in {folder} cannot be read: {error}") from error
     encoder = _encoder(config, read_weights(weight_files(folder)), folder)
     mel = (encoder.config.num_mel_bins, 2 * encoder.config.max_source_positions)
@@ -127,9 +133,14 @@ def load_whisper(
 
 
 def tower_from_original(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Path, device: str | torch.device = "cpu"
+    config: Mapping[str, Any] | None, state: Mapping[str, Tensor], folder: Path, device: str | torch.device = "cpu"
 ) -> WhisperTower:
-    """The `audio_tower` of an original-format checkpoint; config is its `audio_encoder_config`."""
+    """The `audio_tower` of an original-format checkpoint; config is its `audio_encoder_config`.
+
+    Raises CheckpointError where there is none, or it does not fit its weights.
+    """
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"{folder / 'config.json'} has no audio_encoder_config: copy or download it again")
     encoder = _encoder(config, state, folder)
     mel_seconds = 2 * encoder.config.max_source_positions / 100  # 100 mel frames a second, halved by a convolution
     extractor = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins, chunk_length=round(mel_seconds))
@@ -140,15 +151,24 @@ def _encoder(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Pat
     missing = [key for key in _CONFIG_KEYS if key not in config]
     if missing:
         raise CheckpointError(f"the Whisper config in {folder} has no {missing[0]}")
-    settings = Qwen2AudioEncoderConfig(**{key: config[key] for key in _CONFIG_KEYS})
     weights = {
         key.removeprefix(prefix): value.float()
         for key, value in state.items()
         for prefix in _PREFIXES
         if key.startswith(prefix)
     }
-    encoder = Qwen2AudioEncoder._from_config(settings, attn_implementation="sdpa")  # eager adds the mask to the scores
-    expected = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
+    # On the meta device first: names and shapes are compared before memory is taken.
+    try:
+        settings = Qwen2AudioEncoderConfig(**{key: config[key] for key in _CONFIG_KEYS})
+        if not 0 < settings.encoder_layers <= len(weights):
+            raise ValueError(f"{settings.encoder_layers} layers of {len(weights)} tensors")
+        with torch.device("meta"):
+            empty = Qwen2AudioEncoder._from_config(settings)
+    except MALFORMED as error:
+        raise CheckpointError(
+            f"the Whisper encoder in {folder} does not fit its config: {error}; copy it again"
+        ) from error
+    expected = {key: tuple(value.shape) for key, value in empty.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in weights.items()}
     wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
     if wrong:
@@ -156,6 +176,7 @@ def _encoder(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Pat
             f"the Whisper encoder in {folder} does not fit its config: {len(wrong)} tensors missing, unknown or of "
             f"another shape, such as {wrong[0]}; copy or download it again"
         )
+    encoder = Qwen2AudioEncoder._from_config(settings, attn_implementation="sdpa")  # eager adds the mask to the scores
     encoder.load_state_dict(weights)
     return encoder
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from higgstune.errors import HiggstuneError, TrainingError
+from higgstune.errors import HiggstuneError, Interrupted, TrainingError
 from higgstune.planning.device import MARGIN, machine_for
 from higgstune.planning.options import options, size, told
 from higgstune.planning.plan import Planner, processes
@@ -30,6 +30,8 @@ class RunMemory:
             self._planner = Planner(recipe, machine_for(recipe))
             self._plan = self._planner.plan()
             self._again = {stage.name: stage.checkpointed for stage in self._plan.stages}
+        except Interrupted:
+            raise
         except HiggstuneError as error:
             self._error = error
         except _ACCIDENTS as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from higgstune.data.shards import sync_folder
+from higgstune.data.shards import sync_files, sync_folder
 from higgstune.errors import CheckpointError, WorkError
 from higgstune.model.checksums import sha256_of
 from higgstune.model.layout import read_json
@@ -43,7 +43,8 @@ def new_checkpoint(parent: Path, step: int, notes: dict[str, Any], *, keep: int 
             _remove(final)
             os.replace(staged, final)
             sync_folder(parent)
-        for old in _by_step(parent)[:-keep] if keep else ():
+        older = [path for path in _by_step(parent) if _step_of(path) < step]  # a newer one was damaged, and skipped
+        for old in older[: len(older) + 1 - keep] if keep and len(older) >= keep else ():
             _remove(old)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -89,11 +90,8 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _seal(folder: Path, notes: dict[str, Any]) -> None:
-    files = {}
-    for path in sorted(folder.iterdir()):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        files[path.name] = sha256_of(path)
+    sync_files(folder)
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
     with open(folder / SEAL, "w", encoding="utf-8") as file:
         json.dump(notes | {"files": files}, file, indent=2)
         file.flush()
@@ -104,7 +102,11 @@ def _seal(folder: Path, notes: dict[str, Any]) -> None:
 def _by_step(parent: Path) -> list[Path]:
     """By their names: a clock that was set back changes nothing."""
     found = [path for path in parent.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(_PREFIX))
 
 
 def _remove(folder: Path) -> None:

@@ -27,7 +27,7 @@ class FiniteSteps:
         """`on_skipped` is called with each step that was left out, counted from 0, once that is known."""
         self.skipped = 0  # steps, as far as is known
         self._on_skipped = on_skipped
-        self._in_a_row = 0
+        self.in_a_row = 0
         self._last: tuple[int, Tensor, Any] | None = None  # which step, was it left out, and when that is known
 
     def note(self, norm: Any, optimizer: Any, *, step: int) -> None:
@@ -59,12 +59,12 @@ class FiniteSteps:
         if event is not None:
             event.synchronize()  # from `note`: of the step before; this step's work is queued behind it already
         if not found.item():
-            self._in_a_row = 0
+            self.in_a_row = 0
             return
         self.skipped += 1
-        self._in_a_row += 1
+        self.in_a_row += 1
         self._on_skipped(step)
-        if self._in_a_row >= _IN_A_ROW:
+        if self.in_a_row >= _IN_A_ROW:
             raise TrainingError(f"the gradients of {_IN_A_ROW} steps in a row are not finite: {_ADVICE}")
 
     def check_any_taken(self, *, of: int) -> None:

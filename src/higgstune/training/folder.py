@@ -71,8 +71,18 @@ class RunFolder:
         """What the folder says of the run."""
         self.state = read_json(self.folder / RUN_STATE, "it is no run's folder without it")
 
-    def begin(self) -> None:
-        """Take the folder, unless the run has it. Raises ConfigError when another job has taken it meanwhile."""
+    def begin(self, trained_on: dict[str, Any]) -> None:
+        """Take the folder, unless the run has it.
+
+        Raises ConfigError when another job has taken it meanwhile, or the run was begun on another store or base.
+        """
+        for name, before in self.state.get("trained_on", {}).items():
+            if before != trained_on[name]:
+                raise ConfigError(
+                    f"the run {self.folder} was begun on another {name}: its content has changed since. Put it back to "
+                    "go on, or give another --out"
+                )
+        self.state["trained_on"] = trained_on
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -1,7 +1,9 @@
 """The recipe: one strict configuration tree from YAML, saved resolved beside what it made."""
 
+import copy
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +18,12 @@ from higgstune.model.adapters import Lora, StageKind
 from higgstune.model.quantize import Quantize
 from higgstune.prompt.example import TextTargets
 from higgstune.prompt.rows import ReferencePlace
+from higgstune.training.recipe_yaml import MAX_BYTES, parse_yaml
 
 _BATCH_TOKENS = 4096  # about two minutes of speech with its text
+_FILES_OF_A_RUN = ("recipe.yaml", "run.json")
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # no names of files on Windows
+_SHOWN_PROBLEMS = 20
 
 
 class _Strict(BaseModel):
@@ -68,7 +74,7 @@ class DataSettings(_Strict):
 class Stage(_Strict):
     """One stage of training: what is trained, with which losses, for how long."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="folder of the stage in the run")
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=64, description="folder of the stage in the run")
     kind: StageKind = Field(description="text: LoRA on the text pathway, audio frozen; full: on both pathways")
     epochs: float | None = Field(None, gt=0, description="passes over the data; or give max_steps")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
@@ -91,6 +97,15 @@ class Stage(_Strict):
     audio_weight: float = Field(1.0, ge=0, description="weight of the audio loss")
     codebook_weights: tuple[float, ...] | None = Field(None, description="one for each codebook; equal where not given")
     text_targets: TextTargets = Field("transcript", description="which text is a label: transcript, assistant, none")
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder(cls, value: str) -> str:
+        if value.casefold().startswith(_FILES_OF_A_RUN):
+            raise ValueError(f"{value} is a file of the run's folder: name the stage otherwise")
+        if _DEVICE.fullmatch(value) or value.endswith("."):
+            raise ValueError(f"{value} cannot be a folder's name everywhere (Windows): name the stage otherwise")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -136,7 +151,7 @@ class Recipe(_Strict):
     lora: Lora = Lora()  # type: ignore[call-arg]
     stages: tuple[Stage, ...]
     init_adapter: str | None = Field(None, description="adapter or run that the first stage goes on from")
-    seed: int = Field(0, ge=0, description="of the adapter's start and of the order of the clips")
+    seed: int = Field(0, ge=0, lt=1 << 32, description="of the adapter's start and of the order of the clips")
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="several processes: ddp, each with the whole base; fsdp, each with a share of it (FSDP2)"
     )
@@ -160,9 +175,9 @@ class Recipe(_Strict):
     def _stages_fit(self) -> Self:
         if not self.stages:
             raise ValueError("stages is empty: a recipe needs at least one")
-        names = [stage.name for stage in self.stages]
+        names = [stage.name.casefold() for stage in self.stages]  # one folder where a disk tells no case
         if len(set(names)) < len(names):
-            raise ValueError(f"stages need different names, got {', '.join(names)}")
+            raise ValueError(f"stages need different names, got {', '.join(stage.name for stage in self.stages)}")
         if ("full", "text") in pairwise(stage.kind for stage in self.stages):
             raise ValueError("a text stage cannot follow a full one: its adapter has no audio layers to keep them in")
         if self.parallel == "fsdp" and self.model.quantize is not None:
@@ -185,11 +200,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises ConfigError with the path of every wrong field.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"the recipe {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the recipe {path} is not valid YAML: {error}") from error
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # a null byte in the path
+        raise ConfigError(f"the recipe {path} cannot be read: {getattr(error, 'strerror', error)}") from error
+    tree = parse_yaml(content, where=f"the recipe {path}")
     if not isinstance(tree, dict):
         raise ConfigError(f"the recipe {path} must be a mapping with model, data, lora and stages")
     for override in overrides:
@@ -202,7 +217,7 @@ def parse_recipe(tree: Any, *, where: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(item["loc"], item["type"], item["msg"]) for item in error.errors()]
+        lines = [_explain(item["loc"], item["type"], item["msg"]) for item in error.errors()[:_SHOWN_PROBLEMS]]
         raise ConfigError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from error
 
 
@@ -217,16 +232,13 @@ def _set(tree: Any, override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator:
         raise ConfigError(f"--set {override}: write key=value, such as stages.0.learning_rate=1e-4")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
+    parsed = parse_yaml(value.encode(errors="surrogatepass"), where=f"--set {override}: the value")
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
         place = _place(node, parent, override)
-        if node[place] is None:  # a section that was left empty, such as `lora:`
-            node[place] = {}
+        # A copy: an alias makes one object stand in several places. Nothing: a section that was left empty (`lora:`).
+        node[place] = {} if node[place] is None else copy.copy(node[place])
         node = node[place]
     node[_place(node, last, override)] = parsed
 
@@ -238,7 +250,7 @@ def _place(node: Any, key: str, override: str) -> str | int:
         return key
     if not isinstance(node, list):
         raise ConfigError(f"--set {override}: {key!r} stands inside a plain value")
-    if not (key.isdecimal() and int(key) < len(node)):
+    if not (key.isdecimal() and len(key) < 10 and int(key) < len(node)):
         raise ConfigError(f"--set {override}: {key!r} is no entry of a list of {len(node)}; entries count from 0")
     return int(key)
 
@@ -248,7 +260,7 @@ def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
     if kind != "extra_forbidden":
         return f"{path or 'recipe'}: {message.removeprefix('Value error, ')}"
     known = _known_keys(location[:-1])
-    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(str(location[-1])[:100], known, n=1, cutoff=0.0)
     return f"{path}: unknown key; the nearest one is {near[0]} (of {', '.join(known)})"
 
 

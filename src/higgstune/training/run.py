@@ -1,6 +1,6 @@
 """A recipe as one job: its stages in order, resumable, each proven by loading what it saved."""
 
-import os
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError, ConfigError, DataError, HiggstuneError, WorkError
@@ -49,6 +50,8 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
         recipe = load_recipe(recipe)
     device = choose_device(_device(recipe.model.device))
     processes = Processes(cpu=device.type == "cpu")
+    if processes.count > 1 and device.type == "cuda":
+        device = PartialState().device  # each has a GPU of its own, by its number on the machine
     stop = StopSignals(processes)
     run = RunFolder(Path(out), recipe, is_main=processes.is_main, processes=processes.count)
     with stop.heeded(), _blaming_the_right_process(processes):
@@ -77,10 +80,16 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
         name: RowExamples(store.split(name), prompter, "none", setting.rendering) for name in ("train", "validation")
     }
     check_packs(recipe, list(examples.values()))
+    trained_on = {"store": [shard.sha256 for shard in store.shards], "base": setting.base_fingerprint}
+    if processes.of_main(trained_on) != trained_on:
+        raise DataError(
+            f"this process sees another store or base than the first one does: {store.folder} and {loaded.checkpoint} "
+            "must be the same on all machines, and no preparation may be at work"
+        )
     if run.is_main:
         memory.warn()
         # Only now is the folder taken: a wrong store or checkpoint must not leave a run that cannot go on.
-        run.begin()
+        run.begin(trained_on)
     run.state = processes.of_main(run.state)
     base: ModelAndTokenizers | None = loaded
     del loaded
@@ -94,6 +103,7 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
             if job.sharded:
                 del job, base
                 base = None  # each process had but a share of it
+                gc.collect()
             processes.wait()  # the next stage begins from what the first process has written
         adapter = run.adapter(stage)
     assert adapter is not None
@@ -124,7 +134,8 @@ def _blaming_the_right_process(processes: Processes) -> Iterator[None]:
         lost = isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in _LOST)
         if processes.count == 1 or isinstance(error, HiggstuneError) or not lost:
             raise
-        raise WorkError("another process of this run has ended: its own error says why") from error
+        seen = str(error).splitlines()[0]
+        raise WorkError(f"another process of this run has ended: its own error says why (seen here: {seen})") from error
 
 
 def check_store(store: CodeStore, loaded: ModelAndTokenizers) -> None:
@@ -174,10 +185,7 @@ def _check_codebook_weights(recipe: Recipe, codebooks: int) -> None:
 
 
 def _device(name: str) -> str:
-    """Under torchrun each process has its own GPU. Raises ConfigError for one that `Trainer` would not take."""
-    local_rank = os.environ.get("LOCAL_RANK")
-    if local_rank and torch.cuda.is_available() and name in ("auto", "cuda"):
-        return f"cuda:{local_rank}"
+    """Raises ConfigError for a GPU that `Trainer` would not take."""
     if name.startswith("cuda:") and name != "cuda:0":
         raise ConfigError(f"model.device: {name}: choose the GPU with CUDA_VISIBLE_DEVICES and say cuda")
     return name

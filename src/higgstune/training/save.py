@@ -11,6 +11,7 @@ from torch import Tensor
 
 import higgstune
 from higgstune.data.schema import SPLITS
+from higgstune.data.shards import sync_files, sync_folder
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import portable_name
 from higgstune.model.adapters import base_shape, write_card
@@ -30,7 +31,9 @@ def save_adapter(folder: Path, model: PeftModel, card: dict[str, Any], weights: 
     config.revision = card["revision"]
     model.save_pretrained(str(temporary), state_dict=weights, save_embedding_layers=False)
     write_card(temporary, card)
+    sync_files(temporary)
     os.replace(temporary, folder)
+    sync_folder(folder.parent)
 
 
 def adapter_card_of(

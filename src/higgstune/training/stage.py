@@ -1,12 +1,15 @@
 """One stage of a run: trained or gone on with, saved, and proven."""
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -14,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from higgstune.batch.padded import Batch, PaddedCollator
 from higgstune.data.store import CodeStore
-from higgstune.errors import Interrupted
+from higgstune.errors import Interrupted, WorkError
 from higgstune.model.adapters import adapted_layers, add_lora, continue_lora, unload_adapter
 from higgstune.model.forward import with_training_forward
 from higgstune.model.load import ModelAndTokenizers
@@ -24,7 +27,6 @@ from higgstune.planning.layers import checkpoint_first
 from higgstune.prompt.rows import RowExamples, telling_split
 from higgstune.training.checkpoint import newest_checkpoint
 from higgstune.training.folder import RunFolder
-from higgstune.training.metrics import check_possible
 from higgstune.training.processes import Processes
 from higgstune.training.progress import ProgressReport
 from higgstune.training.recipe import Recipe, Stage
@@ -94,6 +96,8 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
         full_learning_rate=stage.rate_of_full_modules,
         callbacks=_callbacks(job, stage),
     )
+    if job.processes.count > 1:  # each draws a dropout of its own
+        torch.manual_seed(recipe.seed + job.processes.rank)
     with job.memory.explained(stage):
         _train_or_resume(trainer, checkpoint)
     steps = trainer.state.global_step
@@ -103,9 +107,6 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
         raise Interrupted(
             interrupted.number, f"after step {steps} of {stage.name}, which is kept; go on with --resume"
         ) from None
-    evaluated_at = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    if has_validation and steps not in evaluated_at:
-        check_possible(trainer.evaluate()["eval_code_loss"], step=steps)
     result: dict[str, Any] = {
         "kind": stage.kind,
         "steps": steps,
@@ -116,7 +117,8 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
         # Without `Trainer`'s last line: its means are of this process alone, which may have gone on with the stage.
         "history": [entry for entry in trainer.state.log_history if "train_runtime" not in entry],
     }
-    del trainer  # a second base has to fit beside it: gradients and moments go
+    del trainer  # a second base has to fit beside it: gradients and moments go, which stand in circles
+    gc.collect()
     _save_and_prove(job, stage, model, train_rows, result)
     if not job.sharded:
         unload_adapter(model)
@@ -142,11 +144,12 @@ def _save_and_prove(job: Job, stage: Stage, model: PeftModel, rows: RowExamples,
     logits = probe_logits(model, batch)
     weights = trained_state(model)
     if run.is_main:
-        write_probe(batch, logits, probe)
         card = adapter_card_of(
             job.recipe, job.loaded, job.store, job.setting, run.state["stages"] | {stage.name: result}
         )
-        save_adapter(run.adapter(stage), model, card, weights)
+        with _refusals_told(run.stage_folder(stage)):
+            write_probe(batch, logits, probe)
+            save_adapter(run.adapter(stage), model, card, weights)
     if not job.sharded:
         _free(model)
     verification = verify_in_fresh_process(
@@ -164,12 +167,21 @@ def _save_and_prove(job: Job, stage: Stage, model: PeftModel, rows: RowExamples,
     result["verification"] = asdict(verification)
 
 
+@contextmanager
+def _refusals_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise WorkError(
+            f"the adapter cannot be written to {folder}: {error}. Its checkpoints are kept: make room, and go on with "
+            "--resume"
+        ) from error
+
+
 def _train_or_resume(trainer: HiggsAudioTrainer, checkpoint: Path | None) -> None:
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint is not None else None
-    if state is not None and state.global_step >= state.max_steps:
-        # It was stopped after its last step; `Trainer.train` would take one more.
-        trainer._load_from_checkpoint(str(checkpoint))
-        trainer.state = state
+    if checkpoint is not None and state is not None and state.global_step >= state.max_steps:
+        trainer.take_over(checkpoint)  # it was stopped after its last step; `Trainer.train` would take one more
         return
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
@@ -200,6 +212,7 @@ def _training_arguments(job: Job, stage: Stage, *, evaluate: bool, evaluate_firs
         bf16=job.loaded.model.dtype == torch.bfloat16,
         use_cpu=job.device.type == "cpu",
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # of rotary embeddings, which nothing changes
         dataloader_num_workers=recipe.data.workers,
         dataloader_pin_memory=job.device.type == "cuda",
         seed=recipe.seed,

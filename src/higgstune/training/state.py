@@ -66,11 +66,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 def set_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave. Raises CheckpointError for names that this model does not train."""
+    """Put back what `optimizer_tensors` gave. Raises CheckpointError unless it is of what this model trains."""
+    odd = sorted(parameters.keys() ^ {key.rpartition(" ")[0] for key in tensors})
+    if odd:
+        raise CheckpointError(f"its optimizer is not that of this model: {len(odd)} names differ, such as {odd[0]}")
     for key, value in tensors.items():
         name, _, moment = key.rpartition(" ")
-        if name not in parameters:
-            raise CheckpointError(f"its optimizer has {name!r}, which this model does not train")
         parameter = parameters[name]
         place: Tensor = parameter if value.ndim else torch.empty((), device=parameter.device)  # counts are not sharded
         optimizer.state[parameter][moment] = like(value, place)

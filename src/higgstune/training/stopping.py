@@ -44,11 +44,10 @@ class StopSignals(TrainerCallback):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self._received and number == signal.SIGINT and time.monotonic() - self._received_at > _SAME_KEYPRESS
+        if not self._received:  # kept: somebody may catch what is raised here, and then training ends after its step
+            self._received, self._received_at = number, time.monotonic()
         if not self._training or again:
             raise Interrupted(number)
-        if not self._received:
-            self._received, self._received_at = number, time.monotonic()
-            _LOG.warning("%s: ending after this step, with a checkpoint", signal.Signals(number).name)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,6 +63,8 @@ class StopSignals(TrainerCallback):
             asked = 0 if self._asked is None else self._asked.result()
             self._asked = self._processes.largest(self._received)
         if asked:
+            if state.is_world_process_zero:
+                _LOG.warning("%s: ending after this step, with a checkpoint", signal.Signals(asked).name)
             control.should_save = True
             control.should_training_stop = True
 
@@ -74,5 +75,5 @@ class StopSignals(TrainerCallback):
             self._asked = None
         received = self._processes.largest(self._received).result()
         self._training = False
-        if received:
-            raise Interrupted(received)
+        if received or self._received:  # also one that came meanwhile
+            raise Interrupted(received or self._received)

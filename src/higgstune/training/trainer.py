@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -169,8 +169,26 @@ class HiggsAudioTrainer(Trainer):
         """As `Trainer`'s. Raises TrainingError as well when no step could be taken."""
         output = super().train(*args, **kwargs)
         self._steps.read()
-        self._steps.check_any_taken(of=self.state.global_step)
+        if self.state.global_step >= self.state.max_steps:  # and not where it was asked to stop
+            self._steps.check_any_taken(of=self.state.global_step)
         return output
+
+    def take_over(self, checkpoint: Path) -> None:
+        """The weights and the state of a checkpoint of the last step, after which there is nothing to train.
+
+        Raises as `train`.
+        """
+        self._load_from_checkpoint(str(checkpoint))
+        assert self._found is not None
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self._steps.skipped = self._found[0]["skipped_steps"]
+        self._found = None
+        self._steps.check_any_taken(of=self.state.global_step)
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> Any:
+        place = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)  # how often is what the arguments say now, not the checkpoint
+        return place
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s; a loss that is no number stays out of the running sum, which it would spoil for good."""
@@ -269,6 +287,8 @@ class HiggsAudioTrainer(Trainer):
                 with self.accelerator.autocast():
                     sums = add_sums([sums, model(**inputs)])
                 counts = add_sums([counts, label_counts(inputs, eos_id=self._eos_id)])
+        if is_sharded(self.model):  # after a forward pass without a backward one, FSDP leaves its root gathered
+            self.model.reshard()  # type: ignore[operator]
         metrics = loss_metrics(self._over_ranks(sums), self._over_ranks(counts), self.weights)
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(named)
@@ -280,7 +300,8 @@ class HiggsAudioTrainer(Trainer):
     def _over_ranks(self, values: Sums) -> Sums:
         if self.accelerator.num_processes == 1:
             return values
-        return {key: self.accelerator.reduce(value, reduction="sum") for key, value in values.items()}
+        # Sorted: what was read from a checkpoint, by one process, has another order than what a model gives.
+        return {key: self.accelerator.reduce(values[key], reduction="sum") for key in sorted(values)}
 
     @property
     def _folder(self) -> Path:
@@ -305,6 +326,7 @@ class HiggsAudioTrainer(Trainer):
                 "processes": self.args.world_size,
                 "packs_per_step": self.packs_per_step,
                 "skipped_steps": self._steps.skipped,
+                "skipped_in_a_row": self._steps.in_a_row,
                 "logged_at": self._globalstep_last_logged,
                 "window_seconds": time.monotonic() - self._window.since,
                 "rates": [group["lr"] for group in optimizer.param_groups],
@@ -357,6 +379,7 @@ class HiggsAudioTrainer(Trainer):
             self._window.since = time.monotonic() - notes["window_seconds"]
             self._globalstep_last_logged = notes["logged_at"]
             self._steps.skipped = notes["skipped_steps"]
+            self._steps.in_a_row = notes["skipped_in_a_row"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter alone, as peft writes it; no pickled training arguments beside it."""
