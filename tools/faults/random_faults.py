@@ -3,7 +3,7 @@
     python tools/faults/random_faults.py --faults 50 --seed 0
 
 A run of the tests' tiny model, both stages without their proofs, is hit again and again and gone on with, until it
-has finished; then its adapters must be those of a run that nothing happened to, bit by bit. Prints a line for each fault.
+has finished; then its adapters must be those of a run that nothing happened to, bit by bit. Prints a line a fault.
 """
 
 import argparse
