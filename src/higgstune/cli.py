@@ -225,12 +225,16 @@ def train(
         raise ConfigError("--memory and --device belong to --plan; a run's device is model.device of the recipe")
     if out is None:
         raise ConfigError("give --out, the folder of the run (or --plan, which trains nothing)")
+    import torch.distributed
+
     from higgstune.training.run import train as run
 
     result = run(loaded, out, resume=resume)
     stages = {
         name: {key: value for key, value in stage.items() if key != "history"} for name, stage in result.stages.items()
     }
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     if os.environ.get("RANK", "0") == "0":
         _result({"run": str(result.folder), "adapter": str(result.adapter), "stages": stages}, as_json)
 

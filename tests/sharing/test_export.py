@@ -39,14 +39,15 @@ GOLDEN = ("base", "audio_attention", "whisper", "whisper_audio_attention")
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_way_to_the_original_layout_is_the_way_back(name: str, tmp_path: Path) -> None:
     golden = Golden(name)
-    original = read_original(read_layout(golden.save_original_checkpoint(tmp_path)))
+    layout = read_layout(golden.save_original_checkpoint(tmp_path))
+    original = read_original(layout)
     state = original_state(original.state)
     if original.whisper is not None:
         state |= {f"audio_tower.{key}": value for key, value in original.whisper.state().items()}
     assert state.keys() == golden.weights.keys()
     assert all(torch.equal(state[key], value) for key, value in golden.weights.items())
     config = original_config(
-        original.config,
+        native_config(layout.config),
         tokens=TOKENS,
         conditioning=original.conditioning,
         encoder=original.whisper.config if original.whisper is not None else None,

@@ -17,7 +17,7 @@ from higgstune.sharing import check, layouts
 from higgstune.sharing import merge as merging
 from higgstune.sharing.held_out import HeldOut, held_out
 from higgstune.sharing.source import open_source
-from higgstune.training.verify import write_probe
+from higgstune.training.verify import probe_logits, write_probe
 
 
 def test_what_was_not_merged_is_refused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,7 @@ def test_an_adapter_that_rounding_drowns_is_refused(world: Path, tmp_path: Path)
     with pytest.raises(VerificationError, match="hardly differs"):
         merge(nothing, tmp_path / "none", device="cpu")
     broken = make_adapter(world, tmp_path / "broken", strength=float("nan"))
-    with pytest.raises(CheckpointError, match="cannot be merged into"):
+    with pytest.raises(CheckpointError, match="holds NaN or infinity"):
         merge(broken, tmp_path / "none", device="cpu")
     assert nothing_is_left(tmp_path / "none")
 
@@ -104,7 +104,8 @@ def test_where_the_store_has_gone_the_runs_probe_is_compared_on(world: Path, tmp
     assert (given.check.clips, given.check.origin) == (3, "validation clips of the store data")
     (tmp_path / "s" / "verify").mkdir()
     probe, model = tmp_path / "s" / "verify" / "probe.safetensors", load_model(world / "base", device="cpu")
-    write_probe(model, batch_of(model, world), probe)
+    batch = batch_of(model, world)
+    write_probe(batch, probe_logits(model, batch), probe)
     probed = merge(adapter, tmp_path / "probed", device="cpu")
     assert (probed.check.clips, probed.check.origin) == (6, "the clips of the run's own verification")
     probe.write_bytes(probe.read_bytes()[:-100])

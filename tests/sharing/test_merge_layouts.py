@@ -16,7 +16,7 @@ from higgstune.generate.speak import load_speaker
 from higgstune.model.adapters import load_adapter
 from higgstune.model.conditioning import Conditioning, conditioning_of
 from higgstune.model.load import load_model, load_model_and_tokenizers
-from higgstune.training.verify import write_probe
+from higgstune.training.verify import probe_logits, write_probe
 
 
 def test_extensions_go_to_the_extended_layout(world: Path, tmp_path: Path) -> None:
@@ -60,7 +60,8 @@ def test_an_encoder_that_has_gone_or_changed_is_told(world: Path, tmp_path: Path
     adapter = copy_of(world / "both" / "adapter", tmp_path / "s" / "adapter", **changes)
     model = load_adapter(load_model(world / "base", device="cpu"), adapter)
     (tmp_path / "s" / "verify").mkdir()
-    write_probe(model, batch_of(model, world), tmp_path / "s" / "verify" / "probe.safetensors")
+    batch = batch_of(model, world)
+    write_probe(batch, probe_logits(model, batch), tmp_path / "s" / "verify" / "probe.safetensors")
     assert merge(adapter, tmp_path / "extended", device="cpu").layout == "extended"  # it only names the encoder
     with pytest.raises(CheckpointError, match=message):
         merge(adapter, tmp_path / "out", layout="original", device="cpu")

@@ -21,6 +21,7 @@ from higgstune.batch.loader import PackLoader, watched
 from higgstune.batch.packed import Packed, positions, tensors_to, without_waiting
 from higgstune.batch.packing import PackSize
 from higgstune.codec import Codec
+from higgstune.data.shards import write_file
 from higgstune.errors import CheckpointError
 from higgstune.model.adapters import ADAPTER_WEIGHTS
 from higgstune.model.forward import with_training_forward
@@ -222,6 +223,14 @@ class HiggsAudioTrainer(Trainer):
             with open(self._folder / SKIPPED_STEPS, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step + 1, "clips": [name(index) for index in indices]}) + "\n")
 
+    def _forget_skipped(self, *, after: int) -> None:
+        """Steps that will be taken again are noted again."""
+        path = self._folder / SKIPPED_STEPS
+        if self.args.should_save and path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # a kill may have left half a line
+            write_file(path, "".join(line for line in whole if json.loads(line)["step"] <= after))
+
     def get_batch_samples(  # type: ignore[override]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Sums | None]:
@@ -380,6 +389,7 @@ class HiggsAudioTrainer(Trainer):
             self._globalstep_last_logged = notes["logged_at"]
             self._steps.skipped = notes["skipped_steps"]
             self._steps.in_a_row = notes["skipped_in_a_row"]
+            self._forget_skipped(after=notes["step"])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter alone, as peft writes it; no pickled training arguments beside it."""
