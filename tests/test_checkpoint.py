@@ -74,7 +74,8 @@ def test_a_damaged_one_is_told_of_and_skipped(tmp_path: Path, caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint(tmp_path) == older
     assert "checkpoint-10" in caplog.text
-    assert "skipped" in caplog.text
+    assert "skipped, and kept as damaged-checkpoint-10" in caplog.text
+    assert (tmp_path / "damaged-checkpoint-10").is_dir()
     write(tmp_path, 10, content=b"again")  # the run comes by there once more
     assert (newest_checkpoint(tmp_path) or older).name == "checkpoint-10"
     assert weights.read_bytes() == b"again"
@@ -85,11 +86,20 @@ def test_what_is_written_after_a_damaged_one_was_skipped_stays(tmp_path: Path) -
         write(tmp_path, step)
     (tmp_path / "checkpoint-8" / "weights").write_bytes(b"half")
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
-    write(tmp_path, 6, keep=1)
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
-    assert names(tmp_path) == ["checkpoint-6", "checkpoint-8"]
+    write(tmp_path, 6, keep=2)
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-6", "damaged-checkpoint-8"]
     write(tmp_path, 8, keep=1)
-    assert names(tmp_path) == ["checkpoint-8"]
+    assert names(tmp_path) == ["checkpoint-8", "damaged-checkpoint-8"]
+
+
+def test_where_none_is_whole_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (write(tmp_path, 2) / "weights").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert newest_checkpoint(tmp_path) is None
+    assert "the stage begins anew" in caplog.text
+    caplog.clear()
+    assert newest_checkpoint(tmp_path / "nothing") is None
+    assert not caplog.text
 
 
 def test_a_whole_one_is_never_taken_away_for_its_like(tmp_path: Path) -> None:

@@ -43,8 +43,7 @@ def new_checkpoint(parent: Path, step: int, notes: dict[str, Any], *, keep: int 
             _remove(final)
             os.replace(staged, final)
             sync_folder(parent)
-        older = [path for path in _by_step(parent) if _step_of(path) < step]  # a newer one was damaged, and skipped
-        for old in older[: len(older) + 1 - keep] if keep and len(older) >= keep else ():
+        for old in _by_step(parent)[:-keep] if keep else ():
             _remove(old)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -57,14 +56,20 @@ def new_checkpoint(parent: Path, step: int, notes: dict[str, Any], *, keep: int 
 
 
 def newest_checkpoint(parent: Path) -> Path | None:
-    """The newest whole checkpoint; one that is damaged is told of and left alone."""
-    for folder in reversed(_by_step(parent)):
+    """The newest whole checkpoint; one that is damaged is told of, and gets another name for a look at it."""
+    found = _by_step(parent)
+    for folder in reversed(found):
         try:
             read_checkpoint(folder)
         except CheckpointError as error:
-            _LOG.warning("%s: this checkpoint is skipped, and training goes on from an earlier one", error)
+            kept = folder.with_name(f"damaged-{folder.name}")
+            _LOG.warning("%s: this checkpoint is skipped, and kept as %s", error, kept.name)
+            shutil.rmtree(kept, ignore_errors=True)
+            os.replace(folder, kept)
         else:
             return folder
+    if found:
+        _LOG.warning("no checkpoint in %s is whole: the stage begins anew", parent)
     return None
 
 
@@ -102,11 +107,7 @@ def _seal(folder: Path, notes: dict[str, Any]) -> None:
 def _by_step(parent: Path) -> list[Path]:
     """By their names: a clock that was set back changes nothing."""
     found = [path for path in parent.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal()]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix(_PREFIX))
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
 def _remove(folder: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class RunFolder:
                 f"{self.folder / RECIPE_FILE}, of which data.workers, {', '.join(FREE)} may change, or give another "
                 "--out"
             )
+        self._claim()
 
     def read(self) -> None:
         """What the folder says of the run."""
@@ -91,11 +93,13 @@ class RunFolder:
             self._hold()
             self.check(resume=False)
         save_recipe(self.recipe, self.folder / RECIPE_FILE)  # a run that goes on may have other `FREE` values
-        self.state["held_by"] = {"host": socket.gethostname(), "pid": os.getpid()}
-        self._save()
+        self._claim()
 
     def release(self) -> None:
         """Another job may have it."""
+        if self._lock.is_locked and self.state.pop("held_by", None) is not None:
+            with suppress(WorkError):  # where the disk is full, which has been said
+                self._save()
         self._lock.release()
 
     def stage_folder(self, stage: Stage) -> Path:
@@ -119,7 +123,6 @@ class RunFolder:
 
     def close(self) -> None:
         self.state["status"] = "finished"
-        self.state.pop("held_by", None)
         self._save()
 
     def _hold(self) -> None:
@@ -133,7 +136,14 @@ class RunFolder:
                 "for its end or stop it, or give another --out"
             ) from None
         except OSError as error:
-            raise WorkError(f"{self.folder} cannot be written: {error.strerror}; give another --out") from error
+            raise WorkError(
+                f"{self.folder} cannot be written or locked: {error.strerror}; give another --out"
+            ) from error
+
+    def _claim(self) -> None:
+        """Say who has the folder, for others who want it."""
+        self.state["held_by"] = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._save()
 
     def _save(self) -> None:
         if self.is_main:

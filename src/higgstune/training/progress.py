@@ -29,7 +29,9 @@ class ProgressReport(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar, on a terminal and in the first process only."""
+        """Open the bar, on a terminal and in the first process only; say where a stage is gone on with."""
+        if state.is_world_process_zero and state.global_step:
+            self.console.print(f"{self.stage} goes on after step {state.global_step}", highlight=False)
         if state.is_world_process_zero and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.bar = Progress(*columns, TextColumn("{task.fields[numbers]}"), console=self.console)
