@@ -242,20 +242,10 @@ def test_gradient_checkpointing_and_bf16_autocast_train(tmp_path: Path) -> None:
     assert half_losses == pytest.approx(losses[0], rel=0.05)
 
 
-def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trainer(tmp_path, save_strategy="steps", save_steps=2)
-
-    def disk_full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(run, "_save_rng_state", disk_full)
-    with pytest.raises(OSError, match="No space"):
-        run.train()
-    assert not list(tmp_path.glob("checkpoint-*"))
-    again = trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1)
-    again.train()
+def test_checkpoints_hold_nothing_pickled_and_the_newest_stay(tmp_path: Path) -> None:
+    trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1).train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
-    assert not list(tmp_path.glob("checkpoint-*/*.bin"))
+    assert {path.suffix for path in tmp_path.glob("checkpoint-*/*")} <= {".json", ".safetensors", ".md"}
 
 
 class CountedReads(TorchDispatchMode):
