@@ -1,42 +1,30 @@
-"""Faults of preparation, of the code store and of data loading: what they leave behind, and what is said of them."""
+"""Faults of preparation and of the code store: what they leave behind, and what is said of them."""
 
-import errno
 import os
 import pickle
-import resource
 import shutil
-import signal
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from accelerate import skip_first_batches
 from commands import Command
 from fake_listener import FakeListener
+from full_disk import largest_file
 from preparing import recordings, run
 from recordings import CountingCodec, clip
-from test_packed import CODES, examples
-from tiny_checkpoint import tiny_prompter
 
 import higgstune
-from higgstune.batch.loader import PackLoader, watched
-from higgstune.batch.packing import PackSize
+from higgstune import files
 from higgstune.data import shard_reader, shards, store, whisper_features
 from higgstune.data.journal import CodeJournal
 from higgstune.data.schema import PARTIAL_NAME, read_index
-from higgstune.data.shards import refusal, write_file
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import WhisperFeatures
 from higgstune.errors import DataError, WorkError
-from higgstune.prompt.example import Example
 
 OLD, NEW = 4, 3  # clips of the store that there is, and of the preparation that fails
 DEMO_CODEC = Path(higgstune.__file__).parent / "demo" / "assets" / "codec"
@@ -205,17 +193,6 @@ def test_a_record_that_was_cut_short_hides_none_after_it(tmp_path: Path) -> None
 # --- a full disk, a folder that cannot be written ---
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file may become larger than so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def check_refused(world: Path, out: Path, error: pytest.ExceptionInfo[WorkError], why: str, file: str) -> None:
     """One line that names the file; the store is whole, and the next run goes on."""
     assert why in str(error.value)
@@ -251,20 +228,14 @@ def test_a_disk_that_is_full(world: Path, tmp_path: Path, monkeypatch: Any, file
     def full(path: Path, mode: str = "r", **options: Any) -> Any:
         return open("/dev/full" if file in path.name and "w" in mode else path, mode, **options)
 
-    monkeypatch.setattr(shards, "open", full, raising=False)
+    for module in (shards, files):
+        monkeypatch.setattr(module, "open", full, raising=False)
     with pytest.raises(WorkError) as error:
         prepared(world / "in", tmp_path / "out")
-    monkeypatch.delattr(shards, "open")
+    for module in (shards, files):
+        monkeypatch.delattr(module, "open")
     check_refused(world, tmp_path / "out", error, "No space left on device", file)
     assert "kept: make room, and run it again" in str(error.value) or file == "rejected.jsonl"
-
-
-def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "text"
-    path.write_text("old")
-    with pytest.raises(WorkError, match=r"text cannot be written: File too large; it is as it was"), largest_file(100):
-        write_file(path, "new" * 100)
-    assert content(tmp_path) == {"text": b"old"}
 
 
 def test_the_command_says_why_a_folder_cannot_be_written(tmp_path: Path, command: Command) -> None:
@@ -276,15 +247,6 @@ def test_the_command_says_why_a_folder_cannot_be_written(tmp_path: Path, command
     assert "/sys/higgstune cannot be written: Operation not permitted" in said
     assert "name a folder that you may write to" in said
     assert len(said.splitlines()) == 1
-
-
-def test_what_to_do_follows_from_what_the_system_says() -> None:
-    said = [refusal(Path("file"), OSError(number, "no"), "kept") for number in (errno.ENOSPC, errno.EFBIG, errno.EIO)]
-    assert said == [
-        "file cannot be written: no; kept: make room, and run it again",
-        "file cannot be written: no; kept: allow larger files (ulimit -f), and run it again",
-        "file cannot be written: no; kept: run it again",
-    ]
 
 
 # --- a store that changes under its reader ---
@@ -410,191 +372,6 @@ def test_a_store_that_is_prepared_anew_while_it_is_opened(world: Path, monkeypat
     monkeypatch.setattr(store, "read_index", lambda folder: answers.pop() if answers else read_index(folder))
     assert rows_of(world / "expected") == rows_of(world / "expected")
     assert not answers
-
-
-# --- data workers ---
-
-
-class Faulty:
-    """Examples, of which a worker process cannot build one."""
-
-    def __init__(self, fault: str) -> None:
-        _, prompter = tiny_prompter(codes=CODES)
-        self.made = examples(prompter) * 4
-        self.fault = fault
-
-    def __len__(self) -> int:
-        return len(self.made)
-
-    def lengths(self) -> np.ndarray:
-        return np.array([len(example) for example in self.made])
-
-    def __getitem__(self, index: int) -> Example:
-        if index == 6:
-            FAULTS[self.fault](**workers_own())
-        return self.made[index]
-
-
-def workers_own() -> dict[str, Any]:
-    """What torch's loop in a worker has in hand."""
-    frame = sys._getframe()
-    while frame.f_code.co_name != "_worker_loop":
-        assert frame.f_back is not None
-        frame = frame.f_back
-    return {name: frame.f_locals[name] for name in ("data_queue", "done_event")}
-
-
-def killed_by(number: signal.Signals) -> Any:
-    return lambda **_: os.kill(os.getpid(), number)
-
-
-def with_the_queues_lock(data_queue: Any, done_event: Any) -> None:
-    data_queue._wlock.acquire()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def with_the_events_lock(data_queue: Any, done_event: Any) -> None:
-    done_event._cond.acquire()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def with_half_a_batch_sent(data_queue: Any, done_event: Any) -> None:
-    with data_queue._wlock:
-        os.write(data_queue._writer.fileno(), struct.pack("!i", 1000) + b"half of it")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def damaged(**_: Any) -> None:
-    try:
-        raise OSError("it has changed")
-    except OSError as error:
-        raise DataError("row 7 of the train split: a shard is damaged: prepare it again") from error
-
-
-FAULTS = {
-    "killed": killed_by(signal.SIGKILL),
-    "bus error": killed_by(signal.SIGBUS),
-    "exit": lambda **_: os._exit(3),
-    "killed with the queue's lock": with_the_queues_lock,
-    "killed with the event's lock": with_the_events_lock,
-    "killed with half a batch sent": with_half_a_batch_sent,
-    "damaged": damaged,
-    "a mistake": lambda **_: {}["mistake"],
-    "none": lambda **_: None,
-}
-
-
-@contextmanager
-def soon(seconds: float = 10.0) -> Iterator[None]:
-    """Fails where it takes longer, rather than to wait for ever."""
-
-    def late(*_: Any) -> None:
-        pytest.fail(f"more than {seconds} s")  # no Exception: torch would catch that
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def loader(fault: str, workers: int = 2) -> PackLoader:
-    return PackLoader(Faulty(fault), PackSize(clips=2), seed=None, workers=workers)
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("killed", "SIGKILL, as the system does where memory runs out"),
-        ("killed with the queue's lock", "SIGKILL"),
-        ("killed with the event's lock", "SIGKILL"),
-        ("killed with half a batch sent", "SIGKILL"),
-        ("bus error", "SIGBUS, as happens where /dev/shm is too small"),
-        ("exit", "exit code 3"),
-    ],
-)
-def test_a_worker_that_ends(fault: str, message: str) -> None:
-    with soon(), pytest.raises(WorkError, match=rf"\(data.workers\) was ended by {message}.*go on from it with --res"):
-        list(loader(fault))
-
-
-def test_a_worker_that_ends_when_a_run_goes_on() -> None:
-    """Batches that were trained on already are skipped by a loader of another class."""
-    packs = iter(skip_first_batches(loader("killed"), 1))
-
-    def train() -> None:
-        while True:
-            next(watched(packs))
-
-    with soon(), pytest.raises(WorkError, match="SIGKILL"):
-        train()
-
-
-def test_a_worker_that_is_killed_while_nobody_waits_for_it() -> None:
-    """The parent is not interrupted in what it does; it is told when it asks for the next batch."""
-    packs = iter(loader("none"))
-    next(packs)
-    worker = packs._packs._workers[0]  # type: ignore[attr-defined]
-    os.kill(worker.pid, signal.SIGKILL)
-    with soon():
-        for _ in range(100):  # in which a signal of its end would arrive
-            time.sleep(0.005)
-        with pytest.raises(WorkError, match="SIGKILL"):
-            next(packs)
-        assert not any(process.is_alive() for process in packs._packs._workers if process.join(5) is None)  # type: ignore[attr-defined]
-
-
-def test_half_a_batch_that_was_sent_while_nobody_waited() -> None:
-    packs = iter(loader("killed with half a batch sent"))
-    wait([worker.sentinel for worker in packs._packs._workers])  # type: ignore[attr-defined]
-    with soon(), pytest.raises(WorkError, match="SIGKILL"):
-        list(packs)
-
-
-def test_a_loader_that_is_left_goes_though_a_worker_was_killed() -> None:
-    """With the lock that torch wants for the others' good-bye."""
-    packs = iter(loader("killed with the event's lock"))
-    workers = list(packs._packs._workers)  # type: ignore[attr-defined]
-    wait([worker.sentinel for worker in workers])
-    with soon():
-        del packs
-        assert not any(worker.is_alive() for worker in workers)
-
-
-@pytest.mark.parametrize("name", ["INT", "TERM"])
-def test_workers_leave_signals_of_others_to_the_parent(name: str) -> None:
-    packs = iter(loader("none"))
-    seen = [next(packs), next(packs)]  # one of each worker: both have begun
-    workers = packs._packs._workers  # type: ignore[attr-defined]
-    subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)  # as a scheduler does
-    with soon():
-        seen += packs
-    assert len(seen) == len(loader("none"))
-
-
-def test_workers_end_when_the_parent_says_so() -> None:
-    packs = iter(loader("none"))
-    next(packs)
-    worker = packs._packs._workers[0]  # type: ignore[attr-defined]
-    worker.terminate()
-    worker.join(10)
-    assert worker.exitcode == 0
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_what_a_worker_says_arrives_as_it_is(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not workers:
-        monkeypatch.setitem(globals(), "workers_own", dict)
-    with soon(), pytest.raises(DataError) as error:
-        list(loader("damaged", workers))
-    assert str(error.value) == "row 7 of the train split: a shard is damaged: prepare it again"
-
-
-def test_a_mistake_in_a_worker_keeps_its_traceback() -> None:
-    with soon(), pytest.raises(KeyError, match=r"(?s)test_faults_of_data.py.*mistake"):
-        list(loader("a mistake"))
 
 
 # --- clocks ---

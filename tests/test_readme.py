@@ -161,6 +161,16 @@ def test_the_prompt_in_the_docs_is_the_one_that_is_rendered() -> None:
     assert "\n".join(f"    {line}" if line else "" for line in rendered.splitlines()) in documented
 
 
+def test_every_fault_has_its_test() -> None:
+    """What docs/reliability.md names; `::name` is of the file named before it, or of the faults of training."""
+    for line in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").splitlines():
+        file = "tests/test_faults_of_training.py"
+        for named, test in re.findall(r"`((?:tests/\w+\.py)?)(?:::(\w+))?`", line):
+            file = named or file
+            text = (ROOT / file).read_text(encoding="utf-8")
+            assert not test or f"\ndef {test}(" in text, f"{file}::{test}"
+
+
 def test_links_lead_somewhere() -> None:
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):

@@ -9,8 +9,7 @@ from typing import Self
 
 import numpy as np
 
-from higgstune.data.shards import refusal
-from higgstune.errors import WorkError
+from higgstune.files import writing
 
 _HEADER = struct.Struct("<32sI")  # SHA-256 of the clip's samples, frames
 _CHECKSUM = struct.Struct("<I")
@@ -27,13 +26,11 @@ class CodeJournal:
         self._num_codebooks = num_codebooks
         self._places: dict[str, tuple[int, int]] = {}  # offset of the codes, frames
         self._synced = time.monotonic()
-        try:
+        with writing(path, _KEPT):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Without a buffer: what a full disk refuses would be tried again on closing, and fail again.
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by __exit__
             self._file.truncate(self._scan())
-        except OSError as error:
-            raise WorkError(refusal(path, error, _KEPT)) from error
 
     def __enter__(self) -> Self:
         return self
@@ -58,14 +55,12 @@ class CodeJournal:
     def append(self, sha256: str, codes: np.ndarray) -> None:
         """Keep the codes of a clip, [frames, num_codebooks]. Raises WorkError where the disk refuses them."""
         body = _HEADER.pack(bytes.fromhex(sha256), len(codes)) + codes.astype("<u2").tobytes()
-        try:
+        with writing(self.path, _KEPT):
             offset = self._file.seek(0, os.SEEK_END)
             self._write(body + _CHECKSUM.pack(zlib.crc32(body)))
             if time.monotonic() - self._synced > _SYNC_SECONDS:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
-        except OSError as error:
-            raise WorkError(refusal(self.path, error, _KEPT)) from error
         self._places[sha256] = (offset + _HEADER.size, len(codes))
 
     def _write(self, record: bytes) -> None:

@@ -18,7 +18,7 @@ from higgstune.data.merge import Merger
 from higgstune.data.references import Pairing, resolve_references
 from higgstune.data.rejection import Rejection, RowError, count_reasons
 from higgstune.data.schema import INDEX_NAME, PARTIAL_NAME, REJECTED_NAME, StoreInfo
-from higgstune.data.shards import write_file, write_store
+from higgstune.data.shards import write_store
 from higgstune.data.source import SourceRow, rejections_of
 from higgstune.data.splits import RecordingGroups
 from higgstune.data.store import CodeStore
@@ -32,6 +32,7 @@ from higgstune.data.summary import (
 from higgstune.data.text import TEXT_NORMALIZATION
 from higgstune.data.whisper_features import Listener, store_features
 from higgstune.errors import DataError
+from higgstune.files import write_file
 from higgstune.prompt.rows import heard_clips
 
 Progress = Callable[[str, int, int], None]  # what is being done, rows done, rows in all

@@ -5,17 +5,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from higgstune.codec.base import Codec
 from higgstune.data.importers import read_source
 from higgstune.data.preparation import Preparation, Progress
 from higgstune.data.rejection import RowError
-from higgstune.data.shards import refusal
 from higgstune.data.source import SourceRow
 from higgstune.data.summary import PrepareOptions, PrepareSummary, References
 from higgstune.data.whisper_features import Listener
 from higgstune.errors import ConfigError, DataError, WorkError
+from higgstune.files import lock_file, refusal
 
 _LOCK_NAME = ".prepare.lock"
 
@@ -115,8 +115,8 @@ def _locked(out: Path) -> Iterator[None]:
     """Keep a second preparation away from the folder; a killed one lets go by itself."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / _LOCK_NAME, timeout=0)
-        lock.acquire()
+        lock = lock_file(out / _LOCK_NAME)
+        lock.acquire(timeout=0)
     except Timeout:
         raise DataError(f"another preparation is writing to {out}: wait for its end, or name another folder") from None
     except (FileExistsError, NotADirectoryError) as error:

@@ -1,6 +1,5 @@
 """Writing a store: shards beside the old ones, then the index in one step, then the old shards go."""
 
-import errno
 import hashlib
 import os
 import shutil
@@ -28,18 +27,10 @@ from higgstune.data.schema import (
     store_schema,
 )
 from higgstune.errors import DataError, WorkError
+from higgstune.files import refusal, sync_folder, write_file, writing
 
 CodesOf = Callable[[str], np.ndarray]  # audio hash -> [frames, num_codebooks] uint16
 _AS_IT_WAS = "the store is as it was, and what is encoded is kept"
-_ADVICE = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room",
-    errno.EFBIG: "allow larger files (ulimit -f)",
-    errno.EROFS: "name a folder that can be written",
-    errno.EACCES: "name a folder that you may write to",
-    errno.EPERM: "name a folder that you may write to",
-    errno.ENOENT: "name a folder that can be written",
-}
 
 
 def write_store(folder: Path, entries: list[Entry], codes_of: CodesOf, info: StoreInfo) -> None:
@@ -73,53 +64,12 @@ def write_store(folder: Path, entries: list[Entry], codes_of: CodesOf, info: Sto
         raise WorkError(f"{folder} has the new store, but its old shards cannot be deleted: {error}") from error
 
 
-def refusal(path: Path, error: OSError, kept: str) -> str:
-    """Why a file cannot be written, what is kept (a clause), and what to do."""
-    advice = ", and ".join(filter(None, [_ADVICE.get(error.errno or 0), "run it again"]))
-    return f"{path} cannot be written: {error.strerror or error}; {kept}: {advice}"
-
-
-def write_file(path: Path, text: str, *, kept: str = "it is as it was") -> None:
-    """Replace a text file in one step, so that a reader sees the old or the new one. Raises WorkError, with `kept`."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise WorkError(refusal(path, error, kept)) from error
-
-
-def sync_files(folder: Path) -> None:
-    """Let the files of a folder, and their names, reach the disk."""
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Let the names in a folder reach the disk."""
-    if not hasattr(os, "O_DIRECTORY"):  # Windows has no handle of a folder to sync
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _write_shard(
     folder: Path, split: str, number: int, rows: list[Entry], codes_of: CodesOf, num_codebooks: int
 ) -> Shard:
     temporary = folder / f"{split}-{number:05d}"
     schema = store_schema(num_codebooks)
-    try:
+    with writing(temporary, _AS_IT_WAS):
         with open(temporary, "wb") as file:
             with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
                 for first in range(0, len(rows), ROWS_PER_GROUP):
@@ -131,8 +81,6 @@ def _write_shard(
         name = f"{split}-{number:05d}-{sha256[:12]}.parquet"
         os.replace(temporary, folder / name)
         return Shard(name, split, len(rows), (folder / name).stat().st_size, sha256)
-    except OSError as error:
-        raise WorkError(refusal(temporary, error, _AS_IT_WAS)) from error
 
 
 def _table(rows: list[Entry], codes_of: CodesOf, schema: pa.Schema) -> pa.Table:

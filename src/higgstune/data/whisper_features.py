@@ -24,8 +24,8 @@ from safetensors.numpy import save_file
 from higgstune.data.audio import resample
 from higgstune.data.clips import Clip
 from higgstune.data.shard_reader import CheckedFile
-from higgstune.data.shards import write_file
 from higgstune.errors import DataError, WorkError
+from higgstune.files import refusal, write_file
 from higgstune.prompt.example import Heard
 
 FOLDER = "whisper"
@@ -219,10 +219,7 @@ def store_features(
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             (folder / _TEMPORARY).unlink(missing_ok=True)  # where the disk is full, this is in the way
-        raise WorkError(
-            f"{folder} cannot be written: {error}; what is there already is kept: make room where the disk is full, "
-            "and run it again"
-        ) from error
+        raise WorkError(refusal(folder, error, "what is there already is kept")) from error
     progress(len(todo))
     return len(wanted) - len(missing), missing
 

@@ -6,11 +6,11 @@ So a folder that Higgstune writes names each weight file with its sha256 in `hig
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from higgstune.errors import CheckpointError
+from higgstune.files import write_file
 from higgstune.model.layout import read_json
 
 FOLDER_CARD = "higgstune.json"  # what Higgstune notes of a folder that it wrote
@@ -36,9 +36,7 @@ def write_checksums(folder: Path, **notes: Any) -> None:
     """Record the sha256 of every weight file below a folder, and `notes` beside them, in `higgstune.json`."""
     files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(folder.rglob("*.safetensors"))}
     card = folder_card(folder) | notes | {FILES: files}
-    temporary = folder / (FOLDER_CARD + ".tmp")
-    temporary.write_text(json.dumps(card, indent=2, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, folder / FOLDER_CARD)
+    write_file(folder / FOLDER_CARD, json.dumps(card, indent=2, ensure_ascii=False))
 
 
 def check_checksums(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import jinja2
 import soundfile
 
+from higgstune.files import write_file
 from higgstune.report.curves import History, codebooks_figure, losses_figure
 
 
@@ -38,7 +38,7 @@ class Report:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write the page, under a temporary name first."""
+    """Write the page. Raises WorkError where the disk refuses."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("higgstune.report"), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -48,9 +48,7 @@ def write_report(report: Report, path: Path) -> None:
         codebooks=codebooks_figure(report.histories),
         players=[[(text, [_player(file) for file in files]) for text, files in s.clips] for s in report.sections],
     )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, page)
 
 
 def _player(file: Path | None) -> dict[str, Any] | None:

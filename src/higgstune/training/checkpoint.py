@@ -12,10 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from higgstune.data.shards import sync_files, sync_folder
-from higgstune.errors import CheckpointError, WorkError
+from higgstune.errors import CheckpointError
+from higgstune.files import sync_files, sync_folder, writing
 from higgstune.model.checksums import sha256_of
 from higgstune.model.layout import read_json
 
@@ -32,25 +30,19 @@ def new_checkpoint(parent: Path, step: int, notes: dict[str, Any], *, keep: int 
     The newest `keep` checkpoints stay, all where it is not given. Raises WorkError where the disk refuses; then those
     before are as they were.
     """
-    staged = parent / _INCOMPLETE
+    staged, final = parent / _INCOMPLETE, parent / f"{_PREFIX}{step}"
     try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        yield staged
-        _seal(staged, notes)
-        final = parent / f"{_PREFIX}{step}"
-        if not _is_whole(final):  # a run that went back to an earlier one writes the same again
-            _remove(final)
-            os.replace(staged, final)
-            sync_folder(parent)
-        for old in _by_step(parent)[:-keep] if keep else ():
-            _remove(old)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise WorkError(
-            f"the checkpoint of step {step} cannot be written to {parent}: {reason}. Those before it are as they were: "
-            "make room, and go on with --resume"
-        ) from error
+        with writing(final, "the checkpoints before it are as they were", again="go on with --resume"):
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir(parents=True)
+            yield staged
+            _seal(staged, notes)
+            if not _is_whole(final):  # a run that went back to an earlier one writes the same again
+                _remove(final)
+                os.replace(staged, final)
+                sync_folder(parent)
+            for old in _by_step(parent)[:-keep] if keep else ():
+                _remove(old)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

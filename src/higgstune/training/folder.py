@@ -8,18 +8,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 import higgstune
-from higgstune.data.shards import write_file
 from higgstune.errors import ConfigError, WorkError
+from higgstune.files import lock_file, refusal, write_file, writing
 from higgstune.model.adapters import RUN_STATE
 from higgstune.model.layout import read_json
 from higgstune.training.recipe import Recipe, Stage, load_recipe, save_recipe
 
 RECIPE_FILE = "recipe.yaml"
 _LOCK = ".lock"
-_OURS = (RECIPE_FILE, RUN_STATE, _LOCK, f".{RUN_STATE}")  # a run killed in its first moment has left no more than these
+# A run that was killed in its first moment has left no more than these.
+_OURS = (RECIPE_FILE, RUN_STATE, _LOCK, f".{RECIPE_FILE}", f".{RUN_STATE}")
 # What a run that goes on may have otherwise than it began: it changes nothing of what is trained.
 FREE = ("parallel", "gradient_checkpointing", "save_steps", "save_total_limit", "report_to")
 # A process that was killed lets go of the lock at once, but for those that build its examples: they notice after 5 s.
@@ -39,7 +40,7 @@ class RunFolder:
             "processes": processes,  # that it began with: a step's share of the data stays what it was then
             "stages": {},
         }
-        self._lock = FileLock(folder / _LOCK)
+        self._lock = lock_file(folder / _LOCK)
 
     def check(self, *, resume: bool) -> None:
         """Raises ConfigError when the folder cannot be taken or gone on with; writes nothing but the lock."""
@@ -85,10 +86,8 @@ class RunFolder:
                     "go on, or give another --out"
                 )
         self.state["trained_on"] = trained_on
-        try:
+        with writing(self.folder, "nothing was trained"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise WorkError(f"{self.folder} cannot be written: {error.strerror}; give another --out") from error
         if not self._lock.is_locked:
             self._hold()
             self.check(resume=False)
@@ -136,9 +135,7 @@ class RunFolder:
                 "for its end or stop it, or give another --out"
             ) from None
         except OSError as error:
-            raise WorkError(
-                f"{self.folder} cannot be written or locked: {error.strerror}; give another --out"
-            ) from error
+            raise WorkError(refusal(self.folder, error, "nothing was trained")) from error
 
     def _claim(self) -> None:
         """Say who has the folder, for others who want it."""

@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import os
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from higgstune.batch.packing import PackSize
 from higgstune.errors import ConfigError
+from higgstune.files import write_file
 from higgstune.model.adapters import Lora, StageKind
 from higgstune.model.quantize import Quantize
 from higgstune.prompt.example import TextTargets
@@ -222,10 +222,8 @@ def parse_recipe(tree: Any, *, where: str) -> Recipe:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe as YAML, under a temporary name first."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    os.replace(temporary, path)
+    """Write the resolved recipe as YAML. Raises WorkError where the disk refuses."""
+    write_file(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 
 def _set(tree: Any, override: str) -> None:

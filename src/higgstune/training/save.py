@@ -11,9 +11,9 @@ from torch import Tensor
 
 import higgstune
 from higgstune.data.schema import SPLITS
-from higgstune.data.shards import sync_files, sync_folder
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import portable_name
+from higgstune.files import sync_files, sync_folder
 from higgstune.model.adapters import base_shape, write_card
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.metrics import last_metrics

@@ -1,15 +1,13 @@
 """One stage of a run: trained or gone on with, saved, and proven."""
 
 import gc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -17,7 +15,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from higgstune.batch.padded import Batch, PaddedCollator
 from higgstune.data.store import CodeStore
-from higgstune.errors import Interrupted, WorkError
+from higgstune.errors import Interrupted
+from higgstune.files import writing
 from higgstune.model.adapters import adapted_layers, add_lora, continue_lora, unload_adapter
 from higgstune.model.forward import with_training_forward
 from higgstune.model.load import ModelAndTokenizers
@@ -147,7 +146,7 @@ def _save_and_prove(job: Job, stage: Stage, model: PeftModel, rows: RowExamples,
         card = adapter_card_of(
             job.recipe, job.loaded, job.store, job.setting, run.state["stages"] | {stage.name: result}
         )
-        with _refusals_told(run.stage_folder(stage)):
+        with writing(run.adapter(stage), "its checkpoints are kept", again="go on with --resume"):
             write_probe(batch, logits, probe)
             save_adapter(run.adapter(stage), model, card, weights)
     if not job.sharded:
@@ -165,17 +164,6 @@ def _save_and_prove(job: Job, stage: Stage, model: PeftModel, rows: RowExamples,
     if not job.sharded:
         torch.nn.Module.to(job.loaded.model, job.device)
     result["verification"] = asdict(verification)
-
-
-@contextmanager
-def _refusals_told(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise WorkError(
-            f"the adapter cannot be written to {folder}: {error}. Its checkpoints are kept: make room, and go on with "
-            "--resume"
-        ) from error
 
 
 def _train_or_resume(trainer: HiggsAudioTrainer, checkpoint: Path | None) -> None:

@@ -21,8 +21,8 @@ from higgstune.batch.loader import PackLoader, watched
 from higgstune.batch.packed import Packed, positions, tensors_to, without_waiting
 from higgstune.batch.packing import PackSize
 from higgstune.codec import Codec
-from higgstune.data.shards import write_file
 from higgstune.errors import CheckpointError
+from higgstune.files import write_file
 from higgstune.model.adapters import ADAPTER_WEIGHTS
 from higgstune.model.forward import with_training_forward
 from higgstune.model.load import ModelAndTokenizers

@@ -1,0 +1,85 @@
+"""Files that are written whole or not at all, and what is said where the disk refuses them."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock
+from safetensors import SafetensorError
+
+from higgstune.errors import WorkError
+
+_ADVICE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "allow larger files (ulimit -f)",
+    errno.EROFS: "name a folder that can be written",
+    errno.EACCES: "name a folder that you may write to",
+    errno.EPERM: "name a folder that you may write to",
+    errno.ENOENT: "name a folder that can be written",
+    errno.ENOSYS: "name a folder on a file system that can lock files (flock)",
+    errno.ENOLCK: "name a folder on a file system that can lock files (flock)",
+    errno.EOPNOTSUPP: "name a folder on a file system that can lock files (flock)",
+}
+
+
+@contextmanager
+def writing(path: Path, kept: str, *, again: str = "run it again") -> Iterator[None]:
+    """Raises WorkError, in place of what the disk refuses inside of it: see `refusal`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise WorkError(refusal(path, error, kept, again=again)) from error
+
+
+def refusal(path: Path, error: Exception, kept: str, *, again: str = "run it again") -> str:
+    """Why a file cannot be written, what is kept (a clause), and what to do."""
+    number, said = (error.errno or 0, error.strerror) if isinstance(error, OSError) else (0, None)
+    advice = ", and ".join(filter(None, [_ADVICE.get(number), again]))
+    return f"{path} cannot be written: {said or error}; {kept}: {advice}"
+
+
+def write_file(path: Path, text: str, *, kept: str = "it is as it was") -> None:
+    """Replace a text file in one step, so that a reader sees the old or the new one. Raises WorkError, with `kept`."""
+    temporary = path.with_name(f".{path.name}.new")
+    with writing(path, kept):
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def sync_files(folder: Path) -> None:
+    """Let the files of a folder, and their names, reach the disk."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let the names in a folder reach the disk."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows has no handle of a folder to sync
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def lock_file(path: Path) -> FileLock:
+    """A lock that its process lets go of however it ends.
+
+    Taking it raises OSError where the file system cannot: a mere file would outlive a job that was killed.
+    """
+    return FileLock(path, fallback_to_soft=False)
