@@ -8,6 +8,7 @@ base within 16 GB, where bitsandbytes is installed.
 import argparse
 import gc
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,8 @@ def main(arguments: argparse.Namespace) -> None:
         gc.collect()
         torch.cuda.empty_cache()
     finish("train_step_cuda", _rows(found), arguments, found=found)
+    if failed := [name for name in parts if f"{name}: failed" in found]:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def _rows(found: Found) -> list[Row]:

@@ -1,6 +1,7 @@
 """`higgstune ...` inside the test's process, where torch is loaded already: a new process needs seconds for that."""
 
 import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,12 @@ class Command:
     def __call__(self, *arguments: Any) -> tuple[int, str, str]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["higgstune", *map(str, arguments)])
-            with pytest.raises(SystemExit) as stopped:
-                main()
+            before = signal.getsignal(signal.SIGTERM)
+            try:
+                with pytest.raises(SystemExit) as stopped:
+                    main()
+            finally:
+                signal.signal(signal.SIGTERM, before)  # the command has it until its process ends
         out, err = self.capsys.readouterr()
         return int(stopped.value.code or 0), out, err
 

@@ -1,10 +1,14 @@
 """The command: every verb, its help, its JSON, its exit codes."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import Command
@@ -12,6 +16,7 @@ from test_run import DEMO_CODEC, make_recordings
 from tiny_checkpoint import save_tiny_checkpoint
 
 import higgstune
+from higgstune.errors import Interrupted
 
 VERBS = ("prepare", "inspect", "train", "speak", "merge", "export", "doctor", "demo")
 
@@ -127,6 +132,24 @@ def test_wrong_input_exits_with_2_and_says_what_is_wrong(
     assert names in err
     assert "Traceback" not in err
     assert not list(tmp_path.glob("*.wav"))
+
+
+@pytest.mark.parametrize(("ends", "code"), [(signal.SIGTERM, 143), (Interrupted(signal.SIGINT, "kept"), 130)])
+def test_signals_have_the_exit_codes_of_shells(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: int | Interrupted, code: int
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        if isinstance(ends, Interrupted):
+            raise ends
+        os.kill(os.getpid(), ends)
+        time.sleep(10)
+
+    monkeypatch.setattr("higgstune.training.run.train", stopped)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: {store: x}\nstages: [{name: a, kind: full, epochs: 1}]\n")
+    found, _, said = command("train", recipe, "--out", tmp_path / "run")
+    assert found == code
+    assert f"stopped by {signal.Signals(code - 128).name}" in said
 
 
 def test_the_demo_does_not_write_over_anything(command: Command, tmp_path: Path) -> None:

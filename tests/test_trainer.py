@@ -248,6 +248,20 @@ def test_checkpoints_hold_nothing_pickled_and_the_newest_stay(tmp_path: Path) ->
     assert {path.suffix for path in tmp_path.glob("checkpoint-*/*")} <= {".json", ".safetensors", ".md"}
 
 
+@pytest.mark.parametrize("kind", ["full", None])
+def test_a_checkpoint_is_gone_on_from_exactly_with_an_adapter_and_without(
+    tmp_path: Path, kind: StageKind | None
+) -> None:
+    whole = trainer(tmp_path / "a", kind=kind, save_strategy="steps", save_steps=2)
+    whole.train()
+    resumed = trainer(tmp_path / "b", kind=kind, save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    for (name, value), (_, expected) in zip(
+        resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(value, expected), name
+
+
 class CountedReads(TorchDispatchMode):
     """Counts values that the host reads: on a GPU it waits for each."""
 
