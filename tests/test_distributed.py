@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from processes import Together
 from test_run import make_recordings
-from training_world import assert_same, history, make_world, shared_recipe, train_unproven
+from training_world import RATE, assert_same, history, make_world, shared_recipe, train_unproven
 
 import higgstune
 from higgstune.training.run import train
@@ -33,7 +33,7 @@ def test_any_number_of_processes_trains_the_same_adapter(
     Together(world / f"logs-{folder.name}", processes, train_unproven, made, folder).succeeded()
     assert_same(folder, alone)
     rates = [entry["learning_rate"] for entry in history(folder) if "learning_rate" in entry]
-    assert rates == pytest.approx([5e-3 * (1 + math.cos(math.pi * step / 5)) / 2 for step in range(5)], abs=1e-9)
+    assert rates == pytest.approx([RATE * (1 + math.cos(math.pi * step / 5)) / 2 for step in range(5)], abs=1e-9)
     for result in json.loads((folder / "run.json").read_text())["stages"].values():
         # On a CPU the usual way to FSDP stays DDP in silence: weights must be DTensors at the end of training.
         assert (result["sharded_parameters"] > result["layers"] * 3) == (parallel == "fsdp")
