@@ -20,7 +20,7 @@ from higgstune.hub import fetch
 from higgstune.model.adapters import Lora, find_adapter
 from higgstune.model.load import choose_device
 from higgstune.training.processes import Processes
-from higgstune.training.recipe import ModelSettings, Recipe, Stage, parse_recipe
+from higgstune.training.recipe import EvaluationSettings, ModelSettings, Recipe, Stage, parse_recipe
 from higgstune.training.run import train
 
 FLAGS: dict[str, tuple[Any, str, float]] = {  # part of the recipe, its key there, default for a GPU of 24 GB
@@ -29,7 +29,7 @@ FLAGS: dict[str, tuple[Any, str, float]] = {  # part of the recipe, its key ther
     "grad_accum": (Stage, "gradient_accumulation", 4), "warmup": (Stage, "warmup_steps", 0.05),
     "lora_r": (Lora, "r", 16), "lora_alpha": (Lora, "alpha", 32.0), "lora_dropout": (Lora, "dropout", 0.05),
     "save_steps": (Recipe, "save_steps", 200), "log_steps": (Recipe, "log_steps", 10),
-    "val_steps": (Recipe, "eval_steps", 200),
+    "val_steps": (Recipe, "eval_steps", 200), "eval_clips": (EvaluationSettings, "clips", 4),
 }  # fmt: skip
 
 
@@ -74,10 +74,16 @@ def arguments() -> argparse.Namespace:
 def as_recipe(args: argparse.Namespace, store: Path) -> Recipe:
     """The flags as a recipe of one stage. Raises ConfigError; CheckpointError when stage1 is missing."""
     kind = "text" if args.training_stage == "stage1" else "full"
-    parts: dict[Any, dict[str, Any]] = {Stage: {"name": kind, "kind": kind}, Lora: {}, Recipe: {}}
+    parts: dict[Any, dict[str, Any]] = {
+        Stage: {"name": kind, "kind": kind},
+        Lora: {},
+        Recipe: {},
+        EvaluationSettings: {},
+    }
     for flag, (part, key, _) in FLAGS.items():
         parts[part][key] = getattr(args, flag)
     tree = parts[Recipe] | {"lora": parts[Lora], "stages": [parts[Stage]], "data": {"store": str(store)}}
+    tree["evaluation"] = parts[EvaluationSettings]
     tree["model"] = {"checkpoint": args.base_ckpt, "whisper": args.whisper}
     if args.whisper is not None:
         tree["data"]["reference"] = "scene"

@@ -12,8 +12,10 @@ from higgstune.errors import ConfigError
 from higgstune.model.adapters import Lora
 from higgstune.training.recipe import (
     DataSettings,
+    EvaluationSettings,
     ModelSettings,
     Recipe,
+    Replay,
     Stage,
     load_recipe,
     parse_recipe,
@@ -253,7 +255,11 @@ def test_numbers_as_yaml_reads_them(file: Callable[[Any], Path]) -> None:
     assert load_recipe(file(text)).stages[0].learning_rate == 1e-4
 
 
-@pytest.mark.parametrize("part", [Recipe, ModelSettings, DataSettings, Lora, Stage], ids=lambda part: part.__name__)
+@pytest.mark.parametrize(
+    "part",
+    [Recipe, ModelSettings, DataSettings, Replay, EvaluationSettings, Lora, Stage],
+    ids=lambda part: part.__name__,
+)
 def test_every_key_is_explained(part: type[BaseModel]) -> None:
     explained = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     assert [key for key in part.model_fields if f"| `{key}` |" not in explained] == []

@@ -57,7 +57,7 @@ def recipe(world: Path, **changes: Any) -> Recipe:
         "data": {"store": str(world / "data")},
         "lora": {"r": 4, "alpha": 8},
         "stages": [{"name": "stage1", "kind": "text", **stage}, {"name": "stage2", "kind": "full", **stage}],
-        "log_steps": 2, "eval_steps": 3, "save_steps": 2,
+        "log_steps": 2, "eval_steps": 3, "save_steps": 2, "evaluation": {"clips": 0},
     }  # fmt: skip
     return parse_recipe(tree | changes, where="test")
 

@@ -50,6 +50,7 @@ def flags(world: Path, out: Path, **changes: Any) -> list[str]:
         "training_stage": "stage1", "train_manifest": world / "clips.jsonl", "output_dir": out,
         "base_ckpt": world / "base", "batch_size": 2, "lr": 5e-3, "epochs": 2, "grad_accum": 2, "warmup": 1,
         "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0, "save_steps": 1, "log_steps": 1, "val_steps": 2,
+        "eval_clips": 0,
     }  # fmt: skip
     given |= changes
     return [
@@ -102,7 +103,12 @@ def test_stage1_prepares_the_manifest_and_trains_the_text_pathway(world: Path, o
     assert (given["kind"], given["learning_rate"], given["warmup_steps"]) == ("text", 5e-3, 1.0)
     assert (given["batch_size"], given["gradient_accumulation"], given["epochs"]) == (2, 2, 2.0)
     assert recipe["lora"]["r"] == 4
-    assert (recipe["save_steps"], recipe["log_steps"], recipe["eval_steps"]) == (1, 1, 2)
+    assert (recipe["save_steps"], recipe["log_steps"], recipe["eval_steps"], recipe["evaluation"]["clips"]) == (
+        1,
+        1,
+        2,
+        0,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from higgstune.data.prepare import prepare as prepare
     from higgstune.diagnosis.adapter import check_applied as check_applied
     from higgstune.diagnosis.examine import doctor as doctor
+    from higgstune.evaluation.compare import compare as compare
+    from higgstune.evaluation.evaluate import evaluate as evaluate
     from higgstune.generate.speak import speak as speak
     from higgstune.inspection import inspect_row as inspect_row
     from higgstune.model.adapters import load_adapter as load_adapter
@@ -30,7 +32,9 @@ _HOME = {
     "ModelAndTokenizers": "higgstune.model.load",
     "build_frames": "higgstune.prompt.delay",
     "check_applied": "higgstune.diagnosis.adapter",
+    "compare": "higgstune.evaluation.compare",
     "doctor": "higgstune.diagnosis.examine",
+    "evaluate": "higgstune.evaluation.evaluate",
     "export": "higgstune.sharing.formats",
     "inspect_row": "higgstune.inspection",
     "load_adapter": "higgstune.model.adapters",

@@ -49,6 +49,27 @@ EncoderOption = Annotated[
 DropOption = Annotated[
     bool, typer.Option("--drop-modules", help="Leave out what has no place in the native class; the card says so.")
 ]
+SetOption = Annotated[
+    str,
+    typer.Option(
+        "--set",
+        help="validation (rows of the store), a text file with a sentence a line, a meta.lst, or built-in sentences: "
+        "en, de, zh, ar, vi, es.",
+    ),
+]
+RowsOption = Annotated[
+    Path | None, typer.Option(help="Code store with rows and voices; where not given, the one that was trained on.")
+]
+AsrOption = Annotated[
+    str | None, typer.Option(help="Judge of what is said: a Whisper checkpoint by name or folder, or a command.")
+]
+SpeakerOption = Annotated[
+    str | None, typer.Option(help="Judge of whose voice it is: a WavLM checkpoint by name or folder, or a command.")
+]
+QualityOption = Annotated[str | None, typer.Option(help="Judge of naturalness: distillmos, or a command.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**62, help="Of what is spoken and of the intervals.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="At the most so many texts of a set.")]
 
 
 def main() -> NoReturn:
@@ -317,6 +338,150 @@ def speak(
             on_spoken=lambda done: bar("speaking", done, 1 if isinstance(said, str) else len(said)),
         )
     _result({"files": [str(path) for path in files]}, as_json)
+
+
+@app.command(epilog="Example: higgstune evaluate runs/voice --set validation --asr large-v3")
+def evaluate(
+    target: Annotated[
+        Path, typer.Argument(help="Folder of a run or an adapter; a base; a folder of clips with their texts.")
+    ],
+    texts: SetOption = "validation",
+    guard: Annotated[
+        list[str] | None, typer.Option(help="A set that must not get worse, as --set; may be repeated.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for speech and results; where not given, in the run's folder.")
+    ] = None,
+    data: RowsOption = None,
+    base: Annotated[bool, typer.Option("--base/--no-base", help="Measure the base, too, to compare with.")] = True,
+    asr: AsrOption = None,
+    speaker_judge: SpeakerOption = None,
+    quality_judge: QualityOption = None,
+    temperature: TemperatureOption = 1.0,
+    seed: SeedOption = 0,
+    limit: LimitOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips spoken at a time.")] = 8,
+    model: BaseOption = None,
+    codec: CodecOption = None,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Speak a set of texts with an adapter and its base, measure both, and write a report.
+
+    What was spoken or judged before is not done again: a run that was stopped goes on.
+    """
+    from higgstune.evaluation.evaluate import evaluate as run
+    from higgstune.evaluation.run_report import tell
+    from higgstune.generate.sampling import Sampling
+
+    with _Bar() as bar:
+        result = run(
+            target,
+            texts=texts,
+            guard=guard or [],
+            out=out,
+            data=data,
+            base=base,
+            asr=asr,
+            speaker_judge=speaker_judge,
+            quality_judge=quality_judge,
+            sampling=Sampling(temperature),
+            seed=seed,
+            limit=limit,
+            batch_size=batch_size,
+            model=model,
+            codec=codec,
+            device=None if device == "auto" else device,
+            dtype=None if dtype == "auto" else dtype,
+            progress=bar,
+        )
+    report = tell(result, target, _command())
+    worse = {found.name: found.worse for found in [result.texts, *result.guard] if found.worse}
+    if as_json:
+        _result(result.as_json() | {"report": str(report)}, as_json)
+    else:
+        _show_measures(result.texts.systems, result.texts.differences)
+        _result({**{f"worse on {name}": metrics for name, metrics in worse.items()}, "open": str(report)}, as_json)
+
+
+@app.command(epilog="Example: higgstune compare runs/one runs/two --out comparison --asr large-v3")
+def compare(
+    targets: Annotated[
+        list[Path], typer.Argument(help="Runs, adapters, bases or folders of clips; the first is compared with.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the page, speech and results.")],
+    texts: SetOption = "validation",
+    data: RowsOption = None,
+    gates: Annotated[
+        list[str] | None,
+        typer.Option("--gate", help='Condition of the best one, such as "wer <= 0.1"; may be repeated.'),
+    ] = None,
+    rank: Annotated[str | None, typer.Option(help='What is ranked by, such as "similarity - wer".')] = None,
+    asr: AsrOption = None,
+    speaker_judge: SpeakerOption = None,
+    quality_judge: QualityOption = None,
+    temperature: TemperatureOption = 1.0,
+    seed: SeedOption = 0,
+    limit: LimitOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips spoken at a time.")] = 8,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Let runs speak the same texts with the same seeds: one table, and a page to listen to, blind if you like."""
+    from higgstune.evaluation.compare import compare as run
+    from higgstune.generate.sampling import Sampling
+
+    with _Bar() as bar:
+        result = run(
+            targets,
+            out=out,
+            texts=texts,
+            data=data,
+            gates=gates,
+            rank=rank,
+            asr=asr,
+            speaker_judge=speaker_judge,
+            quality_judge=quality_judge,
+            sampling=Sampling(temperature),
+            seed=seed,
+            limit=limit,
+            batch_size=batch_size,
+            device=None if device == "auto" else device,
+            dtype=None if dtype == "auto" else dtype,
+            progress=bar,
+            command=_command(),
+        )
+    if as_json:
+        _result(result.as_json(), as_json)
+    else:
+        last = list(result.differences)[-1]
+        _show_measures(result.evaluations, result.differences[last] if len(result.differences) == 1 else {})
+        _result({"best": f"{result.best} ({result.rule})", "open": str(result.page)}, as_json)
+
+
+def _show_measures(evaluations: dict[str, Any], differences: dict[str, Any]) -> None:
+    from higgstune.evaluation.metrics import METRICS, shown
+
+    table = Table("", *evaluations, *(["difference", "p"] if differences else []))
+    for metric in METRICS:
+        estimates = [found.summary.get(metric.name) for found in evaluations.values()]
+        if any(estimate is not None for estimate in estimates):
+            cells = ["not measured" if e is None else shown(metric, e.value) for e in estimates]
+            if differences:
+                found = differences.get(metric.name)
+                cells += ["", ""] if found is None else [shown(metric, found.value), f"{found.p:.3f}"]
+            table.add_row(metric.label, *cells)
+    Console().print(table)
+    missing = next(iter(evaluations.values())).not_measured
+    for reason in dict.fromkeys(missing.values()):
+        names = ", ".join(name for name, why in missing.items() if why == reason)
+        errors.print(f"not measured: {names}: {_escape(reason)}", highlight=False, soft_wrap=True)
+
+
+def _command() -> list[str]:
+    return ["higgstune", *sys.argv[1:]]
 
 
 @app.command(epilog="Example: higgstune merge runs/voice --out models/voice")

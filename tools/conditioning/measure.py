@@ -178,6 +178,7 @@ def recipe_of(args: argparse.Namespace, arm: Arm, seed: int) -> Recipe:
         "seed": seed,
         "log_steps": 12,
         "eval_steps": 30,
+        "evaluation": {"clips": 0},
         "save_steps": 10_000,
         "report_to": [],
     }

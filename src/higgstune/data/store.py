@@ -80,13 +80,17 @@ class SplitView(Sequence[Row]):
         """Frames of each row's reference or context audio, [rows] int64, without reading a code."""
         return self._lengths("context_frames")
 
+    def outline(self, index: int) -> Row:
+        """One row without its codes, see `outlines`."""
+        return self.store.outline_of(self.indices[index])
+
     def outlines(self) -> Iterator[Row]:
         """The rows with codes that have only their shape; of conversations alone the codes are read.
 
         For what depends on lengths: a hundred times as quick as reading the rows.
         """
-        for index in self.indices:
-            yield self.store.outline(index)
+        for index in range(len(self)):
+            yield self.outline(index)
 
     def _lengths(self, column: str) -> np.ndarray:
         return self.store.light[column].to_numpy().astype(np.int64)[list(self.indices)]
@@ -163,7 +167,7 @@ class CodeStore(SplitView):
             split = self.shards[self._shard_of(index)].split
             raise DataError(f"row {values['id']} of the {split} split: {error}") from error
 
-    def outline(self, index: int) -> Row:
+    def outline_of(self, index: int) -> Row:
         """One row by its position, see `outlines`."""
         values = self._values(index)
         if values["messages"] is not None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -139,6 +139,28 @@ class WhisperFeatures:
     def __getstate__(self) -> dict[str, Any]:
         """Open files stay behind when it goes to another process."""
         return self.__dict__ | {"_files": {}}
+
+
+class JoinedFeatures:
+    """The stored features of one encoder in several stores."""
+
+    def __init__(self, parts: Sequence[WhisperFeatures]) -> None:
+        """Raises DataError for features of several encoders."""
+        self.parts = parts
+        self.index = parts[0].index
+        for part in parts:
+            if part.index.revision != self.index.revision:
+                raise DataError(
+                    f"{part.folder} has features of {part.index.checkpoint} (revision {part.index.revision}), "
+                    f"{parts[0].folder} those of the revision {self.index.revision}: prepare both with one --whisper"
+                )
+
+    def __contains__(self, sha256: str) -> bool:
+        return any(sha256 in part for part in self.parts)
+
+    def heard(self, sha256: str) -> Heard:
+        """As `WhisperFeatures.heard`."""
+        return next((part for part in self.parts if sha256 in part), self.parts[0]).heard(sha256)
 
 
 class _Tensors:

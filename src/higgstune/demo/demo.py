@@ -21,7 +21,7 @@ from higgstune.data.store import Row as StoreRow
 from higgstune.demo.measure import Clips, Measurement, measure
 from higgstune.demo.page import write_page
 from higgstune.errors import ConfigError
-from higgstune.evaluate.judges import FasterWhisper, SpeakerJudge
+from higgstune.evaluation.judges import Judges, load_judges
 from higgstune.generate.sampling import Sampling
 from higgstune.generate.speak import Speaker, load_speaker
 from higgstune.generate.wav import write_wav
@@ -65,16 +65,15 @@ def run_demo(
 ) -> DemoResult:
     """Prepare, train two stages, speak before and after, report; all of it under `out`, which must not exist.
 
-    `asr` (a faster-whisper name or folder) and `speaker_judge` (a command, see `SpeakerJudge`) add measured figures
-    to the report. Raises ConfigError, and whatever the steps raise.
+    `asr` and `speaker_judge` (specs as `load_judges` takes them) add measured figures to the report. Raises
+    ConfigError, and whatever the steps raise.
     """
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} exists: remove it, or give another --out")
-    transcriber = FasterWhisper(asr) if asr else None
-    judge = SpeakerJudge(speaker_judge) if speaker_judge else None
+    judges = load_judges(asr, speaker_judge)
     with _one_thread():
-        return _run(out, transcriber, judge, progress or (lambda what, done, total: None))
+        return _run(out, judges, progress or (lambda what, done, total: None))
 
 
 @contextmanager
@@ -88,7 +87,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(out: Path, transcriber: FasterWhisper | None, judge: SpeakerJudge | None, show: Progress) -> DemoResult:
+def _run(out: Path, judges: Judges, show: Progress) -> DemoResult:
     clock, started = _Clock(), time.monotonic()
     with clock.step("unpack the sample recordings and the base"):
         manifest = _unpack(out)
@@ -108,10 +107,11 @@ def _run(out: Path, transcriber: FasterWhisper | None, judge: SpeakerJudge | Non
     clock.seconds["all"] = time.monotonic() - started
     report = write_page(out, run, store, spoken, texts, len(trained), None, clock.seconds)
     measurement = None
-    if transcriber is not None or judge is not None:
+    if judges.asr is not None or judges.speaker is not None:
         with clock.step("judge"):
             spoken |= _speak_controls(out, run, trained, show)
-            measurement = measure(_clip_sets(spoken, trained, unseen), spoken["original"][:10], transcriber, judge)
+            sets = _clip_sets(spoken, trained, unseen)
+            measurement = measure(sets, spoken["original"][:10], judges.asr, judges.speaker)
         write_page(out, run, store, spoken, texts, len(trained), measurement, clock.seconds)
     return DemoResult(out, run.adapter, report, clock.seconds["all"], measurement)
 

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
-from higgstune.evaluate.judges import SAME_SPEAKER, SpeakerJudge, Transcriber, word_error_rate
+from higgstune.evaluation.judges import SAME_SPEAKER, SpeakerJudge, Transcriber
+from higgstune.evaluation.text import word_error_rate
 
 WORSE_THAN_ROUND_TRIP = 0.15  # as much may the word error rate lie above the codec round trip of the originals
 SWAPPED_AT_LEAST = 0.80  # error rate against another sentence's text
 SIMILARITY_MARGIN = 0.05
+LANGUAGE = "en"  # of the demo's sentences
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Row:
     name: str
     clips: int
     error_rate: float | None
-    similarity: dict[str, float]  # to the target voice, by judge
+    similarity: dict[str, float]  # to the target voice, by model, the mean over the clips
 
 
 @dataclass(frozen=True)
@@ -66,18 +69,18 @@ def measure(
     bars = _error_bars(by_name) if asr is not None else []
     if speaker is not None:
         bars += _similarity_bars(by_name)
-    judges = [asr.name] if asr is not None else []
-    judges += list(rows[0].similarity)
+    judges = [judge.name for judge in (asr, speaker) if judge is not None]
     return Measurement(rows, bars, ", ".join(judges))
 
 
 def _row(clips: Clips, references: Sequence[Path], asr: Transcriber | None, speaker: SpeakerJudge | None) -> Row:
-    heard = asr.transcribe(clips.files) if asr is not None else None
+    heard = asr.transcribe(clips.files, language=LANGUAGE) if asr is not None else None
+    similarities = speaker.similarities(references, clips.files) if speaker is not None else {}
     return Row(
         clips.name,
         len(clips.files),
         None if heard is None else word_error_rate(clips.texts, heard),
-        {} if speaker is None else speaker.similarities(references, clips.files),
+        {model: mean(values) for model, values in similarities.items()},
     )
 
 

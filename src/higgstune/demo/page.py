@@ -5,7 +5,7 @@ from pathlib import Path
 
 from higgstune.data.store import CodeStore
 from higgstune.demo.measure import Measurement
-from higgstune.report.page import Report, Section, write_report
+from higgstune.report.page import Item, RunReport, Section, Table, Take, write_report
 from higgstune.training.run import RunResult
 
 _COLUMNS = {
@@ -32,10 +32,10 @@ def write_page(
     seconds: Mapping[str, float],
 ) -> Path:
     """Write `report.html`. `spoken` has a file for each text in each column; the first `trained` were trained on."""
-    clips = [(text, [spoken[name][i] for name in _COLUMNS]) for i, text in enumerate(texts)]
+    clips = [Item(text, [Take(spoken[name][i]) for name in _COLUMNS]) for i, text in enumerate(texts)]
     path = out / "report.html"
     write_report(
-        Report(
+        RunReport(
             title="A miniature learns a voice",
             introduction=_INTRODUCTION,
             facts=_facts(run, store),
@@ -44,8 +44,8 @@ def write_page(
                 Section("Sentences it was trained on", list(_COLUMNS.values()), clips[:trained]),
                 Section("Sentences it has never seen", list(_COLUMNS.values()), clips[trained:]),
             ],
-            measures=_measures(measurement),
-            measures_note=_note(measurement),
+            tables=_measures(measurement),
+            measures_note="" if measurement else "Not measured: no judge was named (--asr, --speaker-judge).",
             timings=seconds,
         ),
         path,
@@ -67,21 +67,24 @@ def _facts(run: RunResult, store: CodeStore) -> dict[str, str]:
     return facts
 
 
-def _measures(measurement: Measurement | None) -> list[dict[str, str]]:
+def _measures(measurement: Measurement | None) -> list[Table]:
     if measurement is None:
         return []
     judges = list(measurement.rows[0].similarity)
-    table = []
-    for row in measurement.rows:
-        rate = "not measured" if row.error_rate is None else f"{100 * row.error_rate:.1f} %"
-        similarity = {f"similarity ({judge})": f"{row.similarity[judge]:.3f}" for judge in judges}
-        table.append({"clips": row.name, "number": str(row.clips), "word error rate": rate, **similarity})
-    return table
+    columns = ["clips", "number", "word error rate", *(f"similarity ({judge})" for judge in judges)]
+    rows = [
+        [
+            row.name,
+            str(row.clips),
+            None if row.error_rate is None else f"{100 * row.error_rate:.1f} %",
+            *(f"{row.similarity[judge]:.3f}" for judge in judges),
+        ]
+        for row in measurement.rows
+    ]
+    return [Table("Measures by kind of clip", columns, rows, _note(measurement))]
 
 
-def _note(measurement: Measurement | None) -> str:
-    if measurement is None:
-        return "Not measured: no judge was named (--asr, --speaker-judge)."
+def _note(measurement: Measurement) -> str:
     bars = (
         f"{bar.name} {bar.value:.3f} ({bar.condition}): {'holds' if bar.holds else 'BROKEN'}"
         for bar in measurement.bars

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -39,6 +39,16 @@ class Voice:
 
 
 @dataclass(frozen=True)
+class Request:
+    """A text to be spoken, in which voice and scene, drawn with which seed."""
+
+    text: str
+    voice: Voice | None = None
+    scene: str | None = DEFAULT_SCENE
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Speech:
     """One spoken text."""
 
@@ -61,18 +71,22 @@ class Speaker:
         loaded: ModelAndTokenizers,
         adapter: Path | None = None,
         *,
+        model: Any = None,
         reference_place: ReferencePlace | None = None,
         whisper: str | Path | None = None,
     ) -> None:
-        """`reference_place` is where a reference stands in the prompt: as the adapter was trained, where not given.
-        `whisper` names the Whisper checkpoint of a model that listens, where it has moved.
+        """`model` is `loaded.model` with an adapter that is on it already, as in training. `reference_place` is where a
+        reference stands in the prompt: as the adapter was trained, where not given. `whisper` names the Whisper
+        checkpoint of a model that listens, where it has moved.
 
         Raises CheckpointError when the adapter does not fit the checkpoint or was trained with another codec.
         """
         self.loaded = loaded
         self.codec = loaded.audio_tokenizer
         self.prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
-        self.model = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
+        if adapter is not None:
+            model = load_adapter(loaded.model, adapter)
+        self.model = loaded.model if model is None else model
         self.reference_place: ReferencePlace = reference_place or _trained_place(adapter, loaded.folder)
         self._hears = conditioning_of(self.model).whisper
         if adapter is not None:  # a base may listen, and the adapter have been trained to read codes
@@ -88,6 +102,11 @@ class Speaker:
                 f"{loaded.codec} (revision {self.codec.revision}): name its codec with --codec"
             )
 
+    @property
+    def hears(self) -> bool:
+        """Whether a reference is heard through Whisper, where it is not read by its codes."""
+        return self._hears is not None and self.reference_place == "scene"
+
     def reference(self, path: str | Path, text: str = "") -> Voice:
         """A recording and what is said in it, as a voice to imitate; in the scene it stands without its words.
 
@@ -96,7 +115,7 @@ class Speaker:
         """
         waveform, rate = read_audio(path)
         heard = None
-        if self._hears is not None and self.reference_place == "scene":
+        if self._hears is not None and self.hears:
             tower = self._tower(self._hears)
             heard = tower.encode(resample(waveform, rate, tower.sample_rate))
         return Voice(normalize_text(text), self.codec.encode(resample(waveform, rate, self.codec.sample_rate)), heard)
@@ -132,7 +151,25 @@ class Speaker:
         batch_size: int = 8,
         on_spoken: Callable[[int], None] | None = None,
     ) -> list[Speech]:
-        """Speak texts, `batch_size` at a time. Text i is drawn with seed + i.
+        """Speak texts in one voice and scene. Text i is drawn with seed + i. The rest as `say_each`."""
+        return self.say_each(
+            [Request(text, reference, scene, seed + i) for i, text in enumerate(texts)],
+            sampling=sampling,
+            max_seconds=max_seconds,
+            batch_size=batch_size,
+            on_spoken=on_spoken,
+        )
+
+    def say_each(
+        self,
+        requests: Sequence[Request],
+        *,
+        sampling: Sampling | None = None,
+        max_seconds: float | None = None,
+        batch_size: int = 8,
+        on_spoken: Callable[[int], None] | None = None,
+    ) -> list[Speech]:
+        """Speak texts, `batch_size` at a time, each in its own voice.
 
         Each piece of a long text hears the one before.
         `max_seconds` caps every piece, in place of the cap from the text's length. Raises InputError on an empty
@@ -140,14 +177,18 @@ class Speaker:
         """
         if max_seconds is not None and not max_seconds > 0:
             raise InputError(f"max_seconds is {max_seconds}: it must be above 0")
-        clips = [_Clip(normalize_text(text), seed + i, max_seconds) for i, text in enumerate(texts)]
+        clips = [_Clip(request, max_seconds) for request in requests]
         for first in range(0, len(clips), batch_size):
             batch = clips[first : first + batch_size]
             while pending := [clip for clip in batch if not clip.done]:
-                prompts = [self._prompt(clip, reference, scene) for clip in pending]
+                prompts = [self._prompt(clip) for clip in pending]
                 caps = [self._cap(clip.next_text, clip.max_seconds) for clip in pending]
                 spoken = generate(
-                    self.model, prompts, max_frames=caps, seeds=[clip.seed for clip in pending], sampling=sampling
+                    self.model,
+                    prompts,
+                    max_frames=caps,
+                    seeds=[clip.request.seed for clip in pending],
+                    sampling=sampling,
                 )
                 for clip, piece in zip(pending, spoken, strict=True):
                     clip.spoken.append(piece)
@@ -155,7 +196,8 @@ class Speaker:
                 on_spoken(min(first + batch_size, len(clips)))
         return [self._speech(clip) for clip in clips]
 
-    def _prompt(self, clip: "_Clip", reference: Voice | None, scene: str | None) -> Example:
+    def _prompt(self, clip: "_Clip") -> Example:
+        reference, scene = clip.request.voice, clip.request.scene
         in_scene = reference is not None and self.reference_place == "scene"
         context = [reference] if reference is not None and not in_scene else []
         if clip.spoken:
@@ -192,11 +234,11 @@ class Speaker:
 class _Clip:
     """A text on its way: its pieces, and those already spoken."""
 
-    def __init__(self, text: str, seed: int, max_seconds: float | None) -> None:
-        self.text = text
-        self.seed = seed
+    def __init__(self, request: Request, max_seconds: float | None) -> None:
+        self.request = request
+        self.text = normalize_text(request.text)
         self.max_seconds = max_seconds
-        self.pieces = split_text(text)
+        self.pieces = split_text(self.text)
         self.spoken: list[Generated] = []
         if not self.pieces:
             raise InputError("there is no text to speak")
@@ -220,6 +262,38 @@ def _trained_place(adapter: Path | None, checkpoint: Path | None) -> ReferencePl
     return place
 
 
+def load_base(
+    model: str | Path | None,
+    adapter: Path | None,
+    *,
+    codec: str | Path | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    quantize: Quantize | None = None,
+) -> ModelAndTokenizers:
+    """A base, without the adapter whose folder may name it and its codec. Raises CheckpointError, ConfigError."""
+    if adapter is not None:
+        card = adapter_card(adapter)
+        if model is None:
+            model = read_json(adapter / "adapter_config.json", "").get("base_model_name_or_path")
+            revision = revision or card.get("revision")
+        codec = codec or card.get("codec")
+    if model is None:
+        raise InputError("name a base (--model) or an adapter (--adapter)")
+    try:
+        return load_model_and_tokenizers(
+            model, codec=codec, dtype=dtype, device=device, revision=revision, quantize=quantize
+        )
+    except CheckpointError as error:
+        if adapter is None:
+            raise
+        raise CheckpointError(
+            f"{error}\n(the adapter {adapter} names its base and codec; where they have moved, say so with --model and "
+            "--codec)"
+        ) from error
+
+
 def load_speaker(
     model: str | Path | None = None,
     adapter: str | Path | None = None,
@@ -238,25 +312,7 @@ def load_speaker(
     ConfigError.
     """
     folder = find_adapter(adapter) if adapter is not None else None
-    if folder is not None:
-        card = adapter_card(folder)
-        if model is None:
-            model = read_json(folder / "adapter_config.json", "").get("base_model_name_or_path")
-            revision = revision or card.get("revision")
-        codec = codec or card.get("codec")
-    if model is None:
-        raise InputError("name a base (--model) or an adapter (--adapter)")
-    try:
-        loaded = load_model_and_tokenizers(
-            model, codec=codec, dtype=dtype, device=device, revision=revision, quantize=quantize
-        )
-    except CheckpointError as error:
-        if folder is None:
-            raise
-        raise CheckpointError(
-            f"{error}\n(the adapter {folder} names its base and codec; where they have moved, say so with --model and "
-            "--codec)"
-        ) from error
+    loaded = load_base(model, folder, codec=codec, dtype=dtype, device=device, revision=revision, quantize=quantize)
     return Speaker(loaded, folder, reference_place=reference_place, whisper=whisper)
 
 

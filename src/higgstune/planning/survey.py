@@ -13,10 +13,8 @@ from transformers import HiggsAudioV2Config
 
 from higgstune.batch.packed import Packed, pack
 from higgstune.batch.packing import Pack, PackSampler
-from higgstune.data.store import CodeStore
-from higgstune.data.whisper_features import WhisperFeatures
 from higgstune.diagnosis.checkpoint import brings_audio_attention, read_config
-from higgstune.errors import CheckpointError, DataError
+from higgstune.errors import CheckpointError
 from higgstune.hub import fetch
 from higgstune.model.conditioning import CONDITIONING_KEY, Conditioning, WhisperShape
 from higgstune.model.layout import read_json
@@ -24,6 +22,7 @@ from higgstune.model.load import CODEC_FOLDER, load_tokenizer
 from higgstune.prompt.example import Prompter, SpecialIds
 from higgstune.prompt.rows import Rendering, RowExamples
 from higgstune.prompt.template import AUDIO_IN
+from higgstune.training.data import TrainingData
 from higgstune.training.recipe import Recipe, Stage
 
 
@@ -35,7 +34,7 @@ class Survey:
     config: HiggsAudioV2Config
     own: Conditioning  # what the checkpoint brings
     trained: Conditioning  # with what the recipe adds
-    store: CodeStore
+    data: TrainingData
     prompter: Prompter
     rendering: Rendering
 
@@ -69,13 +68,11 @@ def survey(recipe: Recipe) -> Survey:
     """Raises CheckpointError, DataError or ConfigError for what is missing or does not fit."""
     folder = fetch(recipe.model.checkpoint, what="checkpoint", revision=recipe.model.revision, weights=False)
     config = read_config(folder)
-    store = CodeStore.open(recipe.data.store)
-    if not len(store.split("train")):
-        raise DataError(f"{store.folder} has no training rows")
+    data = TrainingData.open(recipe)
     prompter = Prompter(load_tokenizer(folder, config), SpecialIds.from_config(config))
     features = shape = None
     if recipe.model.whisper is not None:
-        features = WhisperFeatures.open(store.folder, recipe.model.whisper)
+        features = data.features(recipe.model.whisper)
         index, token_id = features.index, prompter.heard_id
         if not isinstance(token_id, int):
             raise CheckpointError(f"the tokenizer in {folder} has no {AUDIO_IN}: it cannot hear through Whisper")
@@ -86,7 +83,7 @@ def survey(recipe: Recipe) -> Survey:
     own = _own_conditioning(folder)
     attention = bool(recipe.model.audio_attention) or own.audio_attention
     trained = Conditioning(audio_attention=attention, whisper=shape)
-    return Survey(folder, config, own, trained, store, prompter, Rendering(recipe.data.reference, features))
+    return Survey(folder, config, own, trained, data, prompter, Rendering(recipe.data.reference, features))
 
 
 def packs_of(seen: Survey, recipe: Recipe, stage: Stage, *, split: str = "train") -> Packs | None:
@@ -103,7 +100,7 @@ def packs_of(seen: Survey, recipe: Recipe, stage: Stage, *, split: str = "train"
 
 def row_examples(seen: Survey, stage: Stage, split: str) -> RowExamples:
     """The examples of a split, as the stage labels them."""
-    return RowExamples(seen.store.split(split), seen.prompter, stage.text_targets, seen.rendering)
+    return RowExamples(seen.data.rows(split), seen.prompter, stage.text_targets, seen.rendering)
 
 
 def stored_bytes(folder: Path) -> dict[str, int]:

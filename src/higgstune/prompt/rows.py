@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from higgstune.data.replay import MixedRows
 from higgstune.data.store import Context, Row, SplitView
 from higgstune.errors import DataError
 from higgstune.prompt.example import Audio, Example, Heard, Prompter, TextTargets
@@ -134,7 +135,7 @@ class RowExamples:
         return self._lengths
 
     def _measured(self) -> NDArray[np.int64]:
-        outlines = self.rows.outlines() if isinstance(self.rows, SplitView) else iter(self.rows)
+        outlines = self.rows.outlines() if isinstance(self.rows, SplitView | MixedRows) else iter(self.rows)
         lengths: list[int] = []
         while rows := list(islice(outlines, _TOKENIZED_AT_ONCE)):
             try:

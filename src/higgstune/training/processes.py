@@ -52,6 +52,14 @@ class Processes:
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
+    def of_all(self, value: Value) -> list[Value]:
+        """Every process' value, in all of them."""
+        if self._group is None:
+            return [value]
+        box: list[Value] = [value] * self.count
+        dist.all_gather_object(box, value, group=self._group)
+        return box
+
     def largest(self, value: int) -> "Agreement":
         """Ask for the largest of all processes' values; all must ask."""
         box = torch.tensor(value)

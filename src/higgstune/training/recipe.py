@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from higgstune.batch.packing import PackSize
 from higgstune.errors import ConfigError
+from higgstune.evaluation.choice import Expression
 from higgstune.files import write_file
 from higgstune.model.adapters import Lora, StageKind
 from higgstune.model.quantize import Quantize
@@ -61,6 +62,13 @@ class ModelSettings(_Strict):
         return "lora" if value is True else value
 
 
+class Replay(_Strict):
+    """Rows of another store that are trained on as well, against forgetting."""
+
+    store: str = Field(description="folder that `higgstune prepare` wrote, with the same codec")
+    share: float = Field(0.1, gt=0, lt=1, description="of all rows of an epoch")
+
+
 class DataSettings(_Strict):
     """What is trained on."""
 
@@ -68,7 +76,38 @@ class DataSettings(_Strict):
     reference: ReferencePlace = Field(
         "turn", description="a row's reference: an earlier turn with its words, or a voice in the scene"
     )
+    replay: Replay | None = Field(None, description="rows of another store among them, against forgetting")
     workers: int = Field(0, ge=0, description="processes that build examples; 0: the training process itself")
+
+
+class EvaluationSettings(_Strict):
+    """What is spoken and measured at each validation, and which checkpoint a stage ends with."""
+
+    clips: int = Field(4, ge=0, description="texts that are spoken at each validation; 0: none")
+    texts: str | None = Field(
+        None, description="a file of sentences, meta.lst or a built-in language; validation rows where not given"
+    )
+    seed: int = Field(0, ge=0, lt=1 << 32, description="of what is spoken, the same at each validation")
+    temperature: float = Field(1.0, ge=0, description="of what is spoken; 0 is greedy")
+    asr: str | None = Field(None, description="judge of what is said: a Whisper checkpoint, or a command")
+    speaker_judge: str | None = Field(None, description="judge of whose voice it is: a WavLM checkpoint, or a command")
+    quality_judge: str | None = Field(None, description="judge of naturalness: distillmos, or a command")
+    gates: tuple[str, ...] | None = Field(None, description="conditions over metrics that a checkpoint must meet")
+    rank: str | None = Field(None, description="expression over metrics; the highest is best")
+    choose: Literal["best", "last"] = Field(
+        "best", description="a stage ends with the best evaluated checkpoint, or with its last step"
+    )
+    patience: int | None = Field(None, ge=1, description="evaluations without a better one after which a stage ends")
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        for text in (*(self.gates or ()), *([] if self.rank is None else [self.rank])):
+            Expression(text)
+        if self.clips == 0:
+            given = [name for name in ("texts", "gates", "rank", "patience") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"{', '.join(given)} have no effect with clips: 0, where nothing is spoken")
+        return self
 
 
 class Stage(_Strict):
@@ -150,6 +189,7 @@ class Recipe(_Strict):
     data: DataSettings
     lora: Lora = Lora()  # type: ignore[call-arg]
     stages: tuple[Stage, ...]
+    evaluation: EvaluationSettings = EvaluationSettings()  # type: ignore[call-arg]
     init_adapter: str | None = Field(None, description="adapter or run that the first stage goes on from")
     seed: int = Field(0, ge=0, lt=1 << 32, description="of the adapter's start and of the order of the clips")
     parallel: Literal["ddp", "fsdp"] = Field(
@@ -266,6 +306,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     node: type[BaseModel] = Recipe
     children: dict[str, type[BaseModel]] = {
         "model": ModelSettings, "data": DataSettings, "lora": Lora, "stages": Stage,
+        "evaluation": EvaluationSettings, "replay": Replay,
     }  # fmt: skip
     for part in location:
         node = children.get(str(part), node)

@@ -12,13 +12,17 @@ from accelerate import PartialState
 
 from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError, ConfigError, DataError, HiggstuneError, WorkError
+from higgstune.evaluation.judges import Judges, load_judges
+from higgstune.evaluation.run_report import write_run_report
 from higgstune.model.adapters import adapter_card, adapter_conditioning, check_directions, find_adapter
 from higgstune.model.conditioning import add_conditioning
 from higgstune.model.load import ModelAndTokenizers, choose_device, choose_dtype, load_model_and_tokenizers
 from higgstune.planning.at_training import RunMemory
 from higgstune.prompt.example import Prompter, SpecialIds
 from higgstune.prompt.rows import RowExamples
+from higgstune.training.data import TrainingData
 from higgstune.training.folder import RunFolder
+from higgstune.training.listening import rule_of, texts_to_speak
 from higgstune.training.processes import Processes
 from higgstune.training.recipe import Recipe, load_recipe
 from higgstune.training.setting import Setting, check_packs, find_setting
@@ -65,28 +69,32 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
 
 def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torch.device) -> RunResult:
     recipe = run.recipe
+    judges = _judges(recipe, device) if run.is_main else Judges()  # what was spoken is judged by one process
     memory = RunMemory(recipe)  # before anything is loaded: what is free then is what training may take
-    store = CodeStore.open(recipe.data.store)
+    data = TrainingData.open(recipe)
+    store = data.store
     loaded = _load(recipe, device, processes)
     check_store(store, loaded)
     _check_codebook_weights(recipe, loaded.config.num_codebooks)
     adapter = _first_adapter(recipe, loaded)
-    setting = find_setting(recipe, store, loaded)
+    setting = find_setting(recipe, data, loaded)
     _check_same_encoder(adapter, setting)
     add_conditioning(loaded.model, setting.conditioning)
     check_directions(loaded.model, recipe.lora, setting.conditioning, setting.attention)
     prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
     examples = {
-        name: RowExamples(store.split(name), prompter, "none", setting.rendering) for name in ("train", "validation")
+        name: RowExamples(data.rows(name), prompter, "none", setting.rendering) for name in ("train", "validation")
     }
     check_packs(recipe, list(examples.values()))
-    trained_on = {"store": [shard.sha256 for shard in store.shards], "base": setting.base_fingerprint}
+    trained_on = {**data.identity, "base": setting.base_fingerprint}
     if processes.of_main(trained_on) != trained_on:
         raise DataError(
             f"this process sees another store or base than the first one does: {store.folder} and {loaded.checkpoint} "
             "must be the same on all machines, and no preparation may be at work"
         )
     if run.is_main:
+        if recipe.evaluation.clips:
+            rule_of(recipe.evaluation, texts_to_speak(recipe.evaluation, store), store, judges)
         memory.warn()
         # Only now is the folder taken: a wrong store or checkpoint must not leave a run that cannot go on.
         run.begin(trained_on)
@@ -98,7 +106,7 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
             if base is None:
                 base = _load(recipe, device, processes)
                 add_conditioning(base.model, setting.conditioning)
-            job = Job(run, processes, stop, memory, device, base, store, setting, examples)
+            job = Job(run, processes, stop, memory, device, base, store, setting, examples, judges)
             run.finished(stage, train_stage(job, stage, adapter))
             if job.sharded:
                 del job, base
@@ -108,7 +116,14 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
         adapter = run.adapter(stage)
     assert adapter is not None
     run.close()
+    if run.is_main:
+        write_run_report(run.folder)
     return RunResult(run.folder, adapter, run.state["stages"])
+
+
+def _judges(recipe: Recipe, device: torch.device) -> Judges:
+    settings = recipe.evaluation
+    return load_judges(settings.asr, settings.speaker_judge, settings.quality_judge, device=str(device))
 
 
 def _load(recipe: Recipe, device: torch.device, processes: Processes) -> ModelAndTokenizers:
@@ -139,15 +154,13 @@ def _blaming_the_right_process(processes: Processes) -> Iterator[None]:
 
 
 def check_store(store: CodeStore, loaded: ModelAndTokenizers) -> None:
-    """Raises DataError unless the store has training rows, encoded by the checkpoint's codec."""
+    """Raises DataError unless the store was encoded by the checkpoint's codec."""
     if store.info.codec_revision != loaded.audio_tokenizer.revision:
         raise DataError(
             f"{store.folder} was encoded by the codec {store.info.codec} (revision {store.info.codec_revision}); this "
             f"checkpoint speaks through {loaded.codec} (revision {loaded.audio_tokenizer.revision}): prepare the data "
             "with that codec, or name the store's codec in the recipe (model.codec)"
         )
-    if not len(store.split("train")):
-        raise DataError(f"{store.folder} has no training rows")
 
 
 def _first_adapter(recipe: Recipe, loaded: ModelAndTokenizers) -> Path | None:

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from higgstune.data.store import CodeStore
-from higgstune.data.whisper_features import FeatureIndex, WhisperFeatures
+from higgstune.data.whisper_features import FeatureIndex, JoinedFeatures
 from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.model.adapters import AttentionTraining, base_fingerprint
 from higgstune.model.conditioning import Conditioning, WhisperShape, conditioning_of
@@ -12,6 +13,7 @@ from higgstune.model.load import ModelAndTokenizers
 from higgstune.model.quantize import is_quantized
 from higgstune.prompt.rows import Rendering, RowExamples, heard_clips, says_whisper
 from higgstune.prompt.template import AUDIO_IN
+from higgstune.training.data import TrainingData
 from higgstune.training.recipe import Recipe
 
 
@@ -25,7 +27,7 @@ class Setting:
     base_fingerprint: str
 
 
-def find_setting(recipe: Recipe, store: CodeStore, loaded: ModelAndTokenizers) -> Setting:
+def find_setting(recipe: Recipe, data: TrainingData, loaded: ModelAndTokenizers) -> Setting:
     """Raises ConfigError, DataError or CheckpointError when the recipe's conditioning cannot be."""
     own = conditioning_of(loaded.model)
     in_full = recipe.model.whisper is not None or recipe.model.audio_attention == "full"
@@ -43,18 +45,22 @@ def find_setting(recipe: Recipe, store: CodeStore, loaded: ModelAndTokenizers) -
         )
     features = shape = None
     if recipe.model.whisper is not None:
-        features = WhisperFeatures.open(store.folder, recipe.model.whisper)
-        _check_features(recipe, store, features)
+        features = data.features(recipe.model.whisper)
+        for store in data.stores:
+            _check_features(recipe, store, features)
         shape = _whisper_shape(features.index, loaded)
         if own.whisper is not None and own.whisper.revision != shape.revision:
             raise CheckpointError(
                 f"{loaded.checkpoint} was trained with a Whisper encoder of the revision {own.whisper.revision}, "
                 f"{recipe.model.whisper} has {shape.revision}: prepare with --whisper {loaded.checkpoint}"
             )
-    elif any(says_whisper(row) for row in store.contexts()):
-        raise DataError(
-            f'{store.folder} has audio parts with "as": "whisper", but no Whisper is configured: set model.whisper'
-        )
+    else:
+        for store in data.stores:
+            if any(says_whisper(row) for row in store.contexts()):
+                raise DataError(
+                    f'{store.folder} has audio parts with "as": "whisper", but no Whisper is configured: set '
+                    "model.whisper"
+                )
     return Setting(
         Conditioning(audio_attention=bool(recipe.model.audio_attention) or own.audio_attention, whisper=shape),
         recipe.model.audio_attention or "lora",
@@ -79,9 +85,9 @@ def check_packs(recipe: Recipe, splits: Sequence[RowExamples]) -> None:
             )
 
 
-def _check_features(recipe: Recipe, store: CodeStore, features: WhisperFeatures) -> None:
+def _check_features(recipe: Recipe, store: CodeStore, features: JoinedFeatures) -> None:
     needed = {sha256 for row in store.contexts() for sha256 in heard_clips(row, recipe.data.reference)}
-    if not needed:
+    if not needed and store.folder == Path(recipe.data.store):
         raise ConfigError(
             f"model.whisper has no effect: no row of {store.folder} has audio in a user or system turn, nor a "
             "reference in the scene (`prepare --references same_speaker` and data.reference: scene give each row one)"

@@ -1,21 +1,23 @@
 """One stage of a run: trained or gone on with, saved, and proven."""
 
 import gc
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer import TRAINER_STATE_NAME
 
 from higgstune.batch.padded import Batch, PaddedCollator
 from higgstune.data.store import CodeStore
 from higgstune.errors import Interrupted
+from higgstune.evaluation.clips import LISTENING
+from higgstune.evaluation.judges import Judges
 from higgstune.files import writing
 from higgstune.model.adapters import adapted_layers, add_lora, continue_lora, unload_adapter
 from higgstune.model.forward import with_training_forward
@@ -24,8 +26,10 @@ from higgstune.model.loss import LossWeights
 from higgstune.planning.at_training import RunMemory
 from higgstune.planning.layers import checkpoint_first
 from higgstune.prompt.rows import RowExamples, telling_split
+from higgstune.training.candidates import Candidates
 from higgstune.training.checkpoint import newest_checkpoint
 from higgstune.training.folder import RunFolder
+from higgstune.training.listening import Listening
 from higgstune.training.processes import Processes
 from higgstune.training.progress import ProgressReport
 from higgstune.training.recipe import Recipe, Stage
@@ -37,6 +41,7 @@ from higgstune.training.stopping import StopSignals
 from higgstune.training.trainer import HiggsAudioTrainer
 from higgstune.training.verify import probe_logits, verify_in_fresh_process, write_probe
 
+_LOG = logging.getLogger(__name__)
 _PROBE_CLIPS = 4
 
 
@@ -53,6 +58,7 @@ class Job:
     store: CodeStore
     setting: Setting
     examples: Mapping[str, RowExamples]  # by split
+    judges: Judges
 
     @property
     def recipe(self) -> Recipe:
@@ -79,21 +85,23 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
     train_rows, validation_rows = (
         job.examples[name].with_targets(stage.text_targets) for name in ("train", "validation")
     )
-    folder = run.stage_folder(stage)
-    found = newest_checkpoint(folder / "checkpoints") if run.is_main else None
+    found = newest_checkpoint(run.stage_folder(stage) / "checkpoints") if run.is_main else None
     checkpoint = job.processes.of_main(found)  # the same for all, also where one of them reads a file wrongly
-    has_validation = len(validation_rows) > 0
+    writer = _writer(job, stage)
+    listening = _listening(job, stage, writer)
+    evaluate = len(validation_rows) > 0 or listening is not None
     trainer = HiggsAudioTrainer(
         loaded,
-        _training_arguments(job, stage, evaluate=has_validation, evaluate_first=has_validation and checkpoint is None),
+        _training_arguments(job, stage, evaluate=evaluate, evaluate_first=evaluate and checkpoint is None),
         train_dataset=train_rows,
-        eval_dataset=validation_rows if has_validation else None,
+        eval_dataset=validation_rows if evaluate else None,
         model=model,
         weights=LossWeights(stage.text_weight, stage.audio_weight, stage.codebook_weights),
         batch_tokens=stage.pack_size.tokens,
         packs_per_step=run.packs_per_step(stage),
         full_learning_rate=stage.rate_of_full_modules,
-        callbacks=_callbacks(job, stage),
+        listening=listening,
+        callbacks=_callbacks(job, stage, writer),
     )
     if job.processes.count > 1:  # each draws a dropout of its own
         torch.manual_seed(recipe.seed + job.processes.rank)
@@ -116,6 +124,8 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
         # Without `Trainer`'s last line: its means are of this process alone, which may have gone on with the stage.
         "history": [entry for entry in trainer.state.log_history if "train_runtime" not in entry],
     }
+    if listening is not None and listening.candidates.entries:
+        result["chosen"] = _choose(trainer, listening.candidates, recipe.evaluation.choose)
     del trainer  # a second base has to fit beside it: gradients and moments go, which stand in circles
     gc.collect()
     _save_and_prove(job, stage, model, train_rows, result)
@@ -167,9 +177,8 @@ def _save_and_prove(job: Job, stage: Stage, model: PeftModel, rows: RowExamples,
 
 
 def _train_or_resume(trainer: HiggsAudioTrainer, checkpoint: Path | None) -> None:
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint is not None else None
-    if checkpoint is not None and state is not None and state.global_step >= state.max_steps:
-        trainer.take_over(checkpoint)  # it was stopped after its last step; `Trainer.train` would take one more
+    if checkpoint is not None and trainer.ended_at(checkpoint):
+        trainer.take_over(checkpoint)  # `Trainer.train` would take one more step
         return
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
@@ -177,6 +186,20 @@ def _train_or_resume(trainer: HiggsAudioTrainer, checkpoint: Path | None) -> Non
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressReport):
                 callback.close()
+
+
+def _choose(trainer: HiggsAudioTrainer, candidates: Candidates, which: Literal["best", "last"]) -> dict[str, Any]:
+    """Which evaluated step the stage ends with, and why; its weights are in the model then."""
+    told = candidates.told()
+    if which == "last":
+        return told | {"step": trainer.state.global_step, "rule": "the last step"}
+    if not told["healthy"]:
+        _LOG.warning(
+            "no evaluated step meets all conditions (%s): step %d breaks the fewest. Listen before you use it",
+            told["rule"], told["step"],
+        )  # fmt: skip
+    trainer.take_best()
+    return told
 
 
 def _training_arguments(job: Job, stage: Stage, *, evaluate: bool, evaluate_first: bool) -> TrainingArguments:
@@ -209,12 +232,33 @@ def _training_arguments(job: Job, stage: Stage, *, evaluate: bool, evaluate_firs
     )
 
 
-def _callbacks(job: Job, stage: Stage) -> list[TrainerCallback]:
+def _listening(job: Job, stage: Stage, writer: SummaryWriter | None) -> Listening | None:
+    if job.recipe.evaluation.clips == 0:
+        return None
+    return Listening(
+        job.loaded,
+        job.store,
+        job.recipe.evaluation,
+        job.run.stage_folder(stage) / LISTENING,
+        reference_place=job.recipe.data.reference,
+        judges=job.judges,
+        processes=job.processes,
+        together=job.sharded,
+        writer=writer,
+    )
+
+
+def _writer(job: Job, stage: Stage) -> SummaryWriter | None:
+    if "tensorboard" not in job.recipe.report_to or not job.run.is_main:
+        return None
+    return SummaryWriter(log_dir=str(job.run.stage_folder(stage) / "tensorboard"))
+
+
+def _callbacks(job: Job, stage: Stage, writer: SummaryWriter | None) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [ProgressReport(stage.name), job.stop]
-    if "tensorboard" in job.recipe.report_to and job.run.is_main:
+    if writer is not None:
         # Given its writer, the callback writes into the stage's folder; by itself it would hide below the checkpoints.
-        folder = job.run.stage_folder(stage) / "tensorboard"
-        callbacks.append(TensorBoardCallback(SummaryWriter(log_dir=str(folder))))
+        callbacks.append(TensorBoardCallback(writer))
     return callbacks
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from higgstune.batch.packed import Packed, positions, tensors_to, without_waitin
 from higgstune.batch.packing import PackSize
 from higgstune.codec import Codec
 from higgstune.errors import CheckpointError
+from higgstune.evaluation.choice import LOSS
 from higgstune.files import write_file
 from higgstune.model.adapters import ADAPTER_WEIGHTS
 from higgstune.model.forward import with_training_forward
@@ -29,6 +31,7 @@ from higgstune.model.load import ModelAndTokenizers
 from higgstune.model.loss import LossWeights, Sums, add_sums, combine, label_counts, zero_sums
 from higgstune.training.checkpoint import new_checkpoint, read_checkpoint
 from higgstune.training.finite import SKIPPED_STEPS, FiniteSteps
+from higgstune.training.listening import Listening
 from higgstune.training.metrics import check_possible, loss_metrics
 from higgstune.training.sharding import is_sharded
 from higgstune.training.state import (
@@ -68,6 +71,7 @@ class HiggsAudioTrainer(Trainer):
         batch_tokens: int | None = None,
         packs_per_step: int | None = None,
         full_learning_rate: float | None = None,
+        listening: Listening | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         """`model` is `loaded.model` with an adapter; without it, `loaded.model` itself is trained.
@@ -79,6 +83,9 @@ class HiggsAudioTrainer(Trainer):
         Modules that an adapter trains in full (peft's `modules_to_save`) have `full_learning_rate` as their peak, where
         it is given.
 
+        With `listening`, each validation also speaks, and the weights of the step that sounds best are kept for
+        `take_best`.
+
         The data sets are map-style and give `Example`s.
         """
         with_training_forward(loaded.model)
@@ -86,6 +93,8 @@ class HiggsAudioTrainer(Trainer):
         self.weights = weights or LossWeights()
         self.full_learning_rate = full_learning_rate
         self._eos_id: int = loaded.config.audio_stream_eos_id
+        self._listening = listening
+        self._best: dict[str, Tensor] = {}  # weights of the best step that was listened to, by the names they have
         self._window = _Window()
         self._steps = FiniteSteps(self._note_skipped)
         self._found: tuple[dict[str, Any], dict[str, Tensor]] | None = None  # in the checkpoint that is gone on from
@@ -174,8 +183,16 @@ class HiggsAudioTrainer(Trainer):
             self._steps.check_any_taken(of=self.state.global_step)
         return output
 
+    def ended_at(self, checkpoint: Path) -> bool:
+        """Whether nothing is to be trained after a checkpoint: it is of the last step, or patience had run out."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step >= state.max_steps or self._listening is None:
+            return state.global_step >= state.max_steps
+        self._listening.candidates.entries = list(read_checkpoint(checkpoint)["candidates"])
+        return self._listening.candidates.exhausted
+
     def take_over(self, checkpoint: Path) -> None:
-        """The weights and the state of a checkpoint of the last step, after which there is nothing to train.
+        """The weights and the state of a checkpoint after which there is nothing to train.
 
         Raises as `train`.
         """
@@ -183,6 +200,7 @@ class HiggsAudioTrainer(Trainer):
         assert self._found is not None
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self._steps.skipped = self._found[0]["skipped_steps"]
+        self._take_over_best(*self._found)
         self._found = None
         self._steps.check_any_taken(of=self.state.global_step)
 
@@ -281,7 +299,7 @@ class HiggsAudioTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Losses over the whole validation split, each labelled cell counted once.
+        """Losses over the whole validation split, each labelled cell counted once; and what is spoken, measured.
 
         Raises TrainingError when the audio loss is lower than unseen audio allows.
         """
@@ -289,22 +307,60 @@ class HiggsAudioTrainer(Trainer):
         assert self.model is not None
         model = self._wrap_model(self.model, training=False)
         model.eval()
+        named = self._losses(model, self.eval_dataset if eval_dataset is None else eval_dataset, metric_key_prefix)
+        if self._listening is not None:
+            named |= self._listen(self._listening, named, metric_key_prefix)
+        self.log(named)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        self._window.since += time.monotonic() - started  # evaluation is not training time
+        check_possible(named.get(f"{metric_key_prefix}_code_loss", math.nan), step=self.state.global_step)
+        if self._listening is not None and self._listening.candidates.exhausted:
+            self.control.should_training_stop = True
+        return named
+
+    def _losses(self, model: nn.Module, examples: Any, prefix: str) -> dict[str, float]:
+        """Of a split, which may have no rows."""
+        if not len(examples):
+            return {}
         sums, counts = zero_sums(self.loaded.config.num_codebooks, self.args.device)
         with torch.no_grad():
-            for batch in self._loader(self.eval_dataset if eval_dataset is None else eval_dataset, seed=None):
+            for batch in self._loader(examples, seed=None):
                 inputs = self._prepare_inputs(batch)
                 with self.accelerator.autocast():
                     sums = add_sums([sums, model(**inputs)])
                 counts = add_sums([counts, label_counts(inputs, eos_id=self._eos_id)])
-        if is_sharded(self.model):  # after a forward pass without a backward one, FSDP leaves its root gathered
-            self.model.reshard()  # type: ignore[operator]
+        self._reshard()
         metrics = loss_metrics(self._over_ranks(sums), self._over_ranks(counts), self.weights)
-        named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
-        self.log(named)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
-        self._window.since += time.monotonic() - started  # evaluation is not training time
-        check_possible(metrics["code_loss"], step=self.state.global_step)
-        return named
+        return {f"{prefix}_{key}": value for key, value in metrics.items()}
+
+    def _reshard(self) -> None:
+        if is_sharded(self.model):  # after a forward pass without a backward one, FSDP leaves its root gathered
+            self.model.reshard()  # type: ignore[union-attr, operator]
+
+    def _listen(self, listening: Listening, losses: Mapping[str, float], prefix: str) -> dict[str, float]:
+        """What was spoken, measured; keeps the weights where nothing before sounded better."""
+        assert isinstance(self.model, nn.Module)
+        started = time.monotonic()
+        with self.accelerator.autocast():
+            measures = listening.listen(self.model, self.state.global_step)
+        self._reshard()
+        loss = {LOSS: losses[f"{prefix}_{LOSS}"]} if losses else {}
+        if listening.candidates.add(self.state.global_step, measures | loss):
+            # Copies: on a CPU the state is the parameters themselves, which are trained on.
+            self._best = {name: value.clone() for name, value in trained_state(self.model).items()}
+        seconds = {"listening_seconds": time.monotonic() - started}
+        return {f"{prefix}_{key}": value for key, value in (measures | seconds).items()}
+
+    def take_best(self) -> None:
+        """Go back to the weights of the step that sounded best; all processes together."""
+        parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}  # type: ignore[union-attr]
+        if self._best:
+            set_weights(parameters, self._best)
+
+    def _take_over_best(self, notes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        if self._listening is not None:
+            self._listening.candidates.entries = list(notes["candidates"])
+            self._best = part("best", tensors)
 
     def _over_ranks(self, values: Sums) -> Sums:
         if self.accelerator.num_processes == 1:
@@ -327,6 +383,7 @@ class HiggsAudioTrainer(Trainer):
         tensors = {
             **under("optimizer", optimizer_tensors(optimizer, trained_parameters(self.model))),
             **under("random", random_states()),
+            **under("best", self._best),
             **under("window", self._over_ranks(self._window.tensors(loss=self._tr_loss / self.args.world_size))),
         }
         if self.args.should_save:
@@ -340,6 +397,7 @@ class HiggsAudioTrainer(Trainer):
                 "window_seconds": time.monotonic() - self._window.since,
                 "rates": [group["lr"] for group in optimizer.param_groups],
                 "scheduler": self.lr_scheduler.state_dict(),
+                "candidates": self._listening.candidates.entries if self._listening is not None else [],
             }
             limit = self.args.save_total_limit
             with new_checkpoint(self._folder, self.state.global_step, notes, keep=limit) as folder:
@@ -390,6 +448,7 @@ class HiggsAudioTrainer(Trainer):
             self._steps.skipped = notes["skipped_steps"]
             self._steps.in_a_row = notes["skipped_in_a_row"]
             self._forget_skipped(after=notes["step"])
+            self._take_over_best(notes, tensors)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter alone, as peft writes it; no pickled training arguments beside it."""

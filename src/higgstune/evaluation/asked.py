@@ -1,0 +1,204 @@
+"""What a model is asked to say for an evaluation, and what that is held against: texts, voices, recordings."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from higgstune.codec import Codec
+from higgstune.data.store import CodeStore, Row, SplitView
+from higgstune.errors import DataError
+from higgstune.evaluation.clips import VOICES_FOLDER, Clip
+from higgstune.evaluation.texts import Sentence
+from higgstune.files import write_file
+from higgstune.generate.sampling import Sampling
+from higgstune.generate.speak import Request, Speaker, Voice
+from higgstune.generate.wav import write_wav
+from higgstune.prompt.template import DEFAULT_SCENE
+
+UNNAMED = "unnamed"  # the speaker of rows that name none
+_VOICE_CLIPS = 8  # recordings of a speaker that voices are compared with
+_SPEECH = "speech"  # folder of what was spoken
+_RECORDINGS = "recordings"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One text to be spoken: what the model is given, and what is known of how it should come out."""
+
+    id: str
+    request: Request
+    clip: Clip  # without its audio: `file` is where it will lie
+
+
+def ask_rows(rows: Iterable[Row], speaker: Speaker, folder: Path, *, seed: int) -> list[Asked]:
+    """The texts of a store's rows, in their voices and scenes, and their recordings through the codec.
+
+    Recordings and references are written below `folder`. Conversations are passed over: they are no texts to be read.
+    """
+    return [_ask_row(row, speaker, folder, seed) for row in rows if row.messages is None]
+
+
+def ask_sentences(sentences: Sequence[Sentence], speaker: Speaker, *, seed: int, voice_of: str | None) -> list[Asked]:
+    """The sentences of a test set; `voice_of` is the speaker whose voice is expected where a sentence names none.
+
+    Raises DataError for a reference that cannot be read.
+    """
+    voices: dict[tuple[Path, str], Voice] = {}
+    asked = []
+    for sentence in sentences:
+        voice = None
+        if sentence.reference is not None:
+            key = sentence.reference, sentence.reference_text or ""
+            voice = voices[key] = voices.get(key) or speaker.reference(*key)
+        expected = sentence.speaker or (voice_of if voice is None else None)
+        clip = Clip(
+            sentence.id,
+            Path(),
+            sentence.text,
+            language=sentence.language,
+            speaker=expected,
+            reference=sentence.reference,
+            reference_text=sentence.reference_text,
+            recording=sentence.recording,
+            seed=seed,
+        )
+        asked.append(Asked(sentence.id, Request(sentence.text, voice, DEFAULT_SCENE, seed), clip))
+    return asked
+
+
+def some_rows(rows: SplitView, count: int) -> list[Row]:
+    """The first utterances of every speaker in turn, at the most `count` of them."""
+    seen: Counter[str | None] = Counter()
+    ranked = []
+    for index, row in enumerate(rows.outlines()):
+        if row.messages is None:
+            ranked.append((seen[row.speaker], index))
+            seen[row.speaker] += 1
+    return [rows[index] for _, index in sorted(ranked)[:count]]
+
+
+def speakers_of(store: CodeStore) -> list[str]:
+    """Names of those who speak in the training rows that are no conversations."""
+    train = store.light.slice(0, len(store.split("train")))
+    spoken = train.filter(train["messages"].is_null())
+    return sorted({name or UNNAMED for name in spoken["speaker"].to_pylist()})
+
+
+def write_voices(store: CodeStore, codec: Codec, folder: Path) -> dict[str, list[Path]]:
+    """Recordings of each speaker of the training split, through the codec, below `folder`; by speaker."""
+    voices: dict[str, list[Path]] = {}
+    chosen: dict[str, list[int]] = {}
+    train = store.split("train")
+    for index, row in enumerate(train.outlines()):
+        if row.messages is None:
+            chosen.setdefault(row.speaker or UNNAMED, []).append(index)
+    for name, indices in chosen.items():
+        spread = np.unique(np.linspace(0, len(indices) - 1, _VOICE_CLIPS).round().astype(int))
+        place = folder / VOICES_FOLDER / file_name(name)
+        for row in (train[indices[i]] for i in spread):
+            voices.setdefault(name, []).append(_decoded(row.codes, codec, place / f"{file_name(row.id)}.wav"))
+    return voices
+
+
+def speak_asked(
+    asked: Sequence[Asked],
+    speaker: Speaker,
+    folder: Path,
+    *,
+    system: str,
+    sampling: Sampling,
+    batch_size: int = 8,
+    progress: Callable[[str, int, int], None] | None = None,
+    what: str = "speaking",
+) -> list[Clip]:
+    """Speak what is asked into `folder`; what was spoken before by the same system is kept.
+
+    `system` names model, adapter and codec by their content. A clip is known by it, its text, seed, voice and sampling.
+    """
+    places = [folder / _SPEECH / f"{_key(item.request, system, sampling)}.json" for item in asked]
+    missing = [index for index, place in enumerate(places) if _known(place) is None]
+    for first in range(0, len(missing), batch_size):
+        batch = missing[first : first + batch_size]
+        spoken = speaker.say_each([asked[index].request for index in batch], sampling=sampling, batch_size=batch_size)
+        for index, speech in zip(batch, spoken, strict=True):
+            write_wav(places[index].with_suffix(".wav"), speech.waveform, speech.sample_rate)
+            note = {
+                "text": speech.text,
+                "seed": asked[index].request.seed,
+                "hit_cap": speech.hit_cap,
+                "system": system,
+            }
+            write_file(places[index], json.dumps(note, ensure_ascii=False))
+        if progress is not None:
+            progress(what, first + len(batch), len(missing))
+    return [_spoken(item, place) for item, place in zip(asked, places, strict=True)]
+
+
+def file_name(name: str) -> str:
+    """A name for the file of an id or a speaker, whatever characters that has."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:40]
+    return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _ask_row(row: Row, speaker: Speaker, folder: Path, seed: int) -> Asked:
+    place = folder / _RECORDINGS
+    recording = _decoded(row.codes, speaker.codec, place / f"{file_name(row.audio_sha256)}.wav")
+    voice = reference = None
+    if row.reference_codes is not None:
+        name = file_name(row.reference_sha256 or row.reference_id or row.id)
+        reference = _decoded(row.reference_codes, speaker.codec, place / f"{name}.wav")
+        words = row.reference_text or ""
+        voice = speaker.reference(reference, words) if speaker.hears else Voice(words, row.reference_codes)
+    scene = DEFAULT_SCENE if row.scene is None else row.scene
+    clip = Clip(
+        row.id,
+        Path(),
+        row.text,
+        language=row.language,
+        speaker=row.speaker or UNNAMED,
+        reference=reference,
+        reference_text=row.reference_text,
+        recording=recording,
+        seed=seed,
+    )
+    return Asked(row.id, Request(row.text, voice, scene, seed), clip)
+
+
+def _decoded(codes: np.ndarray, codec: Codec, path: Path) -> Path:
+    if not path.exists():
+        write_wav(path, codec.decode(codes), codec.sample_rate)
+    return path
+
+
+def _key(request: Request, system: str, sampling: Sampling) -> str:
+    voice = None
+    if request.voice is not None:
+        heard = request.voice.heard
+        parts = [request.voice.codes] if heard is None else [heard.features]
+        voice = [request.voice.text, *(hashlib.sha256(part.tobytes()).hexdigest() for part in parts)]
+    said = [system, request.text, request.scene, request.seed, voice, asdict(sampling)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:24]
+
+
+def _known(place: Path) -> dict[str, Any] | None:
+    if not (place.is_file() and place.with_suffix(".wav").is_file()):
+        return None
+    try:
+        note: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{place} is damaged ({error}): remove it, and it will be spoken again") from error
+    return note
+
+
+def _spoken(item: Asked, place: Path) -> Clip:
+    note = _known(place)
+    assert note is not None
+    values = {**vars(item.clip), "file": place.with_suffix(".wav"), "hit_cap": note["hit_cap"]}
+    return Clip(**values)

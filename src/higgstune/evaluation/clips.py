@@ -1,0 +1,119 @@
+"""A folder of clips to be judged: `clips.jsonl`, its audio, and recordings of the voices that should be heard.
+
+FOLDER/
+  clips.jsonl              one clip a line: the fields of `Clip`, paths as seen from the folder
+  0001.wav ...
+  voices/SPEAKER/*.wav     recordings of the speakers, to compare voices with
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from higgstune.data.audio import AUDIO_SUFFIXES
+from higgstune.data.import_folder import read_folder
+from higgstune.data.rejection import RowError
+from higgstune.data.source import is_within
+from higgstune.errors import DataError
+from higgstune.files import write_file
+
+CLIPS_FILE = "clips.jsonl"
+VOICES_FOLDER = "voices"
+LISTENING = "listening"  # folder of a stage: clips that it spoke while it was trained
+_PATHS = ("file", "reference", "recording")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One generated clip, and what it should be. Only `id`, `file` and `text` must be known."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    id: str
+    file: Path
+    text: str  # what it should say
+    language: str | None = None  # ISO 639-1
+    speaker: str | None = None  # whose voice it should have: a folder of `voices/`
+    reference: Path | None = None  # the recording that was given to imitate
+    reference_text: str | None = None  # what is said in it
+    recording: Path | None = None  # a person's recording of the same text
+    seed: int | None = None
+    hit_cap: bool | None = None  # the frame cap ended it; where not known, its duration tells
+
+
+_CLIP = TypeAdapter(Clip)
+
+
+def read_clips(folder: str | Path) -> list[Clip]:
+    """The clips of a folder: of its `clips.jsonl`, or, without one, of audio files with a .txt beside each.
+
+    Raises DataError for a wrong row, a file that is missing or outside of the folder, or where there is no clip.
+    """
+    folder = Path(folder)
+    index = folder / CLIPS_FILE
+    if index.is_file():
+        lines = index.read_text(encoding="utf-8").splitlines()
+        clips = [_parsed(folder, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    else:
+        clips = _of_recordings(folder)
+    if not clips:
+        raise DataError(f"{folder} has no clips: neither {CLIPS_FILE} nor audio files with a .txt beside each")
+    ids = [clip.id for clip in clips]
+    if twice := next((name for name in ids if ids.count(name) > 1), None):
+        raise DataError(f"{folder}: two clips have the id {twice}: give each its own")
+    return clips
+
+
+def read_voices(folder: str | Path) -> dict[str, list[Path]]:
+    """The recordings of each speaker below `voices/`, by name; empty where there are none."""
+    voices = Path(folder) / VOICES_FOLDER
+    found = {
+        speaker.name: sorted(path for path in speaker.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES)
+        for speaker in sorted(voices.iterdir() if voices.is_dir() else ())
+        if speaker.is_dir()
+    }
+    return {name: files for name, files in found.items() if files}
+
+
+def write_clips(folder: Path, clips: Sequence[Clip]) -> None:
+    """Write `clips.jsonl` for clips whose files lie below the folder. Raises WorkError where the disk refuses."""
+    rows = [asdict(clip) for clip in clips]
+    for row in rows:
+        row |= {key: row[key].relative_to(folder).as_posix() for key in _PATHS if row[key] is not None}
+    text = "".join(
+        json.dumps({key: value for key, value in row.items() if value is not None}, ensure_ascii=False) + "\n"
+        for row in rows
+    )
+    write_file(folder / CLIPS_FILE, text)
+
+
+def _parsed(folder: Path, number: int, line: str) -> Clip:
+    where = f"{folder / CLIPS_FILE}, line {number}"
+    try:
+        values: Any = json.loads(line)
+        clip = _CLIP.validate_python(values)
+    except (ValueError, RecursionError, ValidationError) as error:
+        raise DataError(f"{where}: {error}") from error
+    places = {key: folder / getattr(clip, key) for key in _PATHS if getattr(clip, key) is not None}
+    for key, path in places.items():
+        if not is_within(path, folder):
+            raise DataError(f"{where}: {key} leaves the folder: {path}")
+        if not path.is_file():
+            raise DataError(f"{where}: {key} is missing: {path}")
+    return replace(clip, **places)
+
+
+def _of_recordings(folder: Path) -> list[Clip]:
+    clips = []
+    for row in read_folder(folder):
+        name = Path(row.location)
+        if name.is_relative_to(VOICES_FOLDER):
+            continue
+        if isinstance(row.content, RowError):
+            raise DataError(f"{folder / name}: {row.content}")
+        clips.append(Clip(name.with_suffix("").as_posix(), folder / name, (row.content.text or "").strip()))
+    return clips

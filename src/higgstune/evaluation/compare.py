@@ -1,0 +1,209 @@
+"""The verb `compare`: several runs speak the same texts with the same seeds; one table and one page."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from higgstune.errors import ConfigError
+from higgstune.evaluation.choice import Choice, Expression, Rule, choose
+from higgstune.evaluation.clips import Clip
+from higgstune.evaluation.evaluate import BASE, RECORDINGS, VALIDATION, Progress, SetResult, evaluate
+from higgstune.evaluation.metrics import METRICS, Difference, Evaluation
+from higgstune.evaluation.run_report import evaluations_of, facts_of
+from higgstune.evaluation.score import compare as differences_of
+from higgstune.files import write_file
+from higgstune.generate.sampling import Sampling
+from higgstune.model.adapters import RUN_STATE, adapter_card
+from higgstune.model.layout import read_json
+from higgstune.report.compare import Comparison, Contender, write_comparison
+from higgstune.report.measures import System
+from higgstune.report.players import Item, Section, badness, take_of
+
+_MOST_TEXTS = 40  # with players
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """What `compare` found, by the systems' names, in the order in which they were given."""
+
+    evaluations: dict[str, Evaluation]
+    differences: dict[str, dict[str, Difference]]  # of each but the first from it
+    best: str
+    rule: str
+    choice: Choice
+    page: Path
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the clips' rows."""
+        return {
+            "systems": {
+                name: {key: value for key, value in asdict(found).items() if key != "clips"}
+                for name, found in self.evaluations.items()
+            },
+            "differences": {
+                name: {metric: asdict(difference) for metric, difference in found.items()}
+                for name, found in self.differences.items()
+            },
+            "best": self.best,
+            "rule": self.rule,
+            "broken": dict(zip(self.evaluations, self.choice.broken, strict=True)),
+            "page": str(self.page),
+        }
+
+
+@dataclass(frozen=True)
+class _System:
+    """A run, an adapter, a base or a folder of clips, evaluated."""
+
+    target: Path
+    evaluation: Evaluation
+    clips: dict[str, Clip]  # by id
+    recordings: dict[str, Clip]
+    facts: dict[str, str]
+    stages: dict[str, Any]
+
+
+def compare(
+    targets: Sequence[str | Path],
+    *,
+    out: str | Path,
+    texts: str = VALIDATION,
+    data: str | Path | None = None,
+    gates: Sequence[str] | None = None,
+    rank: str | None = None,
+    asr: str | None = None,
+    speaker_judge: str | None = None,
+    quality_judge: str | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    command: Sequence[str] = (),
+) -> ComparisonResult:
+    """Evaluate two or more runs, adapters, bases or folders of clips on the same texts, and write a page into `out`.
+
+    The first one is what the others are held against. `gates` and `rank` say which is best (see `choice.Rule`);
+    `command` is what made the page. `out` is a folder; what is spoken is kept in it, as in `evaluate`.
+
+    Raises as `evaluate`; DataError where systems did not speak the same texts.
+    """
+    places = [Path(target) for target in targets]
+    if len(places) < 2:
+        raise ConfigError("compare needs two or more runs, adapters, bases or folders of clips")
+    names = _names(places)
+    for text in (*(gates or ()), *([] if rank is None else [rank])):
+        Expression(text)  # what is wrong with it is told before anything is spoken
+    if data is None and texts == VALIDATION:
+        data = _store_of(places)
+    out = Path(out)
+    systems = {}
+    for name, place in zip(names, places, strict=True):
+        found = evaluate(
+            place, texts=texts, out=out / name, data=data, base=False, asr=asr, speaker_judge=speaker_judge,
+            quality_judge=quality_judge, sampling=sampling, seed=seed, limit=limit, batch_size=batch_size,
+            device=device, dtype=dtype, progress=progress,
+        )  # fmt: skip
+        systems[name] = _system(place, found.adapter, found.texts)
+    evaluations = {name: system.evaluation for name, system in systems.items()}
+    first = evaluations[names[0]]
+    differences = {name: differences_of(first, evaluations[name], seed=seed) for name in names[1:]}
+    rule, choice = _choose(evaluations, gates, rank)
+    page = out / "compare.html"
+    result = ComparisonResult(evaluations, differences, names[choice.best], str(rule), choice, page)
+    write_comparison(_page(systems, result, texts, seed, command), page)
+    write_file(out / "compare.json", json.dumps(result.as_json(), indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def _names(places: Sequence[Path]) -> list[str]:
+    """The folders' names; with their parents' where two are the same."""
+    for depth in range(1, 5):
+        names = ["-".join(place.resolve().parts[-depth:]) for place in places]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(f"one folder is given twice: {', '.join(map(str, places))}")
+
+
+def _store_of(places: Sequence[Path]) -> str | None:
+    """The store that the first of the runs was trained on: all speak its rows."""
+    for place in places:
+        if (place / RUN_STATE).is_file():
+            state = read_json(place / RUN_STATE, "")
+            if "adapter" in state:
+                store: str | None = (
+                    adapter_card(place / state["adapter"]).get("recipe", {}).get("data", {}).get("store")
+                )
+                return store
+    return None
+
+
+def _system(target: Path, adapter: Path | None, found: SetResult) -> _System:
+    name = next(name for name in reversed(found.systems) if name != RECORDINGS)
+    state = read_json(target / RUN_STATE, "") if (target / RUN_STATE).is_file() else {"stages": {}}
+    card = {} if adapter is None else adapter_card(adapter)
+    return _System(
+        target,
+        found.systems[name],
+        {clip.id: clip for clip in found.clips[name]},
+        {clip.id: clip for clip in found.clips.get(RECORDINGS, [])},
+        {"folder": str(target), **facts_of(card, state["stages"])} if name != BASE else {"folder": str(target)},
+        state["stages"],
+    )
+
+
+def _choose(evaluations: dict[str, Evaluation], gates: Sequence[str] | None, rank: str | None) -> tuple[Rule, Choice]:
+    measures = [{name: estimate.value for name, estimate in found.summary.items()} for found in evaluations.values()]
+    measured = [metric.name for metric in METRICS if all(metric.name in found for found in measures)]
+    rule = Rule.of(gates, rank, measured)
+    steps = [found | {"step": -number} for number, found in enumerate(measures)]  # of equals the one named first
+    return rule, choose(steps, rule)
+
+
+def _page(
+    systems: dict[str, _System], result: ComparisonResult, texts: str, seed: int, command: Sequence[str]
+) -> Comparison:
+    first = next(iter(systems.values()))
+    contenders = [
+        Contender(
+            System(name, system.evaluation.summary, result.differences.get(name, {})),
+            facts=system.facts,
+            histories={stage: found["history"] for stage, found in system.stages.items()},
+            evaluations=evaluations_of(system.stages),
+            confusion=system.evaluation.confusion,
+        )
+        for name, system in systems.items()
+    ]
+    broken = result.choice.broken[result.choice.best]
+    unhealthy = f" It does not meet {', '.join(broken)}, and no other breaks less." if broken else ""
+    return Comparison(
+        title=" or ".join(systems) if len(systems) == 2 else f"{len(systems)} systems",
+        introduction=f"The same texts ({texts}), voices and seeds. Best is {result.best} ({result.rule}).{unhealthy}",
+        contenders=contenders,
+        sections=[_section(systems)],
+        judges=first.evaluation.judges,
+        not_measured=first.evaluation.not_measured,
+        commands=[("compare again", shlex.join(command))] if command else [],
+        seed=seed,
+    )
+
+
+def _section(systems: dict[str, _System]) -> Section:
+    """Every text that all have spoken, the one that came out worst first."""
+    rows = {name: {row["id"]: row for row in system.evaluation.clips} for name, system in systems.items()}
+    shared = [key for key in next(iter(rows.values())) if all(key in found for found in rows.values())]
+    shared.sort(key=lambda key: max(badness(found[key]) for found in rows.values()), reverse=True)
+    recordings = next(iter(systems.values())).recordings
+    items = []
+    for key in shared[:_MOST_TEXTS]:
+        takes = [take_of(rows[name][key], system.clips[key].file) for name, system in systems.items()]
+        recording = [take_of({}, recordings[key].file) if key in recordings else None] if recordings else []
+        row = next(iter(rows.values()))[key]
+        items.append(Item(row["text"], [*recording, *takes], language=row.get("language")))
+    note = f"The {len(items)} of {len(shared)} texts that came out worst." if len(items) < len(shared) else ""
+    return Section("Listen", [*(["recording"] if recordings else []), *systems], items, note)

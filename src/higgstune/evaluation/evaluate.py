@@ -1,0 +1,279 @@
+"""The verb `evaluate`: speak the texts of a set with an adapter and with its base, and measure both."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from higgstune.data.store import CodeStore
+from higgstune.errors import ConfigError, DataError
+from higgstune.evaluation.asked import Asked, ask_rows, ask_sentences, file_name, speak_asked, write_voices
+from higgstune.evaluation.clips import Clip, read_clips, read_voices
+from higgstune.evaluation.judges import Judges, load_judges
+from higgstune.evaluation.metrics import METRICS, Difference, Evaluation
+from higgstune.evaluation.remembered import remembered
+from higgstune.evaluation.score import compare as differences_of
+from higgstune.evaluation.score import score
+from higgstune.evaluation.texts import read_sentences
+from higgstune.files import write_file, writing
+from higgstune.generate.sampling import Sampling
+from higgstune.generate.speak import Speaker, load_base
+from higgstune.model.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    RUN_STATE,
+    adapter_card,
+    base_fingerprint,
+    find_adapter,
+)
+from higgstune.model.checksums import sha256_of
+from higgstune.report.measures import verdict
+
+Progress = Callable[[str, int, int], None]
+VALIDATION = "validation"
+RECORDINGS, BASE, ADAPTER, CLIPS = "recordings", "base", "adapter", "clips"
+FOLDER = "evaluation"  # in a run's folder, or beside an adapter
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """What was measured on one set of texts."""
+
+    name: str  # as it was asked for
+    systems: dict[str, Evaluation]  # of recordings (where there are any), base (unless left out), adapter
+    clips: dict[str, list[Clip]]  # by system, in the order of the texts
+    differences: dict[str, Difference]  # adapter minus base, by metric
+
+    @property
+    def worse(self) -> list[str]:
+        """Metrics that are worse with the adapter, where chance does not explain it."""
+        if not self.differences:
+            return []
+        before, after = self.systems[BASE].summary, self.systems[ADAPTER].summary
+        return [
+            metric.name
+            for metric in METRICS
+            if verdict(metric, before.get(metric.name), after.get(metric.name), self.differences.get(metric.name))
+            == "worse"
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the clips' rows, which are in the set's own file."""
+        return {
+            "set": self.name,
+            "worse": self.worse,
+            "systems": {
+                name: {key: value for key, value in asdict(found).items() if key != "clips"}
+                for name, found in self.systems.items()
+            },
+            "differences": {name: asdict(difference) for name, difference in self.differences.items()},
+        }
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What `evaluate` found."""
+
+    folder: Path  # where speech, answers of judges and `NAME.json` for each set lie
+    adapter: Path | None  # None: a base, or clips from elsewhere
+    texts: SetResult
+    guard: list[SetResult]  # texts and voices that must not get worse
+    settings: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the clips' rows, which are in the sets' own files."""
+        return {
+            "folder": str(self.folder),
+            "settings": self.settings,
+            **self.texts.as_json(),
+            "guard": {guarded.name: guarded.as_json() for guarded in self.guard},
+        }
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """Who speaks: a base with its adapter, and what the adapter was trained on."""
+
+    speaker: Speaker
+    name: str  # BASE or ADAPTER
+    identity: str  # names base, adapter and codec by their content
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What clips are held against."""
+
+    store: CodeStore | None
+    voices: dict[str, list[Path]]
+    judges: Judges
+    folder: Path
+    seed: int
+    limit: int | None
+
+
+def evaluate(
+    target: str | Path,
+    *,
+    texts: str = VALIDATION,
+    guard: Sequence[str] = (),
+    out: str | Path | None = None,
+    data: str | Path | None = None,
+    model: str | Path | None = None,
+    codec: str | Path | None = None,
+    base: bool = True,
+    asr: str | None = None,
+    speaker_judge: str | None = None,
+    quality_judge: str | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> EvaluationResult:
+    """Speak `texts` and what is to be guarded with an adapter (its folder or its run's) and its base, and measure.
+
+    `texts` and each of `guard` is `validation` (rows of the store that the adapter was trained on, or of `data`),
+    built-in languages, a file of sentences or a `meta.lst` (see `read_sentences`); at the most `limit` of each. What is
+    spoken is kept in `out`, and spoken once for each adapter, text, voice and seed; what judges said is kept, too.
+
+    `target` may also be a base, or a folder of clips from elsewhere (see `read_clips`), which are measured as they are.
+
+    Raises ConfigError, DataError, CheckpointError for wrong input, WorkError where a judge fails or the disk refuses.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}: it must be at least 1")
+    if guard and not base:
+        raise ConfigError("guard needs the base, which tells what was there before: leave out --no-base")
+    target = Path(target)
+    show = progress or (lambda what, done, total: None)
+    judges = load_judges(asr, speaker_judge, quality_judge, device=device or "cpu")
+    kind = _kind(target)
+    if kind == CLIPS:
+        return _evaluate_clips(target, judges, Path(out or target), seed, show)
+    adapter = find_adapter(target) if kind == ADAPTER else None
+    folder = Path(out) if out is not None else _folder_of(target, adapter)
+    drawn = sampling or Sampling()
+    loaded = load_base(target if adapter is None else model, adapter, codec=codec, dtype=dtype, device=device)
+    store = _store(data, adapter, needed=VALIDATION in (texts, *guard), codec_revision=loaded.audio_tokenizer.revision)
+    voices = {} if store is None else write_voices(store, loaded.audio_tokenizer, folder)
+    material = _Material(store, voices, remembered(judges, folder / "judged"), folder, seed, limit)
+    names = [texts, *dict.fromkeys(name for name in guard if name != texts)]
+    spoken: dict[str, dict[str, list[Clip]]] = {name: {} for name in names}
+    identity = f"{base_fingerprint(loaded.model)} {loaded.audio_tokenizer.revision}"
+    subjects: list[Callable[[], _Subject]] = []
+    if base or adapter is None:
+        subjects.append(lambda: _Subject(Speaker(loaded), BASE, identity))
+    if adapter is not None:
+        weights = sha256_of(adapter / ADAPTER_WEIGHTS)
+        subjects.append(lambda: _Subject(Speaker(loaded, adapter), ADAPTER, f"{identity} {weights}"))
+    for make in subjects:  # one after the other: an adapter stays on the base
+        subject = make()
+        for name in names:
+            asked = _ask(name, subject.speaker, material)
+            spoken[name][subject.name] = speak_asked(
+                asked, subject.speaker, folder, system=subject.identity, sampling=drawn, batch_size=batch_size,
+                progress=show, what=f"speaking {name}, {subject.name}",
+            )  # fmt: skip
+    settings = {
+        "sampling": asdict(drawn), "seed": seed, "limit": limit,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": str(loaded.model.device), "adapter": None if adapter is None else str(adapter),
+        "checkpoint": loaded.checkpoint, "codec": loaded.codec,
+    }  # fmt: skip
+    results = [_measure(name, spoken[name], material, settings, show) for name in names]
+    return EvaluationResult(folder, adapter, results[0], results[1:] if guard else [], settings)
+
+
+def _measure(
+    name: str, spoken: dict[str, list[Clip]], material: _Material, settings: dict[str, Any], show: Progress
+) -> SetResult:
+    """Score every system's clips of a set, and write `NAME.json`."""
+    first = next(iter(spoken.values()))
+    recorded = [
+        replace(clip, file=clip.recording, recording=None, hit_cap=False, seed=None)
+        for clip in first
+        if clip.recording is not None
+    ]
+    clips = ({RECORDINGS: recorded} if recorded else {}) | spoken
+    systems = {}
+    for system, some in clips.items():
+        tell = partial(_tell, show, f"{name}, {system}")
+        found = score(some, material.judges, material.voices, seed=material.seed, progress=tell)
+        systems[system] = replace(found, settings=settings if system != RECORDINGS else {})
+    differences = differences_of(systems[BASE], systems[ADAPTER]) if BASE in spoken and ADAPTER in spoken else {}
+    result = SetResult(name, systems, clips, differences)
+    rows = {system: found.clips for system, found in systems.items()}
+    content = {**result.as_json(), "clips": rows}
+    with writing(material.folder, "what was spoken is kept"):
+        material.folder.mkdir(parents=True, exist_ok=True)
+    write_file(material.folder / f"{set_file(name)}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def _tell(show: Progress, of: str, what: str, done: int, total: int) -> None:
+    show(f"{what}, {of}", done, total)
+
+
+def set_file(name: str) -> str:
+    """The name of a set's file, without its ending."""
+    return name if name.replace(",", "").isalnum() else file_name(name)
+
+
+def _evaluate_clips(folder: Path, judges: Judges, out: Path, seed: int, show: Progress) -> EvaluationResult:
+    """Clips from elsewhere, as one system."""
+    clips = read_clips(folder)
+    material = _Material(None, read_voices(folder), remembered(judges, out / "judged"), out, seed, None)
+    result = _measure(CLIPS, {CLIPS: clips}, material, {}, show)
+    return EvaluationResult(out, None, result, [], {})
+
+
+def _ask(name: str, speaker: Speaker, material: _Material) -> list[Asked]:
+    if name == VALIDATION:
+        assert material.store is not None
+        asked = ask_rows(
+            material.store.split(VALIDATION)[: material.limit], speaker, material.folder, seed=material.seed
+        )
+        if not asked:
+            raise DataError(
+                f"{material.store.folder} has no validation rows to be read: prepare it with a --validation-fraction, "
+                "or name other texts with --set"
+            )
+        return asked
+    known = list(material.voices)
+    sentences = read_sentences(name)[: material.limit]
+    return ask_sentences(sentences, speaker, seed=material.seed, voice_of=known[0] if len(known) == 1 else None)
+
+
+def _store(data: str | Path | None, adapter: Path | None, *, needed: bool, codec_revision: str) -> CodeStore | None:
+    """The store whose rows and voices are used: `data`, or the one that the adapter was trained on."""
+    card = {} if adapter is None else adapter_card(adapter)
+    place = data or card.get("recipe", {}).get("data", {}).get("store")
+    if place is None or (data is None and not needed and not Path(place).exists()):
+        if needed:
+            raise DataError("validation rows are those of a store: name it with --data, or other texts with --set")
+        return None
+    store = CodeStore.open(place)
+    if store.info.codec_revision != codec_revision:
+        raise DataError(
+            f"{store.folder} was encoded by the codec {store.info.codec} (revision {store.info.codec_revision}), the "
+            f"model speaks through another one (revision {codec_revision}): name a store of that codec with --data"
+        )
+    return store
+
+
+def _kind(target: Path) -> str:
+    """What is to be evaluated; what is no folder is the name of a base at the hub."""
+    if (target / ADAPTER_CONFIG).exists() or (target / RUN_STATE).exists():
+        return ADAPTER
+    return BASE if not target.is_dir() or (target / "config.json").exists() else CLIPS
+
+
+def _folder_of(target: Path, adapter: Path | None) -> Path:
+    """Of a run in its folder; of a single adapter beside it; of a base in the working directory."""
+    if (target / RUN_STATE).exists():
+        return target / FOLDER
+    return Path(f"{target.name}-{FOLDER}") if adapter is None else adapter.with_name(f"{adapter.name}-{FOLDER}")

@@ -1,0 +1,111 @@
+"""Pitch and loudness of a clip against a speaker's recordings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import fft
+
+from higgstune.data.audio import resample
+from higgstune.evaluation.health import HOP_SECONDS, levels, sounds
+
+PITCH_JUDGE = "higgstune YIN 1"  # raise it when a result changes
+LOWEST, HIGHEST = 60.0, 500.0  # Hz
+RATE = 16_000  # Hz
+APERIODIC = 0.2  # up to which a frame is voiced
+LEAST_VOICED = 0.2  # seconds of voiced sound in all, to speak of a pitch
+OUTLIER = 12.0  # semitones from the clip's median: an octave error
+_WINDOW = 640  # samples, 40 ms: at least two periods
+_SHORTEST, _LONGEST = int(RATE / HIGHEST), int(RATE / LOWEST)  # samples of lag
+
+
+@dataclass(frozen=True)
+class Prosody:
+    """Of one recording."""
+
+    pitch: float  # median of voiced frames, semitones above 1 Hz
+    pitch_spread: float  # their standard deviation, semitones
+    energy_spread: float  # standard deviation of the level of hops with sound, dB
+
+
+def prosody(waveform: np.ndarray, rate: int) -> Prosody | None:
+    """Pitch and loudness of a recording [samples]; None with less than 0.2 s of voiced sound."""
+    level = levels(waveform, rate)[sounds(waveform, rate)]
+    hertz = fundamental(waveform, rate)
+    voiced = 12 * np.log2(hertz[hertz > 0])
+    if len(voiced) * HOP_SECONDS < LEAST_VOICED:
+        return None
+    near = voiced[np.abs(voiced - np.median(voiced)) < OUTLIER]
+    return Prosody(float(np.median(near)), float(near.std()), float(level.std()))
+
+
+def average(recordings: Sequence[Prosody]) -> Prosody:
+    """What is usual for a speaker: the mean of each number over recordings."""
+    return Prosody(
+        *(float(np.mean([getattr(one, name) for one in recordings])) for name in Prosody.__dataclass_fields__)
+    )
+
+
+def against(clip: Prosody, speaker: Prosody) -> dict[str, float]:
+    """Columns of a clip's row: pitch in semitones above the speaker's, spreads over the speaker's."""
+    found = {"f0_shift": clip.pitch - speaker.pitch}
+    if speaker.pitch_spread > 0:
+        found["f0_spread"] = clip.pitch_spread / speaker.pitch_spread
+    if speaker.energy_spread > 0:
+        found["energy_spread"] = clip.energy_spread / speaker.energy_spread
+    return found
+
+
+def fundamental(waveform: np.ndarray, rate: int) -> np.ndarray:
+    """Fundamental frequency of every 10 ms: [hops], Hz, 0 where there is no voice.
+
+    YIN (de Cheveigné and Kawahara 2002): the first dip of the cumulative mean normalised difference below `APERIODIC`,
+    refined by a parabola. Hops without sound have no voice, nor has a single voiced hop between unvoiced ones.
+    """
+    sound = sounds(waveform, rate)
+    frames = _frames(resample(waveform, rate, RATE), len(sound))
+    hertz = np.zeros(len(sound))
+    if sound.any():
+        hertz[sound] = _yin(frames[sound])
+    voiced = np.pad(hertz > 0, 1)
+    hertz[~(voiced[:-2] | voiced[2:])] = 0
+    return hertz
+
+
+def _frames(waveform: np.ndarray, count: int) -> np.ndarray:
+    """[samples] -> [count, window + longest lag], each centred on its hop."""
+    length, hop = _WINDOW + _LONGEST, round(HOP_SECONDS * RATE)
+    before = (length - hop) // 2
+    padded = np.pad(waveform, (before, length + hop))
+    if len(padded) < (count - 1) * hop + length:
+        padded = np.pad(padded, (0, (count - 1) * hop + length - len(padded)))
+    return np.lib.stride_tricks.sliding_window_view(padded, length)[::hop][:count]
+
+
+def _yin(frames: np.ndarray) -> np.ndarray:
+    """[frames, window + longest lag] -> Hz, or 0."""
+    normal = _normalised_difference(frames)
+    inside = normal[:, _SHORTEST:_LONGEST]
+    dips = (inside < APERIODIC) & (inside <= normal[:, _SHORTEST - 1 : _LONGEST - 1]) & (
+        inside < normal[:, _SHORTEST + 1 : _LONGEST + 1])  # fmt: skip
+    lag = dips.argmax(axis=1) + _SHORTEST
+    rows = np.arange(len(frames))
+    before, at, after = (normal[rows, lag + step] for step in (-1, 0, 1))
+    bend = before - 2 * at + after
+    shift = np.divide(before - after, 2 * bend, out=np.zeros(len(frames)), where=bend > 0)
+    return np.where(dips.any(axis=1), RATE / (lag + shift), 0.0)
+
+
+def _normalised_difference(frames: np.ndarray) -> np.ndarray:
+    """YIN's d'(lag): [frames, lags 0 .. longest]."""
+    frames = frames.astype(np.float64)
+    size = fft.next_fast_len(frames.shape[1] + _WINDOW, real=True)
+    spectrum = fft.rfft(frames, size) * fft.rfft(frames[:, :_WINDOW], size).conj()
+    together = fft.irfft(spectrum, size)[:, : _LONGEST + 1]
+    energy = np.cumsum(np.pad(np.square(frames), ((0, 0), (1, 0))), axis=1)
+    power = energy[:, _WINDOW : _WINDOW + _LONGEST + 1] - energy[:, : _LONGEST + 1]
+    difference = np.maximum(power[:, :1] + power - 2 * together, 0)
+    total = np.cumsum(difference[:, 1:], axis=1)
+    lags = np.arange(1, _LONGEST + 1)
+    rest = np.divide(difference[:, 1:] * lags, total, out=np.ones_like(total), where=total > 1e-12)
+    return np.concatenate([np.ones((len(frames), 1)), rest], axis=1)

@@ -1,0 +1,240 @@
+"""The report of a run: what was trained on what, which checkpoint was chosen and why, how it measures and sounds."""
+
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from higgstune.evaluation.choice import STEP
+from higgstune.evaluation.clips import CLIPS_FILE, LISTENING, Clip, read_clips
+from higgstune.evaluation.evaluate import ADAPTER, BASE, EvaluationResult, SetResult
+from higgstune.evaluation.metrics import METRICS, Evaluation
+from higgstune.model.adapters import RUN_STATE, adapter_card
+from higgstune.model.layout import read_json
+from higgstune.report.measures import changes_of
+from higgstune.report.page import Candidate, Change, Choice, Item, RunReport, Section, System, write_report
+from higgstune.report.players import badness, complaints, take_of
+
+REPORT = "report.html"
+_MOST_TEXTS = 40  # of a set with players: a page of hundreds would not open on a phone
+_PACKAGES = ("higgstune", "torch", "transformers", "peft", "numpy", "jiwer", "faster-whisper")
+_IMPORTANT = ("wer", "similarity", "cap_rate", "loop_rate", "duration_ratio")
+
+
+def write_run_report(run: Path, result: EvaluationResult | None = None, command: Sequence[str] = ()) -> Path:
+    """Write `report.html` into a run's folder: after training alone, or with what `evaluate` has found.
+
+    `command` is the one that made `result`. Raises WorkError where the disk refuses.
+    """
+    state = read_json(run / RUN_STATE, "it is no run's folder without it")
+    stages: dict[str, Any] = state["stages"]
+    card = adapter_card(run / str(state["adapter"]))
+    path = run / REPORT
+    write_report(
+        RunReport(
+            title=f"Run {run.resolve().name}",
+            introduction=_introduction(result),
+            facts=facts_of(card, stages),
+            histories={name: stage["history"] for name, stage in stages.items()},
+            evaluations=evaluations_of(stages),
+            choice=_choice(stages),
+            sections=_heard_in_training(run, stages) if result is None else _sections(result),
+            commands=_commands(run, command),
+            **_measured(result),
+            **_environment(result),
+        ),
+        path,
+    )
+    return path
+
+
+def tell(result: EvaluationResult, target: Path, command: Sequence[str]) -> Path:
+    """The report of an evaluation: of a run in its folder, of anything else beside what was spoken."""
+    if (target / RUN_STATE).is_file():
+        return write_run_report(target, result, command)
+    return write_evaluation_report(result, result.folder / REPORT, target.resolve().name, command)
+
+
+def write_evaluation_report(result: EvaluationResult, path: Path, title: str, command: Sequence[str]) -> Path:
+    """The report of an evaluation without a run: of a base, of an adapter from elsewhere, of a folder of clips."""
+    card = {} if result.adapter is None else adapter_card(result.adapter)
+    write_report(
+        RunReport(
+            title=title,
+            introduction=_introduction(result),
+            facts=facts_of(card, {}),
+            sections=_sections(result),
+            commands=[("measure again", shlex.join(command))],
+            **_measured(result),
+            **_environment(result),
+        ),
+        path,
+    )
+    return path
+
+
+def _introduction(result: EvaluationResult | None) -> str:
+    if result is None:
+        return "What was trained, and what it said while it was trained. `higgstune evaluate` adds measurements."
+    clips = max(len(clips) for clips in result.texts.clips.values())
+    return f"{clips} texts ({result.texts.name}), spoken and measured. The worst clips come first."
+
+
+def facts_of(card: Mapping[str, Any], stages: Mapping[str, Any]) -> dict[str, str]:
+    """What an adapter was trained on, and how, from its card and its run's stages."""
+    facts = {}
+    if card.get("checkpoint"):
+        facts["base"] = f"{card['checkpoint']} (fingerprint {card.get('base_fingerprint')})"
+        facts["codec"] = f"{card.get('codec')} (revision {card.get('codec_revision')})"
+    if data := card.get("data"):
+        facts["data"] = (
+            f"{data['store']}: {data['train_rows']} rows ({60 * data['train_hours']:.1f} min) for training, "
+            f"{data['validation_rows']} ({60 * data['validation_hours']:.1f} min) for validation"
+        )
+    if lora := card.get("recipe", {}).get("lora"):
+        facts["adapter"] = ", ".join(f"{key} {value}" for key, value in lora.items())
+    for name, stage in stages.items():
+        facts[f"stage {name}"] = (
+            f"{stage['kind']}: {stage['steps']} steps, {stage['parameters']:,} parameters in {stage['layers']} layers"
+        )
+        proof = stage["verification"]
+        facts[f"{name}, as saved"] = (
+            f"loaded again by a fresh process: {proof['from_trained']:.1e} from the trained model's logits, "
+            f"{proof['from_base']:.1e} from the base's"
+        )
+    return facts
+
+
+def evaluations_of(stages: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
+    """What was measured during training, by stage and step."""
+    wanted = {f"eval_{metric.name}": metric.name for metric in METRICS}
+    found = {}
+    for name, stage in stages.items():
+        entries = [
+            {"step": entry["step"]} | {wanted[key]: value for key, value in entry.items() if key in wanted}
+            for entry in stage["history"]
+            if any(key in entry for key in wanted)
+        ]
+        if entries:
+            found[name] = entries
+    return found
+
+
+def _choice(stages: Mapping[str, Any]) -> Choice | None:
+    """Of the last stage, whose adapter is the run's."""
+    name, stage = list(stages.items())[-1]
+    chosen = stage.get("chosen")
+    if chosen is None:
+        return None
+    candidates = [
+        Candidate(
+            name,
+            entry[STEP],
+            {key: entry[key] for key in _IMPORTANT if key in entry},
+            entry["broken"],
+            entry[STEP] == chosen["step"],
+        )
+        for entry in chosen["candidates"]
+    ]
+    reason = "It meets every condition and ranks highest."
+    if not chosen["healthy"]:
+        reason = "No step meets every condition; this one breaks the fewest. Listen before you use it."
+    if chosen["rule"] == "the last step":
+        reason = "The recipe asks for the last step (evaluation.choose: last)."
+    return Choice(f"{name}, step {chosen['step']}", reason, chosen["rule"], candidates)
+
+
+def _measured(result: EvaluationResult | None) -> dict[str, Any]:
+    if result is None:
+        return {}
+    systems = result.texts.systems
+    last = list(systems.values())[-1]
+    return {
+        "systems": [
+            System(name, found.summary, result.texts.differences if name == ADAPTER else {})
+            for name, found in systems.items()
+        ],
+        "measures_note": "In brackets: the 95 % interval over clips (bootstrap).",
+        "judges": last.judges,
+        "not_measured": last.not_measured,
+        "guard": [change for guarded in result.guard for change in guard_changes(guarded)] if result.guard else None,
+        "guard_note": "Texts and voices that must not get worse: the base before, the adapter after.",
+    }
+
+
+def guard_changes(guarded: SetResult) -> list[Change]:
+    """Each metric of a guarded set before and after."""
+    before, after = (guarded.systems[name] for name in (BASE, ADAPTER))
+    changes = changes_of(System(BASE, before.summary), System(ADAPTER, after.summary, guarded.differences))
+    return [Change(c.metric, c.before, c.after, c.difference, guarded.name) for c in changes]
+
+
+def _sections(result: EvaluationResult) -> list[Section]:
+    titles = [(result.texts, result.texts.name), *((guarded, f"guard: {guarded.name}") for guarded in result.guard)]
+    return [_section(found, title) for found, title in titles]
+
+
+def _section(found: SetResult, title: str) -> Section:
+    """Every text with its clip of each system, the worst of the last system first."""
+    last = list(found.systems)[-1]
+    rows = {system: {row["id"]: row for row in evaluation.clips} for system, evaluation in found.systems.items()}
+    files = {system: {clip.id: clip for clip in clips} for system, clips in found.clips.items()}
+    items = []
+    for row in sorted(rows[last].values(), key=badness, reverse=True):
+        takes = [
+            take_of(rows[system][row["id"]], clips[row["id"]].file) if row["id"] in clips else None
+            for system, clips in files.items()
+        ]
+        detail = ", ".join(str(row[key]) for key in ("speaker", "language") if row.get(key))
+        items.append(
+            Item(row["text"], takes, language=row.get("language"), detail=detail, why=", ".join(complaints(row)))
+        )
+    return Section(title, list(files), items)
+
+
+def _heard_in_training(run: Path, stages: Mapping[str, Any]) -> list[Section]:
+    """What each stage said at its start and at the chosen step."""
+    sections = []
+    for name, stage in stages.items():
+        steps = [0, stage.get("chosen", {}).get("step", stage["steps"])]
+        places = [run / name / LISTENING / f"step-{step:06d}" for step in steps]
+        heard = {step: place for step, place in zip(steps, places, strict=True) if (place / CLIPS_FILE).is_file()}
+        if heard:
+            sections.append(_training_section(name, heard))
+    return sections
+
+
+def _training_section(stage: str, heard: Mapping[int, Path]) -> Section:
+    clips: dict[int, dict[str, Clip]] = {step: {c.id: c for c in read_clips(place)} for step, place in heard.items()}
+    rows: dict[int, dict[str, Any]] = {}
+    for step, place in heard.items():
+        measured = place / "evaluation.json"
+        found = Evaluation.of(read_json(measured, "")).clips if measured.is_file() else []
+        rows[step] = {row["id"]: row for row in found}
+    last = clips[list(clips)[-1]]
+    items = [
+        Item(clip.text, [take_of(rows[step].get(name, {}), some[name].file) for step, some in clips.items()])
+        for name, clip in last.items()
+    ]
+    return Section(f"{stage}, while it was trained", [f"step {step}" for step in clips], items)
+
+
+def _environment(result: EvaluationResult | None) -> dict[str, Any]:
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    machine = {"Python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    settings = {} if result is None else {key: str(value) for key, value in result.settings.items()}
+    return {"environment": machine | packages | settings}
+
+
+def _commands(run: Path, command: Sequence[str]) -> list[tuple[str, str]]:
+    commands = [("train it again", f"higgstune train {shlex.quote(str(run / 'recipe.yaml'))} --out NEW_FOLDER")]
+    if command:
+        commands.append(("measure it again", shlex.join(command)))
+    return [*commands, ("speak with it", f'higgstune speak "..." --adapter {shlex.quote(str(run))} --out speech.wav')]

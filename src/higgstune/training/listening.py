@@ -1,0 +1,165 @@
+"""What a stage says while it is trained: a few texts at each validation, written down and measured.
+
+A loss does not tell how a model sounds. The texts, voices and seeds are the same each time, so that what changes is the
+adapter.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib.image import imsave
+from torch.utils.tensorboard import SummaryWriter
+
+from higgstune.data.store import CodeStore, Row
+from higgstune.errors import ConfigError, WorkError
+from higgstune.evaluation.asked import Asked, ask_rows, ask_sentences, some_rows, speakers_of, write_voices
+from higgstune.evaluation.choice import Rule
+from higgstune.evaluation.clips import Clip, write_clips
+from higgstune.evaluation.figures import mel_image
+from higgstune.evaluation.judges import Judges
+from higgstune.evaluation.remembered import remembered
+from higgstune.evaluation.score import score
+from higgstune.evaluation.texts import Sentence, read_sentences
+from higgstune.files import write_file
+from higgstune.generate.sampling import Sampling
+from higgstune.generate.speak import Speaker, Speech
+from higgstune.generate.wav import write_wav
+from higgstune.model.load import ModelAndTokenizers
+from higgstune.prompt.rows import ReferencePlace
+from higgstune.training.candidates import Candidates
+from higgstune.training.processes import Processes
+from higgstune.training.recipe import EvaluationSettings
+
+_LOG = logging.getLogger(__name__)
+_ALWAYS = (
+    *("cap_rate", "short_rate", "silence", "trailing_silence", "duration_ratio", "loop_rate"),
+    *("f0_shift", "f0_spread", "energy_spread"),
+)
+
+
+def texts_to_speak(settings: EvaluationSettings, store: CodeStore) -> list[Row] | list[Sentence]:
+    """Sentences where the recipe names some; else rows for validation, or for training where there are none.
+
+    Raises DataError or ConfigError where there is nothing to be read.
+    """
+    if settings.texts is not None:
+        return read_sentences(settings.texts)[: settings.clips]
+    rows = some_rows(store.split("validation"), settings.clips) or some_rows(store.split("train"), settings.clips)
+    if not rows:
+        raise ConfigError(
+            f"{store.folder} has conversations alone, which are not spoken: name evaluation.texts, or set "
+            "evaluation.clips: 0"
+        )
+    return rows
+
+
+def rule_of(settings: EvaluationSettings, texts: Sequence[Row | Sentence], store: CodeStore, judges: Judges) -> Rule:
+    """How the best step is chosen. Raises ConfigError for a rule that needs what is not measured of these texts."""
+    speakers = speakers_of(store)
+    recorded = any(isinstance(text, Row) or text.recording for text in texts)
+    names = list(_ALWAYS)
+    if judges.asr is not None:
+        names += ["wer", "cer", *(("recording_wer", "recording_cer") if recorded else ())]
+        names += ["leak_rate", "leak_wer"] if any(text.reference_text for text in texts) else []
+    if judges.speaker is not None and speakers:
+        names += ["similarity", *(["speaker_accuracy"] if len(speakers) > 1 else [])]
+        names += ["similarity_reference"] if any(_has_reference(text) for text in texts) else []
+    if judges.quality is not None:
+        names.append("naturalness")
+    return Rule.of(settings.gates, settings.rank, names)
+
+
+def _has_reference(text: Row | Sentence) -> bool:
+    return (text.reference_codes if isinstance(text, Row) else text.reference) is not None
+
+
+class Listening:
+    """Speaks and measures for one stage."""
+
+    def __init__(
+        self,
+        loaded: ModelAndTokenizers,
+        store: CodeStore,
+        settings: EvaluationSettings,
+        folder: Path,
+        *,
+        reference_place: ReferencePlace,
+        judges: Judges,
+        processes: Processes,
+        together: bool,
+        writer: SummaryWriter | None = None,
+    ) -> None:
+        """`folder` is where it is all written. `judges` are those of the first process, which writes and measures.
+        `together`: all processes speak all texts, because each has but a share of the weights; else they share the
+        texts.
+
+        Raises as `texts_to_speak` and `rule_of`.
+        """
+        self.loaded = loaded
+        self.settings = settings
+        self.folder = folder
+        self.reference_place = reference_place
+        self.processes = processes
+        self.together = together
+        self.writer = writer
+        texts = texts_to_speak(settings, store)
+        rule = rule_of(settings, texts, store, judges) if processes.is_main else None
+        if not processes.is_main:  # the first one has decoded the recordings then, and written them down for all
+            processes.wait()
+        self.voices = write_voices(store, loaded.audio_tokenizer, folder)
+        self.asked = self._ask(texts, store)
+        if processes.is_main:
+            processes.wait()
+        self.judges = remembered(judges, folder / "judged")
+        chosen_by = processes.of_main(rule)
+        assert chosen_by is not None
+        self.candidates = Candidates(chosen_by, settings.patience)
+
+    def _ask(self, texts: Sequence[Row | Sentence], store: CodeStore) -> list[Asked]:
+        speaker = Speaker(self.loaded, reference_place=self.reference_place)
+        rows = [text for text in texts if isinstance(text, Row)]
+        sentences = [text for text in texts if isinstance(text, Sentence)]
+        known = speakers_of(store)
+        return [
+            *ask_rows(rows, speaker, self.folder, seed=self.settings.seed),
+            *ask_sentences(sentences, speaker, seed=self.settings.seed, voice_of=known[0] if len(known) == 1 else None),
+        ]
+
+    def listen(self, model: Any, step: int) -> dict[str, float]:
+        """Speak with the model as it is now; what was measured, in all processes."""
+        speaker = Speaker(self.loaded, model=model, reference_place=self.reference_place)
+        every = range(len(self.asked))
+        mine = every if self.together else every[self.processes.rank :: self.processes.count]
+        spoken = speaker.say_each(
+            [self.asked[index].request for index in mine], sampling=Sampling(temperature=self.settings.temperature)
+        )
+        found: dict[int, Speech] = {}
+        for share in self.processes.of_all(dict(zip(mine, spoken, strict=True))):
+            found |= share
+        measured = self._write_and_measure([found[index] for index in every], step) if self.processes.is_main else {}
+        return self.processes.of_main(measured)
+
+    def _write_and_measure(self, spoken: Sequence[Speech], step: int) -> dict[str, float]:
+        place = self.folder / f"step-{step:06d}"
+        clips: list[Clip] = []
+        for number, (item, speech) in enumerate(zip(self.asked, spoken, strict=True), 1):
+            file = place / f"{number:02d}.wav"
+            write_wav(file, speech.waveform, speech.sample_rate)
+            clips.append(replace(item.clip, file=file, hit_cap=speech.hit_cap))
+        write_clips(place, [replace(clip, reference=None, recording=None) for clip in clips])  # those lie elsewhere
+        image = mel_image([(speech.text, speech.waveform, speech.sample_rate) for speech in spoken])
+        imsave(place / "mel.png", image)
+        if self.writer is not None:
+            for number, speech in enumerate(spoken, 1):
+                self.writer.add_audio(f"speech/{number}", speech.waveform, step, sample_rate=speech.sample_rate)
+            self.writer.add_image("speech/mel", image, step, dataformats="HWC")
+        try:
+            evaluation = score(clips, self.judges, self.voices)
+        except WorkError as error:
+            _LOG.warning("step %d: what was spoken is not measured: %s", step, error)
+            return {}
+        write_file(place / "evaluation.json", evaluation.to_json())
+        return {name: estimate.value for name, estimate in evaluation.summary.items()}

@@ -1,0 +1,235 @@
+"""What a stage says while it is trained: written down, measured, and the best step is what it ends with."""
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from judging import answering
+from processes import Together
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_world import (
+    adapter,
+    assert_identical,
+    assert_same,
+    history,
+    make_world,
+    shared_recipe,
+    train_unproven,
+    train_with_signal,
+)
+
+from higgstune.errors import ConfigError
+from higgstune.evaluation.clips import read_clips
+from higgstune.evaluation.run_report import write_run_report
+from higgstune.training.recipe import Recipe
+
+STEP = "higgstune.training.trainer:HiggsAudioTrainer.training_step"
+EARLIEST = {"gates": [], "rank": "-step"}  # so that the best is never the last
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def listening_recipe(world: Path, processes: int = 1, steps: int = 6, stages: int = 1, **evaluation: Any) -> Recipe:
+    """Listens to short texts after steps 2, 4 and 6 of each stage, the last of two; saves at them, too."""
+    (world / "texts.txt").write_text("Hi.\nNo.\n")
+    made = shared_recipe(
+        world, processes, eval_steps=2, save_steps=2, save_total_limit=9,
+        evaluation={"clips": 2, "temperature": 0.7, "texts": str(world / "texts.txt"), **evaluation},
+    )  # fmt: skip
+    kept = tuple(stage.model_copy(update={"max_steps": steps}) for stage in made.stages[-stages:])
+    return made.model_copy(update={"stages": kept})
+
+
+@pytest.fixture(scope="module")
+def chosen(world: Path) -> Path:
+    """A run that ends with the first step that was listened to, in both stages."""
+    made = listening_recipe(world, stages=2, **EARLIEST)
+    Together(world / "logs-chosen", 1, train_unproven, made, world / "chosen").succeeded()
+    return world / "chosen"
+
+
+def test_every_validation_leaves_clips_with_measures(chosen: Path) -> None:
+    places = sorted((chosen / "stage2" / "listening").glob("step-*"))
+    assert [place.name for place in places] == ["step-000000", "step-000002", "step-000004", "step-000006"]
+    for place in places:
+        clips = read_clips(place)
+        assert len(clips) == 2
+        assert {clip.seed for clip in clips} == {0}
+        assert all(clip.hit_cap is not None and clip.text for clip in clips)
+        assert (place / "mel.png").stat().st_size > 1000
+        rows = json.loads((place / "evaluation.json").read_text())["clips"]
+        assert [row["id"] for row in rows] == [clip.id for clip in clips]
+    measured = [entry for entry in history(chosen) if "eval_cap_rate" in entry]
+    assert [entry["step"] for entry in measured] == [0, 2, 4, 6]
+    assert all(entry["eval_listening_seconds"] > 0 and "eval_audio_loss_7" in entry for entry in measured)
+
+
+def test_what_is_spoken_changes_with_the_adapter_alone(chosen: Path) -> None:
+    first, again, later = (
+        (chosen / stage / "listening" / step / "01.wav").read_bytes()
+        for stage, step in (("stage1", "step-000002"), ("stage2", "step-000000"), ("stage2", "step-000006"))
+    )
+    assert first == again  # stage 2 goes on from the step that stage 1 has chosen
+    assert first != later
+
+
+def test_tensorboard_has_audio_and_spectrograms(chosen: Path) -> None:
+    events = EventAccumulator(str(chosen / "stage2" / "tensorboard"), size_guidance={"audio": 0, "images": 0})
+    events.Reload()
+    assert [event.step for event in events.Audio("speech/1")] == [0, 2, 4, 6]
+    assert events.Images("speech/mel")
+    assert "eval/cap_rate" in events.Tags()["scalars"]
+
+
+def test_a_stage_ends_with_the_best_step(chosen: Path) -> None:
+    for stage in ("stage1", "stage2"):
+        then = load_file(chosen / stage / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors")
+        last = load_file(chosen / stage / "checkpoints" / "checkpoint-6" / "adapter_model.safetensors")
+        saved = adapter(chosen, stage)
+        assert saved.keys() == then.keys()
+        assert all(torch.equal(saved[key], then[key]) for key in saved)
+        assert not all(torch.equal(saved[key], last[key]) for key in saved)
+    told = json.loads((chosen / "run.json").read_text())["stages"]["stage2"]["chosen"]
+    assert (told["step"], told["rule"]) == (2, "the highest -step")
+    assert [candidate["step"] for candidate in told["candidates"]] == [2, 4, 6]
+
+
+def test_the_report_tells_which_and_lets_it_be_heard(chosen: Path) -> None:
+    page = write_run_report(chosen).read_text(encoding="utf-8")
+    assert "stage2, step 2" in page
+    assert page.count("<audio") == 8  # two stages, at their start and at the chosen step
+
+
+def test_listening_changes_nothing_of_training(world: Path, tmp_path: Path) -> None:
+    """No random number is taken from training, with dropout, either; and the last step is kept where that is asked."""
+    made = listening_recipe(world, choose="last").model_dump(mode="json")
+    made["lora"]["dropout"] = 0.1
+    silent = made | {"evaluation": {"clips": 0}}
+    for name, tree in (("heard", made), ("silent", silent)):
+        out = tmp_path / name
+        Together(tmp_path / f"logs-{name}", 1, train_unproven, Recipe.model_validate(tree), out).succeeded()
+    heard, unheard = adapter(tmp_path / "heard"), adapter(tmp_path / "silent")
+    assert all(torch.equal(heard[key], unheard[key]) for key in heard)
+
+
+def test_patience_ends_a_stage(world: Path, tmp_path: Path) -> None:
+    made = listening_recipe(world, steps=20, patience=1, **EARLIEST)
+    Together(tmp_path / "logs", 1, train_unproven, made, tmp_path / "run").succeeded()
+    stages = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
+    assert [(stage["steps"], stage["chosen"]["step"]) for stage in stages.values()] == [(4, 2)]
+
+
+@pytest.mark.parametrize(
+    ("at", "nth"),
+    [
+        (STEP, 17),  # of four a step: in the first stage, behind the checkpoint of its fourth step
+        ("higgstune.training.trainer:HiggsAudioTrainer.take_best", 1),
+        ("higgstune.training.listening:mel_image", 6),  # in the second stage
+    ],
+    ids=["a step", "the choice", "listening"],
+)
+def test_killed_it_goes_on_to_the_same_choice(world: Path, chosen: Path, tmp_path: Path, at: str, nth: int) -> None:
+    made, out = listening_recipe(world, stages=2, **EARLIEST), tmp_path / "run"
+    killed = Together(tmp_path / "killed", 1, train_with_signal, made, out, signal.SIGKILL, at, nth)
+    assert killed.exit_codes() == [-signal.SIGKILL], killed.log()
+    Together(tmp_path / "resumed", 1, train_unproven, made, out, True).succeeded()
+    assert_identical(out, chosen)
+    told, expected = (json.loads((run / "run.json").read_text())["stages"]["stage1"]["chosen"] for run in (out, chosen))
+    assert told == expected
+
+
+def test_a_stage_that_patience_has_ended_is_not_trained_on(world: Path, tmp_path: Path) -> None:
+    made, out = listening_recipe(world, steps=20, patience=1, **EARLIEST), tmp_path / "run"
+    at = "higgstune.training.trainer:HiggsAudioTrainer.take_best"
+    killed = Together(tmp_path / "killed", 1, train_with_signal, made, out, signal.SIGKILL, at, 1)
+    assert killed.exit_codes() == [-signal.SIGKILL], killed.log()
+    Together(tmp_path / "resumed", 1, train_unproven, made, out, True).succeeded()
+    stages = json.loads((out / "run.json").read_text())["stages"]
+    assert [(stage["steps"], stage["chosen"]["step"]) for stage in stages.values()] == [(4, 2)]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_hear_and_choose_the_same(world: Path, chosen: Path, tmp_path: Path, parallel: str) -> None:
+    made = listening_recipe(world, 2, stages=2, **EARLIEST).model_copy(update={"parallel": parallel})
+    Together(tmp_path / "logs", 2, train_unproven, made, tmp_path / "run").succeeded()
+    assert_same(tmp_path / "run", chosen)
+
+
+def test_judges_measure_what_is_spoken(world: Path, tmp_path: Path) -> None:
+    asr = answering(tmp_path, "asr", "'text': 'nothing like it'")
+    speaker = answering(tmp_path, "speaker", "'voices': 0.5")
+    made = listening_recipe(world, clips=1, texts=None, asr=asr, speaker_judge=speaker, gates=["wer < 0.1"])
+    Together(tmp_path / "logs", 1, train_unproven, made, tmp_path / "run").succeeded()
+    [measured, *_] = [entry for entry in history(tmp_path / "run") if entry["step"] == 6 and "eval_wer" in entry]
+    assert measured["eval_wer"] >= 0.9
+    assert measured["eval_recording_wer"] == measured["eval_wer"]
+    assert measured["eval_similarity"] == 0.5
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["stage2"]["chosen"]
+    assert (told["healthy"], told["step"]) == (False, 6)
+    assert told["candidates"][0]["broken"] == ["wer < 0.1"]
+    log = (tmp_path / "logs" / "0.log").read_text()
+    assert "no evaluated step meets all conditions" in log
+
+
+def test_a_judge_that_fails_does_not_end_training(world: Path, tmp_path: Path) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text("import sys; sys.exit('out of memory')")
+    made = listening_recipe(world, asr=f"{sys.executable} {script}")
+    Together(tmp_path / "logs", 1, train_unproven, made, tmp_path / "run").succeeded()
+    log = (tmp_path / "logs" / "0.log").read_text()
+    assert "what was spoken is not measured" in log
+    assert "out of memory" in log
+
+
+def test_without_validation_rows_training_texts_are_spoken(world: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(world / "data", data)
+    index = json.loads((data / "store.json").read_text())
+    index["shards"] = [shard for shard in index["shards"] if shard["split"] == "train"]
+    index["info"]["rows"]["validation"] = 0
+    (data / "store.json").write_text(json.dumps(index))
+    made = listening_recipe(world, texts=None).model_dump(mode="json")
+    made["data"]["store"] = str(data)
+    Together(tmp_path / "logs", 1, train_unproven, Recipe.model_validate(made), tmp_path / "run").succeeded()
+    assert len(read_clips(tmp_path / "run" / "stage2" / "listening" / "step-000006")) == 2
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "says"),
+    [
+        ({"rank": "-wer"}, "needs wer, which is not measured here: name its judge"),
+        ({"gates": ["speaker_accuracy > 0"]}, "needs speaker_accuracy"),
+        ({"texts": "nowhere.txt"}, "nowhere.txt"),
+    ],
+)
+def test_a_rule_or_text_that_cannot_be_is_told_before_training(
+    world: Path, tmp_path: Path, evaluation: dict[str, Any], says: str
+) -> None:
+    made = listening_recipe(world, **evaluation)
+    failed = Together(tmp_path / "logs", 1, train_unproven, made, tmp_path / "run")
+    assert failed.exit_codes() == [2], failed.log()
+    assert says in failed.log()
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "says"),
+    [
+        ({"clips": 0, "patience": 2}, "patience have no effect with clips: 0"),
+        ({"rank": "similarty"}, "the nearest is similarity"),
+        ({"patience": 0}, "greater than or equal to 1"),
+        ({"clip": 1}, "the nearest one is clips"),
+    ],
+)
+def test_settings_that_make_no_sense(world: Path, evaluation: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        shared_recipe(world, 1, evaluation=evaluation)
