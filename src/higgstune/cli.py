@@ -474,7 +474,7 @@ def _show_measures(evaluations: dict[str, Any], differences: dict[str, Any]) -> 
                 cells += ["", ""] if found is None else [shown(metric, found.value), f"{found.p:.3f}"]
             table.add_row(metric.label, *cells)
     Console().print(table)
-    missing = next(iter(evaluations.values())).not_measured
+    missing = list(evaluations.values())[-1].not_measured  # recordings, the first, have no recordings
     for reason in dict.fromkeys(missing.values()):
         names = ", ".join(name for name, why in missing.items() if why == reason)
         errors.print(f"not measured: {names}: {_escape(reason)}", highlight=False, soft_wrap=True)
@@ -606,11 +606,8 @@ def doctor(
 @app.command(epilog="Example: higgstune demo --out runs/demo")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("runs/demo"),
-    asr: Annotated[str | None, typer.Option(help="faster-whisper name or folder that measures error rates.")] = None,
-    speaker_judge: Annotated[
-        str | None,
-        typer.Option(help="Command that is given --reference FILES -- FILES and prints a JSON line a file."),
-    ] = None,
+    asr: AsrOption = None,
+    speaker_judge: SpeakerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Teach a miniature a second voice: prepare, two stages, speak, report. No network, no GPU, a few minutes.

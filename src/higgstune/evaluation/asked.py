@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,36 +74,36 @@ def ask_sentences(sentences: Sequence[Sentence], speaker: Speaker, *, seed: int,
 
 def some_rows(rows: SplitView, count: int) -> list[Row]:
     """The first utterances of every speaker in turn, at the most `count` of them."""
-    seen: Counter[str | None] = Counter()
-    ranked = []
-    for index, row in enumerate(rows.outlines()):
-        if row.messages is None:
-            ranked.append((seen[row.speaker], index))
-            seen[row.speaker] += 1
-    return [rows[index] for _, index in sorted(ranked)[:count]]
+    turns = sorted((turn, index) for found in _utterances(rows).values() for turn, index in enumerate(found))
+    return [rows[index] for _, index in turns[:count]]
 
 
 def speakers_of(store: CodeStore) -> list[str]:
     """Names of those who speak in the training rows that are no conversations."""
-    train = store.light.slice(0, len(store.split("train")))
-    spoken = train.filter(train["messages"].is_null())
-    return sorted({name or UNNAMED for name in spoken["speaker"].to_pylist()})
+    return sorted(_utterances(store.split("train")))
 
 
 def write_voices(store: CodeStore, codec: Codec, folder: Path) -> dict[str, list[Path]]:
     """Recordings of each speaker of the training split, through the codec, below `folder`; by speaker."""
     voices: dict[str, list[Path]] = {}
-    chosen: dict[str, list[int]] = {}
     train = store.split("train")
-    for index, row in enumerate(train.outlines()):
-        if row.messages is None:
-            chosen.setdefault(row.speaker or UNNAMED, []).append(index)
-    for name, indices in chosen.items():
+    for name, indices in _utterances(train).items():
         spread = np.unique(np.linspace(0, len(indices) - 1, _VOICE_CLIPS).round().astype(int))
         place = folder / VOICES_FOLDER / file_name(name)
         for row in (train[indices[i]] for i in spread):
             voices.setdefault(name, []).append(_decoded(row.codes, codec, place / f"{file_name(row.id)}.wav"))
     return voices
+
+
+def _utterances(rows: SplitView) -> dict[str, list[int]]:
+    """Positions of the rows that are no conversations, by speaker, without reading a code."""
+    light = rows.store.light.slice(rows.indices.start, len(rows))
+    found: dict[str, list[int]] = {}
+    columns = light["speaker"].to_pylist(), light["messages"].is_null().to_pylist()
+    for index, (speaker, is_utterance) in enumerate(zip(*columns, strict=True)):
+        if is_utterance:
+            found.setdefault(speaker or UNNAMED, []).append(index)
+    return found
 
 
 def speak_asked(

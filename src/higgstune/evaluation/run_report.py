@@ -34,7 +34,7 @@ def write_run_report(run: Path, result: EvaluationResult | None = None, command:
     path = run / REPORT
     write_report(
         RunReport(
-            title=f"Run {run.resolve().name}",
+            title="/".join(run.resolve().parts[-2:]),
             introduction=_introduction(result),
             facts=facts_of(card, stages),
             histories={name: stage["history"] for name, stage in stages.items()},
@@ -156,7 +156,6 @@ def _measured(result: EvaluationResult | None) -> dict[str, Any]:
             System(name, found.summary, result.texts.differences if name == ADAPTER else {})
             for name, found in systems.items()
         ],
-        "measures_note": "In brackets: the 95 % interval over clips (bootstrap).",
         "judges": last.judges,
         "not_measured": last.not_measured,
         "guard": [change for guarded in result.guard for change in guard_changes(guarded)] if result.guard else None,

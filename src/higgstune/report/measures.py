@@ -174,7 +174,9 @@ def _scale(metric: Metric, estimates: Sequence[Estimate]) -> tuple[float, float]
     low, high = min(ends), max(ends)
     if 0 < low < high / 2:
         low = 0.0
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    if high > low:
+        return low, high
+    return (low - 0.5, high + 0.5) if low < 0 else (0.0, 2 * high or 1.0)
 
 
 def _percent(value: float, scale: tuple[float, float]) -> float:
