@@ -185,7 +185,7 @@ def test_metrics_are_rows_with_intervals_and_a_plot_within_its_scale() -> None:
 def test_what_has_no_spread_or_no_interval_is_shown_too() -> None:
     same, bare = Estimate(0.0, 0.0, 0.0, 40), Estimate(0.5, math.nan, math.nan, 1)
     (row,) = metric_rows([System("a", {"cap_rate": same}), System("b", {"cap_rate": bare})])
-    assert [cell.place for cell in row.cells] == [(50.0, 50.0, 50.0), None]
+    assert [cell.place for cell in row.cells] == [(4.0, 4.0, 4.0), None]  # from 0 to 100 %
     assert row.cells[1].value == "50.0 %"
 
 
