@@ -265,6 +265,15 @@ def test_the_loader_gives_every_example_once_and_mutes_what_fills_up(workers: in
     assert all(torch.equal(counts[key], expected[key]) for key in expected)
 
 
+def test_a_loader_takes_no_random_number_from_training() -> None:
+    """Dropout would be another one after each validation."""
+    _, prompter = tiny_prompter(codes=CODES)
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        assert len(list(PackLoader(examples(prompter)[:2], PackSize(clips=1), seed=0, workers=workers))) == 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_muted_batch_has_a_loss_and_gradients_of_zero() -> None:
     model, prompter = adapted("full", torch.float32)
     with_training_forward(base_of(model))
