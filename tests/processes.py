@@ -3,16 +3,53 @@
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from higgstune.errors import HiggstuneError
+from higgstune.training import verify
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["higgstune.training.run", "bitsandbytes"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_proofs() -> Iterator[None]:
+    """Proofs in processes that have nothing of this one, but are forked: to import all anew takes seconds for each.
+
+    For every test of a module that imports this.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "_run", _forked_proof)
+        yield
+
+
+def _forked_proof(request: Path, environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    process = _CONTEXT.Process(target=_prove, args=(request, dict(environment)))
+    process.start()
+    process.join()
+    told = [request.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".out", ".err")]
+    return subprocess.CompletedProcess([], process.exitcode or 0, *told)
+
+
+def _prove(request: Path, environment: dict[str, str]) -> None:
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    out, err = (request.with_suffix(suffix).open("w", encoding="utf-8") for suffix in (".out", ".err"))
+    with out, err, redirect_stdout(out), redirect_stderr(err):
+        try:
+            verify.main(str(request))
+        except SystemExit as ended:  # with a message, which the interpreter would print
+            err.write(str(ended))
+            ended.code = 1
+            raise
 
 
 class Together:

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 from peft import PeftModel
-from processes import Together
+from processes import Together, forked_proofs  # noqa: F401
 from safetensors.torch import load_file, save_file
 from test_run import DEMO_CODEC, history, make_recordings
 from tiny_checkpoint import save_tiny_checkpoint

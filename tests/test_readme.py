@@ -18,6 +18,7 @@ import pytest
 import soundfile
 import typer.main
 from commands import Command, run_script
+from processes import forked_proofs  # noqa: F401
 
 import higgstune
 from higgstune.cli import app

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from processes import forked_proofs  # noqa: F401
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import SENTENCES, save_tiny_checkpoint
 from tiny_codec import save_tiny_codec

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,19 +97,24 @@ def verify_in_fresh_process(
         # They meet in a place of their own, not at the launcher's of the processes that wait for them.
         environment = {key: value for key, value in environment.items() if not key.startswith("TORCHELASTIC_")}
         environment["MASTER_PORT"] = str(among.of_main(_free_port()))
-    done = subprocess.run(
-        [sys.executable, "-m", "higgstune.training.verify", str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
+    done = _run(path, environment)
     if done.returncode != 0:
         raise VerificationError(f"the adapter {adapter} could not be loaded in a fresh process:\n{done.stderr[-4000:]}")
     result = Verification(**json.loads(done.stdout.splitlines()[-1]))
     if not result.passed:
         raise VerificationError(_explain(result, adapter))
     return result
+
+
+def _run(request: Path, environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Answer a request in a process that has nothing of the trained model."""
+    return subprocess.run(
+        [sys.executable, "-m", "higgstune.training.verify", str(request)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
 
 
 def _explain(result: Verification, adapter: Path) -> str:
@@ -164,9 +170,14 @@ def _difference(a: dict[str, Tensor], b: dict[str, Tensor], dtype: str) -> float
     return max((gap.max() if dtype == "float32" else gap.mean()).item() for gap in gaps)
 
 
-if __name__ == "__main__":
+def main(request: str) -> None:
+    """Answer a request on stdout."""
     try:
-        compared = _compare(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+        compared = _compare(json.loads(Path(request).read_text(encoding="utf-8")))
     except HiggstuneError as error:
         sys.exit(str(error))
     print(json.dumps(asdict(compared)))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
