@@ -259,7 +259,8 @@ def test_runs_are_compared_on_the_same_texts_and_seeds(world: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("targets", "options", "says"),
     [
-        (["good"], {}, "two or more"),
+        (["good"], {}, "give 2 to 8"),
+        (["good"] * 9, {}, "give 2 to 8"),
         (["good", "good"], {}, "given twice"),
         (["good", "bad"], {"rank": "-wer"}, "needs wer, which is not measured"),
         (["good", "bad"], {"gates": ["wer <"]}, "no expression"),

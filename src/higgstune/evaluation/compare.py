@@ -18,7 +18,7 @@ from higgstune.files import write_file
 from higgstune.generate.sampling import Sampling
 from higgstune.model.adapters import RUN_STATE, adapter_card
 from higgstune.model.layout import read_json
-from higgstune.report.compare import Comparison, Contender, write_comparison
+from higgstune.report.compare import Comparison, Contender, check_number, write_comparison
 from higgstune.report.measures import System
 from higgstune.report.players import Item, Section, badness, take_of
 
@@ -94,8 +94,7 @@ def compare(
     Raises as `evaluate`; DataError where systems did not speak the same texts.
     """
     places = [Path(target) for target in targets]
-    if len(places) < 2:
-        raise ConfigError("compare needs two or more runs, adapters, bases or folders of clips")
+    check_number(len(places))
     names = _names(places)
     for text in (*(gates or ()), *([] if rank is None else [rank])):
         Expression(text)  # what is wrong with it is told before anything is spoken

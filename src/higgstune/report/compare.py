@@ -102,12 +102,17 @@ def blind_test(comparison: Comparison, sections: Sequence[Mapping[str, Any]]) ->
     return {"key": key, "systems": names, "sets": sets, "labels": _LABELS, "seed": comparison.seed}
 
 
+def check_number(systems: int) -> None:
+    """Raises ConfigError for fewer than two systems, and for more than a page can show."""
+    if not 2 <= systems <= len(_LABELS):
+        raise ConfigError(f"{systems} systems cannot be compared on a page: give 2 to {len(_LABELS)}")
+
+
 def _check(systems: Sequence[System]) -> None:
     names = [system.name for system in systems]
     if len(set(names)) < len(names):
         raise ConfigError(f"two systems have one name: {', '.join(names)}: give each its own")
-    if not 2 <= len(names) <= len(_LABELS):
-        raise ConfigError(f"{len(names)} systems cannot be compared on a page: give 2 to {len(_LABELS)}")
+    check_number(len(names))
 
 
 def _clips_of(sections: Sequence[Mapping[str, Any]]) -> list[str]:
