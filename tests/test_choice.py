@@ -40,6 +40,7 @@ def test_conditions_hold_only_of_what_was_measured(text: str, holds: bool) -> No
         "__import__('os').system('true')", "wer.__class__", "[wer]", "wer ** 9", "'wer'", "wer if wer else 1",
         "wer :=", "min()", "min(wer)", "abs", "wer > 0 or wer.real", "wer == 1", "lambda: 1", "wer[0]", "min(*wer)",
         "1e999999 if 1 else 2", "x" * 501, "(" * 300, "", "abs(wer, wer)",
+        "[" + "-" * 490 + "1]", "+" * 400 + "wer",
     ],
 )  # fmt: skip
 def test_nothing_else_is_an_expression(text: str) -> None:

@@ -41,11 +41,11 @@ class Expression:
 
     def __init__(self, text: str) -> None:
         """Raises ConfigError, with the place, for anything else and for names that no metric has."""
-        self.text = text
+        self.text = text = text.strip()
         try:
             if len(text) > _MAX_EXPRESSION:
                 raise ValueError(f"longer than {_MAX_EXPRESSION} characters")
-            self._tree = ast.parse(text.strip(), mode="eval").body
+            self._tree = ast.parse(text, mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ConfigError(f"{text[:80]!r} is no expression over metrics: {error}") from error
         self.names = sorted({node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)} - set(_FUNCTIONS))
@@ -92,7 +92,7 @@ class Expression:
             ):
                 return _FUNCTIONS[name][0](*(self._of(argument, measures) for argument in given))
         raise ConfigError(
-            f"{self.text!r}: {ast.unparse(node)} is not allowed: numbers, names of metrics, + - * /, < <= > >=, and, "
+            f"{self.text!r}: {ast.get_source_segment(self.text, node)} is not allowed: numbers, names of metrics, + - * /, < <= > >=, and, "
             "or, not, min, max, abs"
         )
 
