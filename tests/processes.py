@@ -1,5 +1,6 @@
 """Several processes that train together, started in a moment: they are forked from one that has imported everything."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -94,6 +95,7 @@ def _free_port() -> int:
 
 
 def _run(rank: int, count: int, port: int, folder: Path, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    gc.freeze()  # see conftest.py
     log = _log_of(folder, rank).open("w", encoding="utf-8", buffering=1)  # open until the process ends
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
