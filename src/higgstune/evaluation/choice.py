@@ -92,8 +92,8 @@ class Expression:
             ):
                 return _FUNCTIONS[name][0](*(self._of(argument, measures) for argument in given))
         raise ConfigError(
-            f"{self.text!r}: {ast.get_source_segment(self.text, node)} is not allowed: numbers, names of metrics, + - * /, < <= > >=, and, "
-            "or, not, min, max, abs"
+            f"{self.text!r}: {ast.get_source_segment(self.text, node)} is not allowed: numbers, names of metrics, "
+            "+ - * /, < <= > >=, and, or, not, min, max, abs"
         )
 
 
