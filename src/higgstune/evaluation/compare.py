@@ -23,6 +23,7 @@ from higgstune.report.measures import System
 from higgstune.report.players import Item, Section, badness, take_of
 
 _MOST_TEXTS = 40  # with players
+_RANK_WITHOUT_JUDGES = "-abs(duration_ratio - 1)"
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,8 @@ def _system(target: Path, adapter: Path | None, found: SetResult) -> _System:
 def _choose(evaluations: dict[str, Evaluation], gates: Sequence[str] | None, rank: str | None) -> tuple[Rule, Choice]:
     measures = [{name: estimate.value for name, estimate in found.summary.items()} for found in evaluations.values()]
     measured = [metric.name for metric in METRICS if all(metric.name in found for found in measures)]
+    if rank is None and not {"wer", "similarity"} & set(measured):
+        rank = _RANK_WITHOUT_JUDGES
     rule = Rule.of(gates, rank, measured)
     steps = [found | {"step": -number} for number, found in enumerate(measures)]  # of equals the one named first
     return rule, choose(steps, rule)
@@ -185,6 +188,7 @@ def _page(
         introduction=f"The same texts ({texts}), voices and seeds. Best is {result.best} ({result.rule}).{unhealthy}",
         contenders=contenders,
         sections=[_section(systems)],
+        measures_note="A difference is over the clips that both systems have measured, a column over all of its own.",
         judges=first.evaluation.judges,
         not_measured=first.evaluation.not_measured,
         commands=[("compare again", shlex.join(command))] if command else [],
