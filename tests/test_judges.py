@@ -17,6 +17,7 @@ from tiny_whisper import save_tiny_whisper
 
 from higgstune import torchaudio_compat
 from higgstune.errors import CheckpointError, ConfigError, DataError, WorkError
+from higgstune.evaluation import judges
 from higgstune.evaluation.external import ExternalSpeakerJudge, command_words
 from higgstune.evaluation.hearing import check_language, short_name
 from higgstune.evaluation.judges import SpeakerJudge, Transcriber, load_judges
@@ -502,3 +503,14 @@ def test_names_and_languages(tmp_path: Path) -> None:
     assert short_name("microsoft/wavlm-base-plus-sv") == "wavlm-base-plus-sv"
     assert check_language(None, ["en"], "x") is None
     assert check_language("pt_BR", ["en", "pt"], "x") == "pt"
+
+
+def test_wavlm_judges_by_itself_where_it_is_on_this_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny_wavlm(tmp_path / "wavlm")
+    monkeypatch.setattr(judges, "DEFAULT_SPEAKER", "nobody/never-fetched")
+    assert load_judges(speaker="auto").speaker is None
+    monkeypatch.setattr(judges, "DEFAULT_SPEAKER", str(folder))
+    monkeypatch.setattr(judges, "try_to_load_from_cache", lambda name, file: str(Path(name) / file))
+    found = load_judges(speaker="auto").speaker
+    assert found is not None
+    assert "wavlm" in found.name.lower()

@@ -263,3 +263,18 @@ def test_numbers_as_yaml_reads_them(file: Callable[[Any], Path]) -> None:
 def test_every_key_is_explained(part: type[BaseModel]) -> None:
     explained = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     assert [key for key in part.model_fields if f"| `{key}` |" not in explained] == []
+
+
+@pytest.mark.parametrize("key", ["asr", "speaker_judge", "quality_judge"])
+@pytest.mark.parametrize("spec", ["rm -rf precious", "sh", '"open'])
+def test_a_recipe_from_a_file_brings_no_command(
+    file: Callable[[Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, spec: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sh").touch()  # the path of a file is a command, too
+    path = file(tree() | {"evaluation": {key: spec}})
+    with pytest.raises(ConfigError, match=rf"evaluation\.{key} is a command to run"):
+        load_recipe(path)
+    assert getattr(load_recipe(path, commands=True).evaluation, key) == spec
+    plain = file(tree() | {"evaluation": {key: "large-v3"}})
+    assert getattr(load_recipe(plain, [f"evaluation.{key}='python judge.py'"]).evaluation, key) == "python judge.py"

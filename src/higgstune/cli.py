@@ -64,7 +64,8 @@ AsrOption = Annotated[
     str | None, typer.Option(help="Judge of what is said: a Whisper checkpoint by name or folder, or a command.")
 ]
 SpeakerOption = Annotated[
-    str | None, typer.Option(help="Judge of whose voice it is: a WavLM checkpoint by name or folder, or a command.")
+    str | None,
+    typer.Option(help="Judge of whose voice it is: a WavLM checkpoint, or a command; auto: WavLM-SV if on this disk."),
 ]
 QualityOption = Annotated[str | None, typer.Option(help="Judge of naturalness: distillmos, or a command.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
@@ -355,7 +356,7 @@ def evaluate(
     data: RowsOption = None,
     base: Annotated[bool, typer.Option("--base/--no-base", help="Measure the base, too, to compare with.")] = True,
     asr: AsrOption = None,
-    speaker_judge: SpeakerOption = None,
+    speaker_judge: SpeakerOption = "auto",
     quality_judge: QualityOption = None,
     temperature: TemperatureOption = 1.0,
     seed: SeedOption = 0,
@@ -419,7 +420,7 @@ def compare(
     ] = None,
     rank: Annotated[str | None, typer.Option(help='What is ranked by, such as "similarity - wer".')] = None,
     asr: AsrOption = None,
-    speaker_judge: SpeakerOption = None,
+    speaker_judge: SpeakerOption = "auto",
     quality_judge: QualityOption = None,
     temperature: TemperatureOption = 1.0,
     seed: SeedOption = 0,

@@ -11,6 +11,7 @@ from higgstune.errors import ConfigError
 from higgstune.evaluation.choice import Choice, Expression, Rule, choose
 from higgstune.evaluation.clips import Clip
 from higgstune.evaluation.evaluate import BASE, RECORDINGS, VALIDATION, Progress, SetResult, evaluate
+from higgstune.evaluation.judges import AUTO
 from higgstune.evaluation.metrics import METRICS, Difference, Evaluation
 from higgstune.evaluation.run_report import evaluations_of, facts_of
 from higgstune.evaluation.score import compare as differences_of
@@ -76,7 +77,7 @@ def compare(
     gates: Sequence[str] | None = None,
     rank: str | None = None,
     asr: str | None = None,
-    speaker_judge: str | None = None,
+    speaker_judge: str | None = AUTO,
     quality_judge: str | None = None,
     sampling: Sampling | None = None,
     seed: int = 0,

@@ -11,7 +11,7 @@ from higgstune.data.store import CodeStore
 from higgstune.errors import ConfigError, DataError
 from higgstune.evaluation.asked import Asked, ask_rows, ask_sentences, file_name, speak_asked, write_voices
 from higgstune.evaluation.clips import Clip, read_clips, read_voices
-from higgstune.evaluation.judges import Judges, load_judges
+from higgstune.evaluation.judges import AUTO, Judges, load_judges
 from higgstune.evaluation.metrics import METRICS, Difference, Evaluation
 from higgstune.evaluation.remembered import remembered
 from higgstune.evaluation.score import compare as differences_of
@@ -124,7 +124,7 @@ def evaluate(
     codec: str | Path | None = None,
     base: bool = True,
     asr: str | None = None,
-    speaker_judge: str | None = None,
+    speaker_judge: str | None = AUTO,
     quality_judge: str | None = None,
     sampling: Sampling | None = None,
     seed: int = 0,

@@ -31,6 +31,18 @@ Row = dict[str, Any]
 Value = TypeVar("Value")
 
 
+def is_command(spec: str) -> bool:
+    """Whether a judge's spec is a command, see `command_words`; nothing is looked for or run."""
+    try:
+        return not Path(spec).expanduser().is_dir() and _is_command(shlex.split(spec))
+    except ValueError:  # an open quote, which no model's name has
+        return True
+
+
+def _is_command(words: Sequence[str]) -> bool:
+    return len(words) > 1 or (len(words) == 1 and Path(words[0]).is_file())
+
+
 def command_words(spec: str) -> list[str] | None:
     """The words of a judge that is a command; None for one that is a model, by its folder or name.
 
@@ -45,7 +57,7 @@ def command_words(spec: str) -> list[str] | None:
         raise ConfigError(f"the judge {spec!r} cannot be read as a command: {error}") from error
     if not words:
         raise ConfigError("a judge is empty: give a folder, a name or a command")
-    if len(words) == 1 and not Path(words[0]).is_file():
+    if not _is_command(words):
         return None
     if shutil.which(words[0]) is None:
         raise ConfigError(

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from huggingface_hub import try_to_load_from_cache
+
 from higgstune.errors import ConfigError
 from higgstune.evaluation.external import ExternalQualityJudge, ExternalSpeakerJudge, ExternalTranscriber, command_words
 
 # Equal-error thresholds on real speech: a judge's own word for "the same speaker".
 SAME_SPEAKER = {"resemblyzer": 0.757, "campplus": 0.581}
 DEFAULT_SPEAKER = "microsoft/wavlm-base-plus-sv"
+AUTO = "auto"  # the default model of a role, where it is on this disk; nothing is fetched for it
 DISTILLMOS = "distillmos"
 
 
@@ -72,7 +75,8 @@ def load_judges(
     """The judges of these specs, their models loaded onto `device`.
 
     ASR: a Whisper of faster-whisper, by name ("large-v3") or CTranslate2 folder, or of transformers, by folder or hub
-    id. Speaker: a WavLM x-vector model of transformers, by folder or hub id (`DEFAULT_SPEAKER`). Quality: "distillmos".
+    id. Speaker: a WavLM x-vector model of transformers, by folder or hub id; "auto" is `DEFAULT_SPEAKER` where that was
+    fetched before, else nobody. Quality: "distillmos".
     Each may be a command. Raises ConfigError for a spec that leads to no judge, or needs an extra that is not
     installed, and CheckpointError for a model that cannot be loaded.
     """
@@ -92,7 +96,11 @@ def _transcriber(spec: str, device: str) -> Transcriber:
     return load_transcriber(spec, device)
 
 
-def _speaker_judge(spec: str, device: str) -> SpeakerJudge:
+def _speaker_judge(spec: str, device: str) -> SpeakerJudge | None:
+    if spec == AUTO:
+        if not isinstance(try_to_load_from_cache(DEFAULT_SPEAKER, "config.json"), str):
+            return None
+        spec = DEFAULT_SPEAKER
     if words := command_words(spec):
         return ExternalSpeakerJudge(words)
     from higgstune.evaluation.wavlm import WavLM

@@ -60,7 +60,7 @@ class RunFolder:
             raise ConfigError(
                 f"the run {self.folder} was begun already: continue it with --resume, or give another --out"
             )
-        begun_with = load_recipe(self.folder / RECIPE_FILE)
+        begun_with = load_recipe(self.folder / RECIPE_FILE, commands=True)
         changed = _differences(_mathematics(begun_with), _mathematics(self.recipe))
         if changed:
             raise ConfigError(

@@ -3,6 +3,7 @@
 import copy
 import difflib
 import re
+import shlex
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from higgstune.batch.packing import PackSize
 from higgstune.errors import ConfigError
 from higgstune.evaluation.choice import Expression
+from higgstune.evaluation.external import is_command
 from higgstune.files import write_file
 from higgstune.model.adapters import Lora, StageKind
 from higgstune.model.quantize import Quantize
@@ -233,9 +235,11 @@ class Recipe(_Strict):
         return self
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, commands: bool = False) -> Recipe:
     """A recipe from YAML, with `key.path=value` overrides (list entries by number: `stages.0.max_steps=50`).
 
+    A recipe may come from anybody, so judges in the file itself may be commands to run only with `commands`; those of
+    overrides may always.
     Paths in the recipe are as seen from the working directory; ${VARIABLES} are not expanded.
     Raises ConfigError with the path of every wrong field.
     """
@@ -247,9 +251,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = parse_yaml(content, where=f"the recipe {path}")
     if not isinstance(tree, dict):
         raise ConfigError(f"the recipe {path} must be a mapping with model, data, lora and stages")
+    if not commands:
+        _refuse_commands(tree, path)
     for override in overrides:
         _set(tree, override)
     return parse_recipe(tree, where=str(path))
+
+
+def _refuse_commands(tree: dict[str, Any], path: str | Path) -> None:
+    settings = tree.get("evaluation")
+    for key in ("asr", "speaker_judge", "quality_judge"):
+        spec = settings.get(key) if isinstance(settings, dict) else None
+        if isinstance(spec, str) and is_command(spec):
+            raise ConfigError(
+                f"{path}: evaluation.{key} is a command to run ({spec}). A recipe may come from anybody, so a command "
+                f"is given beside it: --set {shlex.quote(f'evaluation.{key}={spec}')}, with null in the recipe"
+            )
 
 
 def parse_recipe(tree: Any, *, where: str) -> Recipe:
