@@ -139,7 +139,7 @@ def test_what_must_not_get_worse_is_guarded(world: Path, run: Path, tmp_path: Pa
         "import json, sys, pathlib\n"
         "for file in sys.argv[1:]:\n"
         "    note = json.loads(pathlib.Path(file).with_suffix('.json').read_text())\n"
-        "    print(json.dumps({'file': file, 'text': note['text'] if len(note['system'].split()) == 2 else ''}))\n"
+        "    print(json.dumps({'file': file, 'text': note['text'] if len(note['system'].split()) == 3 else ''}))\n"
     )
     found = evaluate(run, **texts(world, guard=[guard], asr=f"{sys.executable} {asr}"))
     [guarded] = found.guard

@@ -1,22 +1,41 @@
 """The command `higgstune`: one verb a function of the package, with the same options."""
 
 import dataclasses
-import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from higgstune.errors import ConfigError, HiggstuneError, Interrupted, WorkError
+from higgstune.options import (
+    AsrOption,
+    BaseOption,
+    CodecOption,
+    CompareOption,
+    DeviceOption,
+    DropOption,
+    EncoderOption,
+    JsonOption,
+    LimitOption,
+    NewFolderOption,
+    QualityOption,
+    RevisionOption,
+    RowsOption,
+    RunArgument,
+    SeedOption,
+    SetOption,
+    SpeakerOption,
+    StoredOption,
+    TemperatureOption,
+)
+from higgstune.terminal import Bar, command_line, errors, escape, measured, print_measures, print_result
 
 # Modules that bring torch are imported by the verb that needs them: `--help` answers at once.
 
@@ -28,49 +47,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-errors = Console(stderr=True)
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-RunArgument = Annotated[Path, typer.Argument(help="Folder of a run (its last finished stage) or of an adapter.")]
-NewFolderOption = Annotated[Path, typer.Option(help="Folder to write; it must not exist.")]
-BaseOption = Annotated[str | None, typer.Option(help="The base that the adapter was trained on, where it has moved.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Commit, tag or branch of the base at the hub.")]
-CodecOption = Annotated[str | None, typer.Option(help="The codec that it was trained with, where it has moved.")]
-CompareOption = Annotated[
-    Path | None, typer.Option(help="Code store to compare on; where not given, the one that was trained on.")
-]
-StoredOption = Annotated[
-    str | None, typer.Option(help="float32 or bfloat16, of the weights written; where not given, the base's.")
-]
-EncoderOption = Annotated[
-    str | None, typer.Option(help="Whisper checkpoint for the original layout, where it has moved.")
-]
-DropOption = Annotated[
-    bool, typer.Option("--drop-modules", help="Leave out what has no place in the native class; the card says so.")
-]
-SetOption = Annotated[
-    str,
-    typer.Option(
-        "--set",
-        help="validation (rows of the store), a text file with a sentence a line, a meta.lst, or built-in sentences: "
-        "en, de, zh, ar, vi, es.",
-    ),
-]
-RowsOption = Annotated[
-    Path | None, typer.Option(help="Code store with rows and voices; where not given, the one that was trained on.")
-]
-AsrOption = Annotated[
-    str | None, typer.Option(help="Judge of what is said: a Whisper checkpoint by name or folder, or a command.")
-]
-SpeakerOption = Annotated[
-    str | None,
-    typer.Option(help="Judge of whose voice it is: a WavLM checkpoint, or a command; auto: WavLM-SV if on this disk."),
-]
-QualityOption = Annotated[str | None, typer.Option(help="Judge of naturalness: distillmos, or a command.")]
-TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
-SeedOption = Annotated[int, typer.Option(min=0, max=2**62, help="Of what is spoken and of the intervals.")]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="At the most so many texts of a set.")]
 
 
 def main() -> NoReturn:
@@ -86,7 +62,7 @@ def main() -> NoReturn:
         _tell_launcher(error)
         rank = os.environ.get("RANK")
         who = "" if rank is None else f" in process {rank}"
-        errors.print(f"[bold red]error{who}:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]error{who}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(getattr(error, "exit_code", 1))
     sys.exit(0)
 
@@ -151,7 +127,7 @@ def prepare(
     from higgstune.data.prepare import prepare as run
     from higgstune.model.load import choose_device
 
-    with _Bar() as bar:
+    with Bar() as bar:
         summary = run(
             source,
             out,
@@ -170,7 +146,7 @@ def prepare(
             scene=scene,
             progress=bar,
         )
-    _result(dataclasses.asdict(summary), as_json)
+    print_result(dataclasses.asdict(summary), as_json)
     if summary.refused and not as_json:
         typer.echo(f"refused rows, with their reasons: {out / 'rejected.jsonl'}")
 
@@ -201,7 +177,7 @@ def inspect(
         whisper=whisper,
     )
     if as_json:
-        _result(dataclasses.asdict(found), as_json)
+        print_result(dataclasses.asdict(found), as_json)
         return
     typer.echo(f"{found.id} ({found.split}): {found.seconds:.2f} s, {found.frames} frames\n")
     typer.echo(found.prompt + "\n")
@@ -258,7 +234,7 @@ def train(
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if os.environ.get("RANK", "0") == "0":
-        _result({"run": str(result.folder), "adapter": str(result.adapter), "stages": stages}, as_json)
+        print_result({"run": str(result.folder), "adapter": str(result.adapter), "stages": stages}, as_json)
 
 
 def _show_plan(recipe: Any, memory: str | None, device: str | None, as_json: bool) -> None:
@@ -266,7 +242,7 @@ def _show_plan(recipe: Any, memory: str | None, device: str | None, as_json: boo
 
     found = plan(recipe, memory=memory, device=device)
     if as_json:
-        _result(found.as_json(), as_json)
+        print_result(found.as_json(), as_json)
     else:
         table = Table("", *(f"{stage.name} ({stage.kind})" for stage in found.plan.stages))
         for row in found.rows():
@@ -315,7 +291,7 @@ def speak(
     from higgstune.generate.speak import speak as run
     from higgstune.prompt.template import DEFAULT_SCENE
 
-    with _Bar() as bar:
+    with Bar() as bar:
         said = text if text is not None else _lines(file)
         files = run(
             said,
@@ -338,7 +314,7 @@ def speak(
             quantize=quantize,  # type: ignore[arg-type]
             on_spoken=lambda done: bar("speaking", done, 1 if isinstance(said, str) else len(said)),
         )
-    _result({"files": [str(path) for path in files]}, as_json)
+    print_result({"files": [str(path) for path in files]}, as_json)
 
 
 @app.command(epilog="Example: higgstune evaluate runs/voice --set validation --asr large-v3")
@@ -376,7 +352,7 @@ def evaluate(
     from higgstune.evaluation.run_report import tell
     from higgstune.generate.sampling import Sampling
 
-    with _Bar() as bar:
+    with Bar() as bar:
         result = run(
             target,
             texts=texts,
@@ -397,13 +373,13 @@ def evaluate(
             dtype=None if dtype == "auto" else dtype,
             progress=bar,
         )
-    report = tell(result, target, _command())
+    report = tell(result, target, command_line())
     worse = {found.name: found.worse for found in [result.texts, *result.guard] if found.worse}
     if as_json:
-        _result(result.as_json() | {"report": str(report)}, as_json)
+        print_result(result.as_json() | {"report": str(report)}, as_json)
     else:
-        _show_measures(result.texts.systems, result.texts.differences)
-        _result({**{f"worse on {name}": metrics for name, metrics in worse.items()}, "open": str(report)}, as_json)
+        print_measures(result.texts.systems, result.texts.differences)
+        print_result({**{f"worse on {name}": metrics for name, metrics in worse.items()}, "open": str(report)}, as_json)
 
 
 @app.command(epilog="Example: higgstune compare runs/one runs/two --out comparison --asr large-v3")
@@ -434,7 +410,7 @@ def compare(
     from higgstune.evaluation.compare import compare as run
     from higgstune.generate.sampling import Sampling
 
-    with _Bar() as bar:
+    with Bar() as bar:
         result = run(
             targets,
             out=out,
@@ -452,37 +428,14 @@ def compare(
             device=None if device == "auto" else device,
             dtype=None if dtype == "auto" else dtype,
             progress=bar,
-            command=_command(),
+            command=command_line(),
         )
     if as_json:
-        _result(result.as_json(), as_json)
+        print_result(result.as_json(), as_json)
     else:
         last = list(result.differences)[-1]
-        _show_measures(result.evaluations, result.differences[last] if len(result.differences) == 1 else {})
-        _result({"best": f"{result.best} ({result.rule})", "open": str(result.page)}, as_json)
-
-
-def _show_measures(evaluations: dict[str, Any], differences: dict[str, Any]) -> None:
-    from higgstune.evaluation.metrics import METRICS, shown
-
-    table = Table("", *evaluations, *(["difference", "p"] if differences else []))
-    for metric in METRICS:
-        estimates = [found.summary.get(metric.name) for found in evaluations.values()]
-        if any(estimate is not None for estimate in estimates):
-            cells = ["not measured" if e is None else shown(metric, e.value) for e in estimates]
-            if differences:
-                found = differences.get(metric.name)
-                cells += ["", ""] if found is None else [shown(metric, found.value), f"{found.p:.3f}"]
-            table.add_row(metric.label, *cells)
-    Console().print(table)
-    missing = list(evaluations.values())[-1].not_measured  # recordings, the first, have no recordings
-    for reason in dict.fromkeys(missing.values()):
-        names = ", ".join(name for name, why in missing.items() if why == reason)
-        errors.print(f"not measured: {names}: {_escape(reason)}", highlight=False, soft_wrap=True)
-
-
-def _command() -> list[str]:
-    return ["higgstune", *sys.argv[1:]]
+        print_measures(result.evaluations, result.differences[last] if len(result.differences) == 1 else {})
+        print_result({"best": f"{result.best} ({result.rule})", "open": str(result.page)}, as_json)
 
 
 @app.command(epilog="Example: higgstune merge runs/voice --out models/voice")
@@ -506,7 +459,7 @@ def merge(
     """Merge an adapter into its base: one checkpoint, proven by loading it again."""
     from higgstune.sharing.merge import merge as run_merge
 
-    with _Bar() as bar:
+    with Bar() as bar:
         result = run_merge(
             run,
             out,
@@ -521,7 +474,7 @@ def merge(
             device=device,
             progress=bar,
         )
-    _result(dataclasses.asdict(result), as_json)
+    print_result(dataclasses.asdict(result), as_json)
 
 
 @app.command(epilog="Example: higgstune export runs/voice --out models/voice --format native")
@@ -547,7 +500,7 @@ def export(
     """Write a run as other software loads it, with a model card."""
     from higgstune.sharing.formats import export as write
 
-    with _Bar() as bar:
+    with Bar() as bar:
         result = write(
             run,
             out,
@@ -563,7 +516,7 @@ def export(
             device=device,
             progress=bar,
         )
-    _result(dataclasses.asdict(result), as_json)
+    print_result(dataclasses.asdict(result), as_json)
 
 
 @app.command(epilog="Example: higgstune doctor --adapter runs/voice --data data/voice")
@@ -596,7 +549,7 @@ def doctor(
         progress=lambda what: errors.print(f"examining {what}", highlight=False),
     )
     if as_json:
-        _result(report.to_json(), as_json)
+        print_result(report.to_json(), as_json)
     else:
         Console().print(report.table())
         typer.echo(", ".join(f"{count} {status}" for status, count in report.summary.items()))
@@ -617,24 +570,19 @@ def demo(
     """
     from higgstune.demo.demo import run_demo
 
-    with _Bar(live=False) as bar:  # training draws a bar of its own
+    with Bar(live=False) as bar:  # training draws a bar of its own
         result = run_demo(out, asr=asr, speaker_judge=speaker_judge, progress=bar)
     if as_json:
-        _result(dataclasses.asdict(result), as_json)
+        print_result(dataclasses.asdict(result), as_json)
     else:
         rows = result.measurement.rows if result.measurement else []
-        figures = {row.name: _figures(row.error_rate, row.similarity) for row in rows}
+        figures = {row.name: measured(row.error_rate, row.similarity) for row in rows}
         bars = result.measurement.bars if result.measurement else []
         held = {bar.name: f"{bar.value:.3f} ({bar.condition}) {'holds' if bar.holds else 'BROKEN'}" for bar in bars}
-        _result({**figures, **held, "seconds": round(result.seconds), "open": str(result.report)}, as_json)
+        print_result({**figures, **held, "seconds": round(result.seconds), "open": str(result.report)}, as_json)
     if result.measurement is not None and not result.measurement.passed:
         broken = [bar.name for bar in result.measurement.bars if not bar.holds]
         raise WorkError(f"the demo's result is not good enough: {', '.join(broken)}; see {result.report}")
-
-
-def _figures(error_rate: float | None, similarity: dict[str, float]) -> str:
-    rate = "error rate not measured" if error_rate is None else f"word error rate {100 * error_rate:.1f} %"
-    return ", ".join([rate, *(f"{judge} {value:.3f}" for judge, value in similarity.items())])
 
 
 def _lines(file: Path | None) -> list[str]:
@@ -647,56 +595,6 @@ def _lines(file: Path | None) -> list[str]:
     if not any(lines):
         raise ConfigError(f"--file {file} has no text")
     return [line for line in lines if line]
-
-
-class _Bar:
-    """Progress of a verb: a bar on a terminal, a line at every tenth elsewhere; on stderr, stdout is the result's."""
-
-    def __init__(self, *, live: bool = True) -> None:
-        self.live = live and sys.stderr.isatty()
-        self.progress: Progress | None = None
-        self.tasks: dict[str, Any] = {}
-        self.tenths: dict[str, int] = {}
-
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        if self.live:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.progress = Progress(*columns, console=errors)
-            self.progress.start()
-        return self._show
-
-    def __exit__(self, *exception: object) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-
-    def _show(self, what: str, done: int, total: int) -> None:
-        if self.progress is not None:
-            if what not in self.tasks:
-                self.tasks[what] = self.progress.add_task(what, total=total)
-            self.progress.update(self.tasks[what], completed=done, total=total)
-        elif (tenth := 10 * done // max(1, total)) != self.tenths.get(what, 0):
-            self.tenths[what] = tenth
-            errors.print(f"{what} {done}/{total}", highlight=False)
-
-
-def _result(values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(values, ensure_ascii=False, default=str))
-        return
-    for key, value in values.items():
-        typer.echo(f"{key}: {_plain(value)}")
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value)) or "none"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 if __name__ == "__main__":

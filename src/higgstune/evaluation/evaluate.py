@@ -163,7 +163,8 @@ def evaluate(
     material = _Material(store, voices, remembered(judges, folder / "judged"), folder, seed, limit)
     names = [texts, *dict.fromkeys(name for name in guard if name != texts)]
     spoken: dict[str, dict[str, list[Clip]]] = {name: {} for name in names}
-    identity = f"{base_fingerprint(loaded.model)} {loaded.audio_tokenizer.revision}"
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    identity = f"{base_fingerprint(loaded.model)} {dtype} {loaded.audio_tokenizer.revision}"
     subjects: list[Callable[[], _Subject]] = []
     if base or adapter is None:
         subjects.append(lambda: _Subject(Speaker(loaded), BASE, identity))
@@ -180,7 +181,7 @@ def evaluate(
             )  # fmt: skip
     settings = {
         "sampling": asdict(drawn), "seed": seed, "limit": limit,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "dtype": dtype,
         "device": str(loaded.model.device), "adapter": None if adapter is None else str(adapter),
         "checkpoint": loaded.checkpoint, "codec": loaded.codec,
     }  # fmt: skip
