@@ -40,7 +40,7 @@ def test_conditions_hold_only_of_what_was_measured(text: str, holds: bool) -> No
         "__import__('os').system('true')", "wer.__class__", "[wer]", "wer ** 9", "'wer'", "wer if wer else 1",
         "wer :=", "min()", "min(wer)", "abs", "wer > 0 or wer.real", "wer == 1", "lambda: 1", "wer[0]", "min(*wer)",
         "1e999999 if 1 else 2", "x" * 501, "(" * 300, "", "abs(wer, wer)",
-        "[" + "-" * 490 + "1]", "+" * 400 + "wer",
+        "[" + "-" * 490 + "1]", "1 / (wer - 1) + 'a'", "+" * 400 + "wer",
     ],
 )  # fmt: skip
 def test_nothing_else_is_an_expression(text: str) -> None:
@@ -55,7 +55,7 @@ def test_an_unknown_metric_names_the_nearest() -> None:
 
 def test_a_rule_that_needs_a_judge_says_so() -> None:
     with pytest.raises(ConfigError, match="needs wer, which is not measured"):
-        Rule.of(["wer < 1"], None, ["cap_rate"])
+        Rule.of(["wer < 1"], None, ["cap_rate"], clips=9)
 
 
 @pytest.mark.parametrize(
@@ -64,11 +64,18 @@ def test_a_rule_that_needs_a_judge_says_so() -> None:
         (["cap_rate"], "step", ["cap_rate <= 0.1"]),
         (["cap_rate", "wer"], "-wer", ["cap_rate <= 0.1"]),
         (["wer", "recording_wer", "similarity"], "similarity", ["wer <= recording_wer + 0.2"]),
+        (["wer", "similarity_reference"], "similarity_reference", []),
     ],
 )
 def test_the_default_rule_is_of_what_is_measured(measured: list[str], rank: str, gates: list[str]) -> None:
-    rule = Rule.of(None, None, measured)
+    rule = Rule.of(None, None, measured, clips=10)
     assert (rule.rank.text, [gate.text for gate in rule.gates]) == (rank, gates)
+
+
+def test_one_of_few_clips_may_fail() -> None:
+    rule = Rule.of(None, None, ["cap_rate"], clips=4)
+    assert [gate.text for gate in rule.gates] == ["cap_rate <= 0.25"]
+    assert choose([{"cap_rate": 0.25, "step": 1}, {"cap_rate": 0.5, "step": 2}], rule).best == 0
 
 
 def test_the_right_one_of_five() -> None:
@@ -79,26 +86,26 @@ def test_the_right_one_of_five() -> None:
         GOOD | {"similarity": 0.88},  # the best of the healthy ones
         GOOD | {"similarity": 0.6, "wer": 0.0},
     ]
-    choice = choose(planted, Rule.of(None, None, list(GOOD)))
+    choice = choose(planted, Rule.of(None, None, list(GOOD), clips=50))
     assert (choice.best, choice.healthy) == (3, True)
     assert choice.broken == [["cap_rate <= 0.1"], ["wer <= recording_wer + 0.2"], [], [], []]
 
 
 def test_where_none_is_healthy_the_one_that_breaks_the_fewest() -> None:
     sick = [GOOD | {"cap_rate": 1, "loop_rate": 1}, GOOD | {"cap_rate": 1, "similarity": 0.2}]
-    choice = choose(sick, Rule.of(None, None, list(GOOD)))
+    choice = choose(sick, Rule.of(None, None, list(GOOD), clips=50))
     assert (choice.best, choice.healthy) == (1, False)
 
 
 def test_what_was_not_measured_ranks_last_and_of_equals_the_later_is_best() -> None:
-    rule = Rule.of([], "similarity", list(GOOD))
+    rule = Rule.of([], "similarity", list(GOOD), clips=50)
     assert choose([{"similarity": -3.0}, {}], rule).best == 0
     assert choose([GOOD, GOOD], rule).best == 1
     assert math.isnan(choose([{}], rule).ranks[0])
 
 
 def test_patience_counts_steps_without_a_better_one() -> None:
-    candidates = Candidates(Rule.of([], "-wer", ["wer"]), patience=2)
+    candidates = Candidates(Rule.of([], "-wer", ["wer"], clips=4), patience=2)
     assert not candidates.add(0, {"wer": 0.0})  # where a stage starts nothing is trained
     assert candidates.add(10, {"wer": 0.5})
     assert not candidates.add(20, {"wer": 0.6})
@@ -109,4 +116,4 @@ def test_patience_counts_steps_without_a_better_one() -> None:
     assert candidates.exhausted
     told = candidates.told()
     assert (told["step"], told["healthy"], len(told["candidates"])) == (30, True, 5)
-    assert not Candidates(Rule.of([], "-wer", ["wer"]), patience=None).exhausted
+    assert not Candidates(Rule.of([], "-wer", ["wer"], clips=4), patience=None).exhausted

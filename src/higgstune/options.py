@@ -45,4 +45,7 @@ SpeakerOption = Annotated[
 QualityOption = Annotated[str | None, typer.Option(help="Judge of naturalness: distillmos, or a command.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**62, help="Of what is spoken and of the intervals.")]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="At the most so many texts of a set.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="At the most so many texts of a set; of rows 100.")]
+LanguageOption = Annotated[
+    str | None, typer.Option(help="Of sentences that name none, such as en; the store's, where it has only one.")
+]

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ from higgstune.files import write_file
 from higgstune.generate.sampling import Sampling
 from higgstune.generate.speak import Request, Speaker, Voice
 from higgstune.generate.wav import write_wav
+from higgstune.prompt.rows import Features
 from higgstune.prompt.template import DEFAULT_SCENE
 
 UNNAMED = "unnamed"  # the speaker of rows that name none
 _VOICE_CLIPS = 8  # recordings of a speaker that voices are compared with
+_MOST_VOICES = 20  # speakers to tell those who are spoken from
+MOST_ROWS = 100  # of a store, where nobody says how many
 _SPEECH = "speech"  # folder of what was spoken
 _RECORDINGS = "recordings"
 
@@ -36,16 +39,32 @@ class Asked:
     clip: Clip  # without its audio: `file` is where it will lie
 
 
-def ask_rows(rows: Iterable[Row], speaker: Speaker, folder: Path, *, seed: int) -> list[Asked]:
+def ask_rows(
+    rows: Iterable[Row],
+    speaker: Speaker,
+    folder: Path,
+    *,
+    seed: int,
+    features: Features | None = None,
+) -> list[Asked]:
     """The texts of a store's rows, in their voices and scenes, and their recordings through the codec.
 
-    Recordings and references are written below `folder`. Conversations are passed over: they are no texts to be read.
+    Recordings and references are written below `folder`. `features` are what Whisper hears in the store's clips, where
+    the model listens. Conversations are passed over: they are no texts to be read.
     """
-    return [_ask_row(row, speaker, folder, seed) for row in rows if row.messages is None]
+    return [_ask_row(row, speaker, folder, seed, features) for row in rows if row.messages is None]
 
 
-def ask_sentences(sentences: Sequence[Sentence], speaker: Speaker, *, seed: int, voice_of: str | None) -> list[Asked]:
-    """The sentences of a test set; `voice_of` is the speaker whose voice is expected where a sentence names none.
+def ask_sentences(
+    sentences: Sequence[Sentence],
+    speaker: Speaker,
+    *,
+    seed: int,
+    known: Sequence[str] = (),
+    language: str | None = None,
+) -> list[Asked]:
+    """The sentences of a test set. `known` are the speakers that were trained on, see `speaker_of`; `language` is that
+    of sentences which name none.
 
     Raises DataError for a reference that cannot be read.
     """
@@ -56,20 +75,30 @@ def ask_sentences(sentences: Sequence[Sentence], speaker: Speaker, *, seed: int,
         if sentence.reference is not None:
             key = sentence.reference, sentence.reference_text or ""
             voice = voices[key] = voices.get(key) or speaker.reference(*key)
-        expected = sentence.speaker or (voice_of if voice is None else None)
+        own = _seed(seed, sentence.text)
         clip = Clip(
             sentence.id,
             Path(),
             sentence.text,
-            language=sentence.language,
-            speaker=expected,
+            language=sentence.language or language,
+            speaker=speaker_of(sentence, known),
             reference=sentence.reference,
             reference_text=sentence.reference_text,
             recording=sentence.recording,
-            seed=seed,
+            seed=own,
         )
-        asked.append(Asked(sentence.id, Request(sentence.text, voice, DEFAULT_SCENE, seed), clip))
+        asked.append(Asked(sentence.id, Request(sentence.text, voice, DEFAULT_SCENE, own), clip))
     return asked
+
+
+def speaker_of(text: Row | Sentence, known: Sequence[str]) -> str | None:
+    """Whose voice a text should have: that of the speaker whom it names; else of its reference, which is nobody known;
+    else of the only speaker that was trained on, or nobody's.
+    """
+    reference = text.reference_codes if isinstance(text, Row) else text.reference
+    if text.speaker or reference is not None:
+        return text.speaker
+    return UNNAMED if isinstance(text, Row) else known[0] if len(known) == 1 else None
 
 
 def some_rows(rows: SplitView, count: int) -> list[Row]:
@@ -83,15 +112,27 @@ def speakers_of(store: CodeStore) -> list[str]:
     return sorted(_utterances(store.split("train")))
 
 
-def write_voices(store: CodeStore, codec: Codec, folder: Path) -> dict[str, list[Path]]:
-    """Recordings of each speaker of the training split, through the codec, below `folder`; by speaker."""
+def only_language(store: CodeStore) -> str | None:
+    """The language of all training rows, where they have one."""
+    named = set(store.light["language"].slice(0, len(store.split("train"))).to_pylist())
+    return named.pop() if len(named) == 1 else None
+
+
+def write_voices(store: CodeStore, codec: Codec, folder: Path, speakers: Iterable[str | None]) -> dict[str, list[Path]]:
+    """Recordings of training rows, through the codec, below `folder`: of these speakers, by name, and of some others to
+    tell them from.
+    """
     voices: dict[str, list[Path]] = {}
     train = store.split("train")
-    for name, indices in _utterances(train).items():
+    found = _utterances(train)
+    wanted = [name for name in dict.fromkeys(speakers) if name in found]
+    others = sorted(found.keys() - set(wanted))[: max(0, _MOST_VOICES - len(wanted))]
+    for name in (*wanted, *others):
+        indices = found[name]
         spread = np.unique(np.linspace(0, len(indices) - 1, _VOICE_CLIPS).round().astype(int))
         place = folder / VOICES_FOLDER / file_name(name)
         for row in (train[indices[i]] for i in spread):
-            voices.setdefault(name, []).append(_decoded(row.codes, codec, place / f"{file_name(row.id)}.wav"))
+            voices.setdefault(name, []).append(_decoded(row.codes, codec, place, row.audio_sha256))
     return voices
 
 
@@ -146,31 +187,42 @@ def file_name(name: str) -> str:
     return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _ask_row(row: Row, speaker: Speaker, folder: Path, seed: int) -> Asked:
+def _ask_row(row: Row, speaker: Speaker, folder: Path, seed: int, features: Features | None) -> Asked:
     place = folder / _RECORDINGS
-    recording = _decoded(row.codes, speaker.codec, place / f"{file_name(row.audio_sha256)}.wav")
+    recording = _decoded(row.codes, speaker.codec, place, row.audio_sha256)
     voice = reference = None
     if row.reference_codes is not None:
-        name = file_name(row.reference_sha256 or row.reference_id or row.id)
-        reference = _decoded(row.reference_codes, speaker.codec, place / f"{name}.wav")
-        words = row.reference_text or ""
-        voice = speaker.reference(reference, words) if speaker.hears else Voice(words, row.reference_codes)
+        name = row.reference_sha256 or row.reference_id or row.id
+        reference = _decoded(row.reference_codes, speaker.codec, place, name)
+        voice = Voice(row.reference_text or "", row.reference_codes)
+        if speaker.hears and features is not None and row.reference_sha256 is not None:
+            voice = replace(voice, heard=features.heard(row.reference_sha256))
+        elif speaker.hears:
+            voice = speaker.reference(reference, voice.text)
+    own = _seed(seed, row.text)
     scene = DEFAULT_SCENE if row.scene is None else row.scene
     clip = Clip(
         row.id,
         Path(),
         row.text,
         language=row.language,
-        speaker=row.speaker or UNNAMED,
+        speaker=speaker_of(row, ()),
         reference=reference,
         reference_text=row.reference_text,
         recording=recording,
-        seed=seed,
+        seed=own,
     )
-    return Asked(row.id, Request(row.text, voice, scene, seed), clip)
+    return Asked(row.id, Request(row.text, voice, scene, own), clip)
 
 
-def _decoded(codes: np.ndarray, codec: Codec, path: Path) -> Path:
+def _seed(seed: int, text: str) -> int:
+    """Of each text another one, wherever it stands: were it the same for all, their draws would not be independent."""
+    return seed + int.from_bytes(hashlib.sha256(text.encode()).digest()[:3], "big")
+
+
+def _decoded(codes: np.ndarray, codec: Codec, folder: Path, name: str) -> Path:
+    """A file of what `name` names by its content, written once for each codec."""
+    path = folder / f"{hashlib.sha256(f'{name} {codec.revision}'.encode()).hexdigest()[:24]}.wav"
     if not path.exists():
         write_wav(path, codec.decode(codes), codec.sample_rate)
     return path
@@ -190,8 +242,10 @@ def _known(place: Path) -> dict[str, Any] | None:
     if not (place.is_file() and place.with_suffix(".wav").is_file()):
         return None
     try:
-        note: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-    except ValueError as error:
+        note = json.loads(place.read_text(encoding="utf-8"))
+        if not isinstance(note, dict) or not isinstance(note.get("hit_cap"), bool):
+            raise ValueError("it does not say how the clip ended")
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is damaged ({error}): remove it, and it will be spoken again") from error
     return note
 

@@ -19,8 +19,10 @@ LOSS = "audio_loss"  # of the validation split
 NAMES = (STEP, LOSS, *(metric.name for metric in METRICS))
 
 # What a listener turns away at once; the first of the ranks that was measured counts.
-DEFAULT_GATES = ("cap_rate <= 0.1", "short_rate <= 0.1", "loop_rate <= 0.1", "wer <= recording_wer + 0.2")
-DEFAULT_RANKS = ("similarity", "-wer", STEP)
+# Of few clips one may fail: it is no more than a share of 1 / clips.
+DEFAULT_GATES = ("cap_rate <= {share}", "short_rate <= {share}", "loop_rate <= {share}", "wer <= recording_wer + 0.2")
+_SHARE = 0.1
+DEFAULT_RANKS = ("similarity", "similarity_reference", "-wer", STEP)
 
 _MAX_EXPRESSION = 500  # characters
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
@@ -32,6 +34,10 @@ _COMPARED: dict[type, Callable[[Any, Any], bool]] = {
 _FUNCTIONS: dict[str, tuple[Callable[..., Any], range]] = {  # with how many arguments
     "min": (min, range(2, 100)), "max": (max, range(2, 100)), "abs": (abs, range(1, 2)),
 }  # fmt: skip
+_ALLOWED = (
+    *(ast.Name, ast.Load, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.USub, ast.Not, ast.And, ast.Or),
+    *_BINARY, *_COMPARED,
+)  # fmt: skip
 
 Measures = Mapping[str, float]  # by metric; what was not measured is not there
 
@@ -53,7 +59,28 @@ class Expression:
             if name not in NAMES:
                 near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
                 raise ConfigError(f"{text!r}: there is no metric {name}; the nearest is {near} (of {', '.join(NAMES)})")
-        self.value(dict.fromkeys(self.names, 1.0))  # finds what is not allowed before anything is measured
+        for node in ast.walk(self._tree):
+            if not self._is_allowed(node):
+                raise self._refusal(node)
+        try:
+            self.value(dict.fromkeys(self.names, 1.0))
+        except RecursionError:
+            raise ConfigError(f"{text[:80]!r} is too deep to be computed") from None
+
+    @staticmethod
+    def _is_allowed(node: ast.AST) -> bool:
+        if isinstance(node, ast.Constant):
+            return isinstance(node.value, int | float)
+        if isinstance(node, ast.Call):
+            name = node.func.id if isinstance(node.func, ast.Name) else ""
+            return name in _FUNCTIONS and len(node.args) in _FUNCTIONS[name][1] and not node.keywords
+        return isinstance(node, _ALLOWED)
+
+    def _refusal(self, node: ast.AST) -> ConfigError:
+        return ConfigError(
+            f"{self.text!r}: {ast.get_source_segment(self.text, node) or type(node).__name__} is not allowed: numbers, "
+            "names of metrics, + - * /, < <= > >=, and, or, not, min, max, abs"
+        )
 
     def value(self, measures: Measures) -> float:
         """NaN where a name was not measured, or for a division by zero."""
@@ -91,10 +118,7 @@ class Expression:
                 name in _FUNCTIONS and len(given) in _FUNCTIONS[name][1]
             ):
                 return _FUNCTIONS[name][0](*(self._of(argument, measures) for argument in given))
-        raise ConfigError(
-            f"{self.text!r}: {ast.get_source_segment(self.text, node)} is not allowed: numbers, names of metrics, "
-            "+ - * /, < <= > >=, and, or, not, min, max, abs"
-        )
+        raise self._refusal(node)
 
 
 @dataclass(frozen=True)
@@ -105,8 +129,8 @@ class Rule:
     rank: Expression
 
     @classmethod
-    def of(cls, gates: Sequence[str] | None, rank: str | None, measured: Sequence[str]) -> "Rule":
-        """A rule as it is declared; what is not is the default one, of what is `measured`.
+    def of(cls, gates: Sequence[str] | None, rank: str | None, measured: Sequence[str], *, clips: int) -> "Rule":
+        """A rule as it is declared; what is not is the default one, of what is `measured` of so many clips.
 
         Raises ConfigError for expressions that are none, and for those that need what is not measured.
         """
@@ -114,7 +138,8 @@ class Rule:
         for text in (*(gates or ()), *([] if rank is None else [rank])):
             if missing := [name for name in Expression(text).names if name not in known]:
                 raise ConfigError(f"{text!r} needs {', '.join(missing)}, which is not measured here: name its judge")
-        usual = [Expression(text) for text in DEFAULT_GATES]
+        share = f"{max(_SHARE, 1 / clips):.3g}"
+        usual = [Expression(text.format(share=share)) for text in DEFAULT_GATES]
         ranks = [Expression(text) for text in DEFAULT_RANKS]
         return cls(
             tuple(gate for gate in usual if known.issuperset(gate.names))

@@ -7,6 +7,7 @@ FOLDER/
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,15 +57,18 @@ def read_clips(folder: str | Path) -> list[Clip]:
     folder = Path(folder)
     index = folder / CLIPS_FILE
     if index.is_file():
-        lines = index.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = index.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{index} is not UTF-8 (byte {error.start}): convert it") from error
         clips = [_parsed(folder, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     else:
         clips = _of_recordings(folder)
     if not clips:
         raise DataError(f"{folder} has no clips: neither {CLIPS_FILE} nor audio files with a .txt beside each")
-    ids = [clip.id for clip in clips]
-    if twice := next((name for name in ids if ids.count(name) > 1), None):
-        raise DataError(f"{folder}: two clips have the id {twice}: give each its own")
+    name, times = Counter(clip.id for clip in clips).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"{folder}: {times} clips have the id {name}: give each its own")
     return clips
 
 
@@ -100,10 +104,15 @@ def _parsed(folder: Path, number: int, line: str) -> Clip:
         raise DataError(f"{where}: {error}") from error
     places = {key: folder / getattr(clip, key) for key in _PATHS if getattr(clip, key) is not None}
     for key, path in places.items():
-        if not is_within(path, folder):
-            raise DataError(f"{where}: {key} leaves the folder: {path}")
-        if not path.is_file():
-            raise DataError(f"{where}: {key} is missing: {path}")
+        try:
+            if not is_within(path, folder):
+                raise DataError(f"{where}: {key} leaves the folder: {path}")
+            if not path.is_file():
+                raise DataError(f"{where}: {key} is missing: {path}")
+        except ValueError as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{where}: {key} is no name of a file: {error}") from error
     return replace(clip, **places)
 
 

@@ -82,6 +82,7 @@ def compare(
     sampling: Sampling | None = None,
     seed: int = 0,
     limit: int | None = None,
+    language: str | None = None,
     batch_size: int = 8,
     device: str | None = None,
     dtype: str | None = None,
@@ -107,8 +108,8 @@ def compare(
     for name, place in zip(names, places, strict=True):
         found = evaluate(
             place, texts=texts, out=out / name, data=data, base=False, asr=asr, speaker_judge=speaker_judge,
-            quality_judge=quality_judge, sampling=sampling, seed=seed, limit=limit, batch_size=batch_size,
-            device=device, dtype=dtype, progress=progress,
+            quality_judge=quality_judge, sampling=sampling, seed=seed, limit=limit, language=language,
+            batch_size=batch_size, device=device, dtype=dtype, progress=progress,
         )  # fmt: skip
         systems[name] = _system(place, found.adapter, found.texts)
     evaluations = {name: system.evaluation for name, system in systems.items()}
@@ -163,7 +164,7 @@ def _choose(evaluations: dict[str, Evaluation], gates: Sequence[str] | None, ran
     measured = [metric.name for metric in METRICS if all(metric.name in found for found in measures)]
     if rank is None and not {"wer", "similarity"} & set(measured):
         rank = _RANK_WITHOUT_JUDGES
-    rule = Rule.of(gates, rank, measured)
+    rule = Rule.of(gates, rank, measured, clips=min(len(found.clips) for found in evaluations.values()))
     steps = [found | {"step": -number} for number, found in enumerate(measures)]  # of equals the one named first
     return rule, choose(steps, rule)
 

@@ -8,15 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from higgstune.data.store import CodeStore
+from higgstune.data.whisper_features import WhisperFeatures
 from higgstune.errors import ConfigError, DataError
-from higgstune.evaluation.asked import Asked, ask_rows, ask_sentences, file_name, speak_asked, write_voices
+from higgstune.evaluation.asked import (
+    MOST_ROWS,
+    Asked,
+    ask_rows,
+    ask_sentences,
+    file_name,
+    only_language,
+    some_rows,
+    speak_asked,
+    speakers_of,
+    write_voices,
+)
 from higgstune.evaluation.clips import Clip, read_clips, read_voices
 from higgstune.evaluation.judges import AUTO, Judges, load_judges
 from higgstune.evaluation.metrics import METRICS, Difference, Evaluation
 from higgstune.evaluation.remembered import remembered
 from higgstune.evaluation.score import compare as differences_of
 from higgstune.evaluation.score import score
-from higgstune.evaluation.texts import read_sentences
+from higgstune.evaluation.texts import Sentence, read_sentences
 from higgstune.files import write_file, writing
 from higgstune.generate.sampling import Sampling
 from higgstune.generate.speak import Speaker, load_base
@@ -29,6 +41,7 @@ from higgstune.model.adapters import (
     find_adapter,
 )
 from higgstune.model.checksums import sha256_of
+from higgstune.model.load import choose_device
 from higgstune.report.measures import verdict
 
 Progress = Callable[[str, int, int], None]
@@ -111,6 +124,7 @@ class _Material:
     folder: Path
     seed: int
     limit: int | None
+    language: str | None = None
 
 
 def evaluate(
@@ -129,6 +143,7 @@ def evaluate(
     sampling: Sampling | None = None,
     seed: int = 0,
     limit: int | None = None,
+    language: str | None = None,
     batch_size: int = 8,
     device: str | None = None,
     dtype: str | None = None,
@@ -137,8 +152,9 @@ def evaluate(
     """Speak `texts` and what is to be guarded with an adapter (its folder or its run's) and its base, and measure.
 
     `texts` and each of `guard` is `validation` (rows of the store that the adapter was trained on, or of `data`),
-    built-in languages, a file of sentences or a `meta.lst` (see `read_sentences`); at the most `limit` of each. What is
-    spoken is kept in `out`, and spoken once for each adapter, text, voice and seed; what judges said is kept, too.
+    built-in languages, a file of sentences or a `meta.lst` (see `read_sentences`); at the most `limit` of each, of rows
+    100 where it is not given. `language` is that of sentences that name none; the store's, where it has only one. What
+    is spoken is kept in `out`, and spoken once for each adapter, text, voice and seed; what judges said is kept, too.
 
     `target` may also be a base, or a folder of clips from elsewhere (see `read_clips`), which are measured as they are.
 
@@ -150,7 +166,7 @@ def evaluate(
         raise ConfigError("guard needs the base, which tells what was there before: leave out --no-base")
     target = Path(target)
     show = progress or (lambda what, done, total: None)
-    judges = load_judges(asr, speaker_judge, quality_judge, device=device or "cpu")
+    judges = load_judges(asr, speaker_judge, quality_judge, device=str(choose_device(device)))
     kind = _kind(target)
     if kind == CLIPS:
         return _evaluate_clips(target, judges, Path(out or target), seed, show)
@@ -159,8 +175,7 @@ def evaluate(
     drawn = sampling or Sampling()
     loaded = load_base(target if adapter is None else model, adapter, codec=codec, dtype=dtype, device=device)
     store = _store(data, adapter, needed=VALIDATION in (texts, *guard), codec_revision=loaded.audio_tokenizer.revision)
-    voices = {} if store is None else write_voices(store, loaded.audio_tokenizer, folder)
-    material = _Material(store, voices, remembered(judges, folder / "judged"), folder, seed, limit)
+    material = _Material(store, {}, remembered(judges, folder / "judged"), folder, seed, limit, language)
     names = [texts, *dict.fromkeys(name for name in guard if name != texts)]
     spoken: dict[str, dict[str, list[Clip]]] = {name: {} for name in names}
     dtype = str(loaded.model.dtype).removeprefix("torch.")
@@ -169,8 +184,8 @@ def evaluate(
     if base or adapter is None:
         subjects.append(lambda: _Subject(Speaker(loaded), BASE, identity))
     if adapter is not None:
-        weights = sha256_of(adapter / ADAPTER_WEIGHTS)
-        subjects.append(lambda: _Subject(Speaker(loaded, adapter), ADAPTER, f"{identity} {weights}"))
+        files = " ".join(sha256_of(adapter / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
+        subjects.append(lambda: _Subject(Speaker(loaded, adapter), ADAPTER, f"{identity} {files}"))
     for make in subjects:  # one after the other: an adapter stays on the base
         subject = make()
         for name in names:
@@ -185,6 +200,9 @@ def evaluate(
         "device": str(loaded.model.device), "adapter": None if adapter is None else str(adapter),
         "checkpoint": loaded.checkpoint, "codec": loaded.codec,
     }  # fmt: skip
+    if store is not None:
+        heard = [clip.speaker for found in spoken.values() for clips in found.values() for clip in clips]
+        material = replace(material, voices=write_voices(store, loaded.audio_tokenizer, folder, heard))
     results = [_measure(name, spoken[name], material, settings, show) for name in names]
     return EvaluationResult(folder, adapter, results[0], results[1:] if guard else [], settings)
 
@@ -205,7 +223,11 @@ def _measure(
         tell = partial(_tell, show, f"{name}, {system}")
         found = score(some, material.judges, material.voices, seed=material.seed, progress=tell)
         systems[system] = replace(found, settings=settings if system != RECORDINGS else {})
-    differences = differences_of(systems[BASE], systems[ADAPTER]) if BASE in spoken and ADAPTER in spoken else {}
+    differences = (
+        differences_of(systems[BASE], systems[ADAPTER], seed=material.seed)
+        if BASE in spoken and ADAPTER in spoken
+        else {}
+    )
     result = SetResult(name, systems, clips, differences)
     rows = {system: found.clips for system, found in systems.items()}
     content = {**result.as_json(), "clips": rows}
@@ -235,8 +257,9 @@ def _evaluate_clips(folder: Path, judges: Judges, out: Path, seed: int, show: Pr
 def _ask(name: str, speaker: Speaker, material: _Material) -> list[Asked]:
     if name == VALIDATION:
         assert material.store is not None
+        rows = some_rows(material.store.split(VALIDATION), material.limit or MOST_ROWS)
         asked = ask_rows(
-            material.store.split(VALIDATION)[: material.limit], speaker, material.folder, seed=material.seed
+            rows, speaker, material.folder, seed=material.seed, features=_features(material.store, speaker)
         )
         if not asked:
             raise DataError(
@@ -244,9 +267,35 @@ def _ask(name: str, speaker: Speaker, material: _Material) -> list[Asked]:
                 "or name other texts with --set"
             )
         return asked
-    known = list(material.voices)
-    sentences = read_sentences(name)[: material.limit]
-    return ask_sentences(sentences, speaker, seed=material.seed, voice_of=known[0] if len(known) == 1 else None)
+    store = material.store
+    return ask_sentences(
+        _some(read_sentences(name), material.limit),
+        speaker,
+        seed=material.seed,
+        known=[] if store is None else speakers_of(store),
+        language=material.language or (None if store is None else only_language(store)),
+    )
+
+
+def _some(sentences: Sequence[Sentence], limit: int | None) -> list[Sentence]:
+    """The first of each language in turn."""
+    turns: dict[str | None, int] = {}
+    ranked = []
+    for index, sentence in enumerate(sentences):
+        ranked.append((turns.setdefault(sentence.language, 0), index))
+        turns[sentence.language] += 1
+    chosen = sorted(ranked)[:limit] if limit is not None else ranked
+    return [sentences[index] for _, index in sorted(chosen, key=lambda pair: pair[1])]
+
+
+def _features(store: CodeStore, speaker: Speaker) -> WhisperFeatures | None:
+    """What Whisper hears in a store's clips, where the model listens and the store was prepared for it."""
+    if speaker.hearing is None:
+        return None
+    try:
+        return WhisperFeatures.open(store.folder, speaker.hearing.checkpoint, speaker.hearing.revision)
+    except DataError:
+        return None  # references are heard anew, by the encoder itself
 
 
 def _store(data: str | Path | None, adapter: Path | None, *, needed: bool, codec_revision: str) -> CodeStore | None:

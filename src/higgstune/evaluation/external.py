@@ -30,6 +30,8 @@ _TAIL = 2000  # characters of what a program said, in an error
 Row = dict[str, Any]
 Value = TypeVar("Value")
 
+_START, _EACH = 600.0, 120.0  # seconds: to load a model, and for each file
+
 
 def is_command(spec: str) -> bool:
     """Whether a judge's spec is a command, see `command_words`; nothing is looked for or run."""
@@ -81,8 +83,10 @@ class _Command:
         try:
             done = subprocess.run(
                 [*self.words, *arguments, *files], capture_output=True, encoding="utf-8", errors="replace",
-                stdin=subprocess.DEVNULL, check=False,
+                stdin=subprocess.DEVNULL, check=False, timeout=_START + _EACH * len(files),
             )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise WorkError(f"the {self.role} {self.name} has not answered in {error.timeout:.0f} s") from error
         except OSError as error:
             raise ConfigError(f"the {self.role} {self.name} cannot be run: {error.strerror}") from error
         if done.returncode != 0:

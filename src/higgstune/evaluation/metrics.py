@@ -64,7 +64,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of one system minus that of another on the same clips; `p` of a paired permutation test."""
+    """A metric of one system minus that of another on the same clips; `p` of a paired permutation test.
+
+    Where 0 or 1 is best, `p` is of the clips' distances from it.
+    """
 
     value: float
     low: float

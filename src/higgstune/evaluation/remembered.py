@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from higgstune.evaluation.judges import Judges, QualityJudge, SpeakerJudge, Tran
 from higgstune.files import write_file
 from higgstune.model.checksums import sha256_of
 
+_LOG = logging.getLogger(__name__)
 _AT_ONCE = 16  # files that a judge is given before its answers are written down
 
 
@@ -45,7 +47,11 @@ class _Answers:
     def _read(self) -> dict[str, Any]:
         if not self.path.is_file():
             return {}
-        answers: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))["answers"]
+        try:
+            answers: dict[str, Any] = dict(json.loads(self.path.read_text(encoding="utf-8"))["answers"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            _LOG.warning("%s is damaged (%s): the judge is asked again", self.path, error)
+            return {}
         return answers
 
 

@@ -185,6 +185,9 @@ def _difference(metric: Metric, pairs: Sequence[tuple[Any, Any]], seed: int) -> 
         return None
     value = ratio(*b) - ratio(*a)
     low, high = difference_interval(a, b, seed=seed)
+    goal = {"one": 1.0, "zero": 0.0}.get(metric.better)
+    if goal is not None:  # whether one is nearer to it, clip by clip: that they differ says nothing of that
+        a, b = ((np.abs(tops - goal * bottoms), bottoms) for tops, bottoms in (a, b))
     return Difference(value, low, high, permutation_p(a, b, seed=seed), len(measured))
 
 

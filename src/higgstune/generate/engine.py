@@ -37,9 +37,12 @@ def generate(
     seeds: Sequence[int],
     sampling: Sampling | None = None,
     on_row: Callable[[], None] | None = None,
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Generated]:
     """Speak a batch of prompts (see `Prompter.prompt`). A clip's result depends on its own prompt and seed alone,
     up to the rounding of batched arithmetic. `model` is a native model or a peft model around one, in eval mode.
+    Where several processes compute one model together, `agree` gives all of them the logits of one: a rounding apart,
+    they would draw other codes, and one would end while the others wait for it.
     """
     config = model.config
     samplers = [
@@ -58,6 +61,7 @@ def generate(
         rows = [sampler.rows[0] for sampler in samplers]
         while not all(sampler.finished for sampler in samplers):
             logits = decoder.step(torch.tensor(rows)).float().cpu()
+            logits = logits if agree is None else agree(logits)
             rows = [rows[b] if sampler.finished else sampler.step(logits[b]) for b, sampler in enumerate(samplers)]
             if on_row is not None:
                 on_row()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from torch import Tensor
 
 from higgstune.data.audio import read_audio, resample
 from higgstune.data.text import normalize_text
@@ -103,6 +104,11 @@ class Speaker:
             )
 
     @property
+    def hearing(self) -> WhisperShape | None:
+        """What a reference is heard through, where it is heard."""
+        return self._hears if self.hears else None
+
+    @property
     def hears(self) -> bool:
         """Whether a reference is heard through Whisper, where it is not read by its codes."""
         return self._hears is not None and self.reference_place == "scene"
@@ -168,12 +174,14 @@ class Speaker:
         max_seconds: float | None = None,
         batch_size: int = 8,
         on_spoken: Callable[[int], None] | None = None,
+        agree: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Speech]:
         """Speak texts, `batch_size` at a time, each in its own voice.
 
         Each piece of a long text hears the one before.
         `max_seconds` caps every piece, in place of the cap from the text's length. Raises InputError on an empty
-        text, DataError on control tokens in it. `on_spoken` is told how many texts are done.
+        text, DataError on control tokens in it. `on_spoken` is told how many texts are done. `agree`: see
+        `generate`.
         """
         if max_seconds is not None and not max_seconds > 0:
             raise InputError(f"max_seconds is {max_seconds}: it must be above 0")

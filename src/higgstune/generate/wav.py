@@ -25,6 +25,6 @@ def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
     path = Path(path)
     check_wav_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     soundfile.write(temporary, np.clip(waveform, -1, 1), sample_rate, format="WAV", subtype="PCM_16")
     os.replace(temporary, path)

@@ -14,8 +14,17 @@ from matplotlib.image import imsave
 from torch.utils.tensorboard import SummaryWriter
 
 from higgstune.data.store import CodeStore, Row
-from higgstune.errors import ConfigError, WorkError
-from higgstune.evaluation.asked import Asked, ask_rows, ask_sentences, some_rows, speakers_of, write_voices
+from higgstune.errors import ConfigError, HiggstuneError
+from higgstune.evaluation.asked import (
+    Asked,
+    ask_rows,
+    ask_sentences,
+    only_language,
+    some_rows,
+    speaker_of,
+    speakers_of,
+    write_voices,
+)
 from higgstune.evaluation.choice import Rule
 from higgstune.evaluation.clips import Clip, write_clips
 from higgstune.evaluation.figures import mel_image
@@ -28,16 +37,14 @@ from higgstune.generate.sampling import Sampling
 from higgstune.generate.speak import Speaker, Speech
 from higgstune.generate.wav import write_wav
 from higgstune.model.load import ModelAndTokenizers
-from higgstune.prompt.rows import ReferencePlace
+from higgstune.prompt.rows import Features, ReferencePlace
 from higgstune.training.candidates import Candidates
 from higgstune.training.processes import Processes
 from higgstune.training.recipe import EvaluationSettings
 
 _LOG = logging.getLogger(__name__)
-_ALWAYS = (
-    *("cap_rate", "short_rate", "silence", "trailing_silence", "duration_ratio", "loop_rate"),
-    *("f0_shift", "f0_spread", "energy_spread"),
-)
+_ALWAYS = ("cap_rate", "short_rate", "silence", "trailing_silence", "duration_ratio", "loop_rate")
+_OF_VOICES = ("f0_shift", "f0_spread", "energy_spread")
 
 
 def texts_to_speak(settings: EvaluationSettings, store: CodeStore) -> list[Row] | list[Sentence]:
@@ -58,18 +65,23 @@ def texts_to_speak(settings: EvaluationSettings, store: CodeStore) -> list[Row] 
 
 def rule_of(settings: EvaluationSettings, texts: Sequence[Row | Sentence], store: CodeStore, judges: Judges) -> Rule:
     """How the best step is chosen. Raises ConfigError for a rule that needs what is not measured of these texts."""
-    speakers = speakers_of(store)
-    recorded = any(isinstance(text, Row) or text.recording for text in texts)
-    names = list(_ALWAYS)
+    known = speakers_of(store)
+    voiced = any(speaker_of(text, known) in known for text in texts)
+    names = [*_ALWAYS, *(_OF_VOICES if voiced else ())]
     if judges.asr is not None:
-        names += ["wer", "cer", *(("recording_wer", "recording_cer") if recorded else ())]
+        names += ["wer", "cer"]
+        names += ["recording_wer", "recording_cer"] if any(_is_recorded(text) for text in texts) else []
         names += ["leak_rate", "leak_wer"] if any(text.reference_text for text in texts) else []
-    if judges.speaker is not None and speakers:
-        names += ["similarity", *(["speaker_accuracy"] if len(speakers) > 1 else [])]
+    if judges.speaker is not None:
+        names += ["similarity", *(["speaker_accuracy"] if len(known) > 1 else [])] if voiced else []
         names += ["similarity_reference"] if any(_has_reference(text) for text in texts) else []
     if judges.quality is not None:
         names.append("naturalness")
-    return Rule.of(settings.gates, settings.rank, names)
+    return Rule.of(settings.gates, settings.rank, names, clips=len(texts))
+
+
+def _is_recorded(text: Row | Sentence) -> bool:
+    return isinstance(text, Row) or text.recording is not None
 
 
 def _has_reference(text: Row | Sentence) -> bool:
@@ -90,11 +102,12 @@ class Listening:
         judges: Judges,
         processes: Processes,
         together: bool,
+        features: Features | None = None,
         writer: SummaryWriter | None = None,
     ) -> None:
         """`folder` is where it is all written. `judges` are those of the first process, which writes and measures.
         `together`: all processes speak all texts, because each has but a share of the weights; else they share the
-        texts.
+        texts. `features` are what Whisper hears in the store's clips.
 
         Raises as `texts_to_speak` and `rule_of`.
         """
@@ -109,8 +122,9 @@ class Listening:
         rule = rule_of(settings, texts, store, judges) if processes.is_main else None
         if not processes.is_main:  # the first one has decoded the recordings then, and written them down for all
             processes.wait()
-        self.voices = write_voices(store, loaded.audio_tokenizer, folder)
-        self.asked = self._ask(texts, store)
+        self.asked = self._ask(texts, store, features)
+        spoken = [item.clip.speaker for item in self.asked]
+        self.voices = write_voices(store, loaded.audio_tokenizer, folder, spoken)
         if processes.is_main:
             processes.wait()
         self.judges = remembered(judges, folder / "judged")
@@ -118,14 +132,14 @@ class Listening:
         assert chosen_by is not None
         self.candidates = Candidates(chosen_by, settings.patience)
 
-    def _ask(self, texts: Sequence[Row | Sentence], store: CodeStore) -> list[Asked]:
-        speaker = Speaker(self.loaded, reference_place=self.reference_place)
+    def _ask(self, texts: Sequence[Row | Sentence], store: CodeStore, features: Features | None) -> list[Asked]:
+        speaker, seed = Speaker(self.loaded, reference_place=self.reference_place), self.settings.seed
         rows = [text for text in texts if isinstance(text, Row)]
         sentences = [text for text in texts if isinstance(text, Sentence)]
-        known = speakers_of(store)
+        known, language = speakers_of(store), only_language(store)
         return [
-            *ask_rows(rows, speaker, self.folder, seed=self.settings.seed),
-            *ask_sentences(sentences, speaker, seed=self.settings.seed, voice_of=known[0] if len(known) == 1 else None),
+            *ask_rows(rows, speaker, self.folder, seed=seed, features=features),
+            *ask_sentences(sentences, speaker, seed=seed, known=known, language=language),
         ]
 
     def listen(self, model: Any, step: int) -> dict[str, float]:
@@ -134,7 +148,9 @@ class Listening:
         every = range(len(self.asked))
         mine = every if self.together else every[self.processes.rank :: self.processes.count]
         spoken = speaker.say_each(
-            [self.asked[index].request for index in mine], sampling=Sampling(temperature=self.settings.temperature)
+            [self.asked[index].request for index in mine],
+            sampling=Sampling(temperature=self.settings.temperature),
+            agree=self.processes.of_main if self.together else None,
         )
         found: dict[int, Speech] = {}
         for share in self.processes.of_all(dict(zip(mine, spoken, strict=True))):
@@ -158,7 +174,7 @@ class Listening:
             self.writer.add_image("speech/mel", image, step, dataformats="HWC")
         try:
             evaluation = score(clips, self.judges, self.voices)
-        except WorkError as error:
+        except (HiggstuneError, RuntimeError) as error:  # also a judge's device that is out of memory
             _LOG.warning("step %d: what was spoken is not measured: %s", step, error)
             return {}
         write_file(place / "evaluation.json", evaluation.to_json())

@@ -96,8 +96,8 @@ class EvaluationSettings(_Strict):
     quality_judge: str | None = Field(None, description="judge of naturalness: distillmos, or a command")
     gates: tuple[str, ...] | None = Field(None, description="conditions over metrics that a checkpoint must meet")
     rank: str | None = Field(None, description="expression over metrics; the highest is best")
-    choose: Literal["best", "last"] = Field(
-        "best", description="a stage ends with the best evaluated checkpoint, or with its last step"
+    choose: Literal["best", "last"] | None = Field(
+        None, description="the step that a stage ends with; best where a judge, gates or a rank are named, else last"
     )
     patience: int | None = Field(None, ge=1, description="evaluations without a better one after which a stage ends")
 
@@ -110,6 +110,14 @@ class EvaluationSettings(_Strict):
             if given:
                 raise ValueError(f"{', '.join(given)} have no effect with clips: 0, where nothing is spoken")
         return self
+
+    @property
+    def which(self) -> Literal["best", "last"]:
+        """The step that a stage ends with. Health of a few clips alone is too little to go back by itself."""
+        if self.choose is not None:
+            return self.choose
+        named = (self.asr, self.speaker_judge, self.quality_judge, self.gates, self.rank)
+        return "last" if self.clips == 0 or all(name is None for name in named) else "best"
 
 
 class Stage(_Strict):

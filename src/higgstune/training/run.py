@@ -1,6 +1,7 @@
 """A recipe as one job: its stages in order, resumable, each proven by loading what it saved."""
 
 import gc
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from higgstune.training.setting import Setting, check_packs, find_setting
 from higgstune.training.stage import Job, train_stage
 from higgstune.training.stopping import StopSignals
 
+_LOG = logging.getLogger(__name__)
 _LOST = ("Connection closed by peer", "Connection reset by peer", "gloo")  # how a broken collective reads
 
 
@@ -117,8 +119,16 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
     assert adapter is not None
     run.close()
     if run.is_main:
-        write_run_report(run.folder)
+        _report(run.folder)
     return RunResult(run.folder, adapter, run.state["stages"])
+
+
+def _report(folder: Path) -> None:
+    """A page that cannot be written is no reason to say that the run failed."""
+    try:
+        write_run_report(folder)
+    except HiggstuneError as error:
+        _LOG.warning("the run is finished; its report is missing: %s", error)
 
 
 def _judges(recipe: Recipe, device: torch.device) -> Judges:

@@ -125,7 +125,7 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
         "history": [entry for entry in trainer.state.log_history if "train_runtime" not in entry],
     }
     if listening is not None and listening.candidates.entries:
-        result["chosen"] = _choose(trainer, listening.candidates, recipe.evaluation.choose)
+        result["chosen"] = _choose(trainer, listening.candidates, recipe.evaluation.which)
     del trainer  # a second base has to fit beside it: gradients and moments go, which stand in circles
     gc.collect()
     _save_and_prove(job, stage, model, train_rows, result)
@@ -244,6 +244,7 @@ def _listening(job: Job, stage: Stage, writer: SummaryWriter | None) -> Listenin
         judges=job.judges,
         processes=job.processes,
         together=job.sharded,
+        features=job.setting.rendering.features,
         writer=writer,
     )
 

@@ -188,7 +188,7 @@ class HiggsAudioTrainer(Trainer):
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if state.global_step >= state.max_steps or self._listening is None:
             return state.global_step >= state.max_steps
-        self._listening.candidates.entries = list(read_checkpoint(checkpoint)["candidates"])
+        self._listening.candidates.entries = list(read_checkpoint(checkpoint).get("candidates", []))
         return self._listening.candidates.exhausted
 
     def take_over(self, checkpoint: Path) -> None:
@@ -359,7 +359,7 @@ class HiggsAudioTrainer(Trainer):
 
     def _take_over_best(self, notes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         if self._listening is not None:
-            self._listening.candidates.entries = list(notes["candidates"])
+            self._listening.candidates.entries = list(notes.get("candidates", []))
             self._best = part("best", tensors)
 
     def _over_ranks(self, values: Sums) -> Sums:
