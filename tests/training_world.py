@@ -61,10 +61,11 @@ class Unplanned:
 
 def train_unproven(made: Recipe, out: Path, resume: bool = False) -> None:
     """What has tests of its own is left out: its plan, its proof and its report."""
-    stage.verify_in_fresh_process = proven
-    run.write_run_report = lambda folder: folder  # type: ignore[assignment, misc]
-    run.RunMemory = Unplanned  # type: ignore[misc, assignment]
-    train(made, out, resume=resume)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "verify_in_fresh_process", proven)
+        patch.setattr(run, "RunMemory", Unplanned)
+        patch.setattr(run, "write_run_report", lambda folder: folder)
+        train(made, out, resume=resume)
 
 
 def shared_recipe(world: Path, processes: int, **changes: Any) -> Recipe:

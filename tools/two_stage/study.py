@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recordings import SETTINGS, Setting, Stores, stores_of
 from results import COMPARED, YARDSTICKS, write_results
+from study_data import SETTINGS, Setting, Stores, stores_of
 
 from higgstune.evaluation.evaluate import ADAPTER, RECORDINGS, evaluate
 from higgstune.generate.sampling import Sampling
