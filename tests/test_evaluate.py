@@ -246,9 +246,11 @@ def test_the_best_of_five(tmp_path: Path) -> None:
 
 
 def test_runs_are_compared_on_the_same_texts_and_seeds(world: Path, tmp_path: Path, spoken: list[str]) -> None:
-    found = compare([world / "one", world / "two"], out=tmp_path / "out", **texts(world, limit=2))
-    assert spoken == ["Hi.", "No."] * 2
-    assert list(found.evaluations) == ["one", "two"]
+    runs = [world / name for name in ("one", "two", "base")]
+    found = compare(runs, out=tmp_path / "out", **texts(world, limit=2))
+    assert spoken == ["Hi.", "No."] * 3
+    assert list(found.evaluations) == ["one", "two", "base"]
+    assert [row["speaker"] for evaluation in found.evaluations.values() for row in evaluation.clips] == ["anna"] * 6
     ids = [[row["id"] for row in evaluation.clips] for evaluation in found.evaluations.values()]
     assert ids[0] == ids[1]
     assert "duration_ratio" in found.differences["two"]

@@ -101,8 +101,10 @@ def compare(
     names = _names(places)
     for text in (*(gates or ()), *([] if rank is None else [rank])):
         Expression(text)  # what is wrong with it is told before anything is spoken
-    if data is None and texts == VALIDATION:
-        data = _store_of(places)
+    if data is None:  # one for all: its rows are spoken, and its voices are what all are held against
+        found_store = _store_of(places)
+        if texts == VALIDATION or (found_store is not None and Path(found_store).exists()):
+            data = found_store
     out = Path(out)
     systems = {}
     for name, place in zip(names, places, strict=True):
