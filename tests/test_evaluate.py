@@ -288,3 +288,23 @@ def test_the_commands(tmp_path: Path, command: Command) -> None:
     code, _, err = command("compare", *folders, "--out", tmp_path / "out", "--gate", "silence <")
     assert code == 2
     assert "no expression" in err
+
+
+def test_the_report_tells_whose_voice_clips_have(tmp_path: Path) -> None:
+    folder = clip_folder(tmp_path / "clips", count=2)
+    clips = [json.loads(line) for line in (folder / "clips.jsonl").read_text().splitlines()]
+    (folder / "clips.jsonl").write_text(
+        "".join(json.dumps(c | {"speaker": s}) + "\n" for c, s in zip(clips, ("anna", "ben"), strict=True))
+    )
+    for number, name in enumerate(("anna", "ben")):
+        (folder / "voices" / name).mkdir(parents=True)
+        shutil.copy(folder / f"{number}.wav", folder / "voices" / name / "a.wav")
+    speaker = answering(tmp_path, "speaker", "'model': 0.75 if '/anna/' in sys.argv[2] else 0.25")
+    found = evaluate(folder, speaker_judge=speaker, device="cpu")
+    confusion = found.texts.systems["clips"].confusion
+    assert confusion is not None
+    assert confusion.similarity == [[0.75, 0.25], [0.75, 0.25]]
+    assert found.texts.systems["clips"].summary["speaker_accuracy"].value == 0.5
+    page = tell(found, folder, ["higgstune"]).read_text(encoding="utf-8")
+    assert "Whose voice is it?" in page
+    assert "0.75 (1)" in page

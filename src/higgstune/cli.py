@@ -27,6 +27,7 @@ from higgstune.options import (
     LimitOption,
     NewFolderOption,
     QualityOption,
+    QuantizeOption,
     RevisionOption,
     RowsOption,
     RunArgument,
@@ -35,6 +36,7 @@ from higgstune.options import (
     SpeakerOption,
     StoredOption,
     TemperatureOption,
+    WhisperOption,
 )
 from higgstune.terminal import Bar, command_line, errors, escape, measured, print_measures, print_result
 
@@ -267,9 +269,7 @@ def speak(
     reference_place: Annotated[
         str | None, typer.Option(help="turn or scene; where not given, as the adapter was trained.")
     ] = None,
-    whisper: Annotated[
-        str | None, typer.Option(help="Whisper checkpoint of a model that listens, where it has moved.")
-    ] = None,
+    whisper: WhisperOption = None,
     scene: Annotated[str | None, typer.Option(help="Scene description; empty for none.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option()] = 0.95,
@@ -282,7 +282,7 @@ def speak(
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the base at the hub.")] = None,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    quantize: Annotated[str | None, typer.Option(help="4bit: the base in 4 bits, for a small GPU.")] = None,
+    quantize: QuantizeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Speak a text, or each line of a file."""
@@ -342,6 +342,8 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Clips spoken at a time.")] = 8,
     model: BaseOption = None,
     codec: CodecOption = None,
+    whisper: WhisperOption = None,
+    quantize: QuantizeOption = None,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     as_json: JsonOption = False,
@@ -372,6 +374,8 @@ def evaluate(
             batch_size=batch_size,
             model=model,
             codec=codec,
+            whisper=whisper,
+            quantize=quantize,  # type: ignore[arg-type]
             device=None if device == "auto" else device,
             dtype=None if dtype == "auto" else dtype,
             progress=bar,

@@ -49,3 +49,7 @@ LimitOption = Annotated[int | None, typer.Option(min=1, help="At the most so man
 LanguageOption = Annotated[
     str | None, typer.Option(help="Of sentences that name none, such as en; the store's, where it has only one.")
 ]
+WhisperOption = Annotated[
+    str | None, typer.Option(help="Whisper checkpoint of a model that listens, where it has moved.")
+]
+QuantizeOption = Annotated[str | None, typer.Option(help="4bit: the base in 4 bits, for a small GPU.")]

@@ -42,6 +42,7 @@ from higgstune.model.adapters import (
 )
 from higgstune.model.checksums import sha256_of
 from higgstune.model.load import choose_device
+from higgstune.model.quantize import Quantize
 from higgstune.report.measures import verdict
 
 Progress = Callable[[str, int, int], None]
@@ -136,6 +137,8 @@ def evaluate(
     data: str | Path | None = None,
     model: str | Path | None = None,
     codec: str | Path | None = None,
+    whisper: str | Path | None = None,
+    quantize: Quantize | None = None,
     base: bool = True,
     asr: str | None = None,
     speaker_judge: str | None = AUTO,
@@ -156,6 +159,9 @@ def evaluate(
     100 where it is not given. `language` is that of sentences that name none; the store's, where it has only one. What
     is spoken is kept in `out`, and spoken once for each adapter, text, voice and seed; what judges said is kept, too.
 
+    `whisper` names the Whisper checkpoint of an adapter that listens, where it has moved; `quantize` ("4bit") puts the
+    base into 4 bits.
+
     `target` may also be a base, or a folder of clips from elsewhere (see `read_clips`), which are measured as they are.
 
     Raises ConfigError, DataError, CheckpointError for wrong input, WorkError where a judge fails or the disk refuses.
@@ -173,19 +179,21 @@ def evaluate(
     adapter = find_adapter(target) if kind == ADAPTER else None
     folder = Path(out) if out is not None else _folder_of(target, adapter)
     drawn = sampling or Sampling()
-    loaded = load_base(target if adapter is None else model, adapter, codec=codec, dtype=dtype, device=device)
+    loaded = load_base(
+        target if adapter is None else model, adapter, codec=codec, dtype=dtype, device=device, quantize=quantize
+    )
     store = _store(data, adapter, needed=VALIDATION in (texts, *guard), codec_revision=loaded.audio_tokenizer.revision)
     material = _Material(store, {}, remembered(judges, folder / "judged"), folder, seed, limit, language)
     names = [texts, *dict.fromkeys(name for name in guard if name != texts)]
     spoken: dict[str, dict[str, list[Clip]]] = {name: {} for name in names}
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    dtype = str(loaded.model.dtype).removeprefix("torch.") + (f"-{quantize}" if quantize else "")
     identity = f"{base_fingerprint(loaded.model)} {dtype} {loaded.audio_tokenizer.revision}"
     subjects: list[Callable[[], _Subject]] = []
     if base or adapter is None:
         subjects.append(lambda: _Subject(Speaker(loaded), BASE, identity))
     if adapter is not None:
         files = " ".join(sha256_of(adapter / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
-        subjects.append(lambda: _Subject(Speaker(loaded, adapter), ADAPTER, f"{identity} {files}"))
+        subjects.append(lambda: _Subject(Speaker(loaded, adapter, whisper=whisper), ADAPTER, f"{identity} {files}"))
     for make in subjects:  # one after the other: an adapter stays on the base
         subject = make()
         for name in names:

@@ -10,11 +10,11 @@ from typing import Any
 from higgstune.evaluation.choice import STEP
 from higgstune.evaluation.clips import CLIPS_FILE, LISTENING, Clip, read_clips
 from higgstune.evaluation.evaluate import ADAPTER, BASE, FOLDER, EvaluationResult, SetResult
-from higgstune.evaluation.metrics import METRICS, Evaluation
+from higgstune.evaluation.metrics import METRICS, Confusion, Evaluation
 from higgstune.model.adapters import RUN_STATE, adapter_card
 from higgstune.model.layout import read_json
 from higgstune.report.measures import changes_of
-from higgstune.report.page import Candidate, Change, Choice, Item, RunReport, Section, System, write_report
+from higgstune.report.page import Candidate, Change, Choice, Item, RunReport, Section, System, Table, write_report
 from higgstune.report.players import badness, complaints, take_of
 
 REPORT = "report.html"
@@ -93,6 +93,8 @@ def facts_of(card: Mapping[str, Any], stages: Mapping[str, Any]) -> dict[str, st
             f"{data['store']}: {data['train_rows']} rows ({60 * data['train_hours']:.1f} min) for training, "
             f"{data['validation_rows']} ({60 * data['validation_hours']:.1f} min) for validation"
         )
+    if replay := card.get("recipe", {}).get("data", {}).get("replay"):
+        facts["replayed"] = f"{replay['store']}: {100 * replay['share']:.0f} % of all rows"
     if lora := card.get("recipe", {}).get("lora"):
         facts["adapter"] = ", ".join(f"{key} {value}" for key, value in lora.items())
     for name, stage in stages.items():
@@ -157,11 +159,25 @@ def _measured(result: EvaluationResult | None) -> dict[str, Any]:
             for name, found in systems.items()
         ],
         "judges": last.judges,
+        "tables": [] if last.confusion is None else [_confusion_table(last.confusion)],
         "not_measured": last.not_measured,
         "guard": [change for guarded in result.guard for change in guard_changes(guarded)] if result.guard else None,
         "guard_note": "Texts and voices that must not get worse: the base before, the adapter after. Of a dozen "
         "metrics that do not change, chance calls one worse in about every third set: look at p, and listen.",
     }
+
+
+def _confusion_table(confusion: Confusion) -> Table:
+    rows = [
+        [name, *(f"{value:.2f} ({times})" for value, times in zip(similar, nearest, strict=True))]
+        for name, similar, nearest in zip(confusion.speakers, confusion.similarity, confusion.nearest, strict=False)
+    ]
+    return Table(
+        "Whose voice is it?",
+        ["clips of", *confusion.speakers],
+        rows,
+        "Mean similarity to each speaker's recordings, and how many clips are nearest to them.",
+    )
 
 
 def guard_changes(guarded: SetResult) -> list[Change]:
