@@ -1,6 +1,6 @@
 """The GPU side of `train_step.py --size full`: everything in one process, in under 10 minutes, without a download.
 
-Tokens/s of the baseline with each batch size and of ours with each token budget, plain and compiled; peak memory; the
+Tokens/s of the baseline with each batch size and of ours with each token budget; peak memory, measured and planned; the
 share of the card's measured bf16 matrix rate; the places in a step where the host waits for the device; and a 4-bit
 base within 16 GB, where bitsandbytes is installed.
 """
@@ -13,26 +13,30 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from padded import collate
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from report import Found, Row, finish, say
 from workload import Shape, clip_seconds, make_examples, random_model
 
 from higgstune.batch.packed import Packed, pack, positions, tensors_to, without_waiting
 from higgstune.batch.packing import PackSampler, PackSize
+from higgstune.model.adapters import Lora
+from higgstune.model.conditioning import Conditioning
 from higgstune.model.forward import with_training_forward
 from higgstune.model.loss import LossWeights, combine, label_counts
-from higgstune.prompt.example import Example
+from higgstune.planning.footprint import Footprint
+from higgstune.planning.layers import checkpoint_first
+from higgstune.planning.rehearsal import Subject
 from higgstune.training.finite import FiniteSteps
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-BATCH_TOKENS = (4096, 8192, 16384, 32768)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+BATCH_TOKENS = (4096, 8192, 16384, 24576)
 _STEPS = 6  # measured for each setting, after two that are not
+_CLIPS = 32  # of the baseline's, at the least: a few batches of one clip would be a matter of chance
 _SMALL_CARD = 16e9
 
 
@@ -40,19 +44,18 @@ def main(arguments: argparse.Namespace) -> None:
     """Measure and print. Raises SystemExit where there is no GPU."""
     if not torch.cuda.is_available():
         raise SystemExit("--size full needs a CUDA device; without one: --size mini")
-    bench = _Bench(arguments)
     peak = matrix_rate()
     say(f"{torch.cuda.get_device_name()}: {peak / 1e12:.0f} TFLOP/s in a bf16 product of 8192 x 8192 x 8192")
+    bench = Bench(arguments, Shape(1, arguments.layers), torch.device("cuda"))
     found: Found = {"device": torch.cuda.get_device_name(), "matrix_flops_per_second": peak}
     parts: dict[str, Callable[[], Any]] = {
-        "baseline, random": lambda: bench.sweep("random, batch", BATCH_SIZES, partial(bench.baseline, "random")),
-        "baseline, grouped": lambda: bench.sweep("grouped, batch", BATCH_SIZES, partial(bench.baseline, "grouped")),
-        "ours": lambda: bench.sweep("ours, tokens", BATCH_TOKENS, bench.ours),
+        "ours": bench.ours,
         "waits": bench.waits,
+        "baseline": bench.baseline,
         "4-bit base within 16 GB": bench.small_card,
-        "ours, compiled": lambda: bench.sweep("compiled, tokens", BATCH_TOKENS, partial(bench.ours, compiled=True)),
     }
     for name, part in parts.items():
+        started = time.perf_counter()
         # What fails is a result, too, and must not take the others with it.
         try:
             found[name] = part()
@@ -60,33 +63,35 @@ def main(arguments: argparse.Namespace) -> None:
             found[name] = None
             found[f"{name}: failed"] = f"{type(error).__name__}: {error}"
             say(f"{name}: failed: {found[f'{name}: failed']}")
-        gc.collect()
-        torch.cuda.empty_cache()
+        bench.model = None
+        _empty()
+        say(f"{name}: {time.perf_counter() - started:.0f} s")
     finish("train_step_cuda", _rows(found), arguments, found=found)
     if failed := [name for name in parts if f"{name}: failed" in found]:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
 def _rows(found: Found) -> list[Row]:
-    best = max(
-        [*(found["ours"] or []), *(found["ours, compiled"] or [])],
-        key=lambda one: one["tokens_per_second"],
-        default=None,
-    )
     rows = []
-    for order in ("random", "grouped"):
-        side = found[f"baseline, {order}"]
-        if side and best:
-            fastest = max(one["tokens_per_second"] for one in side)
-            rows.append(Row(f"{order}, best batch", [fastest], [best["tokens_per_second"]], "tokens/s"))
+    best = max(found["ours"] or [], key=lambda one: one["tokens_per_second"], default=None)
     if best:
+        for order in ("random", "grouped"):
+            side = [one for one in found["baseline"] or [] if one["order"] == order]
+            if side:
+                fastest = max(side, key=lambda one: one["tokens_per_second"])
+                name = f"{order}, batch {fastest['batch_size']}"
+                rows.append(Row(name, [fastest["tokens_per_second"]], [best["tokens_per_second"]], "tokens/s"))
         share = 100 * best["flops_per_second"] / found["matrix_flops_per_second"]
         rows.append(Row("share of the matrix rate", None, [share], "%"))
+        for one in found["ours"]:
+            planned, measured = one["planned_bytes"] / 1e9, one["peak_bytes"] / 1e9
+            rows.append(Row(f"packs of {one['batch_tokens']}: peak, planned and measured", [planned], [measured], "GB"))
     if found["waits"] is not None:
         rows.append(Row("the host waits for the device, in a step", None, [found["waits"]], "times"))
     small = found["4-bit base within 16 GB"]
     if small:
-        rows.append(Row("4-bit base, r 16, clips of 15 s: peak memory", None, [small["peak_bytes"] / 1e9], "GB"))
+        planned, measured = small["planned_bytes"] / 1e9, small["peak_bytes"] / 1e9
+        rows.append(Row("4-bit base, clips of 15 s: peak, planned and measured", [planned], [measured], "GB"))
     return rows
 
 
@@ -99,124 +104,72 @@ def matrix_rate() -> float:
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    torch.cuda.synchronize()
+    _synchronize()
     started = time.perf_counter()
     run()
-    torch.cuda.synchronize()
+    _synchronize()
     return time.perf_counter() - started
 
 
-class _Bench:
-    """A model on the device, and clips."""
+class Bench:
+    """Clips, and a model on the device."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.config = Shape(1, arguments.layers).config()
+    def __init__(self, arguments: argparse.Namespace, shape: Shape, device: torch.device) -> None:
+        self.device = device
+        self.config = shape.config()
+        self.lora = Lora(r=arguments.rank, alpha=2 * arguments.rank)
         seconds = clip_seconds(
-            arguments.clips or 1024, low=arguments.low, high=arguments.high, median=arguments.median,
+            arguments.clips or 2048, low=arguments.low, high=arguments.high, median=arguments.median,
             sigma=arguments.sigma, seed=arguments.seed,
         )  # fmt: skip
-        if seconds.sum() * 25 < 4 * max(BATCH_TOKENS):
-            raise SystemExit(f"--clips {len(seconds)} are too few for packs of {max(BATCH_TOKENS)} positions: 1024")
         self.examples = make_examples(self.config, seconds, seed=arguments.seed)
         self.lengths = np.array([len(example) for example in self.examples])
         self.order = np.random.default_rng(arguments.seed).permutation(len(self.examples))
+        self.model: PeftModel | None = None
 
-    def sweep(self, name: str, settings: Sequence[int], run: Callable[[int], Found]) -> list[Found]:
-        """Every setting until one does not fit."""
+    def ours(self, budgets: Sequence[int] = BATCH_TOKENS) -> list[Found]:
+        """Packed training with each token budget, until one does not fit."""
+        model, step = self._packed_step()
         found = []
-        for setting in settings:
-            try:
-                found.append({"setting": setting, **run(setting)})
-            except torch.OutOfMemoryError:
-                say(f"{name} {setting}: out of memory")
+        for tokens in budgets:
+            packs = self._packs(tokens, _STEPS + 2)
+            made = [self._pinned(pack([self.examples[i] for i in chosen])) for chosen in packs]
+            measured = self._measured(f"packs of {tokens}", step, made, [positions(batch) for batch in made])
+            if measured is None:
                 break
-            finally:
-                gc.collect()
-                torch.cuda.empty_cache()
-            one = found[-1]
-            say(f"{name} {setting}: {one['tokens_per_second']:.0f} tokens/s, {one['peak_bytes'] / 1e9:.1f} GB")
+            measured["flops_per_second"] = 4 * sum(_products(model, batch) for batch in made[2:]) / measured["seconds"]
+            found.append({"batch_tokens": tokens, "planned_bytes": self._planned(made), **measured})
         return found
 
-    def model(self, quantized: bool = False) -> tuple[PeftModel, torch.optim.Optimizer]:
-        base: Any = random_model(self.config, dtype=torch.bfloat16, device=torch.device("cuda"))
-        if quantized:
-            from higgstune.model.quantize import quantize_layers
+    def baseline(self, batch_sizes: Sequence[int] = BATCH_SIZES) -> list[Found]:
+        """The native class and loss on padded batches, in two orders, until a batch does not fit.
 
-            quantize_layers(base, torch.device("cuda"))
-            gc.collect()
-            torch.cuda.empty_cache()
-        from train_step import TARGETS
-
-        rank = self.arguments.rank
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, bias="none")
-        adapted = get_peft_model(base, lora).train()
-        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-        return adapted, torch.optim.AdamW(trained, lr=1e-4, fused=True)
-
-    def baseline(self, order: str, size: int) -> Found:
-        """The native class and loss on padded batches."""
-        model, optimizer = self.model()
-        indices = np.argsort(self.lengths, kind="stable") if order == "grouped" else self.order
-        batches = [indices[i : i + size] for i in range(0, len(indices), size)]
-        batches = [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
-        # As many clips for all sizes: a few batches of one clip would be a matter of chance.
-        batches = batches[: max(_STEPS, 64 // size) + 2]
-        made = [collate([self.examples[i] for i in batch], self.config) for batch in batches]
-        tokens = [int(self.lengths[batch].sum()) for batch in batches]
+        Adapters are in bfloat16, as the base: with peft's float32 ones it computes more, and under autocast the native
+        class fails on a GPU (it cannot put float32 embeddings of audio among those of text).
+        """
+        model, optimizer = self._adapted(float32=False)
 
         def step(batch: dict[str, torch.Tensor]) -> None:
-            on_device = {key: value.cuda(non_blocking=True) for key, value in batch.items()}
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = model(**on_device, use_cache=False).loss
-            loss.backward()
+            on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+            model(**on_device, use_cache=False).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
-        return _measure(step, made, tokens)
-
-    def ours(self, tokens: int, *, compiled: bool = False) -> Found:
-        """Packed training."""
-        model, step = self._packed_step(compiled=compiled)
-        packs = PackSampler(self.lengths, PackSize(tokens=tokens), seed=0).packs(0)[: _STEPS + 2]
-        made = [_pinned(pack([self.examples[i] for i in chosen])) for chosen in packs]
-        found = _measure(step, made, [positions(batch) for batch in made])
-        flops = 4 * sum(_products(model, batch) for batch in made[2:])
-        return found | {"flops_per_second": flops / found["seconds"]}
-
-    def _packed_step(
-        self, *, compiled: bool = False, quantized: bool = False
-    ) -> tuple[PeftModel, Callable[[Packed], None]]:
-        model, optimizer = self.model(quantized)
-        base: Any = with_training_forward(model.get_base_model())
-        if compiled:
-            torch._dynamo.reset()
-            for layer in base.model.layers:
-                layer.compile(dynamic=True)
-
-        finite = FiniteSteps()
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-        def step(batch: Packed) -> None:
-            """What the trainer does with a pack."""
-            counts = label_counts(batch, eos_id=self.config.audio_stream_eos_id)
-            device = torch.device("cuda")
-            on_device = tensors_to(batch, device)
-            counts = {key: without_waiting(value, device) for key, value in counts.items()}
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                sums = model(**on_device)
-            combine(sums, counts, LossWeights()).backward()
-            finite.note(torch.nn.utils.clip_grad_norm_(trained, 1.0), optimizer)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return model, step
+        found = []
+        for order in ("random", "grouped"):
+            for size in batch_sizes:
+                made, tokens = self._padded(order, size)
+                measured = self._measured(f"baseline, {order}, batch {size}", step, made, tokens)
+                if measured is None:
+                    optimizer.zero_grad()
+                    break
+                found.append({"order": order, "batch_size": size, **measured})
+        return found
 
     def waits(self) -> int:
         """How often a step waits for the device, by PyTorch's own debug mode."""
         _, step = self._packed_step()
-        packs = PackSampler(self.lengths, PackSize(tokens=BATCH_TOKENS[0]), seed=0).packs(0)[:3]
-        made = [_pinned(pack([self.examples[i] for i in chosen])) for chosen in packs]
+        made = [self._pinned(pack([self.examples[i] for i in chosen])) for chosen in self._packs(BATCH_TOKENS[0], 3)]
         for batch in made[:2]:
             step(batch)
         torch.cuda.set_sync_debug_mode("warn")  # it warns of itself, once
@@ -229,35 +182,124 @@ class _Bench:
         return len(seen)
 
     def small_card(self) -> Found:
-        """A 4-bit base on clips of 15 s, with the memory of a card of 16 GB, checkpointing every layer."""
+        """A 4-bit base on clips of 15 s, with the memory of a card of 16 GB, computing every layer again.
+
+        Raises torch.OutOfMemoryError where that does not fit.
+        """
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, _SMALL_CARD / total))
         try:
-            examples: list[Example] = make_examples(self.config, np.full(8, 15.0), seed=1)
-            model, step = self._packed_step(quantized=True)
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            made = [_pinned(pack(examples[i : i + 4])) for i in (0, 4)] * 3
-            return _measure(step, made, [positions(batch) for batch in made])
+            examples = make_examples(self.config, np.full(8, 15.0), seed=1)
+            _, step = self._packed_step(quantized=True)
+            checkpoint_first(self._layers(), self.config.num_hidden_layers)
+            made = [self._pinned(pack(examples[i : i + 4])) for i in (0, 4)] * 3
+            found = self._measured("4 bits", step, made, [positions(batch) for batch in made])
+            if found is None:
+                raise torch.OutOfMemoryError(f"a 4-bit base does not fit {_SMALL_CARD / 1e9:.0f} GB")
+            return found | {"planned_bytes": self._planned(made, quantized=True)}
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
+    def _measured(
+        self, name: str, step: Callable[[Any], None], batches: Sequence[Any], tokens: Sequence[int]
+    ) -> Found | None:
+        """None where it does not fit."""
+        try:
+            for batch in batches[:2]:
+                step(batch)
+            _reset_peak()
 
-def _measure(step: Callable[[Any], None], batches: Sequence[Any], tokens: Sequence[int]) -> Found:
-    for batch in batches[:2]:
-        step(batch)
-    torch.cuda.reset_peak_memory_stats()
+            def run() -> None:
+                for batch in batches[2:]:
+                    step(batch)
 
-    def run() -> None:
-        for batch in batches[2:]:
-            step(batch)
+            seconds = _seconds(run)
+        except torch.OutOfMemoryError:
+            say(f"{name}: out of memory")
+            return None
+        finally:
+            _empty()
+        found = {
+            "seconds": seconds,
+            "tokens": sum(tokens[2:]),
+            "tokens_per_second": sum(tokens[2:]) / seconds,
+            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            "reserved_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
+        }
+        say(f"{name}: {found['tokens_per_second']:.0f} tokens/s, {found['peak_bytes'] / 1e9:.1f} GB")
+        return found
 
-    seconds = _seconds(run)
-    return {
-        "seconds": seconds,
-        "tokens": sum(tokens[2:]),
-        "tokens_per_second": sum(tokens[2:]) / seconds,
-        "peak_bytes": torch.cuda.max_memory_allocated(),
-    }
+    def _packs(self, tokens: int, count: int) -> list[list[int]]:
+        packs = PackSampler(self.lengths, PackSize(tokens=tokens), seed=0).packs(0)[:-1]  # the last may be half empty
+        if len(packs) < count:
+            raise SystemExit(f"--clips {len(self.examples)} are too few for packs of {tokens} positions")
+        return packs[:count]
+
+    def _padded(self, order: str, size: int) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
+        indices = np.argsort(self.lengths, kind="stable") if order == "grouped" else self.order
+        batches = [indices[i : i + size] for i in range(0, len(indices), size)]
+        batches = [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
+        batches = batches[: max(_STEPS, _CLIPS // size) + 2]
+        made = [collate([self.examples[i] for i in batch], self.config) for batch in batches]
+        return [self._pinned(batch) for batch in made], [int(self.lengths[batch].sum()) for batch in batches]
+
+    def _adapted(self, *, quantized: bool = False, float32: bool = True) -> tuple[PeftModel, torch.optim.Optimizer]:
+        base: Any = random_model(self.config, dtype=torch.bfloat16, device=self.device)
+        if quantized:
+            from higgstune.model.quantize import quantize_layers
+
+            quantize_layers(base, self.device)
+            _empty()
+        config = self.lora.config("full", Conditioning(), "lora")
+        self.model = get_peft_model(base, config, autocast_adapter_dtype=float32).train()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return self.model, torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def _layers(self) -> Any:
+        assert self.model is not None
+        return self.model.get_base_model().model.layers
+
+    def _packed_step(self, *, quantized: bool = False) -> tuple[PeftModel, Callable[[Packed], None]]:
+        """What the trainer does with a pack."""
+        model, optimizer = self._adapted(quantized=quantized)
+        with_training_forward(model.get_base_model())
+        finite = FiniteSteps(lambda _: say("a step with gradients that are not finite"))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def step(batch: Packed) -> None:
+            counts = label_counts(batch, eos_id=self.config.audio_stream_eos_id)
+            on_device = tensors_to(batch, self.device)
+            counts = {key: without_waiting(value, self.device) for key, value in counts.items()}
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                sums = model(**on_device)
+            combine(sums, counts, LossWeights()).backward()
+            finite.note(torch.nn.utils.clip_grad_norm_(trained, 1.0), optimizer, step=0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return model, step
+
+    def _planned(self, packs: Sequence[Packed], *, quantized: bool = False) -> int:
+        """What `--plan` says of the largest pack: bytes of tensors."""
+        subject = Subject(
+            config=self.config,
+            dtype=torch.bfloat16,
+            lora=self.lora,
+            kind="full",
+            own=Conditioning(),
+            trained=Conditioning(),
+            attention="lora",
+            quantize="4bit" if quantized else None,
+            on_cuda=True,
+            accumulation=False,
+        )
+        again = self.config.num_hidden_layers if quantized else 0
+        return Footprint(subject, max(packs, key=positions)).peak(again).total()
+
+    def _pinned(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if self.device.type != "cuda":
+            return batch
+        return {key: value.pin_memory() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
 def _products(model: PeftModel, batch: Packed) -> int:
@@ -270,8 +312,20 @@ def _products(model: PeftModel, batch: Packed) -> int:
     return layers + audio + hidden * config.vocab_size * len(batch["text_targets"])
 
 
-def _pinned(batch: Packed) -> Packed:
-    return {key: value.pin_memory() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _empty() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

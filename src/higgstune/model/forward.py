@@ -68,7 +68,8 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
         """Hidden states [R, D] after the last norm, text first."""
         inner = self.model
         embedded = self._with_features(inner.embed_tokens(text_ids), heard_positions, whisper_features)
-        hidden = torch.cat((embedded, inner.embed_audio_tokens(audio_ids)))
+        # On a GPU autocast adds up codebooks in float32, and all layers would then work on hidden states of that.
+        hidden = torch.cat((embedded, inner.embed_audio_tokens(audio_ids).to(embedded.dtype)))
         cos, sin = (part[0] for part in inner.rotary_emb(hidden, position_ids[None]))
         of_audio = from_sequence[len(text_ids) :]
         places = Places(

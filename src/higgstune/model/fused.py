@@ -3,6 +3,10 @@
 Letters in shapes: P positions, R rows, D hidden size, F features, H heads, d head size, r rank.
 """
 
+import functools
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,21 +44,56 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
-    """x [P, D] -> [P, F] through a linear layer, or through one with a plain LoRA on frozen weights in one go.
+    """x [P, D] -> [P, F] through a linear layer: see `linears`."""
+    return linears(x, [layer])[0]
+
+
+def linears(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
+    """x [P, D] -> [P, F] through each of some linear layers; in one go where all have a plain LoRA on frozen weights.
 
     What peft has beside these (dropout, DoRA, quantised weights, several adapters) goes through peft's own forward.
     """
-    lora = _plain_lora(layer)
-    return layer(x) if lora is None else _LoraLinear.apply(_as_autocast(x), *lora)
+    loras = [lora for layer in layers if (lora := _plain_lora(layer))]
+    if len(loras) < len(layers):
+        return [layer(x) for layer in layers]
+    return _LoraLinears.apply(as_autocast(x), [lora.scaling for lora in loras], *_tensors(loras))
 
 
 def feed_forward(x: Tensor, mlp: Any) -> Tensor:
     """x [P, D] -> [P, D] through a `HiggsAudioV2MLP`: down(silu(gate(x)) * up(x))."""
-    gate, up = linear(x, mlp.gate_proj), linear(x, mlp.up_proj)
+    gate, up = linears(x, [mlp.gate_proj, mlp.up_proj])
     lora = _plain_lora(mlp.down_proj)
     if lora is None:
         return mlp.down_proj(_SwiGlu.apply(gate, up))
-    return _SwiGluLoraLinear.apply(gate, up, *lora)
+    return _SwiGluLoraLinear.apply(gate, up, lora.scaling, *_tensors([lora]))
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """In the dtype that autocast, where it is on, gives to matrix products."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+@functools.cache
+def makes_kernels() -> bool:
+    """Whether steps on a GPU can be one kernel each: that takes Triton, and a C compiler where Triton looks for one."""
+    from torch.utils._triton import has_triton
+
+    return has_triton() and ("CC" in os.environ or any(map(shutil.which, ("clang", "gcc", "cc"))))
+
+
+def _one_kernel(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step`, on a GPU as one kernel, made when it is first called: passes over memory are all that it costs."""
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(step, dynamic=True)
+
+    @functools.wraps(step)
+    def run(x: Tensor, *rest: Any) -> Any:
+        return compiled()(x, *rest) if x.is_cuda and makes_kernels() else step(x, *rest)
+
+    return run
 
 
 class _Lora(NamedTuple):
@@ -82,6 +121,17 @@ def _plain_lora(layer: Any) -> _Lora | None:
     if not plain:
         return None
     return _Lora(base.weight, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+
+
+def _tensors(loras: Sequence[_Lora]) -> tuple[Tensor, ...]:
+    """As an autograd function takes them, and keeps them: see `_loras`."""
+    return *(lora.weight for lora in loras), *(lora.a for lora in loras), *(lora.b for lora in loras)
+
+
+def _loras(tensors: Sequence[Tensor], scalings: Sequence[float]) -> list[_Lora]:
+    count = len(scalings)
+    columns = (tensors[:count], tensors[count : 2 * count], tensors[2 * count :], scalings)
+    return [_Lora(*row) for row in zip(*columns, strict=True)]
 
 
 class _Spread(Function):
@@ -120,19 +170,32 @@ class _RmsNorm(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        normed, scale = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return weight * (wide * scale).to(x.dtype)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        normed = x.float() * scale
-        grad_weight = (grad.float() * normed).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        pull = (grad * weight).float()
-        along = (pull * normed).mean(-1, keepdim=True)
-        return ((pull - normed * along) * scale).to(x.dtype), grad_weight, None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.float() * x.float() * scale).sum(0).to(weight.dtype)
+        return _normed_backward(grad, x, weight, scale), grad_weight, None
+
+
+@_one_kernel
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype), scale
+
+
+@_one_kernel
+def _normed_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    normed = x.float() * scale
+    pull = (grad * weight).float()
+    along = (pull * normed).mean(-1, keepdim=True)
+    return ((pull - normed * along) * scale).to(x.dtype)
 
 
 class _Rotate(Function):
@@ -149,6 +212,7 @@ class _Rotate(Function):
         return _rotated(grad, cos, -sin), None, None
 
 
+@_one_kernel
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -160,84 +224,111 @@ class _SwiGlu(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        return _swiglu(gate, up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return _swiglu_backward(grad, gate, up, F.silu(gate))
+        return _swiglu_backward(grad, *ctx.saved_tensors)
 
 
-class _LoraLinear(Function):
-    """Keeps x alone."""
+@_one_kernel
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+@_one_kernel
+def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
+
+
+class _LoraLinears(Function):
+    """Layers with the same input: it is kept, and what all their A make of it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        ctx.save_for_backward(x, weight, a, b)
-        ctx.scaling = scaling
-        return _lora_forward(x, _Lora(weight, a, b, scaling))
+    def forward(ctx: Any, x: Tensor, scalings: Sequence[float], *tensors: Tensor) -> tuple[Tensor, ...]:
+        loras = _loras(tensors, scalings)
+        inner = _inner(x, loras)
+        ctx.save_for_backward(x, inner, *tensors)
+        ctx.scalings = scalings
+        parts = zip(inner.split(_ranks(loras), dim=1), loras, strict=True)
+        return tuple(_lora_forward(x, part, lora) for part, lora in parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
-        x, weight, a, b = ctx.saved_tensors
-        lora = _Lora(weight, a, b, ctx.scaling)
-        grad_a, grad_b = _lora_gradients(grad, x, lora)
-        return _lora_input_gradient(grad, lora) if ctx.needs_input_grad[0] else None, None, grad_a, grad_b, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, *tensors = ctx.saved_tensors
+        loras = _loras(tensors, ctx.scalings)
+        grad_x, of_tensors = _lora_backward(grads, x, inner, loras, of_x=ctx.needs_input_grad[0])
+        return grad_x, None, *of_tensors
 
 
 class _SwiGluLoraLinear(Function):
-    """`_SwiGlu` and `_LoraLinear` in one: what stands between them is computed again."""
+    """`_SwiGlu` and a layer with LoRA in one: what stands between them is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        ctx.save_for_backward(gate, up, weight, a, b)
+    def forward(ctx: Any, gate: Tensor, up: Tensor, scaling: float, *tensors: Tensor) -> Tensor:
+        [lora] = _loras(tensors, [scaling])
+        x = _swiglu(gate, up)
+        inner = _inner(x, [lora])
+        ctx.save_for_backward(gate, up, inner, *tensors)
         ctx.scaling = scaling
-        return _lora_forward(F.silu(gate).mul_(up), _Lora(weight, a, b, scaling))
+        return _lora_forward(x, inner, lora)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, Tensor, Tensor, None]:
-        gate, up, weight, a, b = ctx.saved_tensors
-        lora = _Lora(weight, a, b, ctx.scaling)
-        opened = F.silu(gate)
-        grad_a, grad_b = _lora_gradients(grad, opened * up, lora)
-        return *_swiglu_backward(_lora_input_gradient(grad, lora), gate, up, opened), None, grad_a, grad_b, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, inner, *tensors = ctx.saved_tensors
+        loras = _loras(tensors, [ctx.scaling])
+        grad_x, of_tensors = _lora_backward([grad], _swiglu(gate, up), inner, loras)
+        return *_swiglu_backward(grad_x, gate, up), None, *of_tensors
 
 
-def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, opened: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten.silu_backward(grad * up, gate), opened.mul_(grad)
+def _all_a(loras: Sequence[_Lora], dtype: torch.dtype) -> Tensor:
+    """[sum of r, D]."""
+    return torch.cat([lora.a for lora in loras]).to(dtype)
 
 
-def _as_autocast(x: Tensor) -> Tensor:
-    """In the dtype that autocast, where it is on, gives to matrix products."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+def _inner(x: Tensor, loras: Sequence[_Lora]) -> Tensor:
+    """What all A make of x, side by side: [P, sum of r]."""
+    return x @ _all_a(loras, x.dtype).T
 
 
-def _lora_forward(x: Tensor, lora: _Lora) -> Tensor:
-    """x W^T + s (x A^T) B^T.
+def _ranks(loras: Sequence[_Lora]) -> list[int]:
+    return [len(lora.a) for lora in loras]
+
+
+def _lora_forward(x: Tensor, inner: Tensor, lora: _Lora) -> Tensor:
+    """x W^T + s (x A^T) B^T, with x A^T as `inner`.
 
     In float32 the update s B A is added to the weight first, which costs r / P of a product and saves one, and the sums
     that go with it, in each direction. In half precision that sum would round away what LoRA has learned: there the
-    products stay apart.
+    products stay apart, and the larger one adds to the smaller as it is written.
     """
     if _folds(x):
         return x @ _folded(lora).T
-    inner = x @ lora.a.to(x.dtype).T
-    return torch.addmm(x @ lora.weight.to(x.dtype).T, inner, lora.b.to(x.dtype).T, alpha=lora.scaling)
+    return (inner @ lora.b.to(x.dtype).T).addmm_(x, lora.weight.to(x.dtype).T, beta=lora.scaling)
 
 
-def _lora_input_gradient(grad: Tensor, lora: _Lora) -> Tensor:
-    if _folds(grad):
-        return grad @ _folded(lora)
-    inner = grad @ lora.b.to(grad.dtype)
-    return torch.addmm(grad @ lora.weight.to(grad.dtype), inner, lora.a.to(grad.dtype), alpha=lora.scaling)
-
-
-def _lora_gradients(grad: Tensor, x: Tensor, lora: _Lora) -> tuple[Tensor, Tensor]:
-    """Of A and B, in their own dtype."""
-    grad_a = (grad @ lora.b.to(grad.dtype)).T @ x
-    grad_b = grad.T @ (x @ lora.a.to(x.dtype).T)
-    return grad_a.to(lora.a.dtype).mul_(lora.scaling), grad_b.to(lora.b.dtype).mul_(lora.scaling)
+def _lora_backward(
+    grads: Sequence[Tensor], x: Tensor, inner: Tensor, loras: Sequence[_Lora], *, of_x: bool = True
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of x, if it is asked for, and of the layers' tensors, each in its dtype."""
+    pairs = list(zip(grads, loras, strict=True))
+    grad_inner = torch.cat([(grad @ lora.b.to(grad.dtype)).mul_(lora.scaling) for grad, lora in pairs], dim=1)
+    of_a = [part.to(loras[0].a.dtype) for part in (grad_inner.T @ x).split(_ranks(loras))]
+    of_b = [
+        (grad.T @ part).to(lora.b.dtype).mul_(lora.scaling)
+        for (grad, lora), part in zip(pairs, inner.split(_ranks(loras), dim=1), strict=True)
+    ]
+    of_tensors = [*[None] * len(loras), *of_a, *of_b]
+    if not of_x:
+        return None, of_tensors
+    if _folds(x):
+        (grad, lora), *pairs = pairs
+        grad_x = grad @ _folded(lora)
+    else:
+        grad_x = grad_inner @ _all_a(loras, x.dtype)
+    for grad, lora in pairs:
+        grad_x.addmm_(grad, _folded(lora) if _folds(x) else lora.weight.to(grad.dtype))
+    return grad_x, of_tensors
 
 
 def _folds(x: Tensor) -> bool:

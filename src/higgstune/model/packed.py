@@ -20,7 +20,7 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudi
 
 from higgstune.batch.packed import without_waiting
 from higgstune.model.audio_attention import AudioAttentionLayer
-from higgstune.model.fused import Order, collect, feed_forward, linear, rms_norm, rotate, spread
+from higgstune.model.fused import Order, as_autocast, collect, feed_forward, linear, linears, rms_norm, rotate, spread
 from higgstune.model.quantize import compute_dtype
 
 
@@ -116,14 +116,14 @@ def _by_pathway(
 
 def _queries_keys_values(attention: Any, x: Tensor) -> list[Tensor]:
     """[P, D] -> [P, H, d], [P, G, d], [P, G, d]."""
-    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
-    return [linear(x, layer).unflatten(-1, (-1, attention.head_dim)) for layer in layers]
+    found = linears(x, [attention.q_proj, attention.k_proj, attention.v_proj])
+    return [part.unflatten(-1, (-1, attention.head_dim)) for part in found]
 
 
 @torch.compiler.disable  # by its examples' lengths each pack would be compiled anew
 def _attend(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scaling: float) -> Tensor:
     """Causal attention inside each run: q [P, H, d], k and v [P, G, d], in the order of the sequence -> [P, H, d]."""
-    q, k = rotate(q, runs.cos, runs.sin), rotate(k, runs.cos, runs.sin)
+    q, k, v = (as_autocast(x) for x in (rotate(q, runs.cos, runs.sin), rotate(k, runs.cos, runs.sin), v))
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         longest = max(runs.lengths)
         ends = (runs.offsets, runs.offsets, longest, longest)
