@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ from workload import Shape, clip_seconds, make_examples, random_model
 from higgstune.batch.packed import Packed, pack, positions, tensors_to, without_waiting
 from higgstune.batch.packing import PackSampler, PackSize
 from higgstune.model.adapters import Lora
-from higgstune.model.conditioning import Conditioning
+from higgstune.model.compiled import compile_layers
+from higgstune.model.conditioning import Conditioning, base_of
 from higgstune.model.forward import with_training_forward
 from higgstune.model.loss import LossWeights, combine, label_counts
 from higgstune.planning.footprint import Footprint
@@ -34,10 +36,12 @@ from higgstune.planning.rehearsal import Subject
 from higgstune.training.finite import FiniteSteps
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-BATCH_TOKENS = (4096, 8192, 16384, 24576)
-_STEPS = 6  # measured for each setting, after two that are not
-_CLIPS = 32  # of the baseline's, at the least: a few batches of one clip would be a matter of chance
+BATCH_TOKENS = (2048, 8192, 24576)
+PLAIN_BATCH_TOKENS = (2048, 8192)
+_STEPS = 5  # measured for each setting, after two that are not
+_CLIPS = 16  # of the baseline's, at the least: a few batches of one clip would be a matter of chance
 _SMALL_CARD = 16e9
+_FAILED = ": failed"
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -47,32 +51,44 @@ def main(arguments: argparse.Namespace) -> None:
     peak = matrix_rate()
     say(f"{torch.cuda.get_device_name()}: {peak / 1e12:.0f} TFLOP/s in a bf16 product of 8192 x 8192 x 8192")
     bench = Bench(arguments, Shape(1, arguments.layers), torch.device("cuda"))
-    found: Found = {"device": torch.cuda.get_device_name(), "matrix_flops_per_second": peak}
-    parts: dict[str, Callable[[], Any]] = {
-        "ours": bench.ours,
-        "waits": bench.waits,
-        "baseline": bench.baseline,
-        "4-bit base within 16 GB": bench.small_card,
-    }
-    for name, part in parts.items():
-        started = time.perf_counter()
-        # What fails is a result, too, and must not take the others with it.
-        try:
-            found[name] = part()
-        except Exception as error:  # noqa: BLE001
-            found[name] = None
-            found[f"{name}: failed"] = f"{type(error).__name__}: {error}"
-            say(f"{name}: failed: {found[f'{name}: failed']}")
-        bench.model = None
-        _empty()
-        say(f"{name}: {time.perf_counter() - started:.0f} s")
-    finish("train_step_cuda", _rows(found), arguments, found=found)
-    if failed := [name for name in parts if f"{name}: failed" in found]:
+    found = {"device": torch.cuda.get_device_name(), "matrix_flops_per_second": peak} | measure(bench)
+    finish("train_step_cuda", rows(found), arguments, found=found)
+    if failed := [name.removesuffix(_FAILED) for name in found if name.endswith(_FAILED)]:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
-def _rows(found: Found) -> list[Row]:
-    rows = []
+def measure(
+    bench: "Bench",
+    budgets: Sequence[int] = BATCH_TOKENS,
+    plain_budgets: Sequence[int] = PLAIN_BATCH_TOKENS,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+) -> Found:
+    """All parts, by name. What fails is a result, too (None, and why), and does not take the others with it."""
+    found: Found = {}
+    parts: dict[str, Callable[[], Any]] = {
+        "ours": partial(bench.ours, budgets),
+        "waits": bench.waits,
+        "4-bit base within 16 GB": bench.small_card,
+        "ours, plain layers": partial(bench.ours, plain_budgets, compiled=False),
+        "baseline": partial(bench.baseline, batch_sizes),
+    }
+    for name, part in parts.items():
+        started = time.perf_counter()
+        found[name] = None
+        try:
+            found[name] = part()
+        except Exception as error:  # noqa: BLE001
+            found[name + _FAILED] = f"{type(error).__name__}: {error}"
+            say(f"{name}: failed: {found[name + _FAILED]}")
+        bench.model = None
+        _empty()
+        say(f"{name}: {time.perf_counter() - started:.0f} s")
+    return found
+
+
+def rows(found: Found) -> list[Row]:
+    """The table of what `measure` found."""
+    made = []
     best = max(found["ours"] or [], key=lambda one: one["tokens_per_second"], default=None)
     if best:
         for order in ("random", "grouped"):
@@ -80,19 +96,26 @@ def _rows(found: Found) -> list[Row]:
             if side:
                 fastest = max(side, key=lambda one: one["tokens_per_second"])
                 name = f"{order}, batch {fastest['batch_size']}"
-                rows.append(Row(name, [fastest["tokens_per_second"]], [best["tokens_per_second"]], "tokens/s"))
+                made.append(Row(name, [fastest["tokens_per_second"]], [best["tokens_per_second"]], "tokens/s"))
         share = 100 * best["flops_per_second"] / found["matrix_flops_per_second"]
-        rows.append(Row("share of the matrix rate", None, [share], "%"))
+        made.append(Row("share of the matrix rate", None, [share], "%"))
+        speed = {one["batch_tokens"]: one["tokens_per_second"] for one in found["ours, plain layers"] or []}
+        for one in found["ours"]:
+            tokens = one["batch_tokens"]
+            plain = [speed[tokens]] if tokens in speed else None
+            made.append(
+                Row(f"packs of {tokens}, plain layers and compiled", plain, [one["tokens_per_second"]], "tokens/s")
+            )
         for one in found["ours"]:
             planned, measured = one["planned_bytes"] / 1e9, one["peak_bytes"] / 1e9
-            rows.append(Row(f"packs of {one['batch_tokens']}: peak, planned and measured", [planned], [measured], "GB"))
+            made.append(Row(f"packs of {one['batch_tokens']}: peak, planned and measured", [planned], [measured], "GB"))
     if found["waits"] is not None:
-        rows.append(Row("the host waits for the device, in a step", None, [found["waits"]], "times"))
+        made.append(Row("the host waits for the device, in a step", None, [found["waits"]], "times"))
     small = found["4-bit base within 16 GB"]
     if small:
         planned, measured = small["planned_bytes"] / 1e9, small["peak_bytes"] / 1e9
-        rows.append(Row("4-bit base, clips of 15 s: peak, planned and measured", [planned], [measured], "GB"))
-    return rows
+        made.append(Row("4-bit base, clips of 15 s: peak, planned and measured", [planned], [measured], "GB"))
+    return made
 
 
 def matrix_rate() -> float:
@@ -127,9 +150,14 @@ class Bench:
         self.order = np.random.default_rng(arguments.seed).permutation(len(self.examples))
         self.model: PeftModel | None = None
 
-    def ours(self, budgets: Sequence[int] = BATCH_TOKENS) -> list[Found]:
+    def ours(self, budgets: Sequence[int], *, compiled: bool = True) -> list[Found]:
         """Packed training with each token budget, until one does not fit."""
+        started = time.perf_counter()
         model, step = self._packed_step()
+        if compiled:
+            first = tensors_to(pack(self.examples[:3]), self.device)
+            difference = compile_layers(model, first)
+            say(f"compiled in {time.perf_counter() - started:.0f} s; gradients are off by {difference}, relative")
         found = []
         for tokens in budgets:
             packs = self._packs(tokens, _STEPS + 2)
@@ -138,10 +166,13 @@ class Bench:
             if measured is None:
                 break
             measured["flops_per_second"] = 4 * sum(_products(model, batch) for batch in made[2:]) / measured["seconds"]
-            found.append({"batch_tokens": tokens, "planned_bytes": self._planned(made), **measured})
+            compiles = base_of(model).compiles_layers
+            found.append(
+                {"batch_tokens": tokens, "compiled": compiles, "planned_bytes": self._planned(made), **measured}
+            )
         return found
 
-    def baseline(self, batch_sizes: Sequence[int] = BATCH_SIZES) -> list[Found]:
+    def baseline(self, batch_sizes: Sequence[int]) -> list[Found]:
         """The native class and loss on padded batches, in two orders, until a batch does not fit.
 
         Adapters are in bfloat16, as the base: with peft's float32 ones it computes more, and under autocast the native
@@ -168,7 +199,8 @@ class Bench:
 
     def waits(self) -> int:
         """How often a step waits for the device, by PyTorch's own debug mode."""
-        _, step = self._packed_step()
+        model, step = self._packed_step()
+        compile_layers(model, tensors_to(pack(self.examples[:3]), self.device))
         made = [self._pinned(pack([self.examples[i] for i in chosen])) for chosen in self._packs(BATCH_TOKENS[0], 3)]
         for batch in made[:2]:
             step(batch)

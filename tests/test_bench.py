@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from higgstune.batch.packed import positions
 from higgstune.batch.packing import PackSize
@@ -174,6 +175,31 @@ def test_generation_runs_the_model_as_often_on_both_sides(monkeypatch: pytest.Mo
     rows = generation.measure([1], 4, scale=16, layers=1, **HERE)
     assert [row.unit for row in rows] == ["frames/CPU-s"]
     assert rows[0].ratios[0] > 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_bench_for_a_gpu_measures_and_tells_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, where a small card cannot be had, and nothing waits."""
+    gpu, workload = bench("train_step_cuda"), bench("workload")
+    arguments = Namespace(clips=60, low=1.0, high=4.0, median=2.0, sigma=0.6, seed=0, rank=4, layers=2)
+    made = gpu.Bench(arguments, workload.Shape(64, 2), torch.device("cpu"))
+    monkeypatch.setattr(gpu, "_STEPS", 1)
+    monkeypatch.setattr(gpu, "_CLIPS", 2)
+    monkeypatch.setattr(made, "waits", lambda: 0)
+    found = gpu.measure(made, [400, 800], [400], [1, 2])
+    assert [name for name in found if "failed" in name] == ["4-bit base within 16 GB: failed"]
+    assert [one["batch_tokens"] for one in found["ours"]] == [400, 800]
+    assert all(one["planned_bytes"] > 1e5 and one["flops_per_second"] > 1e6 for one in found["ours"])
+    sides = [(one["order"], one["batch_size"]) for one in found["baseline"]]
+    assert sides == [("random", 1), ("random", 2), ("grouped", 1), ("grouped", 2)]
+    rows = {row.name: row for row in gpu.rows({"matrix_flops_per_second": 1e12} | found)}
+    fastest = max(one["tokens_per_second"] for one in found["ours"])
+    slower = max(one["tokens_per_second"] for one in found["baseline"] if one["order"] == "random")
+    (random,) = (row for name, row in rows.items() if name.startswith("random, batch"))
+    assert random.ratios == [fastest / slower]
+    assert rows["packs of 400, plain layers and compiled"].baseline is not None
+    assert rows["packs of 800, plain layers and compiled"].baseline is None
+    assert rows["the host waits for the device, in a step"].ours == [0]
 
 
 def test_growth(tmp_path: Path) -> None:

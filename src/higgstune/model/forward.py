@@ -20,6 +20,8 @@ from higgstune.model.packed import Places, Runs, with_packed_layers
 class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
     """`HiggsAudioV2ForConditionalGeneration` whose forward also takes a packed batch."""
 
+    compiles_layers = False  # see `model.compiled`
+
     def forward(self, *args: Any, lengths: tuple[int, ...] | None = None, **kwargs: Any) -> Any:
         """With a packed batch (see `batch.packed`): sums of losses. Without: the native forward, unchanged."""
         if lengths is None:
@@ -77,6 +79,7 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
             Order(to_sequence, from_sequence, shared_at),
             whole=Runs.of(lengths, (cos, sin)),
             audio=Runs.of(audio_lengths, (cos[of_audio], sin[of_audio])),
+            compiled=self.compiles_layers,
         )
         for layer in inner.layers:
             hidden = layer(hidden, places=places)

@@ -3,10 +3,7 @@
 Letters in shapes: P positions, R rows, D hidden size, F features, H heads, d head size, r rank.
 """
 
-import functools
-import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,10 +50,19 @@ def linears(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
 
     What peft has beside these (dropout, DoRA, quantised weights, several adapters) goes through peft's own forward.
     """
-    loras = [lora for layer in layers if (lora := _plain_lora(layer))]
+    found = [_plain_lora(layer) for layer in layers]
+    loras = [lora for lora in found if lora is not None]
     if len(loras) < len(layers):
         return [layer(x) for layer in layers]
-    return _LoraLinears.apply(as_autocast(x), [lora.scaling for lora in loras], *_tensors(loras))
+    x = as_autocast(x)
+    if torch.compiler.is_compiling():
+        return _lora_products(x, loras)
+    return _LoraLinears.apply(x, [lora.scaling for lora in loras], *_tensors(loras))
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether all layers with an adapter have a plain LoRA on frozen weights."""
+    return all(_plain_lora(layer) is not None for layer in model.modules() if hasattr(layer, "lora_A"))
 
 
 def feed_forward(x: Tensor, mlp: Any) -> Tensor:
@@ -65,6 +71,8 @@ def feed_forward(x: Tensor, mlp: Any) -> Tensor:
     lora = _plain_lora(mlp.down_proj)
     if lora is None:
         return mlp.down_proj(_SwiGlu.apply(gate, up))
+    if torch.compiler.is_compiling():
+        return _lora_products(_swiglu(gate, up), [lora])[0]
     return _SwiGluLoraLinear.apply(gate, up, lora.scaling, *_tensors([lora]))
 
 
@@ -72,28 +80,6 @@ def as_autocast(x: Tensor) -> Tensor:
     """In the dtype that autocast, where it is on, gives to matrix products."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
-@functools.cache
-def makes_kernels() -> bool:
-    """Whether steps on a GPU can be one kernel each: that takes Triton, and a C compiler where Triton looks for one."""
-    from torch.utils._triton import has_triton
-
-    return has_triton() and ("CC" in os.environ or any(map(shutil.which, ("clang", "gcc", "cc"))))
-
-
-def _one_kernel(step: Callable[..., Any]) -> Callable[..., Any]:
-    """`step`, on a GPU as one kernel, made when it is first called: passes over memory are all that it costs."""
-
-    @functools.cache
-    def compiled() -> Callable[..., Any]:
-        return torch.compile(step, dynamic=True)
-
-    @functools.wraps(step)
-    def run(x: Tensor, *rest: Any) -> Any:
-        return compiled()(x, *rest) if x.is_cuda and makes_kernels() else step(x, *rest)
-
-    return run
 
 
 class _Lora(NamedTuple):
@@ -183,14 +169,12 @@ class _RmsNorm(Function):
         return _normed_backward(grad, x, weight, scale), grad_weight, None
 
 
-@_one_kernel
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * (wide * scale).to(x.dtype), scale
 
 
-@_one_kernel
 def _normed_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     normed = x.float() * scale
     pull = (grad * weight).float()
@@ -212,7 +196,6 @@ class _Rotate(Function):
         return _rotated(grad, cos, -sin), None, None
 
 
-@_one_kernel
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -231,12 +214,10 @@ class _SwiGlu(Function):
         return _swiglu_backward(grad, *ctx.saved_tensors)
 
 
-@_one_kernel
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-@_one_kernel
 def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
 
@@ -278,6 +259,7 @@ class _SwiGluLoraLinear(Function):
         gate, up, inner, *tensors = ctx.saved_tensors
         loras = _loras(tensors, [ctx.scaling])
         grad_x, of_tensors = _lora_backward([grad], _swiglu(gate, up), inner, loras)
+        assert grad_x is not None
         return *_swiglu_backward(grad_x, gate, up), None, *of_tensors
 
 
@@ -305,6 +287,18 @@ def _lora_forward(x: Tensor, inner: Tensor, lora: _Lora) -> Tensor:
     if _folds(x):
         return x @ _folded(lora).T
     return (inner @ lora.b.to(x.dtype).T).addmm_(x, lora.weight.to(x.dtype).T, beta=lora.scaling)
+
+
+def _lora_products(x: Tensor, loras: Sequence[_Lora]) -> list[Tensor]:
+    """The same for a compiler, which finds the backward pass, and what to keep for it, by itself.
+
+    The compiler of torch 2.11 makes gradients of zero of autograd functions that change a tensor in place.
+    """
+    parts = _inner(x, loras).split(_ranks(loras), dim=1)
+    return [
+        x @ lora.weight.to(x.dtype).T + (part * lora.scaling) @ lora.b.to(x.dtype).T
+        for part, lora in zip(parts, loras, strict=True)
+    ]
 
 
 def _lora_backward(

@@ -6,6 +6,7 @@ forward as it was for every other call, as generation's.
 Letters in shapes: P positions, T of text, A rows of audio, D hidden size, H query heads, G key heads, d head size.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
@@ -13,6 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
@@ -29,6 +31,7 @@ class Runs:
     """Examples one after the other in a sequence: attention goes back to the start of its run and no further."""
 
     lengths: tuple[int, ...]
+    longest: int
     offsets: Tensor  # [runs + 1] int32, on the device
     cos: Tensor  # [P, 1, d / 2] of the positions in their examples
     sin: Tensor
@@ -38,7 +41,7 @@ class Runs:
         """`rotary`: cos and sin [P, d], whose halves are equal."""
         cos, sin = (part.chunk(2, dim=-1)[0].unsqueeze(1).contiguous() for part in rotary)
         offsets = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32)
-        return cls(lengths, without_waiting(offsets, cos.device), cos, sin)
+        return cls(lengths, max(lengths, default=0), without_waiting(offsets, cos.device), cos, sin)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Places:
     order: Order
     whole: Runs
     audio: Runs  # rows of audio alone, for audio self-attention
+    compiled: bool = False  # whether layers that are trained run compiled
 
 
 class PackedLayer(HiggsAudioV2DecoderLayer):
@@ -58,7 +62,7 @@ class PackedLayer(HiggsAudioV2DecoderLayer):
         """[P, D] -> [P, D] with `places`; without, the native layer."""
         if places is None:
             return super().forward(hidden_states, *args, **kwargs)
-        return _packed_layer(self, hidden_states, places, self.audio_input_layernorm)
+        return _run(self, hidden_states, places, self.audio_input_layernorm)
 
 
 class PackedAudioAttentionLayer(AudioAttentionLayer):
@@ -74,7 +78,7 @@ class PackedAudioAttentionLayer(AudioAttentionLayer):
         q, k, v = _queries_keys_values(self.audio_attn, normed)
         attended = linear(_attend(q, k, v, places.audio, self.audio_attn.scaling).flatten(1), self.audio_attn.o_proj)
         hidden_states = torch.cat((text, rows + attended.to(rows.dtype)))
-        return _packed_layer(self, hidden_states, places, self.audio_post_audio_attn_layer_norm)
+        return _run(self, hidden_states, places, self.audio_post_audio_attn_layer_norm)
 
 
 # torch 2.11 takes fewer heads of keys without being told.
@@ -92,11 +96,25 @@ def with_packed_layers(layers: nn.ModuleList) -> None:
         layer.__class__ = _PACKED.get(type(layer), type(layer))
 
 
+def _run(layer: nn.Module, hidden: Tensor, places: Places, audio_norm: nn.Module) -> Tensor:
+    # Compiling takes long, for each way of being called: not for validations, nor for the first layer of a stage.
+    compiled = places.compiled and torch.is_grad_enabled() and hidden.requires_grad
+    return (_compiled() if compiled else _packed_layer)(layer, hidden, places, audio_norm)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """One for all layers and lengths of packs, made when it is first called: see `model.compiled`."""
+    # What is cheap to compute again is not kept, also where a product needs it: see `fused`.
+    functorch_config.ban_recompute_materialized_backward = False
+    return torch.compile(_packed_layer, dynamic=True)
+
+
 def _packed_layer(layer: Any, hidden: Tensor, places: Places, audio_norm: nn.Module) -> Tensor:
     normed = _by_pathway(
         hidden, places, lambda x: rms_norm(x, layer.input_layernorm), lambda x: rms_norm(x, audio_norm)
     )
-    q, k, v = (spread(x, places.order) for x in _queries_keys_values(layer.self_attn, normed))
+    q, k, v = [spread(x, places.order) for x in _queries_keys_values(layer.self_attn, normed)]
     attended = collect(_attend(q, k, v, places.whole, layer.self_attn.scaling), places.order)
     hidden = hidden + linear(attended.flatten(1), layer.self_attn.o_proj)
     return hidden + _by_pathway(
@@ -120,17 +138,20 @@ def _queries_keys_values(attention: Any, x: Tensor) -> list[Tensor]:
     return [part.unflatten(-1, (-1, attention.head_dim)) for part in found]
 
 
-@torch.compiler.disable  # by its examples' lengths each pack would be compiled anew
 def _attend(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scaling: float) -> Tensor:
     """Causal attention inside each run: q [P, H, d], k and v [P, G, d], in the order of the sequence -> [P, H, d]."""
-    q, k, v = (as_autocast(x) for x in (rotate(q, runs.cos, runs.sin), rotate(k, runs.cos, runs.sin), v))
+    q, k, v = [as_autocast(x) for x in (rotate(q, runs.cos, runs.sin), rotate(k, runs.cos, runs.sin), v)]
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        longest = max(runs.lengths)
-        ends = (runs.offsets, runs.offsets, longest, longest)
+        ends = (runs.offsets, runs.offsets, runs.longest, runs.longest)
         attended = varlen_attn(q, k, v, *ends, scale=scaling, window_size=(-1, 0), **_GROUPED)
         assert isinstance(attended, Tensor)
         return attended
-    by_run = (x.transpose(0, 1)[None].split(runs.lengths, dim=2) for x in (q, k, v))
+    return _attend_by_run(q, k, v, runs.lengths, scaling)
+
+
+@torch.compiler.disable  # by its examples' lengths each pack would be compiled anew
+def _attend_by_run(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scaling: float) -> Tensor:
+    by_run = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
     by_run_attended = [
         F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         for query, key, value in zip(*by_run, strict=True)

@@ -1,4 +1,7 @@
-"""How fast it will go: one layer of the recipe's shape, with random weights, timed on the device at hand."""
+"""How fast it will go: one layer of the recipe's shape, with random weights, timed on the device at hand.
+
+It is not compiled, which would take longer than all the rest: on a GPU a long stage goes faster than planned.
+"""
 
 import time
 from collections.abc import Callable
@@ -9,11 +12,11 @@ import torch
 from peft import PeftModel
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-from higgstune.batch.packed import Packed, pack, positions, tensors_to
+from higgstune.batch.packed import pack, positions, tensors_to
 from higgstune.model.adapters import add_lora
+from higgstune.model.compiled import packed_loss
 from higgstune.model.conditioning import add_conditioning, base_of
 from higgstune.model.forward import with_training_forward
-from higgstune.model.loss import LossWeights, combine, label_counts
 from higgstune.model.quantize import quantize_layers
 from higgstune.planning.layers import checkpoint_first
 from higgstune.planning.rehearsal import Subject
@@ -51,25 +54,18 @@ def measure(subject: Subject, examples: list[Example], device: torch.device) -> 
     tokens = positions(batch)
     model = _one_layer(subject, device)
     layers = base_of(model).model.layers
-    with_layer = _seconds(lambda: _pass(model, batch), device)
+    with_layer = _seconds(lambda: packed_loss(model, batch).backward(), device)
     checkpoint_first(layers, 1)
-    again = _seconds(lambda: _pass(model, batch), device)
+    again = _seconds(lambda: packed_loss(model, batch).backward(), device)
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     optimizer = torch.optim.AdamW(trained, fused=True)
     update = _seconds(optimizer.step, device)
     base = base_of(model)
     del layers[0]
     base.model.norm.weight.requires_grad_(True)  # so that the heads have a backward pass
-    outside = _seconds(lambda: _pass(model, batch), device)
+    outside = _seconds(lambda: packed_loss(model, batch).backward(), device)
     one = max(with_layer - outside, 0.0)
     return Speed(one / tokens, max(again - outside, one) / tokens, outside / tokens, update)
-
-
-def _pass(model: PeftModel, batch: Packed) -> None:
-    base = base_of(model)
-    with torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
-        sums = model(**batch)
-    combine(sums, label_counts(batch, eos_id=base.config.audio_stream_eos_id), LossWeights()).backward()
 
 
 def _one_layer(subject: Subject, device: torch.device) -> PeftModel:

@@ -18,6 +18,7 @@ from higgstune.evaluation.choice import Expression
 from higgstune.evaluation.external import is_command
 from higgstune.files import write_file
 from higgstune.model.adapters import Lora, StageKind
+from higgstune.model.compiled import Compile
 from higgstune.model.quantize import Quantize
 from higgstune.prompt.example import TextTargets
 from higgstune.prompt.rows import ReferencePlace
@@ -208,13 +209,16 @@ class Recipe(_Strict):
     gradient_checkpointing: bool | Literal["auto"] = Field(
         False, description="less memory for up to a third more time; auto: in as many layers as the memory asks for"
     )
+    compile: Compile = Field(
+        "auto", description="on a GPU: layers compiled, which takes a minute; auto: in stages of 1000 steps or more"
+    )
     log_steps: int = Field(10, ge=1, description="optimizer steps between logs")
     eval_steps: int = Field(200, ge=1, description="optimizer steps between validations")
     save_steps: int = Field(200, ge=1, description="optimizer steps between checkpoints")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept in each stage")
     report_to: tuple[str, ...] = Field(("tensorboard",), description="as in transformers: tensorboard, wandb, ...")
 
-    @field_validator("gradient_checkpointing", mode="before")
+    @field_validator("gradient_checkpointing", "compile", mode="before")
     @classmethod
     def _known_way(cls, value: Any) -> Any:
         if value not in (True, False, "auto"):

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from higgstune.batch.packed import pack, tensors_to
 from higgstune.batch.padded import Batch, PaddedCollator
 from higgstune.data.store import CodeStore
 from higgstune.errors import Interrupted
@@ -20,11 +21,13 @@ from higgstune.evaluation.clips import LISTENING
 from higgstune.evaluation.judges import Judges
 from higgstune.files import writing
 from higgstune.model.adapters import adapted_layers, add_lora, continue_lora, unload_adapter
+from higgstune.model.compiled import Compile, compile_layers, is_worth_it
 from higgstune.model.forward import with_training_forward
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.model.loss import LossWeights
 from higgstune.planning.at_training import RunMemory
 from higgstune.planning.layers import checkpoint_first
+from higgstune.prompt.example import Example
 from higgstune.prompt.rows import RowExamples, telling_split
 from higgstune.training.candidates import Candidates
 from higgstune.training.checkpoint import newest_checkpoint
@@ -43,6 +46,7 @@ from higgstune.training.verify import probe_logits, verify_in_fresh_process, wri
 
 _LOG = logging.getLogger(__name__)
 _PROBE_CLIPS = 4
+_COMPILED_WITH = 3  # clips
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,18 @@ class Job:
     def sharded(self) -> bool:
         """Whether weights are spread over the processes; one alone has them all."""
         return self.recipe.parallel == "fsdp" and self.processes.count > 1
+
+
+class _Compiling(TrainerCallback):
+    """Compiles layers where enough steps are left for it."""
+
+    def __init__(self, wanted: Compile, examples: list[Example]) -> None:
+        self.wanted = wanted
+        self.examples = examples
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if is_worth_it(self.wanted, state.max_steps - state.global_step):
+            compile_layers(kwargs["model"].train(), tensors_to(pack(self.examples), args.device))
 
 
 def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, Any]:
@@ -136,7 +152,7 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
 
 def _with_adapter(job: Job, stage: Stage, start_from: Path | None) -> PeftModel:
     recipe, base = job.recipe, job.loaded.model
-    with_training_forward(base)
+    with_training_forward(base).compiles_layers = False
     conditioning, attention = job.setting.conditioning, job.setting.attention
     if start_from is None:
         return add_lora(base, recipe.lora, stage.kind, conditioning, attention)
@@ -257,6 +273,9 @@ def _writer(job: Job, stage: Stage) -> SummaryWriter | None:
 
 def _callbacks(job: Job, stage: Stage, writer: SummaryWriter | None) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [ProgressReport(stage.name), job.stop]
+    if not job.sharded:
+        rows = job.examples["train"].with_targets(stage.text_targets)
+        callbacks.append(_Compiling(job.recipe.compile, [rows[i] for i in range(min(_COMPILED_WITH, len(rows)))]))
     if writer is not None:
         # Given its writer, the callback writes into the stage's folder; by itself it would hide below the checkpoints.
         callbacks.append(TensorBoardCallback(writer))

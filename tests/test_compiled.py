@@ -1,0 +1,184 @@
+"""Compiled layers, by a compiler that a CPU has: they give the gradients of the plain ones, or are not used."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_packed import adapted, examples
+from test_run import recipe
+from torch import Tensor
+from torch._dynamo.utils import counters
+from training_world import history, make_world, train_unproven
+
+from higgstune.batch.packed import pack
+from higgstune.model import compiled, packed
+from higgstune.model.adapters import Lora
+from higgstune.model.compiled import compile_layers, is_worth_it, packed_loss
+from higgstune.model.conditioning import base_of
+from higgstune.model.forward import with_training_forward
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of the compiler about what it does itself
+_POSSIBLE = compiled._possible
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In place of a GPU with Triton. Same passes up to the last one, which makes kernels."""
+    monkeypatch.setattr(compiled, "_possible", lambda base: compiled.is_plain(base.model.layers))
+    monkeypatch.setattr(compiled, "has_compiler", lambda: True)
+    use(monkeypatch, torch.compile(packed._packed_layer, dynamic=True, backend="aot_eager"))
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def use(monkeypatch: pytest.MonkeyPatch, layer: Callable[..., Tensor]) -> None:
+    monkeypatch.setattr(packed, "_compiled", lambda: layer)
+
+
+def trained(kind: Any = "full", dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Any]:
+    """A model and a batch."""
+    model, prompter = adapted(kind, dtype, **options)
+    with_training_forward(base_of(model))
+    return model, pack(examples(prompter, listens=options.get("conditioned", False)))
+
+
+def gradients(model: Any, batch: Any) -> list[Tensor]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return list(torch.autograd.grad(packed_loss(model, batch), parameters))
+
+
+@pytest.mark.parametrize(("kind", "conditioned"), [("text", False), ("full", True)])
+def test_gradients_are_those_of_the_plain_layers(kind: str, conditioned: bool) -> None:
+    model, batch = trained(kind, conditioned=conditioned)
+    expected = gradients(model, batch)
+    assert counters["stats"]["unique_graphs"] == 0
+    assert compile_layers(model, batch) == pytest.approx(0, abs=1e-6)
+    assert base_of(model).compiles_layers
+    found = gradients(model, batch)
+    assert counters["stats"]["unique_graphs"] > 0
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_bfloat16_is_as_near_as_rounding_lets_it_be() -> None:
+    model, batch = trained(dtype=torch.bfloat16)
+    difference = compile_layers(model, batch)
+    assert difference is not None
+    assert 0 < difference < 0.05
+
+
+def test_one_compilation_serves_all_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dense(q: Tensor, k: Tensor, v: Tensor, runs: packed.Runs, scaling: float) -> Tensor:
+        """Like the GPU's kernel it takes lengths as they come; only the count of graphs is looked at here."""
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        return attended[0].transpose(0, 1) * (1 + runs.longest / 1000)
+
+    monkeypatch.setattr(packed, "_attend", dense)
+    use(monkeypatch, torch.compile(packed._packed_layer, dynamic=True, backend="aot_eager", fullgraph=True))
+    model, prompter = adapted("full", torch.float64)
+    base_of(with_training_forward(base_of(model))).compiles_layers = True
+    made = examples(prompter)
+    for chosen in (made[:3], made[:4], made[1:], made):
+        gradients(model, pack(chosen))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_validations_and_the_first_layer_are_not_worth_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def layer(one: Any, *rest: Any) -> Tensor:
+        called.append(one)
+        return packed._packed_layer(one, *rest)
+
+    use(monkeypatch, layer)
+    model, batch = trained()
+    base_of(model).compiles_layers = True
+    with torch.no_grad():
+        packed_loss(model, batch)
+    assert not called
+    packed_loss(model, batch)
+    assert called == list(base_of(model).model.layers[1:])
+
+
+def test_a_compiler_that_fails_is_told_of_and_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def layer(*_: Any) -> Tensor:
+        raise RuntimeError("no Python.h\nand more")
+
+    use(monkeypatch, layer)
+    model, batch = trained()
+    assert compile_layers(model, batch) is None
+    assert not base_of(model).compiles_layers
+    assert "layers are not compiled, and training is slower for it: RuntimeError: no Python.h" in caplog.text
+    assert "and more" not in caplog.text
+
+
+def test_wrong_gradients_are_told_of_and_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def layer(one: Any, hidden: Tensor, *rest: Any) -> Tensor:
+        return hidden + (packed._packed_layer(one, hidden, *rest) - hidden).detach()
+
+    use(monkeypatch, layer)
+    model, batch = trained()
+    assert compile_layers(model, batch) is None
+    assert not base_of(model).compiles_layers
+    assert "their gradients would be off by" in caplog.text
+
+
+def test_what_lacks_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(compiled, "has_compiler", lambda: False)
+    model, batch = trained()
+    assert compile_layers(model, batch) is None
+    assert "it takes Triton, and a C compiler" in caplog.text
+
+
+@pytest.mark.parametrize("lora", [Lora(r=4, dropout=0.1), Lora(r=4, dora=True)])
+def test_what_peft_computes_stays_as_it_is(lora: Lora, caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = trained(lora=lora)
+    assert compile_layers(model, batch) is None
+    assert not base_of(model).compiles_layers
+    assert not caplog.text
+
+
+def test_a_cpu_compiles_nothing() -> None:
+    model, _ = trained(dtype=torch.bfloat16)
+    assert not _POSSIBLE(base_of(model))
+
+
+def test_short_stages_are_compiled_where_that_is_asked_for() -> None:
+    assert [is_worth_it("auto", steps) for steps in (999, 1000)] == [False, True]
+    assert is_worth_it(True, 1)
+    assert not is_worth_it(False, 10**6)
+
+
+def test_a_run_with_compiled_layers_learns_the_same(tmp_path: Path) -> None:
+    world = make_world(tmp_path)
+    stage = {"name": "voice", "kind": "full", "max_steps": 3, "batch_size": 4}
+    for name, wanted in (("plain", "auto"), ("compiled", True)):
+        train_unproven(recipe(world, stages=[stage], log_steps=1, compile=wanted), tmp_path / name)
+    assert counters["stats"]["unique_graphs"] > 0
+    plain, found = (history(tmp_path / name, "voice") for name in ("plain", "compiled"))
+    for one, other in zip(plain, found, strict=True):
+        assert one.keys() == other.keys()
+        for key in one.keys() & {"loss", "grad_norm", "eval_loss"}:
+            assert one[key] == pytest.approx(other[key], rel=1e-4), (one["step"], key)
+
+
+def test_hidden_states_have_the_dtype_of_the_base_whatever_a_sum_over_codebooks_has() -> None:
+    """On a GPU autocast makes float32 of it, and layers would compute in that."""
+    model, batch = trained(dtype=torch.bfloat16)
+    inner = base_of(model).model
+    embed = inner.embed_audio_tokens.forward
+    inner.embed_audio_tokens.forward = lambda ids: embed(ids).float()
+    seen = []
+    inner.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    packed_loss(model, batch)
+    assert seen == [torch.bfloat16]
