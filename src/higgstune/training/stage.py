@@ -46,7 +46,8 @@ from higgstune.training.verify import probe_logits, verify_in_fresh_process, wri
 
 _LOG = logging.getLogger(__name__)
 _PROBE_CLIPS = 4
-_COMPILED_WITH = 3  # clips
+_COMPILED_WITH = 3  # clips: the shortest of some, which no pack is smaller than by much
+_LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,8 @@ def _callbacks(job: Job, stage: Stage, writer: SummaryWriter | None) -> list[Tra
     callbacks: list[TrainerCallback] = [ProgressReport(stage.name), job.stop]
     if not job.sharded:
         rows = job.examples["train"].with_targets(stage.text_targets)
-        callbacks.append(_Compiling(job.recipe.compile, [rows[i] for i in range(min(_COMPILED_WITH, len(rows)))]))
+        some = [rows[i] for i in range(min(_LOOKED_AT, len(rows)))]
+        callbacks.append(_Compiling(job.recipe.compile, sorted(some, key=len)[:_COMPILED_WITH]))
     if writer is not None:
         # Given its writer, the callback writes into the stage's folder; by itself it would hide below the checkpoints.
         callbacks.append(TensorBoardCallback(writer))
