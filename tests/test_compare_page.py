@@ -35,7 +35,7 @@ def clips(tmp_path: Path) -> list[Path]:
 def comparison(clips: list[Path], words: str = "first", texts: int = 4, seed: int = 0) -> Comparison:
     """Two systems and the recordings; of the last text there is only one system's clip."""
     wer = {"wer": Estimate(0.1, 0.05, 0.15, 40)}
-    difference = {"wer": Difference(-0.04, -0.07, -0.01, 0.01, 40)}
+    difference = {"wer": Difference(-0.04, -0.07, -0.01, 0.01, 0.02, 40)}
     confusion = Confusion([words, "b"], [[0.8, 0.4], [math.nan, 0.7]], [[5, 0], [1, 4]])
     a, b, c = (Take(clip, words) for clip in clips)
     items = [Item(f"{words} {i}", (a, b, c), "en") for i in range(texts - 1)] + [Item("alone", (a, None, c))]

@@ -21,7 +21,7 @@ from higgstune.evaluation.loops import find_loop
 from higgstune.evaluation.metrics import METRICS, Evaluation
 from higgstune.evaluation.prosody import fundamental, prosody
 from higgstune.evaluation.score import compare, score
-from higgstune.evaluation.statistics import difference_interval, permutation_p, ratio, ratio_interval
+from higgstune.evaluation.statistics import difference_interval, holm, permutation_p, ratio, ratio_interval
 from higgstune.evaluation.text import count_errors, normalize_spoken, word_error_rate, words_of
 from higgstune.evaluation.words import find_leak
 from higgstune.generate.chunks import frame_cap
@@ -313,6 +313,16 @@ def test_equal_systems_are_not_told_apart() -> None:
     assert ratio(values, words) == pytest.approx(6 / 33)
 
 
+def test_many_questions_at_once_take_smaller_p_values() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 x 0.01; 2 x 0.03; no less than that
+    assert holm([0.9, 0.5]) == [1.0, 1.0]
+    assert holm([0.2]) == [0.2]
+    assert holm([]) == []
+    drawn = np.random.default_rng(0).uniform(size=(2000, 12))
+    assert np.mean([min(found) < 0.05 for found in drawn]) > 0.4
+    assert np.mean([min(holm(found)) < 0.05 for found in drawn]) == pytest.approx(0.05, abs=0.015)
+
+
 def test_false_alarms_are_as_rare_as_promised() -> None:
     rng, ones = np.random.default_rng(6), np.ones(10)
     values = rng.normal(size=(200, 2, 10))
@@ -420,6 +430,19 @@ def test_only_what_is_comparable_is_compared(world) -> None:
         compare(one, replace(one, judges=one.judges | {"naturalness": "rater 2"}))
     fewer = compare(one, replace(one, clips=one.clips[:3]))
     assert fewer["silence"].clips == 3
+
+
+def test_only_metrics_that_differ_count_as_questions(world) -> None:
+    found = score(world.clips, Judges(world.asr), world.voices)
+    found = replace(found, clips=[row | {"id": f"{row['id']} {i}"} for row in found.clips for i in range(3)])
+    worse = replace(found, clips=[row | {"hit_cap": 1} for row in found.clips])
+    differences = compare(found, worse)
+    assert differences["cap_rate"].p < 0.05
+    assert differences["cap_rate"].p_holm == differences["cap_rate"].p  # nothing else differs
+    assert differences["wer"].p_holm == 1
+    longer = replace(worse, clips=[row | {"silence": row["silence"] + 1} for row in worse.clips])
+    differences = compare(found, longer)
+    assert differences["cap_rate"].p_holm == pytest.approx(2 * differences["cap_rate"].p)
 
 
 def test_progress_is_told(world) -> None:

@@ -30,7 +30,7 @@ def clip(tmp_path: Path) -> Path:
 
 def full_report(clip: Path, words: str) -> RunReport:
     """A report with every part of the page; `words` stand wherever a user's words can."""
-    estimate, difference = Estimate(0.05, 0.02, 0.09, 40), Difference(0.03, 0.01, 0.06, 0.004, 40)
+    estimate, difference = Estimate(0.05, 0.02, 0.09, 40), Difference(0.03, 0.01, 0.06, 0.004, 0.008, 40)
     summary = {"wer": estimate, "similarity": Estimate(math.nan, math.nan, math.nan, 0)}
     candidates = [
         Candidate(words, 100, {"wer": 0.3, "similarity": None}, [words]),
@@ -204,12 +204,12 @@ def test_what_has_no_spread_or_no_interval_is_shown_too() -> None:
 )
 def test_better_and_worse_follow_the_metric(name: str, before: float, after: float, p: float, expected: str) -> None:
     a, b = (Estimate(value, value, value, 9) for value in (before, after))
-    assert verdict(metric_of(name), a, b, Difference(after - before, 0, 0, p, 9)) == expected
+    assert verdict(metric_of(name), a, b, Difference(after - before, 0, 0, p / 2, p, 9)) == expected
 
 
 def test_what_got_worse_comes_first() -> None:
     a, b = Estimate(0.1, 0, 0.2, 9), Estimate(0.2, 0.1, 0.3, 9)
-    better, worse = Difference(-0.1, -0.2, 0, 0.0004, 9), Difference(0.1, 0, 0.2, 0.03, 9)
+    better, worse = Difference(-0.1, -0.2, 0, 0.0004, 0.0008, 9), Difference(0.1, 0, 0.2, 0.03, 0.03, 9)
     rows = change_rows(
         [Change("wer", None, b, None), Change("wer", b, a, better), Change("wer", a, b, worse, "German")]
     )

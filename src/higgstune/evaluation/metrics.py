@@ -66,13 +66,15 @@ class Estimate:
 class Difference:
     """A metric of one system minus that of another on the same clips; `p` of a paired permutation test.
 
-    Where 0 or 1 is best, `p` is of the clips' distances from it.
+    Where 0 or 1 is best, `p` is of the clips' distances from it. `p_holm` is that of all metrics of a comparison
+    together, but for those that are the same in every clip.
     """
 
     value: float
     low: float
     high: float
     p: float
+    p_holm: float
     clips: int
 
 

@@ -5,6 +5,7 @@ clips -> rows (one a clip: columns of `METRICS`) -> sums -> estimates
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from higgstune.evaluation.judges import Judges, QualityJudge
 from higgstune.evaluation.loops import find_loop
 from higgstune.evaluation.metrics import METRICS, Confusion, Difference, Estimate, Evaluation, Metric
 from higgstune.evaluation.prosody import PITCH_JUDGE, Prosody, against, average, prosody
-from higgstune.evaluation.statistics import difference_interval, permutation_p, ratio, ratio_interval
+from higgstune.evaluation.statistics import difference_interval, holm, permutation_p, ratio, ratio_interval
 from higgstune.evaluation.voices import Voices, add_reference_similarity, add_similarity, check_answers, fill, voice_of
 from higgstune.evaluation.words import add_errors, add_leaks
 from higgstune.generate.chunks import expected_seconds
@@ -68,8 +69,11 @@ def compare(a: Evaluation, b: Evaluation, *, seed: int = 0) -> dict[str, Differe
     for role in a.judges.keys() & b.judges.keys():
         if a.judges[role] != b.judges[role]:
             raise DataError(f"two judges ({role}): {a.judges[role]} and {b.judges[role]}: evaluate both with one")
-    found = {metric.name: _difference(metric, pairs, seed) for metric in METRICS}
-    return {name: difference for name, difference in found.items() if difference is not None}
+    each = {metric.name: _difference(metric, pairs, seed) for metric in METRICS}
+    found = {name: difference for name, difference in each.items() if difference is not None}
+    asked = [name for name, difference in found.items() if (difference.low, difference.high) != (0, 0)]
+    together = dict(zip(asked, holm([found[name].p for name in asked]), strict=True))
+    return {name: replace(difference, p_holm=together.get(name, 1.0)) for name, difference in found.items()}
 
 
 def _row(clip: Clip) -> dict[str, Any]:
@@ -188,7 +192,8 @@ def _difference(metric: Metric, pairs: Sequence[tuple[Any, Any]], seed: int) -> 
     goal = {"one": 1.0, "zero": 0.0}.get(metric.better)
     if goal is not None:  # whether one is nearer to it, clip by clip: that they differ says nothing of that
         a, b = ((np.abs(tops - goal * bottoms), bottoms) for tops, bottoms in (a, b))
-    return Difference(value, low, high, permutation_p(a, b, seed=seed), len(measured))
+    p = permutation_p(a, b, seed=seed)
+    return Difference(value, low, high, p, p, len(measured))
 
 
 def _why(name: str, clips: Sequence[Clip], judges: Judges, voices: Voices) -> str:

@@ -119,10 +119,10 @@ def glances(systems: Sequence[System]) -> list[Glance]:
 
 
 def verdict(metric: Metric, before: Estimate | None, after: Estimate | None, difference: Difference | None) -> Verdict:
-    """Whether it got better or worse; neither where p is 0.05 or more, or where the metric has no good direction."""
-    if difference is None or before is None or after is None or not _finite(difference.value, difference.p):
+    """Better or worse; neither where p of all metrics together is 0.05 or more, or none of both is better."""
+    if difference is None or before is None or after is None or not _finite(difference.value, difference.p_holm):
         return NOT_MEASURED
-    if difference.p >= SIGNIFICANT or metric.better == "none":
+    if difference.p_holm >= SIGNIFICANT or metric.better == "none":
         return "no clear difference"
     gain = {
         "lower": -difference.value,
