@@ -37,6 +37,9 @@ def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [P, H, d]; cos and sin [P, 1, d / 2] count for both halves of a head."""
+    if torch.compiler.is_compiling():
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return _Rotate.apply(x, cos, sin)
 
 
@@ -68,11 +71,11 @@ def is_plain(model: nn.Module) -> bool:
 def feed_forward(x: Tensor, mlp: Any) -> Tensor:
     """x [P, D] -> [P, D] through a `HiggsAudioV2MLP`: down(silu(gate(x)) * up(x))."""
     gate, up = linears(x, [mlp.gate_proj, mlp.up_proj])
+    if torch.compiler.is_compiling():
+        return linear(F.silu(gate) * up, mlp.down_proj)
     lora = _plain_lora(mlp.down_proj)
     if lora is None:
         return mlp.down_proj(_SwiGlu.apply(gate, up))
-    if torch.compiler.is_compiling():
-        return _lora_products(_swiglu(gate, up), [lora])[0]
     return _SwiGluLoraLinear.apply(gate, up, lora.scaling, *_tensors([lora]))
 
 
@@ -188,17 +191,19 @@ class _Rotate(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        return _rotated(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin), None, None
+        return _rotated(grad, *ctx.saved_tensors, -1), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    rotated = torch.empty_like(x)
+    (first, second), (new_first, new_second) = x.chunk(2, dim=-1), rotated.chunk(2, dim=-1)
+    torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=new_second).addcmul_(first, sin, value=direction)
+    return rotated
 
 
 class _SwiGlu(Function):
@@ -207,19 +212,18 @@ class _SwiGlu(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return _swiglu(gate, up)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return _swiglu_backward(grad, *ctx.saved_tensors)
+        gate, up = ctx.saved_tensors
+        return _swiglu_backward(grad.clone(), gate, up, F.silu(gate))
 
 
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
-def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
+def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, opened: Tensor) -> tuple[Tensor, Tensor]:
+    """Of gate and up, from that of their product and silu(gate), both of which are overwritten."""
+    grad_up = opened.mul_(grad)
+    return torch.ops.aten.silu_backward(grad.mul_(up), gate), grad_up
 
 
 class _LoraLinears(Function):
@@ -248,7 +252,7 @@ class _SwiGluLoraLinear(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, scaling: float, *tensors: Tensor) -> Tensor:
         [lora] = _loras(tensors, [scaling])
-        x = _swiglu(gate, up)
+        x = F.silu(gate).mul_(up)
         inner = _inner(x, [lora])
         ctx.save_for_backward(gate, up, inner, *tensors)
         ctx.scaling = scaling
@@ -258,9 +262,10 @@ class _SwiGluLoraLinear(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, inner, *tensors = ctx.saved_tensors
         loras = _loras(tensors, [ctx.scaling])
-        grad_x, of_tensors = _lora_backward([grad], _swiglu(gate, up), inner, loras)
+        opened = F.silu(gate)
+        grad_x, of_tensors = _lora_backward([grad], opened * up, inner, loras)
         assert grad_x is not None
-        return *_swiglu_backward(grad_x, gate, up), None, *of_tensors
+        return *_swiglu_backward(grad_x, gate, up, opened), None, *of_tensors
 
 
 def _all_a(loras: Sequence[_Lora], dtype: torch.dtype) -> Tensor:
