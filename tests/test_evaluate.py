@@ -264,7 +264,7 @@ def test_runs_are_compared_on_the_same_texts_and_seeds(world: Path, tmp_path: Pa
         (["good"], {}, "give 2 to 8"),
         (["good"] * 9, {}, "give 2 to 8"),
         (["good", "good"], {}, "given twice"),
-        (["good", "bad"], {"rank": "-wer"}, "needs wer, which is not measured"),
+        (["good", "bad"], {"rank": "-wer"}, "needs wer, and no judge of it was named"),
         (["good", "bad"], {"gates": ["wer <"]}, "no expression"),
     ],
 )

@@ -38,7 +38,7 @@ from higgstune.options import (
     TemperatureOption,
     WhisperOption,
 )
-from higgstune.terminal import Bar, command_line, errors, escape, measured, print_measures, print_result
+from higgstune.terminal import Bar, command_line, errors, escape, measured, print_measures, print_result, told_stage
 
 # Modules that bring torch are imported by the verb that needs them: `--help` answers at once.
 
@@ -55,6 +55,8 @@ app = typer.Typer(
 def main() -> NoReturn:
     """Run a verb; exit 0 when done, 1 when the work failed, 2 when the user's input is wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # It is about kernels from a hub, for CPUs and 4 bits, and is said by every command that imports peft.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars, too: lines, not bars, in a log
     signal.signal(signal.SIGTERM, _end)
@@ -237,7 +239,8 @@ def train(
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if os.environ.get("RANK", "0") == "0":
-        print_result({"run": str(result.folder), "adapter": str(result.adapter), "stages": stages}, as_json)
+        told = {"stages": stages} if as_json else {f"stage {name}": told_stage(stage) for name, stage in stages.items()}
+        print_result({"run": str(result.folder), "adapter": str(result.adapter), **told}, as_json)
 
 
 def _show_plan(recipe: Any, memory: str | None, device: str | None, as_json: bool) -> None:
@@ -381,12 +384,13 @@ def evaluate(
             progress=bar,
         )
     report = tell(result, target, command_line())
-    worse = {found.name: found.worse for found in [result.texts, *result.guard] if found.worse}
     if as_json:
         print_result(result.as_json() | {"report": str(report)}, as_json)
     else:
         print_measures(result.texts.systems, result.texts.differences)
-        print_result({**{f"worse on {name}": metrics for name, metrics in worse.items()}, "open": str(report)}, as_json)
+        compared = [("against the base", result.texts)] if result.texts.differences else []
+        compared += [(f"guard {guarded.name}", guarded) for guarded in result.guard]
+        print_result({**{what: found.told for what, found in compared}, "open": str(report)}, as_json)
 
 
 @app.command(epilog="Example: higgstune compare runs/one runs/two --out comparison --asr large-v3")
@@ -410,6 +414,8 @@ def compare(
     limit: LimitOption = None,
     language: LanguageOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Clips spoken at a time.")] = 8,
+    whisper: WhisperOption = None,
+    quantize: QuantizeOption = None,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     as_json: JsonOption = False,
@@ -434,6 +440,8 @@ def compare(
             limit=limit,
             language=language,
             batch_size=batch_size,
+            whisper=whisper,
+            quantize=quantize,  # type: ignore[arg-type]
             device=None if device == "auto" else device,
             dtype=None if dtype == "auto" else dtype,
             progress=bar,
@@ -444,7 +452,7 @@ def compare(
     else:
         last = list(result.differences)[-1]
         print_measures(result.evaluations, result.differences[last] if len(result.differences) == 1 else {})
-        print_result({"best": f"{result.best} ({result.rule})", "open": str(result.page)}, as_json)
+        print_result({"best": result.told, "open": str(result.page)}, as_json)
 
 
 @app.command(epilog="Example: higgstune merge runs/voice --out models/voice")

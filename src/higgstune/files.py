@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from higgstune.errors import WorkError
+from higgstune.errors import DataError, WorkError
 
 _ADVICE = {
     errno.ENOSPC: "make room",
@@ -75,6 +75,28 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def alone_in(folder: Path, what: str, kept: str) -> Iterator[None]:
+    """Keep a second one of `what` (a preparation) away from a folder, which is made; one that was killed lets go.
+
+    Raises DataError where there is another one, or the folder is none; WorkError, with `kept`, where the disk refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(folder / f".{what}.lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise DataError(f"another {what} is writing to {folder}: wait for its end, or name another folder") from None
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DataError(f"{folder} is no folder: name one for the {what}") from error
+    except OSError as error:
+        raise WorkError(refusal(folder, error, kept)) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def lock_file(path: Path) -> FileLock:

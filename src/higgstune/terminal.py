@@ -85,6 +85,16 @@ def print_measures(evaluations: dict[str, Any], differences: dict[str, Any]) -> 
         errors.print(f"not measured: {names}: {escape(reason)}", highlight=False, soft_wrap=True)
 
 
+def told_stage(stage: dict[str, Any]) -> str:
+    """What a stage of a run came to, in one line; `--json` has all of it."""
+    parts = [f"{stage['kind']}, {stage['steps']} steps"]
+    if stage.get("stopped_early"):
+        parts.append("stopped early: nothing better for as many validations as evaluation.patience says")
+    if chosen := stage.get("chosen"):
+        parts.append(f"ends with step {chosen['step']}: {chosen['rule']}")
+    return "; ".join(parts)
+
+
 def measured(error_rate: float | None, similarity: dict[str, float]) -> str:
     """Figures of a set of clips in one line."""
     rate = "error rate not measured" if error_rate is None else f"word error rate {100 * error_rate:.1f} %"

@@ -1,11 +1,7 @@
 """`prepare`: from recordings to a code store."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-
-from filelock import Timeout
 
 from higgstune.codec.base import Codec
 from higgstune.data.importers import read_source
@@ -14,10 +10,8 @@ from higgstune.data.rejection import RowError
 from higgstune.data.source import SourceRow
 from higgstune.data.summary import PrepareOptions, PrepareSummary, References
 from higgstune.data.whisper_features import Listener
-from higgstune.errors import ConfigError, DataError, WorkError
-from higgstune.files import lock_file, refusal
-
-_LOCK_NAME = ".prepare.lock"
+from higgstune.errors import ConfigError
+from higgstune.files import alone_in
 
 
 def prepare(
@@ -71,7 +65,7 @@ def prepare(
     rows = [_with_labels(row, speaker, language, scene) for row in read_source(source, allow_outside=allow_outside)]
     name, codec = _loaded(codec, model, device)
     listener = _listener(whisper, device)
-    with _locked(out):
+    with alone_in(out, "preparation", "nothing was encoded"):
         return Preparation(out, codec, codec_name or name, options, progress or _silent, listener).run(rows)
 
 
@@ -108,22 +102,3 @@ def _listener(whisper: Listener | str | None, device: str) -> Listener | None:
 
 def _silent(stage: str, done: int, total: int) -> None:
     """No progress to show."""
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keep a second preparation away from the folder; a killed one lets go by itself."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = lock_file(out / _LOCK_NAME)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise DataError(f"another preparation is writing to {out}: wait for its end, or name another folder") from None
-    except (FileExistsError, NotADirectoryError) as error:
-        raise DataError(f"{out} is no folder: name one for the code store") from error
-    except OSError as error:
-        raise WorkError(refusal(out, error, "nothing was encoded")) from error
-    try:
-        yield
-    finally:
-        lock.release()

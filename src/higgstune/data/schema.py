@@ -73,9 +73,8 @@ def read_index(folder: Path) -> StoreIndex:
         with path.open("rb") as file:
             data = json.loads(file.read(_MAX_INDEX))
     except FileNotFoundError:
-        raise DataError(
-            f"{folder} is no code store: it has no {INDEX_NAME}; make one with `higgstune prepare`"
-        ) from None
+        lacks = f"has no {INDEX_NAME}" if folder.exists() else "does not exist"
+        raise DataError(f"{folder} is no code store: it {lacks}; make one with `higgstune prepare`") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}): prepare the store again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None

@@ -53,7 +53,10 @@ class Expression:
                 raise ValueError(f"longer than {_MAX_EXPRESSION} characters")
             self._tree = ast.parse(text, mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise ConfigError(f"{text[:80]!r} is no expression over metrics: {error}") from error
+            problem = getattr(error, "msg", error)  # of a syntax error without the place, which is no file's
+            raise ConfigError(
+                f"{text[:80]!r} is no expression over metrics ({problem}): write it like 'wer <= 0.1' or 'similarity'"
+            ) from error
         self.names = sorted({node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)} - set(_FUNCTIONS))
         for name in self.names:
             if name not in NAMES:
@@ -165,6 +168,12 @@ class Choice:
     def healthy(self) -> bool:
         """Whether the best one meets all conditions; where none does, it is one that breaks the fewest."""
         return not self.broken[self.best]
+
+    def is_as_good(self, index: int) -> bool:
+        """Whether a candidate is the best one, or equal to it."""
+        unknown = math.isnan(self.ranks[index]) and math.isnan(self.ranks[self.best])
+        same = unknown or self.ranks[index] == self.ranks[self.best]
+        return same and len(self.broken[index]) == len(self.broken[self.best])
 
 
 def choose(candidates: Sequence[Measures], rule: Rule) -> Choice:

@@ -9,7 +9,7 @@ FOLDER/
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,13 @@ def _parsed(folder: Path, number: int, line: str) -> Clip:
     try:
         values: Any = json.loads(line)
         clip = _CLIP.validate_python(values)
-    except (ValueError, RecursionError, ValidationError) as error:
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = ".".join(map(str, problem["loc"])) or "the line"
+        raise DataError(
+            f"{where}: {field}: {problem['msg']}; a clip has {', '.join(field.name for field in fields(Clip))}"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: {error}") from error
     places = {key: folder / getattr(clip, key) for key in _PATHS if getattr(clip, key) is not None}
     for key, path in places.items():

@@ -7,20 +7,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from higgstune.errors import ConfigError
-from higgstune.evaluation.choice import Choice, Expression, Rule, choose
+from higgstune.errors import ConfigError, DataError
+from higgstune.evaluation.choice import LOSS, STEP, Choice, Expression, Rule, choose
 from higgstune.evaluation.clips import Clip
-from higgstune.evaluation.evaluate import BASE, RECORDINGS, VALIDATION, Progress, SetResult, evaluate
-from higgstune.evaluation.judges import AUTO
+from higgstune.evaluation.evaluate import ADAPTER, BASE, CLIPS, RECORDINGS, Progress, SetResult, evaluate, kind_of
+from higgstune.evaluation.judges import AUTO, OPTIONS, Judges, load_judges, role_of
 from higgstune.evaluation.metrics import METRICS, Difference, Evaluation
 from higgstune.evaluation.run_report import evaluations_of, facts_of
 from higgstune.evaluation.score import compare as differences_of
+from higgstune.evaluation.texts import VALIDATION
 from higgstune.files import write_file
 from higgstune.generate.sampling import Sampling
-from higgstune.model.adapters import RUN_STATE, adapter_card
+from higgstune.model.adapters import RUN_STATE, adapter_card, find_adapter
 from higgstune.model.layout import read_json
+from higgstune.model.load import choose_device
+from higgstune.model.quantize import Quantize
 from higgstune.report.compare import Comparison, Contender, check_number, write_comparison
-from higgstune.report.measures import System
+from higgstune.report.measures import SIGNIFICANT, System
 from higgstune.report.players import Item, Section, badness, take_of
 
 _MOST_TEXTS = 40  # with players
@@ -33,10 +36,22 @@ class ComparisonResult:
 
     evaluations: dict[str, Evaluation]
     differences: dict[str, dict[str, Difference]]  # of each but the first from it
-    best: str
+    best: str | None  # None: several are equal by the rule
     rule: str
     choice: Choice
     page: Path
+
+    @property
+    def told(self) -> str:
+        """Which is best, in words, and how sure that is."""
+        equal = [name for index, name in enumerate(self.evaluations) if self.choice.is_as_good(index)]
+        told = f"{self.best} ({self.rule})" if self.best else f"none of {', '.join(equal)}: equal ({self.rule})"
+        if broken := self.choice.broken[self.choice.best]:
+            told += f"; it does not meet {', '.join(broken)}, and no other breaks less"
+        differences = [one for found in self.differences.values() for one in found.values()]
+        if not any(difference.p_holm < SIGNIFICANT for difference in differences):
+            told += "; no measure differs clearly"
+        return told
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the clips' rows."""
@@ -50,6 +65,7 @@ class ComparisonResult:
                 for name, found in self.differences.items()
             },
             "best": self.best,
+            "told": self.told,
             "rule": self.rule,
             "broken": dict(zip(self.evaluations, self.choice.broken, strict=True)),
             "page": str(self.page),
@@ -76,6 +92,8 @@ def compare(
     data: str | Path | None = None,
     gates: Sequence[str] | None = None,
     rank: str | None = None,
+    whisper: str | Path | None = None,
+    quantize: Quantize | None = None,
     asr: str | None = None,
     speaker_judge: str | None = AUTO,
     quality_judge: str | None = None,
@@ -92,15 +110,16 @@ def compare(
     """Evaluate two or more runs, adapters, bases or folders of clips on the same texts, and write a page into `out`.
 
     The first one is what the others are held against. `gates` and `rank` say which is best (see `choice.Rule`);
-    `command` is what made the page. `out` is a folder; what is spoken is kept in it, as in `evaluate`.
+    `command` is what made the page. `out` is a folder; what is spoken is kept in it, as in `evaluate`, whose `whisper`
+    and `quantize` count for all adapters, and for all bases.
 
     Raises as `evaluate`; DataError where systems did not speak the same texts.
     """
     places = [Path(target) for target in targets]
     check_number(len(places))
     names = _names(places)
-    for text in (*(gates or ()), *([] if rank is None else [rank])):
-        Expression(text)  # what is wrong with it is told before anything is spoken
+    judges = load_judges(asr, speaker_judge, quality_judge, device=str(choose_device(device)))
+    _check_early(places, [*(gates or ()), *([] if rank is None else [rank])], judges)
     if data is None:  # one for all: its rows are spoken, and its voices are what all are held against
         found_store = _store_of(places)
         if texts == VALIDATION or (found_store is not None and Path(found_store).exists()):
@@ -109,20 +128,48 @@ def compare(
     systems = {}
     for name, place in zip(names, places, strict=True):
         found = evaluate(
-            place, texts=texts, out=out / name, data=data, base=False, asr=asr, speaker_judge=speaker_judge,
-            quality_judge=quality_judge, sampling=sampling, seed=seed, limit=limit, language=language,
-            batch_size=batch_size, device=device, dtype=dtype, progress=progress,
+            place, texts=texts, out=out / name, data=data, whisper=whisper, quantize=quantize, base=False,
+            judges=judges, sampling=sampling, seed=seed, limit=limit, language=language, batch_size=batch_size,
+            device=device, dtype=dtype, progress=_of(name, progress),
         )  # fmt: skip
         systems[name] = _system(place, found.adapter, found.texts)
     evaluations = {name: system.evaluation for name, system in systems.items()}
     first = evaluations[names[0]]
-    differences = {name: differences_of(first, evaluations[name], seed=seed) for name in names[1:]}
+    differences = {}
+    for name in names[1:]:
+        try:
+            differences[name] = differences_of(first, evaluations[name], seed=seed)
+        except DataError as error:
+            raise DataError(f"{names[0]} and {name}: {error}") from error
     rule, choice = _choose(evaluations, gates, rank)
     page = out / "compare.html"
-    result = ComparisonResult(evaluations, differences, names[choice.best], str(rule), choice, page)
+    best = names[choice.best] if sum(map(choice.is_as_good, range(len(names)))) == 1 else None
+    result = ComparisonResult(evaluations, differences, best, str(rule), choice, page)
     write_comparison(_page(systems, result, texts, seed, command), page)
     write_file(out / "compare.json", json.dumps(result.as_json(), indent=1, ensure_ascii=False) + "\n")
     return result
+
+
+def _check_early(places: Sequence[Path], expressions: Sequence[str], judges: Judges) -> None:
+    """What would fail after hours of speaking fails now. Raises ConfigError, CheckpointError."""
+    for place in places:
+        kind = kind_of(place)
+        if kind == ADAPTER:
+            find_adapter(place)
+        elif kind == BASE and not place.exists() and (place.is_absolute() or len(place.parts) != 2):
+            raise ConfigError(f"{place} is not there: no folder, and no OWNER/NAME of a base at the hub")
+    roles = {"asr": judges.asr, "speaker": judges.speaker, "naturalness": judges.quality}
+    for text in expressions:
+        for name in Expression(text).names:
+            if name in (STEP, LOSS):
+                raise ConfigError(f"{text!r}: systems that are compared have no {name}")
+            if (role := role_of(name)) is not None and roles[role] is None:
+                raise ConfigError(f"{text!r} needs {name}, and no judge of it was named ({OPTIONS[role]})")
+
+
+def _of(name: str, progress: Progress | None) -> Progress | None:
+    """Progress that tells whose it is."""
+    return None if progress is None else lambda what, done, total: progress(f"{name}: {what}", done, total)
 
 
 def _names(places: Sequence[Path]) -> list[str]:
@@ -167,8 +214,7 @@ def _choose(evaluations: dict[str, Evaluation], gates: Sequence[str] | None, ran
     if rank is None and not {"wer", "similarity"} & set(measured):
         rank = _RANK_WITHOUT_JUDGES
     rule = Rule.of(gates, rank, measured, clips=min(len(found.clips) for found in evaluations.values()))
-    steps = [found | {"step": -number} for number, found in enumerate(measures)]  # of equals the one named first
-    return rule, choose(steps, rule)
+    return rule, choose(measures, rule)
 
 
 def _page(
@@ -185,11 +231,11 @@ def _page(
         )
         for name, system in systems.items()
     ]
-    broken = result.choice.broken[result.choice.best]
-    unhealthy = f" It does not meet {', '.join(broken)}, and no other breaks less." if broken else ""
+    asked = all(kind_of(system.target) != CLIPS for system in systems.values())
+    spoken = f"The same texts ({texts}), voices and seeds." if asked else "Clips of the same texts."
     return Comparison(
         title=" or ".join(systems) if len(systems) == 2 else f"{len(systems)} systems",
-        introduction=f"The same texts ({texts}), voices and seeds. Best is {result.best} ({result.rule}).{unhealthy}",
+        introduction=f"{spoken} Best: {result.told}.",
         contenders=contenders,
         sections=[_section(systems)],
         measures_note="A difference is over the clips that both systems have measured, a column over all of its own.",

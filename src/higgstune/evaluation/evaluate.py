@@ -22,14 +22,15 @@ from higgstune.evaluation.asked import (
     speakers_of,
     write_voices,
 )
-from higgstune.evaluation.clips import Clip, read_clips, read_voices
+from higgstune.evaluation.clips import CLIPS_FILE, Clip, read_clips, read_voices
 from higgstune.evaluation.judges import AUTO, Judges, load_judges
 from higgstune.evaluation.metrics import METRICS, Difference, Evaluation
 from higgstune.evaluation.remembered import remembered
 from higgstune.evaluation.score import compare as differences_of
 from higgstune.evaluation.score import score
-from higgstune.evaluation.texts import Sentence, read_sentences
-from higgstune.files import write_file, writing
+from higgstune.evaluation.statistics import smallest_p
+from higgstune.evaluation.texts import VALIDATION, Sentence, read_sentences
+from higgstune.files import alone_in, write_file
 from higgstune.generate.sampling import Sampling
 from higgstune.generate.speak import Speaker, load_base
 from higgstune.model.adapters import (
@@ -43,10 +44,9 @@ from higgstune.model.adapters import (
 from higgstune.model.checksums import sha256_of
 from higgstune.model.load import choose_device
 from higgstune.model.quantize import Quantize
-from higgstune.report.measures import verdict
+from higgstune.report.measures import SIGNIFICANT, verdict
 
 Progress = Callable[[str, int, int], None]
-VALIDATION = "validation"
 RECORDINGS, BASE, ADAPTER, CLIPS = "recordings", "base", "adapter", "clips"
 FOLDER = "evaluation"  # in a run's folder, or beside an adapter
 
@@ -73,11 +73,23 @@ class SetResult:
             == "worse"
         ]
 
+    @property
+    def told(self) -> str:
+        """What got worse with the adapter, in words, or that so few clips could not show it."""
+        if self.worse:
+            return f"worse: {', '.join(self.worse)}"
+        asked = [found for found in self.differences.values() if (found.low, found.high) != (0, 0)]
+        if asked and all(len(asked) * smallest_p(found.clips) >= SIGNIFICANT for found in asked):
+            clips = max(found.clips for found in asked)
+            return f"{clips} clips are too few to show that anything is worse (or better)"
+        return "nothing is clearly worse"
+
     def as_json(self) -> dict[str, Any]:
         """Everything but the clips' rows, which are in the set's own file."""
         return {
             "set": self.name,
             "worse": self.worse,
+            "told": self.told,
             "systems": {
                 name: {key: value for key, value in asdict(found).items() if key != "clips"}
                 for name, found in self.systems.items()
@@ -143,6 +155,7 @@ def evaluate(
     asr: str | None = None,
     speaker_judge: str | None = AUTO,
     quality_judge: str | None = None,
+    judges: Judges | None = None,
     sampling: Sampling | None = None,
     seed: int = 0,
     limit: int | None = None,
@@ -160,7 +173,7 @@ def evaluate(
     is spoken is kept in `out`, and spoken once for each adapter, text, voice and seed; what judges said is kept, too.
 
     `whisper` names the Whisper checkpoint of an adapter that listens, where it has moved; `quantize` ("4bit") puts the
-    base into 4 bits.
+    base into 4 bits. `judges` that are loaded already take the place of the specs of three (see `load_judges`).
 
     `target` may also be a base, or a folder of clips from elsewhere (see `read_clips`), which are measured as they are.
 
@@ -172,47 +185,52 @@ def evaluate(
         raise ConfigError("guard needs the base, which tells what was there before: leave out --no-base")
     target = Path(target)
     show = progress or (lambda what, done, total: None)
-    judges = load_judges(asr, speaker_judge, quality_judge, device=str(choose_device(device)))
-    kind = _kind(target)
-    if kind == CLIPS:
-        return _evaluate_clips(target, judges, Path(out or target), seed, show)
+    kind = kind_of(target)
     adapter = find_adapter(target) if kind == ADAPTER else None
-    folder = Path(out) if out is not None else _folder_of(target, adapter)
+    folder = Path(out) if out is not None else target if kind == CLIPS else _folder_of(target, adapter)
+    if judges is None:
+        judges = load_judges(asr, speaker_judge, quality_judge, device=str(choose_device(device)))
+    names = [texts, *dict.fromkeys(name for name in guard if name != texts)]
     drawn = sampling or Sampling()
+    for name in names if kind != CLIPS else ():
+        if name != VALIDATION:
+            read_sentences(name)  # what is wrong with it is told before a model is loaded
+    if kind == CLIPS:
+        return _evaluate_clips(target, judges, folder, seed, show)
     loaded = load_base(
         target if adapter is None else model, adapter, codec=codec, dtype=dtype, device=device, quantize=quantize
     )
-    store = _store(data, adapter, needed=VALIDATION in (texts, *guard), codec_revision=loaded.audio_tokenizer.revision)
-    material = _Material(store, {}, remembered(judges, folder / "judged"), folder, seed, limit, language)
-    names = [texts, *dict.fromkeys(name for name in guard if name != texts)]
-    spoken: dict[str, dict[str, list[Clip]]] = {name: {} for name in names}
-    dtype = str(loaded.model.dtype).removeprefix("torch.") + (f"-{quantize}" if quantize else "")
-    identity = f"{base_fingerprint(loaded.model)} {dtype} {loaded.audio_tokenizer.revision}"
-    subjects: list[Callable[[], _Subject]] = []
-    if base or adapter is None:
-        subjects.append(lambda: _Subject(Speaker(loaded), BASE, identity))
-    if adapter is not None:
-        files = " ".join(sha256_of(adapter / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
-        subjects.append(lambda: _Subject(Speaker(loaded, adapter, whisper=whisper), ADAPTER, f"{identity} {files}"))
-    for make in subjects:  # one after the other: an adapter stays on the base
-        subject = make()
-        for name in names:
-            asked = _ask(name, subject.speaker, material)
-            spoken[name][subject.name] = speak_asked(
-                asked, subject.speaker, folder, system=subject.identity, sampling=drawn, batch_size=batch_size,
-                progress=show, what=f"speaking {name}, {subject.name}",
-            )  # fmt: skip
-    settings = {
-        "sampling": asdict(drawn), "seed": seed, "limit": limit,
-        "dtype": dtype,
-        "device": str(loaded.model.device), "adapter": None if adapter is None else str(adapter),
-        "checkpoint": loaded.checkpoint, "codec": loaded.codec,
-    }  # fmt: skip
-    if store is not None:
-        heard = [clip.speaker for found in spoken.values() for clips in found.values() for clip in clips]
-        material = replace(material, voices=write_voices(store, loaded.audio_tokenizer, folder, heard))
-    results = [_measure(name, spoken[name], material, settings, show) for name in names]
-    return EvaluationResult(folder, adapter, results[0], results[1:] if guard else [], settings)
+    store = _store(data, adapter, needed=VALIDATION in names, codec_revision=loaded.audio_tokenizer.revision)
+    with alone_in(folder, "evaluation", "nothing was spoken"):
+        material = _Material(store, {}, remembered(judges, folder / "judged"), folder, seed, limit, language)
+        spoken: dict[str, dict[str, list[Clip]]] = {name: {} for name in names}
+        dtype = str(loaded.model.dtype).removeprefix("torch.") + (f"-{quantize}" if quantize else "")
+        identity = f"{base_fingerprint(loaded.model)} {dtype} {loaded.audio_tokenizer.revision}"
+        subjects: list[Callable[[], _Subject]] = []
+        if base or adapter is None:
+            subjects.append(lambda: _Subject(Speaker(loaded), BASE, identity))
+        if adapter is not None:
+            files = " ".join(sha256_of(adapter / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
+            subjects.append(lambda: _Subject(Speaker(loaded, adapter, whisper=whisper), ADAPTER, f"{identity} {files}"))
+        for make in subjects:  # one after the other: an adapter stays on the base
+            subject = make()
+            for name in names:
+                asked = _ask(name, subject.speaker, material)
+                spoken[name][subject.name] = speak_asked(
+                    asked, subject.speaker, folder, system=subject.identity, sampling=drawn, batch_size=batch_size,
+                    progress=show, what=f"speaking {name}, {subject.name}",
+                )  # fmt: skip
+        settings = {
+            "sampling": asdict(drawn), "seed": seed, "limit": limit,
+            "dtype": dtype,
+            "device": str(loaded.model.device), "adapter": None if adapter is None else str(adapter),
+            "checkpoint": loaded.checkpoint, "codec": loaded.codec,
+        }  # fmt: skip
+        if store is not None:
+            heard = [clip.speaker for found in spoken.values() for clips in found.values() for clip in clips]
+            material = replace(material, voices=write_voices(store, loaded.audio_tokenizer, folder, heard))
+        results = [_measure(name, spoken[name], material, settings, show) for name in names]
+        return EvaluationResult(folder, adapter, results[0], results[1:] if guard else [], settings)
 
 
 def _measure(
@@ -239,8 +257,6 @@ def _measure(
     result = SetResult(name, systems, clips, differences)
     rows = {system: found.clips for system, found in systems.items()}
     content = {**result.as_json(), "clips": rows}
-    with writing(material.folder, "what was spoken is kept"):
-        material.folder.mkdir(parents=True, exist_ok=True)
     write_file(material.folder / f"{set_file(name)}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return result
 
@@ -256,9 +272,14 @@ def set_file(name: str) -> str:
 
 def _evaluate_clips(folder: Path, judges: Judges, out: Path, seed: int, show: Progress) -> EvaluationResult:
     """Clips from elsewhere, as one system."""
+    if not (folder / CLIPS_FILE).exists():
+        for inside in (RUN_STATE, ADAPTER_CONFIG):
+            if found := sorted(folder.glob(f"*/{inside}")):
+                raise ConfigError(f"{folder} is no run and no adapter, but has one in it: evaluate {found[0].parent}")
     clips = read_clips(folder)
     material = _Material(None, read_voices(folder), remembered(judges, out / "judged"), out, seed, None)
-    result = _measure(CLIPS, {CLIPS: clips}, material, {}, show)
+    with alone_in(out, "evaluation", "nothing was judged"):
+        result = _measure(CLIPS, {CLIPS: clips}, material, {}, show)
     return EvaluationResult(out, None, result, [], {})
 
 
@@ -314,6 +335,11 @@ def _store(data: str | Path | None, adapter: Path | None, *, needed: bool, codec
         if needed:
             raise DataError("validation rows are those of a store: name it with --data, or other texts with --set")
         return None
+    if data is None and not Path(place).exists():
+        raise DataError(
+            f"the store {place} that the adapter was trained on is not there as seen from {Path.cwd()}: name it with "
+            "--data"
+        )
     store = CodeStore.open(place)
     if store.info.codec_revision != codec_revision:
         raise DataError(
@@ -323,7 +349,7 @@ def _store(data: str | Path | None, adapter: Path | None, *, needed: bool, codec
     return store
 
 
-def _kind(target: Path) -> str:
+def kind_of(target: Path) -> str:
     """What is to be evaluated; what is no folder is the name of a base at the hub."""
     if (target / ADAPTER_CONFIG).exists() or (target / RUN_STATE).exists():
         return ADAPTER

@@ -60,6 +60,8 @@ def command_words(spec: str) -> list[str] | None:
     if not words:
         raise ConfigError("a judge is empty: give a folder, a name or a command")
     if not _is_command(words):
+        if spec.startswith((".", "/", "~")):
+            raise ConfigError(f"the judge {spec!r} is not there: no folder of a model, and no program")
         return None
     if shutil.which(words[0]) is None:
         raise ConfigError(
@@ -93,7 +95,10 @@ class _Command:
             raise self.failure(f"failed with exit code {done.returncode}", done.stderr)
         rows = [self._row(line, done.stderr) for line in done.stdout.splitlines() if line.startswith("{")]
         if len(rows) != len(files):
-            raise self.failure(f"answered for {len(rows)} of {len(files)} files", done.stderr)
+            raise self.failure(
+                f'answered for {len(rows)} of {len(files)} files: a line {{"file": ..., ...}} for each is expected',
+                done.stderr or done.stdout,
+            )
         for row, file in zip(rows, files, strict=True):
             if row.get("file") != file:
                 raise self.failure(f"answered for {row.get('file')!r} where {file!r} was next", done.stderr)

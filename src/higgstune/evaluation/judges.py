@@ -69,6 +69,18 @@ class Judges:
     quality: QualityJudge | None = None
 
 
+OPTIONS = {"asr": "--asr", "speaker": "--speaker-judge", "naturalness": "--quality-judge"}  # by role
+
+
+def role_of(metric: str) -> str | None:
+    """The role of the judge that a metric needs; None where it needs none."""
+    if metric.startswith(("wer", "cer", "recording_", "leak_")):
+        return "asr"
+    if metric.startswith(("similarity", "speaker_")):
+        return "speaker"
+    return "naturalness" if metric == "naturalness" else None
+
+
 def load_judges(
     asr: str | None = None, speaker: str | None = None, quality: str | None = None, *, device: str = "cpu"
 ) -> Judges:

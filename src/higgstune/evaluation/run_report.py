@@ -162,6 +162,7 @@ def _measured(result: EvaluationResult | None) -> dict[str, Any]:
         "tables": [] if last.confusion is None else [_confusion_table(last.confusion)],
         "not_measured": last.not_measured,
         "guard": [change for guarded in result.guard for change in guard_changes(guarded)] if result.guard else None,
+        "guard_told": "; ".join(f"{guarded.name}: {guarded.told}" for guarded in result.guard),
         "guard_note": "Texts and voices that must not get worse: the base before, the adapter after. Where nothing "
         "changes, chance calls a metric of a set worse in one of twenty sets at the most. Listen, too.",
     }

@@ -57,6 +57,11 @@ def permutation_p(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndar
     return more / total if exact else (more + 1) / (total + 1)
 
 
+def smallest_p(clips: int) -> float:
+    """The least that `permutation_p` can say of so many pairs: 2 / 2^clips while all ways are tried."""
+    return max(2 / 2**clips if clips < 1000 else 0.0, 1 / (PERMUTATIONS + 1))
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """p-values for several questions at once, by Holm (1979), in the order of `p`.
 

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from higgstune.data.audio import is_file
+from higgstune.data.audio import is_file, read_audio
 from higgstune.data.rejection import did_you_mean, shown
 from higgstune.data.source import is_within, read_whole
 from higgstune.data.text import find_control_tokens, is_speakable
 from higgstune.errors import ConfigError, DataError
 
+VALIDATION = "validation"  # rows of a store, which are read elsewhere
 LANGUAGES = ("ar", "de", "en", "es", "vi", "zh")  # built in, ISO 639-1
 _FIELDS = "id|prompt text|prompt wav|text, and perhaps |wav"
+_TRIED = 0.1  # seconds of audio: what cannot be read is told before anything is spoken
 _LONGEST_ID = 200  # bytes, so that it fits into a file's name
 
 
@@ -54,8 +56,8 @@ def read_sentences(spec: str) -> list[Sentence]:
     for language in languages:
         if language not in LANGUAGES:
             raise ConfigError(
-                f"there is no test set {shown(language)}: give a .txt or a .lst file, or a language that is built in; "
-                f"{did_you_mean(language, LANGUAGES)}"
+                f"there is no test set {shown(language)}: give validation (rows of the store), a .txt or a .lst file, "
+                f"or a language that is built in; {did_you_mean(language, (VALIDATION, *LANGUAGES))}"
             )
     if len(set(languages)) < len(languages):
         raise ConfigError(f"the test sets {spec} name a language twice")
@@ -127,6 +129,10 @@ def _audio(folder: Path, name: str, where: str) -> Path:
         raise DataError(f"{where}: {shown(name)} leads out of the folder {folder}: move the file there")
     if not is_file(path):
         raise DataError(f"{where}: {path} is missing")
+    try:
+        read_audio(path, end=_TRIED)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     return path
 
 

@@ -12,8 +12,10 @@ from higgstune.report.curves import History, codebooks_figure, evaluations_figur
 from higgstune.report.measures import (
     NOT_MEASURED,
     Change,
+    ChangeRow,
     System,
     change_rows,
+    changes_of,
     glances,
     metric_of,
     metric_rows,
@@ -70,6 +72,7 @@ class RunReport:
     judges: Mapping[str, str] = field(default_factory=dict)  # by role: name and version
     not_measured: Mapping[str, str] = field(default_factory=dict)  # by metric: why
     guard: Sequence[Change] | None = None  # what must not get worse; None: there was no guard set
+    guard_told: str = ""
     guard_note: str = ""
     sections: Sequence[Section] = ()
     tables: Sequence[Table] = ()
@@ -87,6 +90,7 @@ def write_report(report: RunReport, path: Path) -> None:
         tables=[(f"table{i}", table.title) for i, table in enumerate(report.tables)],
         glances=glances(report.systems),
         metrics=metric_rows(report.systems),
+        differences=_differences(report.systems),
         not_measured=unmeasured(report.not_measured),
         changes=None if report.guard is None else change_rows(report.guard),
         candidates=_candidates(report.choice),
@@ -97,6 +101,11 @@ def write_report(report: RunReport, path: Path) -> None:
         evaluations=evaluations_figure(report.evaluations, _chosen(report.choice)),
     )
     write_file(path, page)
+
+
+def _differences(systems: Sequence[System]) -> list[ChangeRow]:
+    """Of the last system from the one before it."""
+    return change_rows(changes_of(systems[-2], systems[-1])) if len(systems) > 1 and systems[-1].differences else []
 
 
 def pages() -> jinja2.Environment:

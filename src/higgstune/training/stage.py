@@ -142,6 +142,7 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
         "history": [entry for entry in trainer.state.log_history if "train_runtime" not in entry],
     }
     if listening is not None and listening.candidates.entries:
+        result["stopped_early"] = listening.candidates.exhausted and steps < trainer.state.max_steps
         result["chosen"] = _choose(trainer, listening.candidates, recipe.evaluation.which)
     del trainer  # a second base has to fit beside it: gradients and moments go, which stand in circles
     gc.collect()
