@@ -22,7 +22,9 @@ from higgstune.errors import CheckpointError, ConfigError, DataError, WorkError
 from higgstune.evaluation.clips import Clip, write_clips
 from higgstune.evaluation.compare import compare
 from higgstune.evaluation.evaluate import evaluate
+from higgstune.evaluation.judges import Judges
 from higgstune.evaluation.run_report import tell
+from higgstune.files import alone_in
 from higgstune.generate.speak import Request, Speaker, Speech
 
 
@@ -145,7 +147,9 @@ def test_what_must_not_get_worse_is_guarded(world: Path, run: Path, tmp_path: Pa
     [guarded] = found.guard
     assert guarded.differences["wer"].value == 1
     assert {"wer", "cer"} <= set(guarded.worse)
-    assert found.texts.worse == []  # three clips cannot show it
+    assert found.texts.worse == []
+    assert found.texts.told == "3 clips are too few to show that anything is worse (or better)"
+    assert guarded.told.startswith("worse: wer, cer")
     assert found.as_json()["guard"][guard]["worse"] == guarded.worse
     page = tell(found, run, ["higgstune", "evaluate"]).read_text(encoding="utf-8")
     assert "worse" in page
@@ -273,6 +277,71 @@ def test_what_cannot_be_compared(tmp_path: Path, targets: list[str], options: di
         clip_folder(tmp_path / name, count=1)
     with pytest.raises(ConfigError, match=says):
         compare([tmp_path / name for name in targets], out=tmp_path / "out", **options)
+
+
+def test_what_would_fail_late_fails_before_anything_is_spoken(world: Path, tmp_path: Path, spoken: list[str]) -> None:
+    for targets, options, says in (
+        (["one", "nowhere"], {}, "nowhere is not there"),
+        (["one", "two"], {"gates": ["step > 3"]}, "have no step"),
+        (["one", "two"], {"rank": "similarity"}, "no judge of it was named"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            compare([world / name for name in targets], out=tmp_path / "out", **texts(world), **options)
+    assert not spoken
+    assert not (tmp_path / "out").exists()
+
+
+def test_equal_systems_have_no_best_one(tmp_path: Path, command: Command) -> None:
+    folders = [clip_folder(tmp_path / name) for name in "ab"]
+    code, out, _ = command("compare", *folders, "--out", tmp_path / "out", "--gate", "silence < 0")
+    assert code == 0
+    assert "best: none of a, b: equal (" in out
+    assert "does not meet silence < 0, and no other breaks less; no measure differs clearly" in out
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["best"] is None
+    page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert "none of a, b: equal" in page
+    assert "seeds" not in page.partition("<main")[0]
+
+
+def test_judges_of_a_comparison_are_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    monkeypatch.setattr(
+        "higgstune.evaluation.compare.load_judges", lambda *specs, **_: loaded.append(specs) or Judges()
+    )
+    monkeypatch.setattr("higgstune.evaluation.evaluate.load_judges", lambda *_, **__: pytest.fail("loaded again"))
+    compare([clip_folder(tmp_path / name, count=1) for name in "ab"], out=tmp_path / "out")
+    assert len(loaded) == 1
+
+
+def test_a_second_evaluation_of_a_folder_is_kept_away(world: Path, run: Path) -> None:
+    with (
+        alone_in(run / "evaluation", "evaluation", ""),
+        pytest.raises(DataError, match="another evaluation is writing"),
+    ):
+        evaluate(run, **texts(world))
+    evaluate(run, **texts(world, limit=1))
+
+
+def test_what_is_meant_is_said_where_it_is_near(
+    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"evaluate .*run$"):
+        evaluate(run.parent)
+    with pytest.raises(ConfigError, match=r"has one in it: evaluate .*adapter"):
+        evaluate(run / "voice")
+    card = run / "voice" / "adapter" / "higgstune.json"
+    card.write_text(card.read_text().replace(str(world / "data"), "data"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="the store data that the adapter was trained on is not there as seen from"):
+        evaluate(run, device="cpu")
+
+
+def test_a_wrong_clip_is_told_in_words(tmp_path: Path) -> None:
+    folder = clip_folder(tmp_path / "clips", count=1)
+    (folder / "clips.jsonl").write_text('{"id": "0", "file": "0.wav", "text": "Hi.", "voice": "anna"}\n')
+    with pytest.raises(DataError, match=r"line 1: voice: .*; a clip has id, file, text") as raised:
+        evaluate(folder)
+    assert "http" not in str(raised.value)
 
 
 def test_the_commands(tmp_path: Path, command: Command) -> None:

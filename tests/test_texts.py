@@ -108,6 +108,7 @@ def meta(tmp_path: Path) -> Path:
     folder = tmp_path / "zh"
     write(folder / "prompt-wavs" / "p1.wav", speech(0.1))
     write(folder / "wavs" / "w1.wav", speech(0.1))
+    (folder / "wavs" / "text.wav").write_text("no sound")
     write(tmp_path / "outside.wav", speech(0.1))
     (folder / "link.wav").symlink_to(tmp_path / "outside.wav")
     return folder / "meta.lst"
@@ -137,6 +138,7 @@ def test_seed_tts_eval_is_read_with_references_and_recordings(meta: Path) -> Non
         ("b|hello|prompt-wavs/p2.wav|x", r"line 2: .*p2\.wav is missing"),
         ("b|hello|prompt-wavs|x", "line 2: .*prompt-wavs is missing"),
         ("b|hello|prompt-wavs/p1.wav|x|wavs/none.wav", r"line 2: .*none\.wav is missing"),
+        ("b|hello|prompt-wavs/p1.wav|x|wavs/text.wav", r"line 2: .*text\.wav.*cannot be read"),
         ("b|hello|../outside.wav|x", r"line 2: '\.\./outside\.wav' leads out of the folder"),
         ("b|hello|link.wav|x", r"line 2: 'link\.wav' leads out of the folder"),
         ("b|hello|/etc/hostname|x", "line 2: '/etc/hostname' leads out of the folder"),

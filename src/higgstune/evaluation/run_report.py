@@ -1,6 +1,7 @@
 """The report of a run: what was trained on what, which checkpoint was chosen and why, how it measures and sounds."""
 
 import platform
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -130,11 +131,12 @@ def _choice(stages: Mapping[str, Any]) -> Choice | None:
     chosen = stage.get("chosen")
     if chosen is None:
         return None
+    ruled = [metric.name for metric in METRICS if re.search(rf"\b{metric.name}\b", chosen["rule"])]
     candidates = [
         Candidate(
             name,
             entry[STEP],
-            {key: entry[key] for key in _IMPORTANT if key in entry},
+            {key: entry[key] for key in (*_IMPORTANT, *ruled) if key in entry},
             entry["broken"],
             entry[STEP] == chosen["step"],
         )
@@ -144,7 +146,7 @@ def _choice(stages: Mapping[str, Any]) -> Choice | None:
     if not chosen["healthy"]:
         reason = "No step meets every condition; this one breaks the fewest. Listen before you use it."
     if chosen["rule"] == "the last step":
-        reason = "The recipe asks for the last step (evaluation.choose: last)."
+        reason = "The last step: the recipe names no judge, gates or rank to choose by, or evaluation.choose: last."
     return Choice(f"{name}, step {chosen['step']}", reason, chosen["rule"], candidates)
 
 
