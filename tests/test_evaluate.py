@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from commands import Command
 from judging import answering
 from test_run import make_recordings, recipe
@@ -342,6 +343,25 @@ def test_a_wrong_clip_is_told_in_words(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"line 1: voice: .*; a clip has id, file, text") as raised:
         evaluate(folder)
     assert "http" not in str(raised.value)
+
+
+def test_the_report_has_all_sets_and_how_to_repeat_it(world: Path, run: Path, tmp_path: Path) -> None:
+    tell(evaluate(run, **texts(world, limit=1)), run, ["higgstune", "evaluate", "first"])
+    (tmp_path / "more.txt").write_text("Go.\nSo.\n")
+    found = evaluate(run, **texts(world, texts=str(tmp_path / "more.txt")))
+    page = tell(found, run, ["higgstune", "evaluate", "second"]).read_text(encoding="utf-8")
+    assert "Other sets" in page
+    assert "texts.txt, adapter" in page
+    assert "more.txt, adapter" not in page
+    assert "adapter minus base" in page
+    assert f"higgstune prepare RECORDINGS --out {world / 'data'} --codec" in page
+    assert "--validation-fraction 0.4" in page
+    assert "higgstune evaluate second" in page
+    state = json.loads((run / "run.json").read_text())
+    assert state["environment"]["torch"] == torch.__version__
+    assert f"torch {torch.__version__}" in page
+    (run / "run.json").write_text(json.dumps({key: state[key] for key in state if key != "environment"}))
+    assert "not recorded" in tell(found, run, []).read_text(encoding="utf-8")
 
 
 def test_the_commands(tmp_path: Path, command: Command) -> None:

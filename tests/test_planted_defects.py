@@ -20,11 +20,11 @@ STILL = {
     "wer": 0.05, "cer": 0.05, "similarity": 0.05, "similarity_reference": 0.05, "speaker_accuracy": 0.0,
     "cap_rate": 0.0, "short_rate": 0.0, "silence": 0.2, "trailing_silence": 0.15, "duration_ratio": 0.2,
     "loop_rate": 0.0, "leak_rate": 0.0, "leak_wer": 0.15, "f0_shift": 1.0, "f0_spread": 0.25,
-    "energy_spread": 0.25, "recording_wer": 0.0, "recording_cer": 0.0,
+    "energy_spread": 0.25, "recording_wer": 0.0, "recording_cer": 0.0, "babble_rate": 0.0,
 }  # fmt: skip
 # Of each defect: by how much its own numbers move at least, and which others follow because it is the same fact.
 OWN: dict[str, dict[str, float]] = {
-    "runs_on": {"cap_rate": 1.0, "duration_ratio": 1.0},
+    "runs_on": {"cap_rate": 1.0, "duration_ratio": 1.0, "babble_rate": 1.0},
     "swapped": {"similarity": -0.15, "speaker_accuracy": -0.8},
     "shuffled": {"wer": 0.7, "cer": 0.5},
     "silent": {"silence": 1.0},
@@ -36,7 +36,7 @@ OWN: dict[str, dict[str, float]] = {
 FOLLOWS = {
     "runs_on": {"wer", "cer"},  # words that no one asked for
     "swapped": {"f0_shift", "f0_spread", "energy_spread"},  # another person's
-    "shuffled": set(),
+    "shuffled": {"babble_rate"},  # where a long text takes the place of a short one
     "silent": {"duration_ratio"},
     "tailed": set(),
     "looped": {"duration_ratio"},

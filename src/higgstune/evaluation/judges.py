@@ -74,7 +74,7 @@ OPTIONS = {"asr": "--asr", "speaker": "--speaker-judge", "naturalness": "--quali
 
 def role_of(metric: str) -> str | None:
     """The role of the judge that a metric needs; None where it needs none."""
-    if metric.startswith(("wer", "cer", "recording_", "leak_")):
+    if metric.startswith(("wer", "cer", "babble_", "recording_", "leak_")):
         return "asr"
     if metric.startswith(("similarity", "speaker_")):
         return "speaker"

@@ -29,6 +29,7 @@ class Metric:
 METRICS = (
     Metric("wer", "word error rate", "lower", "word_errors", "words", percent=True),
     Metric("cer", "character error rate", "lower", "char_errors", "chars", percent=True),
+    Metric("babble_rate", "more errors than words", "lower", "babbles", percent=True),
     Metric("recording_wer", "word error rate of recordings", "lower", "recording_word_errors", "recording_words",
            percent=True),
     Metric("recording_cer", "character error rate of recordings", "lower", "recording_char_errors", "recording_chars",

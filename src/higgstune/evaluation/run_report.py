@@ -1,26 +1,26 @@
 """The report of a run: what was trained on what, which checkpoint was chosen and why, how it measures and sounds."""
 
-import platform
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from higgstune.data.schema import read_index
+from higgstune.errors import DataError
 from higgstune.evaluation.choice import STEP
 from higgstune.evaluation.clips import CLIPS_FILE, LISTENING, Clip, read_clips
 from higgstune.evaluation.evaluate import ADAPTER, BASE, FOLDER, EvaluationResult, SetResult
-from higgstune.evaluation.metrics import METRICS, Confusion, Evaluation
+from higgstune.evaluation.metrics import METRICS, Confusion, Evaluation, shown
 from higgstune.model.adapters import RUN_STATE, adapter_card
 from higgstune.model.layout import read_json
 from higgstune.report.measures import changes_of
 from higgstune.report.page import Candidate, Change, Choice, Item, RunReport, Section, System, Table, write_report
 from higgstune.report.players import badness, complaints, take_of
+from higgstune.versions import versions
 
 REPORT = "report.html"
 _MOST_TEXTS = 40  # of a set with players: a page of hundreds would not open on a phone
-_PACKAGES = ("higgstune", "torch", "transformers", "peft", "numpy", "jiwer", "faster-whisper")
 _IMPORTANT = ("wer", "similarity", "cap_rate", "loop_rate", "duration_ratio")
 
 
@@ -42,9 +42,9 @@ def write_run_report(run: Path, result: EvaluationResult | None = None, command:
             evaluations=evaluations_of(stages),
             choice=_choice(stages),
             sections=_heard_in_training(run, stages) if result is None else _sections(result),
-            commands=_commands(run, command),
-            **_measured(result),
-            **_environment(result),
+            commands=_commands(run, card, command),
+            environment=_trained_with(state) | _environment(result),
+            **_measured(result, _other_sets(run / FOLDER, result)),
         ),
         path,
     )
@@ -68,8 +68,8 @@ def write_evaluation_report(result: EvaluationResult, path: Path, title: str, co
             facts=facts_of(card, {}),
             sections=_sections(result),
             commands=[("measure again", shlex.join(command))],
-            **_measured(result),
-            **_environment(result),
+            environment=_environment(result),
+            **_measured(result, []),
         ),
         path,
     )
@@ -150,9 +150,9 @@ def _choice(stages: Mapping[str, Any]) -> Choice | None:
     return Choice(f"{name}, step {chosen['step']}", reason, chosen["rule"], candidates)
 
 
-def _measured(result: EvaluationResult | None) -> dict[str, Any]:
+def _measured(result: EvaluationResult | None, others: Sequence[Table]) -> dict[str, Any]:
     if result is None:
-        return {}
+        return {"tables": others}
     systems = result.texts.systems
     last = list(systems.values())[-1]
     return {
@@ -161,13 +161,32 @@ def _measured(result: EvaluationResult | None) -> dict[str, Any]:
             for name, found in systems.items()
         ],
         "judges": last.judges,
-        "tables": [] if last.confusion is None else [_confusion_table(last.confusion)],
+        "tables": [*([] if last.confusion is None else [_confusion_table(last.confusion)]), *others],
         "not_measured": last.not_measured,
         "guard": [change for guarded in result.guard for change in guard_changes(guarded)] if result.guard else None,
         "guard_told": "; ".join(f"{guarded.name}: {guarded.told}" for guarded in result.guard),
         "guard_note": "Texts and voices that must not get worse: the base before, the adapter after. Where nothing "
         "changes, chance calls a metric of a set worse in one of twenty sets at the most. Listen, too.",
     }
+
+
+def _other_sets(folder: Path, result: EvaluationResult | None) -> list[Table]:
+    """What earlier calls have measured on other sets; no table where there are none."""
+    now = [] if result is None else [found.name for found in (result.texts, *result.guard)]
+    rows: list[list[str | None]] = []
+    measured: list[tuple[str, str, dict[str, Any]]] = []
+    for path in sorted(folder.glob("*.json")):
+        found = read_json(path, "evaluate again")
+        if "systems" in found and found["set"] not in now:
+            measured += [(found["set"], name, system["summary"]) for name, system in found["systems"].items()]
+    metrics = [metric for metric in METRICS if any(metric.name in summary for *_, summary in measured)]
+    metrics = [metric for metric in metrics if metric.name in _IMPORTANT]
+    for name, system, summary in measured:
+        clips = max((estimate["clips"] for estimate in summary.values()), default=0)
+        values = [shown(m, summary[m.name]["value"]) if m.name in summary else None for m in metrics]
+        rows.append([f"{name}, {system}", str(clips), *values])
+    note = "Measured by earlier calls; the file of each set has all of it."
+    return [Table("Other sets", ["set", "clips", *(m.label for m in metrics)], rows, note)] if rows else []
 
 
 def _confusion_table(confusion: Confusion) -> Table:
@@ -248,20 +267,34 @@ def _training_section(stage: str, heard: Mapping[int, Path]) -> Section:
     return Section(f"{stage}, while it was trained", [f"step {step}" for step in clips], items)
 
 
-def _environment(result: EvaluationResult | None) -> dict[str, Any]:
-    packages = {}
-    for name in _PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    machine = {"Python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-    settings = {} if result is None else {key: str(value) for key, value in result.settings.items()}
-    return {"environment": machine | packages | settings}
+def _trained_with(state: Mapping[str, Any]) -> dict[str, str]:
+    found = state.get("environment")
+    return {"trained with": "not recorded" if found is None else ", ".join(f"{k} {v}" for k, v in found.items())}
 
 
-def _commands(run: Path, command: Sequence[str]) -> list[tuple[str, str]]:
-    commands = [("train it again", f"higgstune train {shlex.quote(str(run / 'recipe.yaml'))} --out NEW_FOLDER")]
+def _environment(result: EvaluationResult | None) -> dict[str, str]:
+    """Of this call."""
+    return versions() | ({} if result is None else {key: str(value) for key, value in result.settings.items()})
+
+
+def _commands(run: Path, card: Mapping[str, Any], command: Sequence[str]) -> list[tuple[str, str]]:
+    commands = [
+        *_preparation(Path(card.get("data", {}).get("store", ""))),
+        ("train it again", f"higgstune train {shlex.quote(str(run / 'recipe.yaml'))} --out NEW_FOLDER"),
+    ]
     if command:
         commands.append(("measure it again", shlex.join(command)))
     return [*commands, ("speak with it", f'higgstune speak "..." --adapter {shlex.quote(str(run))} --out speech.wav')]
+
+
+def _preparation(store: Path) -> list[tuple[str, str]]:
+    """The command that makes a store like this one, as far as it says how it was made; its source it does not say."""
+    try:
+        info = read_index(store).info
+    except DataError:  # it has moved, or is another one by now
+        return []
+    words = ["higgstune", "prepare", "RECORDINGS", "--out", str(store), "--codec", info.codec]
+    for name, value in info.settings.items():
+        option = f"--{name.replace('_', '-')}"
+        words += [option] if value is True else [] if value is False else [option, str(value)]
+    return [("prepare its data again", shlex.join(words))]

@@ -212,8 +212,8 @@ def _why(name: str, clips: Sequence[Clip], judges: Judges, voices: Voices) -> st
         "naturalness": [(judges.quality is None, "no judge of naturalness was named (--quality-judge)")],
         "f0_shift": [(not known, no_voice), (True, "no voiced sound was found in clips or recordings")],
     }  # fmt: skip
-    alike = {"cer": "wer", "recording_cer": "recording_wer", "leak_wer": "leak_rate", "f0_spread": "f0_shift",
-             "energy_spread": "f0_shift"}  # fmt: skip
+    alike = {"cer": "wer", "babble_rate": "wer", "recording_cer": "recording_wer", "leak_wer": "leak_rate",
+             "f0_spread": "f0_shift", "energy_spread": "f0_shift"}  # fmt: skip
     found = reasons.get(alike.get(name, name), [])
     return next((reason for holds, reason in found if holds), "the clips have no words or no sound to measure")
 

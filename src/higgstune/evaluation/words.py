@@ -31,12 +31,13 @@ class Leak:
 
 
 def add_errors(clips: Sequence[Clip], rows: Rows, asr: Transcriber) -> None:
-    """Fill `heard`, `word_errors`, `words`, `char_errors`, `chars`, and `recording_*` for clips with a recording."""
+    """Fill `heard`, `babbles`, `word_errors`, `words`, `char_errors`, `chars`, and `recording_*` where there is one."""
     heard = _heard(asr, [(clip.file, clip.language) for clip in clips])
     recorded = _heard(asr, [(clip.recording, clip.language) for clip in clips if clip.recording is not None])
     for clip, row in zip(clips, rows, strict=True):
         row["heard"] = heard[clip.file, clip.language]
         row |= vars(count_errors(clip.text, row["heard"], clip.language))
+        row["babbles"] = int(row["word_errors"] > row["words"])
         if clip.recording is not None:
             row["recording_heard"] = recorded[clip.recording, clip.language]
             errors = vars(count_errors(clip.text, row["recording_heard"], clip.language))

@@ -74,8 +74,8 @@ class RunFolder:
         """What the folder says of the run."""
         self.state = read_json(self.folder / RUN_STATE, "it is no run's folder without it")
 
-    def begin(self, trained_on: dict[str, Any]) -> None:
-        """Take the folder, unless the run has it.
+    def begin(self, trained_on: dict[str, Any], environment: dict[str, str]) -> None:
+        """Take the folder, unless the run has it; `environment` is what it is trained with, now.
 
         Raises ConfigError when another job has taken it meanwhile, or the run was begun on another store or base.
         """
@@ -86,6 +86,7 @@ class RunFolder:
                     "go on, or give another --out"
                 )
         self.state["trained_on"] = trained_on
+        self.state["environment"] = environment
         with writing(self.folder, "nothing was trained"):
             self.folder.mkdir(parents=True, exist_ok=True)
         if not self._lock.is_locked:

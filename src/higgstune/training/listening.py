@@ -69,7 +69,7 @@ def rule_of(settings: EvaluationSettings, texts: Sequence[Row | Sentence], store
     voiced = any(speaker_of(text, known) in known for text in texts)
     names = [*_ALWAYS, *(_OF_VOICES if voiced else ())]
     if judges.asr is not None:
-        names += ["wer", "cer"]
+        names += ["wer", "cer", "babble_rate"]
         names += ["recording_wer", "recording_cer"] if any(_is_recorded(text) for text in texts) else []
         names += ["leak_rate", "leak_wer"] if any(text.reference_text for text in texts) else []
     if judges.speaker is not None:

@@ -29,6 +29,7 @@ from higgstune.training.recipe import Recipe, load_recipe
 from higgstune.training.setting import Setting, check_packs, find_setting
 from higgstune.training.stage import Job, train_stage
 from higgstune.training.stopping import StopSignals
+from higgstune.versions import versions
 
 _LOG = logging.getLogger(__name__)
 _LOST = ("Connection closed by peer", "Connection reset by peer", "gloo")  # how a broken collective reads
@@ -99,7 +100,7 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
             rule_of(recipe.evaluation, texts_to_speak(recipe.evaluation, store), store, judges)
         memory.warn()
         # Only now is the folder taken: a wrong store or checkpoint must not leave a run that cannot go on.
-        run.begin(trained_on)
+        run.begin(trained_on, versions(device))
     run.state = processes.of_main(run.state)
     base: ModelAndTokenizers | None = loaded
     del loaded
