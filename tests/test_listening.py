@@ -13,6 +13,7 @@ from judging import answering
 from processes import Together
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_judges import save_tiny_asr
 from training_world import (
     adapter,
     assert_identical,
@@ -26,6 +27,7 @@ from training_world import (
 
 from higgstune.errors import ConfigError
 from higgstune.evaluation.clips import read_clips
+from higgstune.evaluation.evaluate import evaluate
 from higgstune.evaluation.run_report import write_run_report
 from higgstune.training.recipe import Recipe
 
@@ -163,6 +165,17 @@ def test_two_processes_hear_and_choose_the_same(world: Path, chosen: Path, tmp_p
     made = listening_recipe(world, 2, stages=2, **EARLIEST).model_copy(update={"parallel": parallel})
     Together(tmp_path / "logs", 2, train_unproven, made, tmp_path / "run").succeeded()
     assert_same(tmp_path / "run", chosen)
+
+
+def test_a_language_that_the_judge_cannot_hear_is_told_before_training(world: Path, tmp_path: Path) -> None:
+    save_tiny_asr(tmp_path / "english", multilingual=False)
+    made = listening_recipe(world, texts="de", asr=str(tmp_path / "english"))
+    with pytest.raises(ConfigError, match="cannot hear the language 'de': it knows English only"):
+        train_unproven(made, tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+    with pytest.raises(ConfigError, match="cannot hear the language 'de'"):
+        evaluate(world / "base", texts="de", asr=str(tmp_path / "english"), out=tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
 
 
 def test_judges_measure_what_is_spoken(world: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from higgstune.evaluation.asked import (
     write_voices,
 )
 from higgstune.evaluation.clips import CLIPS_FILE, Clip, read_clips, read_voices
-from higgstune.evaluation.judges import AUTO, Judges, load_judges
+from higgstune.evaluation.judges import AUTO, Judges, check_languages, load_judges
 from higgstune.evaluation.metrics import METRICS, Difference, Evaluation
 from higgstune.evaluation.remembered import remembered
 from higgstune.evaluation.score import compare as differences_of
@@ -194,7 +194,8 @@ def evaluate(
     drawn = sampling or Sampling()
     for name in names if kind != CLIPS else ():
         if name != VALIDATION:
-            read_sentences(name)  # what is wrong with it is told before a model is loaded
+            # What is wrong with it is told before a model is loaded.
+            check_languages(judges, [sentence.language or language for sentence in read_sentences(name)])
     if kind == CLIPS:
         return _evaluate_clips(target, judges, folder, seed, show)
     loaded = load_base(

@@ -8,7 +8,7 @@ is given as a spec, which is one of
     a command     two words or more, or the path of a program: "python judge.py asr"; see `external`
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -97,6 +97,13 @@ def load_judges(
         speaker=None if speaker is None else _speaker_judge(speaker, device),
         quality=None if quality is None else _quality_judge(quality, device),
     )
+
+
+def check_languages(judges: Judges, languages: Iterable[str | None]) -> None:
+    """Raises ConfigError for a language that the ASR does not know, before anything is spoken for it."""
+    for language in dict.fromkeys(languages):
+        if judges.asr is not None:
+            judges.asr.transcribe([], language=language)
 
 
 # The modules of models import their libraries, so each is imported where a judge of it is asked for.

@@ -13,7 +13,8 @@ from accelerate import PartialState
 
 from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError, ConfigError, DataError, HiggstuneError, WorkError
-from higgstune.evaluation.judges import Judges, load_judges
+from higgstune.evaluation.asked import only_language
+from higgstune.evaluation.judges import Judges, check_languages, load_judges
 from higgstune.evaluation.run_report import write_run_report
 from higgstune.model.adapters import adapter_card, adapter_conditioning, check_directions, find_adapter
 from higgstune.model.conditioning import add_conditioning
@@ -97,7 +98,9 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
         )
     if run.is_main:
         if recipe.evaluation.clips:
-            rule_of(recipe.evaluation, texts_to_speak(recipe.evaluation, store), store, judges)
+            texts = texts_to_speak(recipe.evaluation, store)
+            rule_of(recipe.evaluation, texts, store, judges)
+            check_languages(judges, [text.language or only_language(store) for text in texts])
         memory.warn()
         # Only now is the folder taken: a wrong store or checkpoint must not leave a run that cannot go on.
         run.begin(trained_on, versions(device))
