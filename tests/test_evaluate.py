@@ -364,6 +364,20 @@ def test_the_report_has_all_sets_and_how_to_repeat_it(world: Path, run: Path, tm
     assert "not recorded" in tell(found, run, []).read_text(encoding="utf-8")
 
 
+def test_another_store_than_was_trained_on_is_told_of(
+    world: Path, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = evaluate(run, **texts(world, limit=1, base=False))
+    assert found.settings["store_as_trained_on"] is True
+    assert "may have been trained on" not in caplog.text
+    shutil.copytree(world / "data", tmp_path / "data")
+    make_recordings(tmp_path / "recordings", clips=8)
+    higgstune.prepare(tmp_path / "recordings", tmp_path / "data", codec=world / "base" / "codec", speaker="anna")
+    found = evaluate(run, **texts(world, limit=1, base=False, data=tmp_path / "data"))
+    assert found.settings["store_as_trained_on"] is False
+    assert "may have been trained on" in caplog.text
+
+
 def test_the_commands(tmp_path: Path, command: Command) -> None:
     folders = [clip_folder(tmp_path / "a"), clip_folder(tmp_path / "b", silence=1)]
     code, out, _ = command("evaluate", folders[0], "--json")

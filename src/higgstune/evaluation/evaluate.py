@@ -1,6 +1,7 @@
 """The verb `evaluate`: speak the texts of a set with an adapter and with its base, and measure both."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -42,10 +43,12 @@ from higgstune.model.adapters import (
     find_adapter,
 )
 from higgstune.model.checksums import sha256_of
+from higgstune.model.layout import read_json
 from higgstune.model.load import choose_device
 from higgstune.model.quantize import Quantize
 from higgstune.report.measures import SIGNIFICANT, verdict
 
+_LOG = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 RECORDINGS, BASE, ADAPTER, CLIPS = "recordings", "base", "adapter", "clips"
 FOLDER = "evaluation"  # in a run's folder, or beside an adapter
@@ -202,6 +205,12 @@ def evaluate(
         target if adapter is None else model, adapter, codec=codec, dtype=dtype, device=device, quantize=quantize
     )
     store = _store(data, adapter, needed=VALIDATION in names, codec_revision=loaded.audio_tokenizer.revision)
+    as_trained = _is_as_trained(store, adapter)
+    if store is not None and as_trained is False:
+        _LOG.warning(
+            "the store %s is not the one that the adapter was trained on, or has other rows since: rows that are held "
+            "out now may have been trained on", store.folder,
+        )  # fmt: skip
     with alone_in(folder, "evaluation", "nothing was spoken"):
         material = _Material(store, {}, remembered(judges, folder / "judged"), folder, seed, limit, language)
         spoken: dict[str, dict[str, list[Clip]]] = {name: {} for name in names}
@@ -226,6 +235,7 @@ def evaluate(
             "dtype": dtype,
             "device": str(loaded.model.device), "adapter": None if adapter is None else str(adapter),
             "checkpoint": loaded.checkpoint, "codec": loaded.codec,
+            "store": None if store is None else str(store.folder), "store_as_trained_on": as_trained,
         }  # fmt: skip
         if store is not None:
             heard = [clip.speaker for found in spoken.values() for clips in found.values() for clip in clips]
@@ -348,6 +358,14 @@ def _store(data: str | Path | None, adapter: Path | None, *, needed: bool, codec
             f"model speaks through another one (revision {codec_revision}): name a store of that codec with --data"
         )
     return store
+
+
+def _is_as_trained(store: CodeStore | None, adapter: Path | None) -> bool | None:
+    """Whether a store has the rows that an adapter was trained on; None where its run does not say."""
+    if store is None or adapter is None or not (adapter.parent.parent / RUN_STATE).is_file():
+        return None
+    before = read_json(adapter.parent.parent / RUN_STATE, "").get("trained_on", {}).get("store")
+    return None if before is None else before == [shard.sha256 for shard in store.shards]
 
 
 def kind_of(target: Path) -> str:
