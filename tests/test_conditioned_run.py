@@ -25,6 +25,7 @@ from higgstune.data.manifest import write_manifest as write_manifest_rows
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FOLDER, WhisperFeatures
 from higgstune.errors import CheckpointError, ConfigError, DataError, InputError
+from higgstune.evaluation.clips import read_clips
 from higgstune.generate.speak import load_speaker, speak
 from higgstune.model.adapters import adapter_card, adapter_conditioning, base_fingerprint, load_adapter
 from higgstune.model.conditioning import conditioning_of
@@ -421,6 +422,16 @@ def test_what_is_trained_in_full_learns_at_its_own_rate(
     assert len(in_full) == (2 if run.name == "lora" else 2 + 2 * 5)
     assert {entry["lr"] for entry in in_full} == {expected}
     assert {entry["lr"] for entry in seen if "lora_" in entry["name"]} == {1e-2}
+
+
+def test_it_listens_to_voices_that_are_heard_while_it_is_trained(world: Path, tmp_path: Path) -> None:
+    stage = {"name": "voice", "kind": "full", "max_steps": 2, "batch_size": 2}
+    made = recipe(world, stages=[stage], eval_steps=2, evaluation={"clips": 2})
+    train_unproven(made, tmp_path / "run")
+    spoken = [read_clips(tmp_path / "run" / "voice" / "listening" / f"step-00000{step}") for step in (0, 2)]
+    assert [len(clips) for clips in spoken] == [1, 1]  # all rows of validation that are utterances
+    evaluation = json.loads((tmp_path / "run" / "voice" / "listening" / "step-000002" / "evaluation.json").read_text())
+    assert evaluation["summary"]["cap_rate"]["clips"] == 1
 
 
 def test_a_text_adapter_is_conditioned_as_its_run_is(world: Path, run: Path) -> None:
