@@ -375,7 +375,7 @@ def test_sharded_it_goes_on_as_on_one_process(world: Path, run: Path, tmp_path: 
     killed = Together(tmp_path / "killed", 2, train_with_signal, made, out, signal.SIGKILL, STEP, 11)
     assert killed.exit_codes() == [-signal.SIGKILL, 1], killed.log(1)
     Together(tmp_path / "resumed", 2, train_unproven, made, out, True).succeeded()
-    assert_same(out, run)
+    assert_same(out, run, atol=1e-4)  # at ten times the usual rate
 
 
 def test_the_demos_miniature_hears_and_attends_and_moves_house(world: Path, tmp_path: Path) -> None:
