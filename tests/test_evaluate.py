@@ -337,6 +337,29 @@ def test_what_is_meant_is_said_where_it_is_near(
         evaluate(run, device="cpu")
 
 
+def test_options_that_mean_nothing_for_clips_are_refused(tmp_path: Path, command: Command) -> None:
+    folder = clip_folder(tmp_path / "clips", count=1)
+    code, _, err = command("evaluate", folder, "--limit", "1")
+    assert (code, "measured as they are" in err) == (2, True)
+    (folder / "clips.jsonl").unlink()
+    (folder / "0.txt").write_text("")
+    with pytest.raises(DataError, match=r"0\.wav: .*empty"):
+        evaluate(folder)
+
+
+def test_a_judge_that_tells_no_voices_apart_finds_none_right(tmp_path: Path) -> None:
+    folder = clip_folder(tmp_path / "clips", count=2)
+    clips = [json.loads(line) for line in (folder / "clips.jsonl").read_text().splitlines()]
+    (folder / "clips.jsonl").write_text("".join(json.dumps(clip | {"speaker": "anna"}) + "\n" for clip in clips))
+    for name in ("anna", "ben"):
+        (folder / "voices" / name).mkdir(parents=True)
+        shutil.copy(folder / "0.wav", folder / "voices" / name / "0.wav")
+    found = evaluate(folder, speaker_judge=answering(tmp_path, "same", "'model': 0.5"))
+    assert found.texts.systems["clips"].summary["speaker_accuracy"].value == 0
+    with pytest.raises(WorkError, match=r"gave model as 1\.5 .*no cosine"):
+        evaluate(folder, speaker_judge=answering(tmp_path, "more", "'model': 1.5"))
+
+
 def test_a_wrong_clip_is_told_in_words(tmp_path: Path) -> None:
     folder = clip_folder(tmp_path / "clips", count=1)
     (folder / "clips.jsonl").write_text('{"id": "0", "file": "0.wav", "text": "Hi.", "voice": "anna"}\n')

@@ -355,10 +355,15 @@ def evaluate(
 
     What was spoken or judged before is not done again: a run that was stopped goes on.
     """
+    from higgstune.evaluation.evaluate import CLIPS, kind_of
     from higgstune.evaluation.evaluate import evaluate as run
     from higgstune.evaluation.run_report import tell
     from higgstune.generate.sampling import Sampling
 
+    if kind_of(target) == CLIPS and (texts != "validation" or guard or limit is not None or data is not None):
+        raise ConfigError(
+            f"{target} is a folder of clips, which are measured as they are: no --set, --guard, --limit, --data"
+        )
     with Bar() as bar:
         result = run(
             target,

@@ -130,5 +130,8 @@ def _of_recordings(folder: Path) -> list[Clip]:
             continue
         if isinstance(row.content, RowError):
             raise DataError(f"{folder / name}: {row.content}")
-        clips.append(Clip(name.with_suffix("").as_posix(), folder / name, (row.content.text or "").strip()))
+        text = (row.content.text or "").strip()
+        if not text:
+            raise DataError(f"{folder / name}: the text beside it is empty: write what should be said")
+        clips.append(Clip(name.with_suffix("").as_posix(), folder / name, text))
     return clips

@@ -26,6 +26,7 @@ from higgstune.evaluation.hearing import NO_REFERENCE, NO_VOICE, SHORTEST, WORST
 from higgstune.generate.wav import write_wav
 from higgstune.model.checksums import sha256_of
 
+_MOST = 1.001  # of a cosine, with rounding
 _TAIL = 2000  # characters of what a program said, in an error
 Row = dict[str, Any]
 Value = TypeVar("Value")
@@ -174,6 +175,10 @@ class ExternalSpeakerJudge:
             raise ConfigError(NO_REFERENCE)
         rows = self._command.rows(["--reference", *_absolute(heard), "--"], _absolute(audible))
         found = self._command.scores(rows) or {self.name: []}
+        for model, numbers in found.items():
+            for number, row in zip(numbers, rows, strict=True):
+                if abs(number) > _MOST:
+                    raise self._command.failure(f"gave {model} as {number:g} for {row['file']}: no cosine is that")
         return {model: _for_all(files, audible, numbers, NO_VOICE) for model, numbers in found.items()}
 
 

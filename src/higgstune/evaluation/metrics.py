@@ -120,8 +120,8 @@ class Evaluation:
 def shown(metric: Metric, value: float) -> str:
     """A value for people."""
     if metric.percent:
-        return f"{100 * value:.1f} %"
-    return f"{value:.2f} {metric.unit}".strip()
+        return f"{round(100 * value, 1) + 0.0:.1f} %"  # + 0: no minus before a zero
+    return f"{round(value, 2) + 0.0:.2f} {metric.unit}".strip()
 
 
 def by_name(names: Sequence[str]) -> list[Metric]:
