@@ -26,6 +26,8 @@ from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FOLDER, WhisperFeatures
 from higgstune.errors import CheckpointError, ConfigError, DataError, InputError
 from higgstune.evaluation.clips import read_clips
+from higgstune.evaluation.compare import compare
+from higgstune.evaluation.evaluate import evaluate
 from higgstune.generate.speak import load_speaker, speak
 from higgstune.model.adapters import adapter_card, adapter_conditioning, base_fingerprint, load_adapter
 from higgstune.model.conditioning import conditioning_of
@@ -422,6 +424,24 @@ def test_what_is_trained_in_full_learns_at_its_own_rate(
     assert len(in_full) == (2 if run.name == "lora" else 2 + 2 * 5)
     assert {entry["lr"] for entry in in_full} == {expected}
     assert {entry["lr"] for entry in seen if "lora_" in entry["name"]} == {1e-2}
+
+
+def test_a_comparison_finds_a_whisper_that_has_moved(world: Path, run: Path, tmp_path: Path) -> None:
+    """An adapter that listens beside a base that does not, both in 4 bits."""
+    recording = world / "recordings" / "voice.wav"
+    shutil.copy(recording, tmp_path / "voice.wav")
+    (tmp_path / "meta.lst").write_text("a|Whatever.|voice.wav|Oh.\n")
+    moved = shutil.copytree(world / "whisper", tmp_path / "whisper")
+    options: dict[str, Any] = {"texts": str(tmp_path / "meta.lst"), "device": "cpu", "whisper": moved}
+    found = compare([run, world / "base"], out=tmp_path / "out", quantize="4bit", **options)
+    assert [evaluation.settings["dtype"] for evaluation in found.evaluations.values()] == ["float32-4bit"] * 2
+    other = save_tiny_whisper(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match="name the right one with --whisper"):
+        compare([run, world / "base"], out=tmp_path / "out", **(options | {"whisper": other}))
+    with pytest.raises(InputError, match="no adapter here was trained to hear"):
+        compare([world / "base", world / "base" / ".." / "base2"], out=tmp_path / "out", **options)
+    with pytest.raises(InputError, match="--whisper has no effect"):
+        evaluate(world / "base", out=tmp_path / "out", **options)
 
 
 def test_it_listens_to_voices_that_are_heard_while_it_is_trained(world: Path, tmp_path: Path) -> None:

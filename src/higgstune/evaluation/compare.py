@@ -18,7 +18,7 @@ from higgstune.evaluation.score import compare as differences_of
 from higgstune.evaluation.texts import VALIDATION
 from higgstune.files import write_file
 from higgstune.generate.sampling import Sampling
-from higgstune.model.adapters import RUN_STATE, adapter_card, find_adapter
+from higgstune.model.adapters import RUN_STATE, adapter_card, adapter_conditioning, find_adapter
 from higgstune.model.layout import read_json
 from higgstune.model.load import choose_device
 from higgstune.model.quantize import Quantize
@@ -110,14 +110,17 @@ def compare(
     """Evaluate two or more runs, adapters, bases or folders of clips on the same texts, and write a page into `out`.
 
     The first one is what the others are held against. `gates` and `rank` say which is best (see `choice.Rule`);
-    `command` is what made the page. `out` is a folder; what is spoken is kept in it, as in `evaluate`, whose `whisper`
-    and `quantize` count for all adapters, and for all bases.
+    `command` is what made the page. `out` is a folder; what is spoken is kept in it, as in `evaluate`. `whisper` is for
+    those adapters that listen, `quantize` for every base.
 
     Raises as `evaluate`; DataError where systems did not speak the same texts.
     """
     places = [Path(target) for target in targets]
     check_number(len(places))
     names = _names(places)
+    listens = [_listens(place) for place in places]
+    if whisper is not None and not any(listens):
+        raise ConfigError("--whisper has no effect: no adapter here was trained to hear through Whisper")
     judges = load_judges(asr, speaker_judge, quality_judge, device=str(choose_device(device)))
     _check_early(places, [*(gates or ()), *([] if rank is None else [rank])], judges)
     if data is None:  # one for all: its rows are spoken, and its voices are what all are held against
@@ -126,11 +129,11 @@ def compare(
             data = found_store
     out = Path(out)
     systems = {}
-    for name, place in zip(names, places, strict=True):
+    for name, place, hears in zip(names, places, listens, strict=True):
         found = evaluate(
-            place, texts=texts, out=out / name, data=data, whisper=whisper, quantize=quantize, base=False,
-            judges=judges, sampling=sampling, seed=seed, limit=limit, language=language, batch_size=batch_size,
-            device=device, dtype=dtype, progress=_of(name, progress),
+            place, texts=texts, out=out / name, data=data, whisper=whisper if hears else None, quantize=quantize,
+            base=False, judges=judges, sampling=sampling, seed=seed, limit=limit, language=language,
+            batch_size=batch_size, device=device, dtype=dtype, progress=_of(name, progress),
         )  # fmt: skip
         systems[name] = _system(place, found.adapter, found.texts)
     evaluations = {name: system.evaluation for name, system in systems.items()}
@@ -165,6 +168,11 @@ def _check_early(places: Sequence[Path], expressions: Sequence[str], judges: Jud
                 raise ConfigError(f"{text!r}: systems that are compared have no {name}")
             if (role := role_of(name)) is not None and roles[role] is None:
                 raise ConfigError(f"{text!r} needs {name}, and no judge of it was named ({OPTIONS[role]})")
+
+
+def _listens(place: Path) -> bool:
+    """Whether it is an adapter that hears references through Whisper; a base knows its own."""
+    return kind_of(place) == ADAPTER and adapter_conditioning(find_adapter(place)).whisper is not None
 
 
 def _of(name: str, progress: Progress | None) -> Progress | None:

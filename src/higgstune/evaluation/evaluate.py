@@ -175,8 +175,9 @@ def evaluate(
     100 where it is not given. `language` is that of sentences that name none; the store's, where it has only one. What
     is spoken is kept in `out`, and spoken once for each adapter, text, voice and seed; what judges said is kept, too.
 
-    `whisper` names the Whisper checkpoint of an adapter that listens, where it has moved; `quantize` ("4bit") puts the
-    base into 4 bits. `judges` that are loaded already take the place of the specs of three (see `load_judges`).
+    `whisper` names the Whisper checkpoint of an adapter, or of a base alone, that listens, where it has moved;
+    `quantize` ("4bit") puts the base into 4 bits. `judges` that are loaded already take the place of
+    the specs of three (see `load_judges`).
 
     `target` may also be a base, or a folder of clips from elsewhere (see `read_clips`), which are measured as they are.
 
@@ -218,7 +219,8 @@ def evaluate(
         identity = f"{base_fingerprint(loaded.model)} {dtype} {loaded.audio_tokenizer.revision}"
         subjects: list[Callable[[], _Subject]] = []
         if base or adapter is None:
-            subjects.append(lambda: _Subject(Speaker(loaded), BASE, identity))
+            own = whisper if adapter is None else None
+            subjects.append(lambda: _Subject(Speaker(loaded, whisper=own), BASE, identity))
         if adapter is not None:
             files = " ".join(sha256_of(adapter / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
             subjects.append(lambda: _Subject(Speaker(loaded, adapter, whisper=whisper), ADAPTER, f"{identity} {files}"))
