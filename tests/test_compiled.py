@@ -1,5 +1,6 @@
 """Compiled layers, by a compiler that a CPU has: they give the gradients of the plain ones, or are not used."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch._dynamo.utils import counters
 from training_world import history, make_world, train_unproven
 
 from higgstune.batch.packed import pack
-from higgstune.model import compiled, packed
+from higgstune.model import compiled, fused, packed
 from higgstune.model.adapters import Lora
 from higgstune.model.compiled import compile_layers, is_worth_it, packed_loss
 from higgstune.model.conditioning import base_of
@@ -34,6 +35,7 @@ def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     counters.clear()
     yield
     torch.compiler.reset()
+    torch.compiler.set_stance("default")
 
 
 def use(monkeypatch: pytest.MonkeyPatch, layer: Callable[..., Tensor]) -> None:
@@ -131,6 +133,74 @@ def test_wrong_gradients_are_told_of_and_not_used(
     assert compile_layers(model, batch) is None
     assert not base_of(model).compiles_layers
     assert "their gradients would be off by" in caplog.text
+
+
+def test_gradients_of_a_are_seen_where_b_is_zero(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No gradient reaches A from a fresh adapter; a compiler that drops it would pass."""
+
+    def layer(one: Any, hidden: Tensor, *rest: Any) -> Tensor:
+        weights = [part for name, part in one.named_parameters() if "lora_A" in name]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                fused, "_all_a", lambda loras, dtype: torch.cat([lora.a.detach() for lora in loras]).to(dtype)
+            )
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            made = packed._packed_layer(one, hidden, *rest)
+        return made + 0 * sum(part.sum() for part in weights)
+
+    use(monkeypatch, layer)
+    model, batch = trained()
+    before = {name: part.detach().clone() for name, part in model.named_parameters() if "lora_B" in name}
+    with torch.no_grad():
+        for name, part in model.named_parameters():
+            if "lora_B" in name:
+                part.zero_()
+    assert compile_layers(model, batch) is None
+    assert "would be off by" in caplog.text
+    assert all(not part.any() for name, part in model.named_parameters() if "lora_B" in name)
+    assert any(part.any() for part in before.values())
+
+
+def test_what_was_not_checked_is_not_compiled_later() -> None:
+    """A pack of one clip is compiled in another way; a compiler that fails at that must not end a run."""
+    model, prompter = adapted("full", torch.float64)
+    with_training_forward(base_of(model))
+    made = examples(prompter)
+    assert compile_layers(model, pack(made[:3])) is not None
+    seen = counters["stats"]["unique_graphs"]
+    expected = gradients(model, pack(made[:1]))
+    assert counters["stats"]["unique_graphs"] == seen
+    base_of(model).compiles_layers = False
+    for one, other in zip(gradients(model, pack(made[:1])), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_was_compiled_is_what_is_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str) -> None:
+    """Nothing that the trainer does around the layers makes them another case than the checked one."""
+    runs = []
+
+    def backend(graph: Any, _: Any) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            runs.append(1)
+            return graph.forward(*inputs)
+
+        return run
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, runs: packed.Runs, scaling: float) -> Tensor:
+        q, k, v = (fused.as_autocast(x).transpose(0, 1)[None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+    monkeypatch.setattr(packed, "_attend", dense)
+    use(monkeypatch, torch.compile(packed._packed_layer, dynamic=True, backend=backend))
+    world = make_world(tmp_path)
+    stage = {"name": "voice", "kind": "full", "max_steps": 3, "batch_size": 4}
+    model = {"checkpoint": str(world / "base"), "device": "cpu", "dtype": dtype}
+    train_unproven(recipe(world, model=model, stages=[stage], compile=True), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["voice"]["compiled"]
+    assert len(runs) == 1 + 3  # the second of two layers: in the check, and in each step
 
 
 def test_what_lacks_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

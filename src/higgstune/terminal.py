@@ -88,6 +88,8 @@ def print_measures(evaluations: dict[str, Any], differences: dict[str, Any]) -> 
 def told_stage(stage: dict[str, Any]) -> str:
     """What a stage of a run came to, in one line; `--json` has all of it."""
     parts = [f"{stage['kind']}, {stage['steps']} steps"]
+    if stage.get("compiled"):
+        parts.append("layers compiled")
     if stage.get("stopped_early"):
         parts.append("stopped early: nothing better for as many validations as evaluation.patience says")
     if chosen := stage.get("chosen"):

@@ -298,7 +298,7 @@ def _lora_forward(x: Tensor, inner: Tensor, lora: _Lora) -> Tensor:
 def _lora_products(x: Tensor, loras: Sequence[_Lora]) -> list[Tensor]:
     """The same for a compiler, which finds the backward pass, and what to keep for it, by itself.
 
-    The compiler of torch 2.11 makes gradients of zero of autograd functions that change a tensor in place.
+    The compiler of torch 2.11 makes gradients of zero of autograd functions whose forward changes a tensor in place.
     """
     parts = _inner(x, loras).split(_ranks(loras), dim=1)
     return [

@@ -14,7 +14,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
@@ -105,8 +104,6 @@ def _run(layer: nn.Module, hidden: Tensor, places: Places, audio_norm: nn.Module
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
     """One for all layers and lengths of packs, made when it is first called: see `model.compiled`."""
-    # What is cheap to compute again is not kept, also where a product needs it: see `fused`.
-    functorch_config.ban_recompute_materialized_backward = False
     return torch.compile(_packed_layer, dynamic=True)
 
 

@@ -21,7 +21,7 @@ RECIPE_FILE = "recipe.yaml"
 _LOCK = ".lock"
 # A run that was killed in its first moment has left no more than these.
 _OURS = (RECIPE_FILE, RUN_STATE, _LOCK, f".{RECIPE_FILE}", f".{RUN_STATE}")
-# What a run that goes on may have otherwise than it began: it changes nothing of what is trained.
+# What a run that goes on may have otherwise than it began: it changes nothing of what is trained, but for rounding.
 FREE = ("parallel", "gradient_checkpointing", "compile", "save_steps", "save_total_limit", "report_to")
 # A process that was killed lets go of the lock at once, but for those that build its examples: they notice after 5 s.
 _UNTIL_FREE = 10.0  # seconds

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from higgstune.batch.packed import pack, tensors_to
+from higgstune.batch.packing import PackSize
 from higgstune.batch.padded import Batch, PaddedCollator
 from higgstune.data.store import CodeStore
 from higgstune.errors import Interrupted
@@ -21,7 +22,7 @@ from higgstune.evaluation.clips import LISTENING
 from higgstune.evaluation.judges import Judges
 from higgstune.files import writing
 from higgstune.model.adapters import adapted_layers, add_lora, continue_lora, unload_adapter
-from higgstune.model.compiled import Compile, compile_layers, is_worth_it
+from higgstune.model.compiled import Compile, compile_layers, is_worth_it, plain_layers
 from higgstune.model.forward import with_training_forward
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.model.loss import LossWeights
@@ -46,7 +47,7 @@ from higgstune.training.verify import probe_logits, verify_in_fresh_process, wri
 
 _LOG = logging.getLogger(__name__)
 _PROBE_CLIPS = 4
-_COMPILED_WITH = 3  # clips: the shortest of some, which no pack is smaller than by much
+_COMPILED_WITH = 3  # clips
 _LOOKED_AT = 16
 
 
@@ -78,13 +79,27 @@ class Job:
 class _Compiling(TrainerCallback):
     """Compiles layers where enough steps are left for it."""
 
-    def __init__(self, wanted: Compile, examples: list[Example]) -> None:
+    def __init__(self, wanted: Compile, rows: RowExamples, size: PackSize) -> None:
         self.wanted = wanted
-        self.examples = examples
+        self.rows = rows
+        self.size = size
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if is_worth_it(self.wanted, state.max_steps - state.global_step):
-            compile_layers(kwargs["model"].train(), tensors_to(pack(self.examples), args.device))
+        if not is_worth_it(self.wanted, state.max_steps):  # of the whole stage: one that goes on does as it began
+            return
+        difference = compile_layers(kwargs["model"].train(), tensors_to(pack(self._clips()), args.device))
+        if difference is None and self.wanted is True:
+            _LOG.warning("compile: true has no effect in this stage; docs/training.md says where it has")
+
+    def _clips(self) -> list[Example]:
+        """A few short ones that fit into a pack."""
+        shortest = sorted((self.rows[i] for i in range(min(_LOOKED_AT, len(self.rows)))), key=len)
+        if self.size.tokens is None:
+            return shortest[: min(_COMPILED_WITH, self.size.clips)]
+        chosen = shortest[:_COMPILED_WITH]
+        while len(chosen) > 1 and sum(map(len, chosen)) > self.size.tokens:
+            chosen.pop()
+        return chosen
 
 
 def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, Any]:
@@ -135,6 +150,7 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
         "kind": stage.kind,
         "steps": steps,
         "layers": len(adapted_layers(model)),
+        "compiled": loaded.model.compiles_layers,
         "checkpointed_layers": min(again, loaded.config.num_hidden_layers),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "sharded_parameters": sharded_parameters(model),
@@ -154,7 +170,7 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
 
 def _with_adapter(job: Job, stage: Stage, start_from: Path | None) -> PeftModel:
     recipe, base = job.recipe, job.loaded.model
-    with_training_forward(base).compiles_layers = False
+    plain_layers(with_training_forward(base))
     conditioning, attention = job.setting.conditioning, job.setting.attention
     if start_from is None:
         return add_lora(base, recipe.lora, stage.kind, conditioning, attention)
@@ -277,8 +293,7 @@ def _callbacks(job: Job, stage: Stage, writer: SummaryWriter | None) -> list[Tra
     callbacks: list[TrainerCallback] = [ProgressReport(stage.name), job.stop]
     if not job.sharded:
         rows = job.examples["train"].with_targets(stage.text_targets)
-        some = [rows[i] for i in range(min(_LOOKED_AT, len(rows)))]
-        callbacks.append(_Compiling(job.recipe.compile, sorted(some, key=len)[:_COMPILED_WITH]))
+        callbacks.append(_Compiling(job.recipe.compile, rows, stage.pack_size))
     if writer is not None:
         # Given its writer, the callback writes into the stage's folder; by itself it would hide below the checkpoints.
         callbacks.append(TensorBoardCallback(writer))
