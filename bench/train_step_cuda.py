@@ -105,14 +105,9 @@ def rows(found: Found) -> list[Row]:
         for one in found["ours"]:
             tokens = one["batch_tokens"]
             plain = [speed[tokens]] if tokens in speed else None
-            made.append(
-                Row(
-                    f"packs of {tokens}, plain layers and {'compiled' if one['compiled'] else 'plain again'}",
-                    plain,
-                    [one["tokens_per_second"]],
-                    "tokens/s",
-                )
-            )
+            kind = "compiled" if one["compiled"] else "plain again"
+            name = f"packs of {tokens}, plain layers and {kind}"
+            made.append(Row(name, plain, [one["tokens_per_second"]], "tokens/s"))
         for one in found["ours"]:
             planned, measured = one["planned_bytes"] / 1e9, one["peak_bytes"] / 1e9
             made.append(Row(f"packs of {one['batch_tokens']}: peak, planned and measured", [planned], [measured], "GB"))
