@@ -1,6 +1,7 @@
 """Compiled layers, by a compiler that a CPU has: they give the gradients of the plain ones, or are not used."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,21 @@ from training_world import history, make_world, train_unproven
 from higgstune.batch.packed import pack
 from higgstune.model import compiled, fused, packed
 from higgstune.model.adapters import Lora
-from higgstune.model.compiled import compile_layers, is_worth_it, packed_loss
+from higgstune.model.compiled import compile_layers, is_worth_it
 from higgstune.model.conditioning import base_of
-from higgstune.model.forward import with_training_forward
+from higgstune.model.forward import packed_loss, with_training_forward
+from higgstune.training import stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the compiler about what it does itself
 _POSSIBLE = compiled._possible
+STAGE = {"name": "voice", "kind": "full", "max_steps": 3, "batch_size": 4}
 
 
 @pytest.fixture(autouse=True)
 def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In place of a GPU with Triton. Same passes up to the last one, which makes kernels."""
     monkeypatch.setattr(compiled, "_possible", lambda base: compiled.is_plain(base.model.layers))
-    monkeypatch.setattr(compiled, "has_compiler", lambda: True)
+    monkeypatch.setattr(compiled, "_has_compiler", lambda: True)
     use(monkeypatch, torch.compile(packed._packed_layer, dynamic=True, backend="aot_eager"))
     torch.compiler.reset()
     counters.clear()
@@ -40,6 +43,27 @@ def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def use(monkeypatch: pytest.MonkeyPatch, layer: Callable[..., Tensor]) -> None:
     monkeypatch.setattr(packed, "_compiled", lambda: layer)
+
+
+def counting() -> tuple[list[Any], Callable[..., Any]]:
+    """A compiler, and what it has run."""
+    runs = []
+
+    def backend(graph: Any, _: Any) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            runs.append(graph)
+            return graph.forward(*inputs)
+
+        return run
+
+    return runs, backend
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, runs: packed.Runs, scaling: float) -> Tensor:
+    """Like the GPU's kernel it takes lengths as they come; which layers are compiled is what is looked at here."""
+    q, k, v = (fused.as_autocast(x).transpose(0, 1)[None] for x in (q, k, v))
+    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    return attended[0].transpose(0, 1) * (1 + runs.longest / 1000)
 
 
 def trained(kind: Any = "full", dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Any]:
@@ -74,20 +98,17 @@ def test_bfloat16_is_as_near_as_rounding_lets_it_be() -> None:
     assert 0 < difference < 0.05
 
 
-def test_one_compilation_serves_all_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def dense(q: Tensor, k: Tensor, v: Tensor, runs: packed.Runs, scaling: float) -> Tensor:
-        """Like the GPU's kernel it takes lengths as they come; only the count of graphs is looked at here."""
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        return attended[0].transpose(0, 1) * (1 + runs.longest / 1000)
-
+def test_one_compilation_serves_packs_of_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, backend = counting()
     monkeypatch.setattr(packed, "_attend", dense)
-    use(monkeypatch, torch.compile(packed._packed_layer, dynamic=True, backend="aot_eager", fullgraph=True))
+    use(monkeypatch, torch.compile(packed._packed_layer, dynamic=True, backend=backend, fullgraph=True))
     model, prompter = adapted("full", torch.float64)
-    base_of(with_training_forward(base_of(model))).compiles_layers = True
+    with_training_forward(base_of(model))
     made = examples(prompter)
-    for chosen in (made[:3], made[:4], made[1:], made):
+    assert compile_layers(model, pack(made[:3])) is not None
+    for chosen in (made[2:], made[:4], made[1:], made, made * 3):
         gradients(model, pack(chosen))
+    assert len(runs) == 1 + 5  # the second of two layers: in the check, and in each step
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -180,31 +201,18 @@ def test_what_was_not_checked_is_not_compiled_later() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_was_compiled_is_what_is_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str) -> None:
     """Nothing that the trainer does around the layers makes them another case than the checked one."""
-    runs = []
-
-    def backend(graph: Any, _: Any) -> Callable[..., Any]:
-        def run(*inputs: Any) -> Any:
-            runs.append(1)
-            return graph.forward(*inputs)
-
-        return run
-
-    def dense(q: Tensor, k: Tensor, v: Tensor, runs: packed.Runs, scaling: float) -> Tensor:
-        q, k, v = (fused.as_autocast(x).transpose(0, 1)[None] for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-
+    runs, backend = counting()
     monkeypatch.setattr(packed, "_attend", dense)
     use(monkeypatch, torch.compile(packed._packed_layer, dynamic=True, backend=backend))
     world = make_world(tmp_path)
-    stage = {"name": "voice", "kind": "full", "max_steps": 3, "batch_size": 4}
     model = {"checkpoint": str(world / "base"), "device": "cpu", "dtype": dtype}
-    train_unproven(recipe(world, model=model, stages=[stage], compile=True), tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["voice"]["compiled"]
+    train_unproven(recipe(world, model=model, stages=[STAGE], compile=True), tmp_path / "run")
+    assert stages_of(tmp_path / "run")["voice"]["compiled"]
     assert len(runs) == 1 + 3  # the second of two layers: in the check, and in each step
 
 
 def test_what_lacks_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(compiled, "has_compiler", lambda: False)
+    monkeypatch.setattr(compiled, "_has_compiler", lambda: False)
     model, batch = trained()
     assert compile_layers(model, batch) is None
     assert "it takes Triton, and a C compiler" in caplog.text
@@ -229,14 +237,50 @@ def test_short_stages_are_compiled_where_that_is_asked_for() -> None:
     assert not is_worth_it(False, 10**6)
 
 
-def test_a_run_with_compiled_layers_learns_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_with_compiled_layers_learns_the_same(tmp_path: Path, again: bool) -> None:
     world = make_world(tmp_path)
-    stage = {"name": "voice", "kind": "full", "max_steps": 3, "batch_size": 4}
     for name, wanted in (("plain", "auto"), ("compiled", True)):
-        train_unproven(recipe(world, stages=[stage], log_steps=1, compile=wanted), tmp_path / name)
+        made = recipe(world, stages=[STAGE], log_steps=1, compile=wanted, gradient_checkpointing=again)
+        train_unproven(made, tmp_path / name)
     assert counters["stats"]["unique_graphs"] > 0
-    plain, found = (history(tmp_path / name, "voice") for name in ("plain", "compiled"))
-    for one, other in zip(plain, found, strict=True):
+    assert_same_losses(tmp_path / "plain", tmp_path / "compiled")
+
+
+def test_a_run_may_go_on_with_compiled_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, run = make_world(tmp_path), tmp_path / "compiled"
+    made = recipe(world, stages=[STAGE], log_steps=1, save_steps=1)
+    train_unproven(made, tmp_path / "plain")
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_save_and_prove", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train_unproven(made, run)
+    shutil.rmtree(run / "voice" / "checkpoints" / "checkpoint-3")
+    train_unproven(made.model_copy(update={"compile": True}), run, resume=True)
+    assert stages_of(run)["voice"]["compiled"]
+    assert_same_losses(tmp_path / "plain", run)
+
+
+def test_a_short_stage_after_a_compiled_one_is_as_it_would_be_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "_WORTH", 3)
+    made = recipe(make_world(tmp_path), stages=[STAGE, {**STAGE, "name": "short", "max_steps": 2}])
+    train_unproven(made, tmp_path / "run")
+    assert [done["compiled"] for done in stages_of(tmp_path / "run").values()] == [True, False]
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def stages_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "run.json").read_text())["stages"]
+
+
+def assert_same_losses(run: Path, other_run: Path) -> None:
+    for one, other in zip(*(history(folder, "voice") for folder in (run, other_run)), strict=True):
         assert one.keys() == other.keys()
         for key in one.keys() & {"loss", "grad_norm", "eval_loss"}:
             assert one[key] == pytest.approx(other[key], rel=1e-4), (one["step"], key)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from tiny_checkpoint import random_codes, tiny_prompter
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,7 +21,7 @@ from higgstune.errors import CheckpointError
 from higgstune.model.adapters import Lora, StageKind, add_lora
 from higgstune.model.conditioning import Conditioning, WhisperShape, add_conditioning, base_of
 from higgstune.model.forward import with_training_forward
-from higgstune.model.fused import linear
+from higgstune.model.fused import linear, linears
 from higgstune.model.loss import head_sums, label_counts
 from higgstune.prompt.delay import IGNORE
 from higgstune.prompt.example import Example, Heard, Prompter
@@ -221,6 +221,26 @@ def test_bfloat16_keeps_what_lora_has_learnt() -> None:
         layer.lora_B.default.weight.normal_(std=1e-3)
         update = 2 * x.float() @ layer.lora_A.default.weight.T @ layer.lora_B.default.weight.T
         assert (linear(x, layer).float() - update).norm() < 0.02 * update.norm()
+
+
+def test_layers_in_one_go_may_have_ranks_of_their_own_and_outputs_that_nothing_uses() -> None:
+    torch.manual_seed(0)
+    pattern = {"rank_pattern": {"1": 2}, "alpha_pattern": {"2": 9}}
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["0", "1", "2"], **pattern)
+    bare = nn.Sequential(*(nn.Linear(16, width, bias=False) for width in (16, 8, 24)))
+    layers: Any = inject_adapter_in_model(config, bare).double()
+    for layer in layers:
+        nn.init.normal_(layer.lora_B.default.weight)
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    found, expected = linears(x, list(layers)), [layer(x) for layer in layers]
+    torch.testing.assert_close(tuple(found), tuple(expected))
+    assert [len(layer.lora_A.default.weight) for layer in layers] == [4, 2, 4]
+    of = [x, *(weight for weight in layers.parameters() if weight.requires_grad)]
+    one, other = (
+        torch.autograd.grad((y[0].square() + 3 * y[2].square().sum()).sum(), of, materialize_grads=True)
+        for y in (found, expected)
+    )
+    torch.testing.assert_close(one, other)
 
 
 def test_native_calls_stay_native() -> None:

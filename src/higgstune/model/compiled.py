@@ -20,8 +20,8 @@ from torch.utils._triton import has_triton
 
 from higgstune.batch.packed import Packed
 from higgstune.model.conditioning import base_of
+from higgstune.model.forward import packed_loss
 from higgstune.model.fused import is_plain
-from higgstune.model.loss import LossWeights, combine, label_counts
 
 _LOG = logging.getLogger(__name__)
 Compile = bool | Literal["auto"]
@@ -48,7 +48,7 @@ def compile_layers(model: nn.Module, batch: Packed) -> float | None:
     plain_layers(base)
     if not _possible(base):
         return None
-    problem = None if has_compiler() else "it takes Triton, and a C compiler"
+    problem = None if _has_compiler() else "it takes Triton, and a C compiler"
     if problem is None:
         torch.compiler.reset()  # of an earlier stage; only so many variants are kept
         try:
@@ -103,17 +103,9 @@ def _possible(base: Any) -> bool:
     return base.device.type == "cuda" and base.dtype == torch.bfloat16 and is_plain(base.model.layers)
 
 
-def has_compiler() -> bool:
+def _has_compiler() -> bool:
     """Whether there is Triton, and a C compiler where Triton looks for one."""
     return has_triton() and ("CC" in os.environ or any(map(shutil.which, ("clang", "gcc", "cc"))))
-
-
-def packed_loss(model: nn.Module, batch: Packed) -> Tensor:
-    """The loss of a pack, in the dtype that training computes it in."""
-    base = base_of(model)
-    with torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
-        sums = model(**batch)
-    return combine(sums, label_counts(batch, eos_id=base.config.audio_stream_eos_id), LossWeights())
 
 
 def _gradients(model: nn.Module, batch: Packed) -> dict[str, Tensor]:

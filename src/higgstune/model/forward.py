@@ -8,12 +8,14 @@ adds no parameter and leaves every other call as it was.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import HiggsAudioV2ForConditionalGeneration
 
+from higgstune.batch.packed import Packed
 from higgstune.errors import CheckpointError
+from higgstune.model.conditioning import base_of
 from higgstune.model.fused import Order
-from higgstune.model.loss import Sums, head_sums
+from higgstune.model.loss import LossWeights, Sums, combine, head_sums, label_counts
 from higgstune.model.packed import Places, Runs, with_packed_layers
 
 
@@ -120,3 +122,11 @@ def with_training_forward(model: HiggsAudioV2ForConditionalGeneration) -> HiggsA
         model.__class__ = HiggsAudioForTraining
     assert isinstance(model, HiggsAudioForTraining)
     return model
+
+
+def packed_loss(model: nn.Module, batch: Packed) -> Tensor:
+    """The loss of a pack through a peft model with the training forward, in the dtype that training computes it in."""
+    base = base_of(model)
+    with torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
+        sums = model(**batch)
+    return combine(sums, label_counts(batch, eos_id=base.config.audio_stream_eos_id), LossWeights())

@@ -14,9 +14,8 @@ from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneratio
 
 from higgstune.batch.packed import pack, positions, tensors_to
 from higgstune.model.adapters import add_lora
-from higgstune.model.compiled import packed_loss
 from higgstune.model.conditioning import add_conditioning, base_of
-from higgstune.model.forward import with_training_forward
+from higgstune.model.forward import packed_loss, with_training_forward
 from higgstune.model.quantize import quantize_layers
 from higgstune.planning.layers import checkpoint_first
 from higgstune.planning.rehearsal import Subject
