@@ -18,6 +18,7 @@ from training_world import history, make_world, train_unproven
 from higgstune.batch.packed import pack
 from higgstune.model import compiled, fused, packed
 from higgstune.model.adapters import Lora
+from higgstune.model.attention import Runs
 from higgstune.model.compiled import compile_layers, is_worth_it
 from higgstune.model.conditioning import base_of
 from higgstune.model.forward import packed_loss, with_training_forward
@@ -59,7 +60,7 @@ def counting() -> tuple[list[Any], Callable[..., Any]]:
     return runs, backend
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, runs: packed.Runs, scaling: float) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scaling: float) -> Tensor:
     """Like the GPU's kernel it takes lengths as they come; which layers are compiled is what is looked at here."""
     q, k, v = (fused.as_autocast(x).transpose(0, 1)[None] for x in (q, k, v))
     attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
@@ -100,7 +101,7 @@ def test_bfloat16_is_as_near_as_rounding_lets_it_be() -> None:
 
 def test_one_compilation_serves_packs_of_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     runs, backend = counting()
-    monkeypatch.setattr(packed, "_attend", dense)
+    monkeypatch.setattr(packed, "attend", dense)
     use(monkeypatch, torch.compile(packed._packed_layer, dynamic=True, backend=backend, fullgraph=True))
     model, prompter = adapted("full", torch.float64)
     with_training_forward(base_of(model))
@@ -202,7 +203,7 @@ def test_what_was_not_checked_is_not_compiled_later() -> None:
 def test_what_was_compiled_is_what_is_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str) -> None:
     """Nothing that the trainer does around the layers makes them another case than the checked one."""
     runs, backend = counting()
-    monkeypatch.setattr(packed, "_attend", dense)
+    monkeypatch.setattr(packed, "attend", dense)
     use(monkeypatch, torch.compile(packed._packed_layer, dynamic=True, backend=backend))
     world = make_world(tmp_path)
     model = {"checkpoint": str(world / "base"), "device": "cpu", "dtype": dtype}

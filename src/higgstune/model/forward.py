@@ -13,10 +13,11 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgstune.batch.packed import Packed
 from higgstune.errors import CheckpointError
+from higgstune.model.attention import Runs
 from higgstune.model.conditioning import base_of
 from higgstune.model.fused import Order
 from higgstune.model.loss import LossWeights, Sums, combine, head_sums, label_counts
-from higgstune.model.packed import Places, Runs, with_packed_layers
+from higgstune.model.packed import Places, with_packed_layers
 
 
 class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):

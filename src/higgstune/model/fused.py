@@ -179,10 +179,9 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _normed_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    normed = x.float() * scale
-    pull = (grad * weight).float()
-    along = (pull * normed).mean(-1, keepdim=True)
-    return ((pull - normed * along) * scale).to(x.dtype)
+    wide, pull = x.float(), (grad * weight).float()
+    along = (pull * wide).mean(-1, keepdim=True) * scale.pow(3)
+    return pull.mul(scale).addcmul(wide, along, value=-1).to(x.dtype)
 
 
 class _Rotate(Function):
@@ -315,7 +314,7 @@ def _lora_backward(
     grad_inner = torch.cat([(grad @ lora.b.to(grad.dtype)).mul_(lora.scaling) for grad, lora in pairs], dim=1)
     of_a = [part.to(loras[0].a.dtype) for part in (grad_inner.T @ x).split(_ranks(loras))]
     of_b = [
-        (grad.T @ part).to(lora.b.dtype).mul_(lora.scaling)
+        (part.T @ grad).T.to(lora.b.dtype).mul_(lora.scaling)
         for (grad, lora), part in zip(pairs, inner.split(_ranks(loras), dim=1), strict=True)
     ]
     of_tensors = [*[None] * len(loras), *of_a, *of_b]

@@ -9,38 +9,16 @@ Letters in shapes: P positions, T of text, A rows of audio, D hidden size, H que
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import signature
-from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2DecoderLayer
 
-from higgstune.batch.packed import without_waiting
+from higgstune.model.attention import Runs, attend
 from higgstune.model.audio_attention import AudioAttentionLayer
-from higgstune.model.fused import Order, as_autocast, collect, feed_forward, linear, linears, rms_norm, rotate, spread
+from higgstune.model.fused import Order, collect, feed_forward, linear, linears, rms_norm, spread
 from higgstune.model.quantize import compute_dtype
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Examples one after the other in a sequence: attention goes back to the start of its run and no further."""
-
-    lengths: tuple[int, ...]
-    longest: int
-    offsets: Tensor  # [runs + 1] int32, on the device
-    cos: Tensor  # [P, 1, d / 2] of the positions in their examples
-    sin: Tensor
-
-    @classmethod
-    def of(cls, lengths: tuple[int, ...], rotary: tuple[Tensor, Tensor]) -> "Runs":
-        """`rotary`: cos and sin [P, d], whose halves are equal."""
-        cos, sin = (part.chunk(2, dim=-1)[0].unsqueeze(1).contiguous() for part in rotary)
-        offsets = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32)
-        return cls(lengths, max(lengths, default=0), without_waiting(offsets, cos.device), cos, sin)
 
 
 @dataclass(frozen=True)
@@ -75,13 +53,10 @@ class PackedAudioAttentionLayer(AudioAttentionLayer):
         own_dtype = compute_dtype(self.audio_attn.q_proj)  # of modules trained in full: float32 beside bfloat16
         normed = rms_norm(rows, self.audio_input_layernorm).to(own_dtype)
         q, k, v = _queries_keys_values(self.audio_attn, normed)
-        attended = linear(_attend(q, k, v, places.audio, self.audio_attn.scaling).flatten(1), self.audio_attn.o_proj)
+        attended = linear(attend(q, k, v, places.audio, self.audio_attn.scaling).flatten(1), self.audio_attn.o_proj)
         hidden_states = torch.cat((text, rows + attended.to(rows.dtype)))
         return _run(self, hidden_states, places, self.audio_post_audio_attn_layer_norm)
 
-
-# torch 2.11 takes fewer heads of keys without being told.
-_GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 _PACKED: dict[type[nn.Module], type[nn.Module]] = {
     HiggsAudioV2DecoderLayer: PackedLayer,
@@ -112,7 +87,7 @@ def _packed_layer(layer: Any, hidden: Tensor, places: Places, audio_norm: nn.Mod
         hidden, places, lambda x: rms_norm(x, layer.input_layernorm), lambda x: rms_norm(x, audio_norm)
     )
     q, k, v = [spread(x, places.order) for x in _queries_keys_values(layer.self_attn, normed)]
-    attended = collect(_attend(q, k, v, places.whole, layer.self_attn.scaling), places.order)
+    attended = collect(attend(q, k, v, places.whole, layer.self_attn.scaling), places.order)
     hidden = hidden + linear(attended.flatten(1), layer.self_attn.o_proj)
     return hidden + _by_pathway(
         hidden,
@@ -133,24 +108,3 @@ def _queries_keys_values(attention: Any, x: Tensor) -> list[Tensor]:
     """[P, D] -> [P, H, d], [P, G, d], [P, G, d]."""
     found = linears(x, [attention.q_proj, attention.k_proj, attention.v_proj])
     return [part.unflatten(-1, (-1, attention.head_dim)) for part in found]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scaling: float) -> Tensor:
-    """Causal attention inside each run: q [P, H, d], k and v [P, G, d], in the order of the sequence -> [P, H, d]."""
-    q, k, v = [as_autocast(x) for x in (rotate(q, runs.cos, runs.sin), rotate(k, runs.cos, runs.sin), v)]
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        ends = (runs.offsets, runs.offsets, runs.longest, runs.longest)
-        attended = varlen_attn(q, k, v, *ends, scale=scaling, window_size=(-1, 0), **_GROUPED)
-        assert isinstance(attended, Tensor)
-        return attended
-    return _attend_by_run(q, k, v, runs.lengths, scaling)
-
-
-@torch.compiler.disable  # by its examples' lengths each pack would be compiled anew
-def _attend_by_run(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scaling: float) -> Tensor:
-    by_run = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
-    by_run_attended = [
-        F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        for query, key, value in zip(*by_run, strict=True)
-    ]
-    return torch.cat(by_run_attended, dim=2)[0].transpose(0, 1)
