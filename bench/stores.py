@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from report import BENCH
 
+from higgstune.codec import load_codec
 from higgstune.data.entry import Entry
 from higgstune.data.schema import INDEX_NAME, StoreInfo
 from higgstune.data.shards import write_store
@@ -35,9 +36,9 @@ def demo_prompter() -> Prompter:
     return Prompter(AutoTokenizer.from_pretrained(ASSETS / "base"), SpecialIds.from_config(config))
 
 
-def make_store(folder: Path, rows: int, *, seed: int = 0) -> CodeStore:
+def make_store(folder: Path, rows: int, *, seed: int = 0, codec: Path | None = None) -> CodeStore:
     """A store of so many utterances by the project's own writer, made once: lognormal lengths of 1 to 15 s, random
-    codes, texts of the length that such speech has.
+    codes (which say that they are of `codec`), texts of the length that such speech has.
     """
     if not (folder / INDEX_NAME).exists():
         from workload import clip_seconds  # brings the model's class, which nothing else here needs
@@ -46,8 +47,8 @@ def make_store(folder: Path, rows: int, *, seed: int = 0) -> CodeStore:
         lengths = clip_seconds(rows, low=1, high=15, median=5, sigma=0.6, seed=seed)
         entries = {entry.audio_sha256: entry for entry in _entries(lengths, seed)}
         info = StoreInfo(
-            codec="random",
-            codec_revision="random",
+            codec="random" if codec is None else str(codec),
+            codec_revision="random" if codec is None else load_codec(str(codec)).revision,
             sample_rate=24_000,
             frame_rate=FRAME_RATE,
             num_codebooks=CODEBOOKS,

@@ -16,6 +16,7 @@ APERIODIC = 0.2  # up to which a frame is voiced
 LEAST_VOICED = 0.2  # seconds of voiced sound in all, to speak of a pitch
 OUTLIER = 12.0  # semitones from the clip's median: an octave error
 _WINDOW = 640  # samples, 40 ms: at least two periods
+_AT_ONCE = 500  # hops, 5 s: memory does not grow with the recording
 _SHORTEST, _LONGEST = int(RATE / HIGHEST), int(RATE / LOWEST)  # samples of lag
 
 
@@ -65,8 +66,10 @@ def fundamental(waveform: np.ndarray, rate: int) -> np.ndarray:
     sound = sounds(waveform, rate)
     frames = _frames(resample(waveform, rate, RATE), len(sound))
     hertz = np.zeros(len(sound))
-    if sound.any():
-        hertz[sound] = _yin(frames[sound])
+    hops = np.flatnonzero(sound)
+    for first in range(0, len(hops), _AT_ONCE):
+        some = hops[first : first + _AT_ONCE]
+        hertz[some] = _yin(frames[some])
     voiced = np.pad(hertz > 0, 1)
     hertz[~(voiced[:-2] | voiced[2:])] = 0
     return hertz
