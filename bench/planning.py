@@ -79,8 +79,8 @@ def prepare_run(setting: Setting, folder: Path) -> Path:
 
     demo = HiggsAudioV2Config.from_pretrained(ASSETS / "base")
     config = Shape(setting.scale, setting.layers).config()
-    ids = ("pad_token_id", "bos_token_id", "eos_token_id", "audio_bos_token_id", "audio_token_id", "audio_delay_token_id")
-    config.update({key: getattr(demo, key) for key in (*ids, "codebook_size", "audio_stream_bos_id", "audio_stream_eos_id")})
+    ids = [name for name in demo.to_dict() if name.endswith("_id")]  # of the demo's tokenizer and codec
+    config.update({name: getattr(demo, name) for name in (*ids, "codebook_size")})
     base = folder / "base"
     shutil.copytree(ASSETS / "base", base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     shutil.copytree(ASSETS / "codec", base / "codec")

@@ -171,7 +171,7 @@ class Bench:
             of_rows = 4 * sum(_products(model, batch, len(batch["from_sequence"])) for batch in made[2:])
             measured["flops_per_second"] = of_tokens / measured["seconds"]
             measured["flops_per_second_of_rows"] = of_rows / measured["seconds"]
-            compiles = base_of(model).compiles_layers
+            compiles = base_of(model).compiler_stance is not None
             found.append(
                 {"batch_tokens": tokens, "compiled": compiles, "planned_bytes": self._planned(made), **measured}
             )

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from higgstune.model import attention
 from higgstune.model.attention import Runs, attend
+from higgstune.planning.tracker import Tracker
 
 D = 8
 
@@ -21,7 +22,7 @@ def by_formula(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scalin
     return torch.cat(attended)
 
 
-@pytest.mark.parametrize("lengths", [(1,), (64,), (1, 65, 0, 200), (513, 3), (0,)])
+@pytest.mark.parametrize("lengths", [(1,), (64,), (1, 65, 0, 200), (513, 3), (0,), (0, 5, 600, 70, 2, 520, 514)])
 @pytest.mark.parametrize(("heads", "groups"), [(3, 1), (6, 2), (4, 4)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_outputs_and_gradients_are_those_of_the_formula(
@@ -51,21 +52,38 @@ def test_nothing_is_seen_of_later_positions_and_other_runs() -> None:
     assert changed == list(range(at, 200))
 
 
+def kept(*lengths: int) -> int:
+    """Bytes that are kept for the backward pass."""
+    q, k, v = (torch.randn(sum(lengths), 3, D, requires_grad=True) for _ in range(3))
+    runs = Runs.of(lengths, (torch.ones(sum(lengths), D), torch.zeros(sum(lengths), D)))
+    held: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attended = attend(q, k, v, runs, 1.0)
+    del attended
+    return sum(held.values())
+
+
 def test_what_long_runs_keep_grows_with_their_length_and_not_with_its_square() -> None:
-    def kept(length: int) -> int:
-        q, k, v = (torch.randn(length, 3, D, requires_grad=True) for _ in range(3))
-        runs = Runs.of((length,), (torch.ones(length, D), torch.zeros(length, D)))
-        held: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            attended = attend(q, k, v, runs, 1.0)
-        del attended
-        return sum(held.values())
-
-    long = attention._SHORT + 1
+    long = attention.SHORT_RUN + 1
     assert kept(4 * long) == pytest.approx(4 * kept(long), rel=0.05)
-    assert kept(attention._SHORT) > kept(long)
+    assert kept(attention.SHORT_RUN) > kept(long)
+
+
+def test_a_long_run_changes_nothing_for_short_ones() -> None:
+    long = attention.SHORT_RUN + 1
+    assert kept(400, long, 300) == pytest.approx(kept(400) + kept(long) + kept(300), rel=0.1)
+
+
+def test_probabilities_are_not_kept_where_no_gradient_is_asked_for() -> None:
+    lengths = (500,) * 4
+    q, k, v = (torch.randn(2000, 3, D) for _ in range(3))
+    runs = Runs.of(lengths, (torch.ones(2000, D), torch.zeros(2000, D)))
+    with Tracker() as tracker:
+        tracker.begin("attention", "transient")
+        attend(q, k, v, runs, 1.0)
+    assert tracker.peaks["attention"].total() < kept(*lengths) / 3

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commands import Command
@@ -14,7 +15,8 @@ from planning_world import ROWS, make_world, recipe
 from tiny_checkpoint import tiny_config, tiny_model, tiny_tokenizer
 
 import higgstune
-from higgstune.batch.packed import Packed
+from higgstune.batch.packed import Packed, pack
+from higgstune.batch.packing import PackSampler
 from higgstune.errors import ConfigError, Interrupted, TrainingError
 from higgstune.model.adapters import Lora, add_lora
 from higgstune.model.conditioning import Conditioning, add_conditioning
@@ -25,9 +27,10 @@ from higgstune.planning.at_training import RunMemory
 from higgstune.planning.device import Machine, parse_memory
 from higgstune.planning.footprint import Footprint
 from higgstune.planning.layers import checkpoint_first
-from higgstune.planning.options import options
+from higgstune.planning.options import _ranks, _smaller_packs, options
 from higgstune.planning.plan import Planner, fewest
 from higgstune.planning.rehearsal import ADAPTER, Subject, rehearse
+from higgstune.planning.survey import _heaviest, row_examples
 from higgstune.planning.tracker import Tracker
 from higgstune.training import run as training_run
 from higgstune.training import stage as training_stage
@@ -53,7 +56,7 @@ def planner(world: Path) -> Planner:
 @pytest.fixture
 def parts(planner: Planner) -> tuple[Subject, Packed]:
     """What is rehearsed."""
-    footprint = planner.footprint(planner.recipe, planner.recipe.stages[0])
+    footprint = planner.footprints(planner.recipe, planner.recipe.stages[0])[0]
     return footprint.subject, footprint.pack
 
 
@@ -75,9 +78,9 @@ def test_what_is_alive_is_counted_by_kind_and_segment() -> None:
     assert not any(tracker.alive.values())
 
 
-def training_step(model: PeftModel, pack: Packed) -> torch.Tensor:
-    sums = model(**pack)
-    counts = label_counts(pack, eos_id=model.config.audio_stream_eos_id)  # type: ignore[union-attr]
+def training_step(model: PeftModel, batch: Packed) -> torch.Tensor:
+    sums = model(**batch)
+    counts = label_counts(batch, eos_id=model.config.audio_stream_eos_id)  # type: ignore[union-attr]
     loss = combine(sums, counts, LossWeights())
     loss.backward()
     return loss
@@ -85,7 +88,7 @@ def training_step(model: PeftModel, pack: Packed) -> torch.Tensor:
 
 @pytest.mark.parametrize("again", [0, 2])
 def test_a_rehearsal_takes_what_the_real_step_takes(world: Path, parts: tuple[Subject, Packed], again: int) -> None:
-    subject, pack = parts
+    subject, batch = parts
     base = load_model(world / "base", dtype="float32", device="cpu")
     with_training_forward(base)
     model = add_lora(base, subject.lora, "full").train()
@@ -97,12 +100,12 @@ def test_a_rehearsal_takes_what_the_real_step_takes(world: Path, parts: tuple[Su
             tracker.count(tensor, "model")
         for _ in range(2):  # in the second step the optimizer's moments are there
             tracker.peaks.clear()
-            training_step(model, pack)
+            training_step(model, batch)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
     real = max(peak.total() for peak in tracker.peaks.values())
-    rehearsed = max(peak.total() for peak in rehearse(subject, pack, (again, 2 - again)).values())
+    rehearsed = max(peak.total() for peak in rehearse(subject, batch, (again, 2 - again)).values())
     assert rehearsed == pytest.approx(real, rel=0.01)
 
 
@@ -111,9 +114,9 @@ def test_a_rehearsal_takes_what_the_real_step_takes(world: Path, parts: tuple[Su
 def test_layers_that_were_not_rehearsed_add_what_the_others_did(
     parts: tuple[Subject, Packed], again: int, kept: int, dtype: torch.dtype
 ) -> None:
-    subject, pack = replace(parts[0], dtype=dtype), parts[1]
-    whole = rehearse(subject, pack, (again, kept))
-    inferred = Footprint(subject, pack).segments(again, kept)
+    subject, batch = replace(parts[0], dtype=dtype), parts[1]
+    whole = rehearse(subject, batch, (again, kept))
+    inferred = Footprint(subject, batch).segments(again, kept)
     assert max(v.total() for v in inferred.values()) == pytest.approx(max(v.total() for v in whole.values()), rel=1e-3)
 
 
@@ -133,9 +136,11 @@ def test_the_adapter_is_counted_as_it_is(parts: tuple[Subject, Packed], attentio
     assert counted == 4 * sum(weight.numel() for weight in peft_model.parameters() if weight.requires_grad)
 
 
-def test_four_bits_take_less(parts: tuple[Subject, Packed]) -> None:
-    whole = rehearse(parts[0], parts[1], (0, 2))["forward"]
-    less = rehearse(replace(parts[0], quantize="4bit"), parts[1], (0, 2))["forward"]
+@pytest.mark.parametrize("dora", [False, True])
+def test_four_bits_take_less(parts: tuple[Subject, Packed], dora: bool) -> None:
+    subject = replace(parts[0], lora=Lora(r=4, dora=dora))
+    whole = rehearse(subject, parts[1], (0, 2))["forward"]
+    less = rehearse(replace(subject, quantize="4bit"), parts[1], (0, 2))["forward"]
     config = parts[0].config
     heads = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     linear = 2 * config.hidden_size * (heads + 6 * config.intermediate_size)
@@ -200,6 +205,18 @@ def test_auto_takes_the_fewest_layers(world: Path, planner: Planner) -> None:
 def large_recipe(world: Path) -> Recipe:
     model = {"checkpoint": str(world / "base"), "device": "cpu", "dtype": "bfloat16"}
     return recipe(world, model=model, stage={"batch_tokens": 2400}, lora={"r": 64, "alpha": 64})
+
+
+def test_options_keep_the_clips_of_a_step_and_the_scaling_of_an_adapter(world: Path, planner: Planner) -> None:
+    lora = {"r": 64, "alpha": 64, "rslora": True}
+    made = recipe(world, stage={"batch_tokens": None, "batch_size": 6, "gradient_accumulation": 2}, lora=lora)
+    variants = [variant.recipe for variant in (*_smaller_packs(planner, made), *_ranks(made))]
+    steps = [(stage.batch_size, stage.gradient_accumulation) for stage in (variant.stages[0] for variant in variants)]
+    assert {(3, 4), (1, 12)} <= set(steps)
+    assert {batch * accumulation for batch, accumulation in steps} == {12}
+    scalings = [variant.lora.alpha / variant.lora.r**0.5 for variant in variants]
+    assert scalings == pytest.approx([8] * len(variants))
+    assert {variant.lora.r for variant in variants} == {64, 32, 16, 8, 4}
 
 
 def test_options_fit_and_keep_the_tokens_of_a_step(world: Path, planner: Planner) -> None:
@@ -274,6 +291,21 @@ def test_out_of_memory_names_what_would_fit(
     assert "will hardly fit" in caplog.text
 
 
+def test_out_of_memory_is_told_of_where_nothing_can_be_planned(
+    world: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = RunMemory(large_recipe(world))
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr("higgstune.planning.at_training.options", broken)
+    expected = pytest.raises(TrainingError, match=r"(?s)ran out of memory \(gone\).*Use gradient_checkpointing: true")
+    with expected, memory.explained(memory.recipe.stages[0]):
+        raise torch.OutOfMemoryError("gone")
+    assert "shapes do not fit" in caplog.text
+
+
 @pytest.mark.parametrize(("text", "size"), [("16GB", 16 * 10**9), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8)])
 def test_memory_is_read(text: str, size: int) -> None:
     assert parse_memory(text) == size
@@ -288,5 +320,27 @@ def test_memory_that_makes_no_sense(text: str) -> None:
 def test_rows_are_all_in_packs(planner: Planner) -> None:
     packs = planner.packs(planner.recipe, planner.recipe.stages[0])
     assert packs is not None
-    assert sorted(i for pack in packs.packs for i in pack) == list(range(ROWS))
-    assert sum(packs.largest["lengths"]) == max(packs.positions)
+    assert sorted(i for indices in packs.packs for i in indices) == list(range(ROWS))
+
+
+def test_no_pack_of_any_epoch_takes_more_than_planned(world: Path) -> None:
+    made = recipe(world, stage={"batch_tokens": 1500, "epochs": 4})
+    planner, stage = Planner(made, Machine("cpu", 10**12, at_hand=True)), made.stages[0]
+    rows = row_examples(planner.seen, stage, "train")
+    subject, lengths = planner.subject(made, stage), rows.lengths()
+    sampler = PackSampler(lengths, stage.pack_size, seed=made.seed)
+    every = {tuple(sorted(indices)) for epoch in range(4) for indices in sampler.packs(epoch)}
+    assert len(every) > 6
+    most = max(Footprint(subject, pack([rows[i] for i in indices])).peak(0).total() for indices in every)
+    planned = max(footprint.peak(0).total() for footprint in planner.footprints(made, stage))
+    assert 0.98 * most <= planned <= 1.02 * most  # a validation is in the plan, too
+
+
+def test_packs_weigh_by_hidden_states_and_by_kept_probabilities() -> None:
+    lengths = np.array([100] * 12 + [600, 580] + [400, 400, 310])
+    many, long, short = list(range(12)), [12, 13], [14, 15, 16]
+    for packs in ([many, long, short], [short, long, many]):
+        assert _heaviest(packs, lengths, 30, keeps_probabilities=False) == [long]
+        assert _heaviest(packs, lengths, 30, keeps_probabilities=True) == [long, short]
+        assert _heaviest(packs, lengths, 0, keeps_probabilities=False) == [many]
+    assert _heaviest([many, [14, 15]], lengths, 90, keeps_probabilities=True) == [[14, 15], many]  # more positions

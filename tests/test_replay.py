@@ -69,7 +69,7 @@ def test_lengths_are_those_of_the_rows(world: Path) -> None:
 
 def test_a_plan_counts_them(world: Path) -> None:
     made = replaying(world)
-    packs = packs_of(survey(made), made, made.stages[0])
+    packs = packs_of(survey(made), made, made.stages[0], keeps_probabilities=True)
     assert packs is not None
     assert len(packs.lengths) == 12
 

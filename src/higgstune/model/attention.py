@@ -6,7 +6,7 @@ Letters in shapes: P positions, H query heads, G key heads, d head size, n rows 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import signature
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.attention.varlen import varlen_attn
 from higgstune.batch.packed import without_waiting
 from higgstune.model.fused import as_autocast, rotate
 
-_SHORT = 512  # positions, 17 s of speech: in longer runs, what is kept for the backward pass would weigh
+SHORT_RUN = 512  # positions, 17 s of speech: in longer runs, what is kept for the backward pass would weigh
 _BLOCK = 64  # positions whose queries are taken together
 # torch 2.11 takes fewer heads of keys without being told.
 _GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
@@ -55,17 +55,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scaling: float) -> Tenso
 
 @torch.compiler.disable  # by its examples' lengths each pack would be compiled anew
 def _attend_by_run(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scaling: float) -> Tensor:
-    if q.dtype in (torch.float32, torch.float64) and runs.longest <= _SHORT:
-        groups, heads = k.shape[1], q.shape[1] // k.shape[1]
-        rows = (q * scaling).unflatten(1, (groups, heads)).transpose(0, 1).flatten(1, 2)
-        attended = _ShortRuns.apply(rows, k.transpose(0, 1), v.transpose(0, 1), runs.lengths, heads)
-        return attended.unflatten(1, (len(q), heads)).transpose(0, 1).flatten(1, 2)
-    by_run = (x.transpose(0, 1)[None].split(runs.lengths, dim=2) for x in (q, k, v))
-    by_run_attended = [
+    exact = q.dtype in (torch.float32, torch.float64)
+    stretches = [
+        (_attend_short if short else _attend_long, tuple(lengths))
+        for short, lengths in groupby(runs.lengths, lambda length: exact and length <= SHORT_RUN)
+    ]
+    if len(stretches) == 1:
+        return stretches[0][0](q, k, v, runs.lengths, scaling)
+    positions = [sum(lengths) for _, lengths in stretches]
+    parts = zip(stretches, *(x.split(positions) for x in (q, k, v)), strict=True)
+    return torch.cat([kind(a, b, c, lengths, scaling) for (kind, lengths), a, b, c in parts])
+
+
+def _attend_long(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scaling: float) -> Tensor:
+    by_run = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
+    attended = [
         F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         for query, key, value in zip(*by_run, strict=True)
     ]
-    return torch.cat(by_run_attended, dim=2).squeeze(0).transpose(0, 1)
+    return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1)
+
+
+def _attend_short(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scaling: float) -> Tensor:
+    groups, heads = k.shape[1], q.shape[1] // k.shape[1]
+    rows = (q * scaling).unflatten(1, (groups, heads)).transpose(0, 1).flatten(1, 2)
+    attended = _ShortRuns.apply(rows, k.transpose(0, 1), v.transpose(0, 1), lengths, heads)
+    return attended.unflatten(1, (len(q), heads)).transpose(0, 1).flatten(1, 2)
 
 
 class _Block(NamedTuple):
@@ -101,8 +116,10 @@ class _ShortRuns(Function):
         for rows, keys, last in ctx.blocks:
             scores = q[:, rows] @ k[:, keys].mT  # [G, n, b]
             scores[:, :, -last:] += later[: last * heads, :last]
-            kept.append(scores.softmax(-1))
-            torch.bmm(kept[-1], v[:, keys], out=attended[:, rows])
+            weights = scores.softmax(-1)
+            torch.bmm(weights, v[:, keys], out=attended[:, rows])
+            if any(ctx.needs_input_grad):
+                kept.append(weights)
         ctx.save_for_backward(q, k, v, *kept)
         return attended
 

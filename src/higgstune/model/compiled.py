@@ -45,7 +45,7 @@ def compile_layers(model: nn.Module, batch: Packed) -> float | None:
     example by example), and with what others compute: peft dropout and DoRA, bitsandbytes 4 bits.
     """
     base: Any = base_of(model)
-    plain_layers(base)
+    base.compiler_stance = None
     if not _possible(base):
         return None
     problem = None if _has_compiler() else "it takes Triton, and a C compiler"
@@ -58,24 +58,18 @@ def compile_layers(model: nn.Module, batch: Packed) -> float | None:
         else:
             if difference <= _TOLERANCE:
                 # Packs of another kind (of one clip) stay with the plain layers: what was not checked is not trained.
-                torch.compiler.set_stance("eager_on_recompile")
+                base.compiler_stance = "eager_on_recompile"
                 return difference
             problem = f"their gradients would be off by {difference:.0%}"
-    plain_layers(base)
+    base.compiler_stance = None
     _LOG.warning("layers are not compiled, and training is slower for it: %s", problem)
     return None
-
-
-def plain_layers(base: Any) -> None:
-    """Layers run as they are; the compiler is as it was."""
-    base.compiles_layers = False
-    torch.compiler.set_stance("default")
 
 
 def _compare(model: nn.Module, base: Any, batch: Packed) -> float:
     with _moved(model):
         expected = _gradients(model, batch)
-        base.compiles_layers = True
+        base.compiler_stance = "default"
         # What is cheap to compute again is not kept, also where a product needs it: see `fused`.
         with warnings.catch_warnings(), functorch_config.patch(ban_recompute_materialized_backward=False):
             warnings.simplefilter("ignore")  # those of the compiler about what it does itself

@@ -17,13 +17,13 @@ from higgstune.model.attention import Runs
 from higgstune.model.conditioning import base_of
 from higgstune.model.fused import Order
 from higgstune.model.loss import LossWeights, Sums, combine, head_sums, label_counts
-from higgstune.model.packed import Places, with_packed_layers
+from higgstune.model.packed import Places, Stance, with_packed_layers
 
 
 class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
     """`HiggsAudioV2ForConditionalGeneration` whose forward also takes a packed batch."""
 
-    compiles_layers = False  # see `model.compiled`
+    compiler_stance: Stance | None = None  # with which layers run compiled: see `model.compiled`
 
     def forward(self, *args: Any, lengths: tuple[int, ...] | None = None, **kwargs: Any) -> Any:
         """With a packed batch (see `batch.packed`): sums of losses. Without: the native forward, unchanged."""
@@ -82,7 +82,7 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
             Order(to_sequence, from_sequence, shared_at),
             whole=Runs.of(lengths, (cos, sin)),
             audio=Runs.of(audio_lengths, (cos[of_audio], sin[of_audio])),
-            compiled=self.compiles_layers,
+            compiler=self.compiler_stance,
         )
         for layer in inner.layers:
             hidden = layer(hidden, places=places)
@@ -105,7 +105,7 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
 
 
 def with_training_forward(model: HiggsAudioV2ForConditionalGeneration) -> HiggsAudioForTraining:
-    """Exchange the class of a native model and of its layers in place; its text head must be loaded.
+    """Exchange the class of a native model and of its layers in place; its text head must be loaded. None is compiled.
 
     Raises CheckpointError for an architecture that the packed layers do not compute.
     """
@@ -122,6 +122,7 @@ def with_training_forward(model: HiggsAudioV2ForConditionalGeneration) -> HiggsA
     if not isinstance(model, HiggsAudioForTraining):  # or a subclass of it, which FSDP makes
         model.__class__ = HiggsAudioForTraining
     assert isinstance(model, HiggsAudioForTraining)
+    model.compiler_stance = None
     return model
 
 

@@ -9,7 +9,7 @@ Letters in shapes: P positions, T of text, A rows of audio, D hidden size, H que
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from higgstune.model.audio_attention import AudioAttentionLayer
 from higgstune.model.fused import Order, collect, feed_forward, linear, linears, rms_norm, spread
 from higgstune.model.quantize import compute_dtype
 
+Stance = Literal["default", "eager_on_recompile"]  # of `torch.compiler.set_stance`
+
 
 @dataclass(frozen=True)
 class Places:
@@ -29,7 +31,7 @@ class Places:
     order: Order
     whole: Runs
     audio: Runs  # rows of audio alone, for audio self-attention
-    compiled: bool = False  # whether layers that are trained run compiled
+    compiler: Stance | None = None  # None: layers are not compiled
 
 
 class PackedLayer(HiggsAudioV2DecoderLayer):
@@ -72,8 +74,10 @@ def with_packed_layers(layers: nn.ModuleList) -> None:
 
 def _run(layer: nn.Module, hidden: Tensor, places: Places, audio_norm: nn.Module) -> Tensor:
     # Compiling takes long, for each way of being called: not for validations, nor for the first layer of a stage.
-    compiled = places.compiled and torch.is_grad_enabled() and hidden.requires_grad
-    return (_compiled() if compiled else _packed_layer)(layer, hidden, places, audio_norm)
+    if places.compiler is None or not (torch.is_grad_enabled() and hidden.requires_grad):
+        return _packed_layer(layer, hidden, places, audio_norm)
+    with torch.compiler.set_stance(places.compiler):  # here alone: a process may compile other things as well
+        return _compiled()(layer, hidden, places, audio_norm)
 
 
 @functools.cache

@@ -9,12 +9,14 @@ import torch
 from higgstune.errors import HiggstuneError, Interrupted, TrainingError
 from higgstune.planning.device import MARGIN, machine_for
 from higgstune.planning.options import options, size, told
-from higgstune.planning.plan import Planner, processes
+from higgstune.planning.plan import Planner
+from higgstune.planning.survey import processes
 from higgstune.training.recipe import Recipe, Stage
 
 _LOG = logging.getLogger(__name__)
 # What a rehearsal may raise where a version of PyTorch or peft cannot do it without values: no reason not to train.
 _ACCIDENTS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_USUAL = "Use gradient_checkpointing: true, a smaller batch_tokens, or model.quantize: 4bit"
 
 
 class RunMemory:
@@ -70,13 +72,16 @@ class RunMemory:
 
     def _help(self) -> str:
         if self._error is not None or self._planner is None:
-            return "Use gradient_checkpointing: true, a smaller batch_tokens, or model.quantize: 4bit"
+            return _USUAL
         # Where the plan said that it would fit, the device had less than the plan knew of.
         peak, memory = self._plan.peak, self._planner.machine.memory
         room = int((1 - MARGIN) * peak) if memory is None else min(memory, int((1 - MARGIN) * peak))
-        return (
-            f"Its plan takes {size(peak)}; {size(room)} is what it may take.\n{told(options(self._planner, room=room))}"
-        )
+        try:
+            found = told(options(self._planner, room=room))
+        except _ACCIDENTS as error:
+            _LOG.warning("what would fit could not be planned (%s: %s)", type(error).__name__, error)
+            found = _USUAL
+        return f"Its plan takes {size(peak)}; {size(room)} is what it may take.\n{found}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -16,16 +16,22 @@ class FourBits(nn.Linear):
 
     def __init__(self, name: str, whole: nn.Linear) -> None:
         """`name` is the layer's full path."""
-        super().__init__(whole.in_features, whole.out_features, bias=False, dtype=whole.weight.dtype)
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = whole.in_features, whole.out_features
         self.shape, self.dtype = whole.weight.shape, whole.weight.dtype
         alone = _Holder(name, whole.weight)
         packed = torch.empty(quantized_bytes(alone, self.dtype, audio_attention=True), dtype=torch.uint8)
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.packed = nn.Parameter(packed, requires_grad=False)
         self.bias = whole.bias
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The whole weight, as whoever asks for it (DoRA for its norm) would unpack it."""
+        return self.packed.new_empty(self.shape, dtype=self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., F]."""
-        return _Product.apply(x, self.weight, self.shape, self.dtype)
+        return _Product.apply(x, self.packed, self.shape, self.dtype)
 
 
 class _Holder(nn.Module):

@@ -136,14 +136,18 @@ def _smaller_packs(planner: Planner, recipe: Recipe) -> Iterator[_Variant]:
 
 
 def _smaller(planner: Planner, recipe: Recipe, stage: Stage, parts: int) -> dict[str, int] | None:
-    accumulation = {"gradient_accumulation": stage.gradient_accumulation * parts}
+    """A stage with packs of that part or less, and the same number of clips or tokens in a step."""
+    before = stage.gradient_accumulation
     if stage.pack_size.tokens is None:
-        clips = stage.pack_size.clips // parts
-        return {"batch_size": clips, **accumulation} if clips else None
+        clips = stage.pack_size.clips
+        fewer = max((count for count in range(1, clips // parts + 1) if clips % count == 0), default=0)
+        return {"batch_size": fewer, "gradient_accumulation": before * clips // fewer} if fewer else None
     packs = planner.packs(recipe, stage)
     assert packs is not None
     tokens = stage.pack_size.tokens // parts
-    return {"batch_tokens": tokens, **accumulation} if tokens >= packs.lengths.max() else None
+    if tokens < packs.lengths.max():
+        return None
+    return {"batch_tokens": tokens, "gradient_accumulation": before * parts}
 
 
 def _four_bits(recipe: Recipe) -> Iterator[_Variant]:
@@ -156,6 +160,8 @@ def _ranks(recipe: Recipe) -> Iterator[_Variant]:
     """A smaller adapter; not where it goes on from another one, whose shape it has to have."""
     for r in _RANKS:
         if r < recipe.lora.r and recipe.init_adapter is None:
-            lora = recipe.lora.model_copy(update={"r": r, "alpha": recipe.lora.alpha * r / recipe.lora.r})
+            share = r / recipe.lora.r
+            alpha = recipe.lora.alpha * (share**0.5 if recipe.lora.rslora else share)  # the same scaling
+            lora = recipe.lora.model_copy(update={"r": r, "alpha": alpha})
             change = f"lora.r: {r}, lora.alpha: {lora.alpha:g}"
             yield _Variant(change, _LESS_RANK, recipe.model_copy(update={"lora": lora}))

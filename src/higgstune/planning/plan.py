@@ -1,7 +1,7 @@
 """A recipe's plan: what each stage takes, whether the device has it, how many steps, how long."""
 
 import math
-import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,7 +14,8 @@ from higgstune.model.load import choose_dtype
 from higgstune.planning.device import Machine
 from higgstune.planning.footprint import Footprint
 from higgstune.planning.rehearsal import ADAPTER, KINDS, OPTIMIZER, TRANSIENT, WEIGHTS, Subject
-from higgstune.planning.survey import Packs, Survey, dtype_of, is_native, packs_of, survey
+from higgstune.planning.survey import Packs, Survey, dtype_of, is_native, packs_of, steps_of, survey
+from higgstune.planning.tracker import Bytes
 from higgstune.training.recipe import Recipe, Stage
 
 _CUDA_WORKSPACE = 40_000_000  # cuBLAS keeps it once it has computed
@@ -74,7 +75,7 @@ class Planner:
         self.process = _process_bytes() if machine.kind == "cpu" else 0
         self.codec = self.seen.codec_bytes if machine.kind == "cpu" else 0
         self._packs: dict[Any, Packs | None] = {}
-        self._footprints: dict[Any, Footprint] = {}
+        self._footprints: dict[Any, list[Footprint]] = {}
 
     def plan(self, recipe: Recipe | None = None) -> RunPlan:
         """The plan of the recipe, or of a variant with the same checkpoint and data."""
@@ -100,23 +101,29 @@ class Planner:
 
     def peak(self, recipe: Recipe, stage: Stage, again: int) -> int:
         """Bytes that a stage takes at the most, loading apart."""
-        return self._whole(self.footprint(recipe, stage).peak(again))
+        return self._whole(self._taken(recipe, stage, again))
 
     def packs(self, recipe: Recipe, stage: Stage, split: str = "train") -> Packs | None:
         """The packs of a stage."""
-        key = (split, stage.pack_size, stage.text_targets, recipe.seed, recipe.lora.dropout == 0)
+        exact = self.dtype(recipe) == torch.float32 and split == "train"
+        epochs = stage.epochs, stage.max_steps, stage.gradient_accumulation
+        key = (split, stage.pack_size, *epochs, stage.text_targets, recipe.seed, recipe.lora.dropout == 0, exact)
         if key not in self._packs:
-            self._packs[key] = packs_of(self.seen, recipe, stage, split=split)
+            self._packs[key] = packs_of(self.seen, recipe, stage, split=split, keeps_probabilities=exact)
         return self._packs[key]
 
-    def footprint(self, recipe: Recipe, stage: Stage) -> Footprint:
-        """What is rehearsed for a stage."""
+    def footprints(self, recipe: Recipe, stage: Stage) -> list[Footprint]:
+        """What is rehearsed for a stage: each of the packs that may take the most, the first with a validation."""
         subject = self.subject(recipe, stage)
-        key = (repr(subject), stage.pack_size, stage.text_targets)
+        key = (repr(subject), stage.pack_size, stage.epochs, stage.max_steps, stage.text_targets)
         if key not in self._footprints:
             train, validation = self.packs(recipe, stage), self.packs(recipe, stage, "validation")
             assert train is not None
-            self._footprints[key] = Footprint(subject, train.largest, validation.largest if validation else None)
+            first, *others = train.heaviest
+            self._footprints[key] = [
+                Footprint(subject, first, validation.heaviest[0] if validation else None),
+                *(Footprint(subject, pack) for pack in others),
+            ]
         return self._footprints[key]
 
     def subject(self, recipe: Recipe, stage: Stage) -> Subject:
@@ -134,12 +141,15 @@ class Planner:
             accumulation=stage.gradient_accumulation > 1,
         )
 
+    def _taken(self, recipe: Recipe, stage: Stage, again: int) -> Bytes:
+        return max((one.peak(again) for one in self.footprints(recipe, stage)), key=Counter.total)
+
     def _stage(self, recipe: Recipe, stage: Stage) -> StagePlan:
         again = self.checkpointed(recipe, stage)
-        taken = self.footprint(recipe, stage).peak(again)
+        taken = self._taken(recipe, stage, again)
         train = self.packs(recipe, stage)
         assert train is not None
-        per_epoch = math.ceil(math.ceil(len(train.packs) / processes()) / stage.gradient_accumulation)
+        per_epoch = steps_of(stage, len(train.packs))
         memory = {kind: taken[kind] for kind in KINDS}
         loading = self._loading(recipe, taken[WEIGHTS])
         peak = max(loading, self._whole(taken))
@@ -160,7 +170,7 @@ class Planner:
             steps=stage.max_steps if stage.max_steps is not None else math.ceil((stage.epochs or 1) * per_epoch),
         )
 
-    def _whole(self, taken: Any) -> int:
+    def _whole(self, taken: Bytes) -> int:
         """Tensors, with what the process and its libraries take beside them."""
         if self.machine.kind == "cuda":
             return taken.total() + _CUDA_WORKSPACE
@@ -194,8 +204,3 @@ def with_stages(recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> Rec
     """The recipe with changes to its stages by name, checked anew."""
     stages = tuple(Stage.model_validate(stage.model_dump() | dict(changes[stage.name])) for stage in recipe.stages)
     return recipe.model_copy(update={"stages": stages})
-
-
-def processes() -> int:
-    """Of the run that this process belongs to."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

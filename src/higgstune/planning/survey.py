@@ -1,7 +1,10 @@
 """What a recipe names, read as far as a plan needs it: no weight, no codec, no encoder is loaded."""
 
 import json
+import math
+import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +19,7 @@ from higgstune.batch.packing import Pack, PackSampler
 from higgstune.diagnosis.checkpoint import brings_audio_attention, read_config
 from higgstune.errors import CheckpointError
 from higgstune.hub import fetch
+from higgstune.model.attention import SHORT_RUN
 from higgstune.model.conditioning import CONDITIONING_KEY, Conditioning, WhisperShape
 from higgstune.model.layout import read_json
 from higgstune.model.load import CODEC_FOLDER, load_tokenizer
@@ -24,6 +28,8 @@ from higgstune.prompt.rows import Rendering, RowExamples
 from higgstune.prompt.template import AUDIO_IN
 from higgstune.training.data import TrainingData
 from higgstune.training.recipe import Recipe, Stage
+
+_CLIPS = 200_000  # of all epochs together whose packs are made, the first epoch apart
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,11 @@ class Survey:
 
 @dataclass(frozen=True)
 class Packs:
-    """The packs of a stage's first epoch, and the largest one."""
+    """The packs of a stage's first epoch, and those of its epochs of which one takes the most memory."""
 
     lengths: NDArray[np.int64]  # positions of each example
     packs: list[Pack]
-    largest: Packed
+    heaviest: list[Packed]
 
     @property
     def positions(self) -> list[int]:
@@ -86,16 +92,56 @@ def survey(recipe: Recipe) -> Survey:
     return Survey(folder, config, own, trained, data, prompter, Rendering(recipe.data.reference, features))
 
 
-def packs_of(seen: Survey, recipe: Recipe, stage: Stage, *, split: str = "train") -> Packs | None:
-    """The packs that the trainer will make; None for a split without rows."""
+def packs_of(
+    seen: Survey, recipe: Recipe, stage: Stage, *, split: str = "train", keeps_probabilities: bool
+) -> Packs | None:
+    """The packs that the trainer will make, of the first epochs; None for a split without rows.
+
+    `keeps_probabilities`: whether attention does so in runs that are short, as in float32.
+    """
     rows = row_examples(seen, stage, split)
     if not len(rows):
         return None
     lengths = rows.lengths()
     sampler = PackSampler(lengths, stage.pack_size, seed=recipe.seed if split == "train" else None)
-    packs = sampler.packs(0)
-    largest = max(packs, key=lambda indices: lengths[indices].sum())
-    return Packs(lengths, packs, pack([rows[i] for i in largest], share_prefix=recipe.lora.dropout == 0))
+    first = sampler.packs(0)
+    epochs = stage.epochs or math.ceil((stage.max_steps or 1) / steps_of(stage, len(first)))
+    every = [made for epoch in range(min(math.ceil(epochs), 1 + _CLIPS // len(rows))) for made in sampler.packs(epoch)]
+
+    def packed(indices: Pack) -> Packed:
+        return pack([rows[i] for i in indices], share_prefix=recipe.lora.dropout == 0)
+
+    shared = packed(max(every, key=len))["shared_at"].shape[1]
+    heaviest = _heaviest(every, lengths, shared, keeps_probabilities=keeps_probabilities)
+    return Packs(lengths, first, [packed(indices) for indices in heaviest])
+
+
+def steps_of(stage: Stage, packs: int) -> int:
+    """Optimizer steps of an epoch of so many packs."""
+    return math.ceil(math.ceil(packs / processes()) / stage.gradient_accumulation)
+
+
+def processes() -> int:
+    """Of the run that this process belongs to."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _heaviest(
+    packs: Sequence[Pack], lengths: NDArray[np.int64], shared: int, *, keeps_probabilities: bool
+) -> list[Pack]:
+    """The one of most rows with hidden states; others only where they have clearly more of what weighs besides."""
+    positions = np.array([lengths[made].sum() for made in packs])
+    rows = positions - shared * (np.array([len(made) for made in packs]) - 1)
+    measures = [(rows, 0.0), (positions, 1.02)]
+    if keeps_probabilities:
+        squares = np.where(lengths <= SHORT_RUN, lengths, 0) ** 2
+        measures.append((np.array([squares[made].sum() for made in packs]), 1.1))
+    found: list[int] = []
+    for measure, clearly in measures:
+        most = int(measure.argmax())
+        if all(measure[most] > clearly * measure[other] for other in found):
+            found.append(most)
+    return [packs[index] for index in found]
 
 
 def row_examples(seen: Survey, stage: Stage, split: str) -> RowExamples:

@@ -22,7 +22,7 @@ from higgstune.evaluation.clips import LISTENING
 from higgstune.evaluation.judges import Judges
 from higgstune.files import writing
 from higgstune.model.adapters import adapted_layers, add_lora, continue_lora, unload_adapter
-from higgstune.model.compiled import Compile, compile_layers, is_worth_it, plain_layers
+from higgstune.model.compiled import Compile, compile_layers, is_worth_it
 from higgstune.model.forward import with_training_forward
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.model.loss import LossWeights
@@ -150,7 +150,7 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
         "kind": stage.kind,
         "steps": steps,
         "layers": len(adapted_layers(model)),
-        "compiled": loaded.model.compiles_layers,
+        "compiled": loaded.model.compiler_stance is not None,
         "checkpointed_layers": min(again, loaded.config.num_hidden_layers),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "sharded_parameters": sharded_parameters(model),
@@ -170,7 +170,7 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
 
 def _with_adapter(job: Job, stage: Stage, start_from: Path | None) -> PeftModel:
     recipe, base = job.recipe, job.loaded.model
-    plain_layers(with_training_forward(base))
+    with_training_forward(base)
     conditioning, attention = job.setting.conditioning, job.setting.attention
     if start_from is None:
         return add_lora(base, recipe.lora, stage.kind, conditioning, attention)
