@@ -97,6 +97,7 @@ def prepare_run(setting: Setting, folder: Path) -> Path:
         "lora": {"r": setting.r, "alpha": 2 * setting.r},
         "stages": [stage],
         "gradient_checkpointing": setting.checkpointing,
+        "evaluation": {"clips": 1},  # random weights speak without an end
         "report_to": [],
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))

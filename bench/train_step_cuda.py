@@ -317,7 +317,7 @@ class Bench:
         return model, step
 
     def _planned(self, packs: Sequence[Packed], *, quantized: bool = False) -> int:
-        """What `--plan` says of the largest pack: bytes of tensors."""
+        """What `--plan` says of the pack with the most hidden states: bytes of tensors."""
         subject = Subject(
             config=self.config,
             dtype=torch.bfloat16,
@@ -331,7 +331,8 @@ class Bench:
             accumulation=False,
         )
         again = self.config.num_hidden_layers if quantized else 0
-        return Footprint(subject, max(packs, key=positions)).peak(again).total()
+        largest = max(packs, key=lambda batch: len(batch["from_sequence"]))
+        return Footprint(subject, largest).peak(again).total()
 
     def _pinned(self, batch: dict[str, Any]) -> dict[str, Any]:
         if self.device.type != "cuda":

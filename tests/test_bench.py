@@ -202,6 +202,15 @@ def test_the_bench_for_a_gpu_measures_and_tells_what_failed(monkeypatch: pytest.
     assert rows["the host waits for the device, in a step"].ours == [0]
 
 
+def test_a_plan_is_near_to_what_training_takes(tmp_path: Path) -> None:
+    planning = bench("planning")
+    setting = planning.Setting(16, 2, 512, 4, accumulation=2)
+    assert setting.name == "width / 16, 2 layers, full, packs of 512, r 4, accumulation 2"
+    plan, run = planning.measure(setting, tmp_path)
+    assert run["steps"] == planning.STEPS
+    assert 0.85 < plan["planned"] / run["peak_bytes"] < 1.15
+
+
 def test_growth(tmp_path: Path) -> None:
     growth = bench("growth")
     curves = growth.measure_training(lengths=[1, 2], counts=[1, 3], tokens=150, scale=16, layers=1, **HERE)
@@ -225,7 +234,7 @@ def test_slopes_of_growth() -> None:
     assert (row.baseline, row.ratios) == ([10.0], [3.0])
 
 
-@pytest.mark.parametrize("name", ["data_path", "codec", "generation", "growth"])
+@pytest.mark.parametrize("name", ["data_path", "codec", "generation", "growth", "planning"])
 def test_help_has_an_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit, match="0"):

@@ -340,7 +340,7 @@ def test_packs_weigh_by_hidden_states_and_by_kept_probabilities() -> None:
     lengths = np.array([100] * 12 + [600, 580] + [400, 400, 310])
     many, long, short = list(range(12)), [12, 13], [14, 15, 16]
     for packs in ([many, long, short], [short, long, many]):
-        assert _heaviest(packs, lengths, 30, keeps_probabilities=False) == [long]
-        assert _heaviest(packs, lengths, 30, keeps_probabilities=True) == [long, short]
-        assert _heaviest(packs, lengths, 0, keeps_probabilities=False) == [many]
-    assert _heaviest([many, [14, 15]], lengths, 90, keeps_probabilities=True) == [[14, 15], many]  # more positions
+        assert _heaviest(packs, lengths, 30, 0) == [long]
+        assert _heaviest(packs, lengths, 30, 1e-3) == [short, long]
+        assert _heaviest(packs, lengths, 0, 0) == [many]
+    assert _heaviest([many, [14, 15]], lengths, 90, 0) == [[14, 15], many]  # more positions

@@ -112,7 +112,8 @@ def packs_of(
         return pack([rows[i] for i in indices], share_prefix=recipe.lora.dropout == 0)
 
     shared = packed(max(every, key=len))["shared_at"].shape[1]
-    heaviest = _heaviest(every, lengths, shared, keeps_probabilities=keeps_probabilities)
+    pair = _weight_of_a_pair(seen.config) if keeps_probabilities else 0.0
+    heaviest = _heaviest(every, lengths, shared, pair)
     return Packs(lengths, first, [packed(indices) for indices in heaviest])
 
 
@@ -126,22 +127,30 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _heaviest(
-    packs: Sequence[Pack], lengths: NDArray[np.int64], shared: int, *, keeps_probabilities: bool
-) -> list[Pack]:
-    """The one of most rows with hidden states; others only where they have clearly more of what weighs besides."""
+def _heaviest(packs: Sequence[Pack], lengths: NDArray[np.int64], shared: int, pair: float) -> list[Pack]:
+    """The pack that seems to keep the most, and others only where they have clearly more of what may weigh.
+
+    `shared` positions of all clips but one have no hidden state. `pair`: what a pair of positions in a short run weighs
+    against a hidden state.
+    """
     positions = np.array([lengths[made].sum() for made in packs])
     rows = positions - shared * (np.array([len(made) for made in packs]) - 1)
-    measures = [(rows, 0.0), (positions, 1.02)]
-    if keeps_probabilities:
-        squares = np.where(lengths <= SHORT_RUN, lengths, 0) ** 2
-        measures.append((np.array([squares[made].sum() for made in packs]), 1.1))
+    of_clips = np.where(lengths <= SHORT_RUN, lengths, 0) ** 2
+    pairs = pair * np.array([of_clips[made].sum() for made in packs])
     found: list[int] = []
-    for measure, clearly in measures:
+    for measure, clearly in ((rows + pairs, 0.0), (rows, 1.02), (positions, 1.02), (pairs, 1.1)):
         most = int(measure.argmax())
         if all(measure[most] > clearly * measure[other] for other in found):
             found.append(most)
     return [packs[index] for index in found]
+
+
+def _weight_of_a_pair(config: HiggsAudioV2Config) -> float:
+    """Of what a layer keeps in float32, roughly: a probability of half of all pairs by head, against one position's."""
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    of_a_position = 4 * config.hidden_size + 3 * config.intermediate_size + 2 * heads * head_dim
+    return config.num_attention_heads / 2 / of_a_position
 
 
 def row_examples(seen: Survey, stage: Stage, split: str) -> RowExamples:
