@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from padded import collate
 from peft import PeftModel, get_peft_model
-from report import Found, Row, finish, say
+from report import Found, Row, finish, say, write_json
 from workload import Shape, clip_seconds, make_examples, random_model
 
 from higgstune.batch.packed import Packed, pack, positions, tensors_to, without_waiting
@@ -38,7 +38,7 @@ from higgstune.training.finite import FiniteSteps
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 BATCH_TOKENS = (2048, 8192, 24576)
 PLAIN_BATCH_TOKENS = (2048, 8192)
-_STEPS = 5  # measured for each setting, after two that are not
+_STEPS = 5  # measured for each setting
 _CLIPS = 16  # of the baseline's, at the least: a few batches of one clip would be a matter of chance
 _SMALL_CARD = 16e9
 _FAILED = ": failed"
@@ -51,7 +51,11 @@ def main(arguments: argparse.Namespace) -> None:
     peak = matrix_rate()
     say(f"{torch.cuda.get_device_name()}: {peak / 1e12:.0f} TFLOP/s in a bf16 product of 8192 x 8192 x 8192")
     bench = Bench(arguments, Shape(1, arguments.layers), torch.device("cuda"))
-    found = {"device": torch.cuda.get_device_name(), "matrix_flops_per_second": peak} | measure(bench)
+    found: Found = {"device": torch.cuda.get_device_name(), "matrix_flops_per_second": peak}
+    for part in measure(bench):
+        found |= part
+        if arguments.json:  # a run that is cut off has told what it had
+            write_json(arguments.json, "train_step_cuda", rows(found), settings=vars(arguments), found=found)
     finish("train_step_cuda", rows(found), arguments, found=found)
     if failed := [name.removesuffix(_FAILED) for name in found if name.endswith(_FAILED)]:
         sys.exit(f"failed: {', '.join(failed)}")
@@ -62,9 +66,8 @@ def measure(
     budgets: Sequence[int] = BATCH_TOKENS,
     plain_budgets: Sequence[int] = PLAIN_BATCH_TOKENS,
     batch_sizes: Sequence[int] = BATCH_SIZES,
-) -> Found:
+) -> Iterator[Found]:
     """All parts, by name. What fails is a result, too (None, and why), and does not take the others with it."""
-    found: Found = {}
     parts: dict[str, Callable[[], Any]] = {
         "ours": partial(bench.ours, budgets),
         "waits": bench.waits,
@@ -74,7 +77,7 @@ def measure(
     }
     for name, part in parts.items():
         started = time.perf_counter()
-        found[name] = None
+        found: Found = {name: None}
         try:
             found[name] = part()
         except Exception as error:  # noqa: BLE001
@@ -83,16 +86,16 @@ def measure(
         bench.model = None
         _empty()
         say(f"{name}: {time.perf_counter() - started:.0f} s")
-    return found
+        yield found
 
 
 def rows(found: Found) -> list[Row]:
     """The table of what `measure` found."""
     made = []
-    best = max(found["ours"] or [], key=lambda one: one["tokens_per_second"], default=None)
+    best = max(found.get("ours") or [], key=lambda one: one["tokens_per_second"], default=None)
     if best:
         for order in ("random", "grouped"):
-            side = [one for one in found["baseline"] or [] if one["order"] == order]
+            side = [one for one in found.get("baseline") or [] if one["order"] == order]
             if side:
                 fastest = max(side, key=lambda one: one["tokens_per_second"])
                 name = f"{order}, batch {fastest['batch_size']}"
@@ -101,7 +104,7 @@ def rows(found: Found) -> list[Row]:
         for key, counted in (("flops_per_second", "tokens"), ("flops_per_second_of_rows", "rows that are computed")):
             share = 100 * best[key] / found["matrix_flops_per_second"]
             made.append(Row(f"share of the matrix rate, by {counted}", None, [share], "%"))
-        speed = {one["batch_tokens"]: one["tokens_per_second"] for one in found["ours, plain layers"] or []}
+        speed = {one["batch_tokens"]: one["tokens_per_second"] for one in found.get("ours, plain layers") or []}
         for one in found["ours"]:
             tokens = one["batch_tokens"]
             plain = [speed[tokens]] if tokens in speed else None
@@ -111,9 +114,9 @@ def rows(found: Found) -> list[Row]:
         for one in found["ours"]:
             planned, measured = one["planned_bytes"] / 1e9, one["peak_bytes"] / 1e9
             made.append(Row(f"packs of {one['batch_tokens']}: peak, planned and measured", [planned], [measured], "GB"))
-    if found["waits"] is not None:
+    if found.get("waits") is not None:
         made.append(Row("the host waits for the device, in a step", None, [found["waits"]], "times"))
-    small = found["4-bit base within 16 GB"]
+    small = found.get("4-bit base within 16 GB")
     if small:
         planned, measured = small["planned_bytes"] / 1e9, small["peak_bytes"] / 1e9
         made.append(Row("4-bit base, clips of 15 s: peak, planned and measured", [planned], [measured], "GB"))
@@ -162,13 +165,13 @@ class Bench:
             say(f"compiled in {time.perf_counter() - started:.0f} s; gradients are off by {difference}, relative")
         found = []
         for tokens in budgets:
-            packs = self._packs(tokens, _STEPS + 2)
+            packs = self._packs(tokens, _STEPS)
             made = [self._pinned(pack([self.examples[i] for i in chosen])) for chosen in packs]
             measured = self._measured(f"packs of {tokens}", step, made, [positions(batch) for batch in made])
             if measured is None:
                 break
-            of_tokens = 4 * sum(_products(model, batch, positions(batch)) for batch in made[2:])
-            of_rows = 4 * sum(_products(model, batch, len(batch["from_sequence"])) for batch in made[2:])
+            of_tokens = 4 * sum(_products(model, batch, positions(batch)) for batch in made)
+            of_rows = 4 * sum(_products(model, batch, len(batch["from_sequence"])) for batch in made)
             measured["flops_per_second"] = of_tokens / measured["seconds"]
             measured["flops_per_second_of_rows"] = of_rows / measured["seconds"]
             compiles = base_of(model).compiler_stance is not None
@@ -193,7 +196,7 @@ class Bench:
 
         found = []
         for order in ("random", "grouped"):
-            for size in batch_sizes:
+            for size in batch_sizes if order == "random" else [size for size in batch_sizes if size > 1]:
                 made, tokens = self._padded(order, size)
                 measured = self._measured(f"baseline, {order}, batch {size}", step, made, tokens)
                 if measured is None:
@@ -242,12 +245,12 @@ class Bench:
     ) -> Found | None:
         """None where it does not fit."""
         try:
-            for batch in batches[:2]:
+            for batch in batches:  # what libraries find out about each new shape is not measured
                 step(batch)
             _reset_peak()
 
             def run() -> None:
-                for batch in batches[2:]:
+                for batch in batches:
                     step(batch)
 
             seconds = _seconds(run)
@@ -258,8 +261,8 @@ class Bench:
             _empty()
         found = {
             "seconds": seconds,
-            "tokens": sum(tokens[2:]),
-            "tokens_per_second": sum(tokens[2:]) / seconds,
+            "tokens": sum(tokens),
+            "tokens_per_second": sum(tokens) / seconds,
             "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             "reserved_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
         }
@@ -276,7 +279,7 @@ class Bench:
         indices = np.argsort(self.lengths, kind="stable") if order == "grouped" else self.order
         batches = [indices[i : i + size] for i in range(0, len(indices), size)]
         batches = [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
-        batches = batches[: max(_STEPS, _CLIPS // size) + 2]
+        batches = batches[: max(_STEPS, _CLIPS // size)]
         made = [collate([self.examples[i] for i in batch], self.config) for batch in batches]
         return [self._pinned(batch) for batch in made], [int(self.lengths[batch].sum()) for batch in batches]
 

@@ -16,6 +16,8 @@ def flat(packs: list[list[int]]) -> list[int]:
 LENGTHS = {
     "lognormal": lambda g, n: np.clip(g.lognormal(np.log(130), 0.6, n), 35, 420),
     "uniform": lambda g, n: g.uniform(50, 800, n),
+    "narrow": lambda g, n: g.uniform(320, 420, n),
+    "clips of 10 to 13 s": lambda g, n: 40 + 28.3 * g.uniform(10, 13, n),
     "all equal": lambda g, n: np.full(n, 190),
     "short and long": lambda g, n: np.where(g.random(n) < 0.5, 60, 700),
     "short": lambda g, n: g.integers(30, 60, n),

@@ -235,6 +235,13 @@ def test_options_fit_and_keep_the_tokens_of_a_step(world: Path, planner: Planner
     assert options(tight, room=1000) == []
 
 
+def test_options_differ_where_checkpointing_is_on_already(world: Path, planner: Planner) -> None:
+    big = large_recipe(world).model_copy(update={"gradient_checkpointing": True})
+    tight = Planner(big, Machine("cuda", 10**12, at_hand=False), seen=planner.seen)
+    changes = [option.change for option in options(tight, room=int(0.9 * tight.plan().peak))]
+    assert len(set(changes)) == len(changes) == 3
+
+
 def command_recipe(folder: Path, plan: Any) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(plan.model_dump(mode="json")))  # JSON is YAML

@@ -45,10 +45,10 @@ def pack_indices(lengths: NDArray[np.int64], size: PackSize, *, seed: int | None
     order = np.arange(len(lengths)) if generator is None else generator.permutation(len(lengths))
     if size.tokens is None:
         return [order[first : first + size.clips].tolist() for first in range(0, len(order), size.clips)]
-    packs = _draw(order.tolist(), lengths.tolist(), size.tokens)
-    if len(lengths) and lengths.mean() * _SMALL <= size.tokens:
-        return _tightened(packs, lengths, size.tokens)
-    return packs
+    small = len(lengths) > 0 and lengths.mean() * _SMALL <= size.tokens
+    spare = int((1 - _FULL) * size.tokens) if small else size.tokens
+    packs = _draw(order.tolist(), lengths.tolist(), size.tokens, spare)
+    return _tightened(packs, lengths, size.tokens) if small else packs
 
 
 def _tightened(drawn: list[Pack], lengths: NDArray[np.int64], budget: int) -> list[Pack]:
@@ -62,10 +62,11 @@ def _tightened(drawn: list[Pack], lengths: NDArray[np.int64], budget: int) -> li
     return best
 
 
-def _draw(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[Pack]:
+def _draw(order: Sequence[int], lengths: Sequence[int], budget: int, spare: int) -> list[Pack]:
     """Clips in their order; where the next one does not fit, the longest of the following that does, as in best fit.
 
-    So a pack is a random draw, but for the few that fill its end.
+    Where none does and more than `spare` positions are left, one clip of the pack waits for the next one, and a longer
+    one takes its place. So a pack is a random draw, but for the few that fill its end.
     """
     packs: list[Pack] = []
     following: deque[int] = deque()  # the next clips in their order, some of which were taken already
@@ -85,6 +86,13 @@ def _draw(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[Pac
         if taken[0] > room:
             place = bisect_right(by_length, (room, len(lengths))) - 1
             if place < 0:
+                exchange = _best_exchange(pack, room, lengths, by_length) if room > spare else None
+                if exchange is not None:
+                    at, longer = exchange
+                    following.appendleft(pack[at])
+                    insort(by_length, (lengths[pack[at]], pack[at]))
+                    by_length.remove(longer)
+                    pack[at] = longer[1]
                 packs.append(pack)
                 pack, room = [], budget
                 continue
@@ -92,6 +100,18 @@ def _draw(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[Pac
         by_length.remove(taken)
         pack.append(taken[1])
         room -= taken[0]
+
+
+def _best_exchange(
+    pack: Pack, room: int, lengths: Sequence[int], by_length: Sequence[tuple[int, int]]
+) -> tuple[int, tuple[int, int]] | None:
+    """The place in a pack and the (length, clip) that fills the room best in place of the clip there."""
+    found, most = None, 0
+    for at, index in enumerate(pack):
+        place = bisect_right(by_length, (lengths[index] + room, len(lengths))) - 1
+        if place >= 0 and by_length[place][0] - lengths[index] > most:
+            found, most = (at, by_length[place]), by_length[place][0] - lengths[index]
+    return found
 
 
 def _best_fit(pool: Sequence[int], lengths: Sequence[int], budget: int) -> list[Pack]:

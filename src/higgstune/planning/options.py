@@ -88,15 +88,16 @@ def _one_by_one(planner: Planner, recipe: Recipe, room: int) -> Iterator[list[_V
 
 def _combined(planner: Planner, recipe: Recipe, room: int) -> Iterator[list[_Variant]]:
     """Ways in which two or three changes go together, each with its variants from mild to strong."""
-    again = list(_checkpointing(planner, recipe, 0)) or [_Variant("", 1.0, recipe)]
-    whole = again[-1]
-    yield [_both(whole, v) for v in _smaller_packs(planner, whole.recipe)]
+    for whole in list(_checkpointing(planner, recipe, 0))[-1:]:
+        yield [_both(whole, v) for v in _smaller_packs(planner, whole.recipe)]
     for four in _four_bits(recipe):
         yield [_both(four, v) for v in _smaller_packs(planner, four.recipe)]
         yield [_both(four, v) for v in _checkpointing(planner, four.recipe, room)]
         for deeper in _checkpointing(planner, four.recipe, 0):
             both = _both(four, deeper)
             yield [_both(both, v) for v in _smaller_packs(planner, both.recipe)]
+    for less in list(_ranks(recipe))[:1]:
+        yield [_both(less, v) for v in _smaller_packs(planner, less.recipe)]
 
 
 def _both(one: _Variant, other: _Variant) -> _Variant:
