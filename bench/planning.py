@@ -1,6 +1,7 @@
 """Does `higgstune train --plan` say what training takes? Planned against measured peaks of real runs on a CPU."""
 
 import math
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,18 +60,15 @@ def measured(recipe: str, out: str) -> Found:
     return {"steps": sum(stage["steps"] for stage in higgstune.train(recipe, out).stages.values())}
 
 
-def measure(setting: Setting, folder: Path, *, fresh: bool = True) -> tuple[Found, Found]:
+def measure(setting: Setting, folder: Path, *, threads: int = 1) -> tuple[Found, Found]:
     """The plan and the run of one setting."""
     recipe = str(prepare_run(setting, folder))
-    cases = Case(planned, {"recipe": recipe}), Case(measured, {"recipe": recipe, "out": str(folder / "run")})
-    plan, run = ((case.run() if fresh else case.function(**case.arguments)) for case in cases)
-    return plan, run
+    plan = Case(planned, {"recipe": recipe}).run(threads=threads)
+    return plan, Case(measured, {"recipe": recipe, "out": str(folder / "run")}).run(threads=threads)
 
 
 def prepare_run(setting: Setting, folder: Path) -> Path:
     """Random weights in float32 with the demo's tokenizer and codec, a store of as many clips as the steps need."""
-    import shutil
-
     import torch
     import yaml
     from stores import ASSETS, make_store
@@ -114,7 +112,7 @@ def main() -> None:
         for repeat in range(given.repeats):
             say(f"{setting.name}: {repeat + 1} of {given.repeats}")
             with tempfile.TemporaryDirectory() as folder:
-                plan, run = measure(setting, Path(folder))
+                plan, run = measure(setting, Path(folder), threads=given.threads)
             plans.append(plan["planned"] / 1e6)
             peaks.append(run["peak_bytes"] / 1e6)
         rows.append(Row(setting.name, peaks, plans, "MB"))

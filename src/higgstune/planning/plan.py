@@ -115,7 +115,8 @@ class Planner:
     def footprints(self, recipe: Recipe, stage: Stage) -> list[Footprint]:
         """What is rehearsed for a stage: each of the packs that may take the most, the first with a validation."""
         subject = self.subject(recipe, stage)
-        key = (repr(subject), stage.pack_size, stage.epochs, stage.max_steps, stage.text_targets)
+        epochs = stage.epochs, stage.max_steps, stage.gradient_accumulation
+        key = (repr(subject), stage.pack_size, *epochs, stage.text_targets)
         if key not in self._footprints:
             train, validation = self.packs(recipe, stage), self.packs(recipe, stage, "validation")
             assert train is not None
