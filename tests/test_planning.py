@@ -209,11 +209,11 @@ def large_recipe(world: Path) -> Recipe:
 
 def test_options_keep_the_clips_of_a_step_and_the_scaling_of_an_adapter(world: Path, planner: Planner) -> None:
     lora = {"r": 64, "alpha": 64, "rslora": True}
-    made = recipe(world, stage={"batch_tokens": None, "batch_size": 6, "gradient_accumulation": 2}, lora=lora)
+    made = recipe(world, stage={"batch_tokens": None, "batch_size": 15, "gradient_accumulation": 2}, lora=lora)
     variants = [variant.recipe for variant in (*_smaller_packs(planner, made), *_ranks(made))]
     steps = [(stage.batch_size, stage.gradient_accumulation) for stage in (variant.stages[0] for variant in variants)]
-    assert {(3, 4), (1, 12)} <= set(steps)
-    assert {batch * accumulation for batch, accumulation in steps} == {12}
+    assert {(5, 6), (3, 10), (1, 30)} <= set(steps)
+    assert {batch * accumulation for batch, accumulation in steps} == {30}
     scalings = [variant.lora.alpha / variant.lora.r**0.5 for variant in variants]
     assert scalings == pytest.approx([8] * len(variants))
     assert {variant.lora.r for variant in variants} == {64, 32, 16, 8, 4}
