@@ -1,4 +1,4 @@
-"""Does `higgstune train --plan` say what training takes? Planned against measured peaks of real runs on a CPU."""
+"""Does `higgstune train --plan` say what training takes? Planned against measured peaks of real runs."""
 
 import math
 import shutil
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from report import Case, Found, Row, finish, parser, say
+from report import Case, Found, Row, finish, parser, say, values, write_json
 
 EXAMPLE = "python bench/planning.py --json planning.json"
 STEPS = 3  # in the second one the moments are there; the heap still fills a little
@@ -24,6 +24,12 @@ class Setting:
     kind: str = "full"
     checkpointing: bool = False
     accumulation: int = 1
+    dropout: float = 0.0
+    dora: bool = False
+    quantize: str | None = None
+    device: str = "cpu"  # in float32; cuda in bfloat16
+    compile: bool = False
+    steps: int = STEPS
 
     @property
     def name(self) -> str:
@@ -31,6 +37,8 @@ class Setting:
         words = [f"width / {self.scale}, {self.layers} layers, {self.kind}", f"packs of {self.tokens:,}", f"r {self.r}"]
         words += ["checkpointing"] * self.checkpointing
         words += [f"accumulation {self.accumulation}"] * (self.accumulation > 1)
+        words += [f"dropout {self.dropout:g}"] * (self.dropout > 0) + ["DoRA"] * self.dora
+        words += [f"{self.quantize} base"] * (self.quantize is not None) + ["compiled"] * self.compile
         return ", ".join(words)
 
 
@@ -44,34 +52,79 @@ SETTINGS = (
     Setting(16, 28, 1024, 64, checkpointing=True),
 )
 QUICK = (Setting(16, 4, 512, 8),)
+_ON_A_GPU = {"device": "cuda", "steps": 20}
+ON_A_GPU = (
+    Setting(1, 28, 8192, 16, **_ON_A_GPU),
+    Setting(1, 28, 8192, 16, compile=True, **_ON_A_GPU),
+    Setting(1, 28, 4096, 16, quantize="4bit", checkpointing=True, **_ON_A_GPU),
+)
 
 
-def planned(recipe: str) -> Found:
+def planned(recipe: str, *, timed: bool) -> Found:
     """What the plan says."""
     import higgstune
 
-    return {"planned": higgstune.plan(recipe, timed=False).plan.peak}
+    report = higgstune.plan(recipe, timed=timed)
+    return {"planned": report.plan.peak, "tokens_per_second": report.tokens_per_second["planned"]}
 
 
 def measured(recipe: str, out: str) -> Found:
-    """A real run; its peak is that of this process."""
+    """A real run; its peak is that of this process, or of its tensors on the GPU."""
+    import torch
+
     import higgstune
 
-    return {"steps": sum(stage["steps"] for stage in higgstune.train(recipe, out).stages.values())}
+    stage = higgstune.train(recipe, out).stages["planned"]
+    speeds = [logs["tokens_per_second"] for logs in stage["history"] if "tokens_per_second" in logs]
+    found = {"steps": stage["steps"], "compiled": stage["compiled"], "tokens_per_second": speeds[-1]}
+    return found | ({"peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_initialized() else {})
 
 
 def measure(setting: Setting, folder: Path, *, threads: int = 1) -> tuple[Found, Found]:
-    """The plan and the run of one setting."""
-    recipe = str(prepare_run(setting, folder))
-    plan = Case(planned, {"recipe": recipe}).run(threads=threads)
-    return plan, Case(measured, {"recipe": recipe, "out": str(folder / "run")}).run(threads=threads)
+    """The plan and the run of one setting. What is made in `folder` may serve other settings, too."""
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        recipe = str(prepare_run(setting, folder, Path(own)))
+        plan = Case(planned, {"recipe": recipe, "timed": setting.device == "cuda"}).run(threads=threads)
+        return plan, Case(measured, {"recipe": recipe, "out": str(Path(own) / "run")}).run(threads=threads)
 
 
-def prepare_run(setting: Setting, folder: Path) -> Path:
-    """Random weights in float32 with the demo's tokenizer and codec, a store of as many clips as the steps need."""
-    import torch
+def prepare_run(setting: Setting, folder: Path, own: Path) -> Path:
+    """The recipe in `own`; a store of as many clips as the steps need; in `folder`, where it is not yet, the base."""
     import yaml
-    from stores import ASSETS, make_store
+    from stores import make_store
+
+    base = folder / f"base-{setting.scale}-{setting.layers}-{setting.device}"
+    if not base.exists():
+        _make_base(setting, base)
+    clips = math.ceil(setting.steps * setting.accumulation * setting.tokens / 150)  # a clip has about that many
+    make_store(own / "data", clips, codec=base / "codec")
+    stage = {
+        "name": "planned", "kind": setting.kind, "max_steps": setting.steps, "batch_tokens": setting.tokens,
+        "gradient_accumulation": setting.accumulation,
+    }  # fmt: skip
+    on_cuda = setting.device == "cuda"
+    tree: dict[str, Any] = {
+        "model": {
+            "checkpoint": str(base), "dtype": "bfloat16" if on_cuda else "float32", "device": setting.device,
+            "quantize": setting.quantize,
+        },
+        "data": {"store": str(own / "data"), "workers": 2 if on_cuda else 0},
+        "lora": {"r": setting.r, "alpha": 2 * setting.r, "dropout": setting.dropout, "dora": setting.dora},
+        "stages": [stage],
+        "gradient_checkpointing": setting.checkpointing,
+        "compile": setting.compile,
+        "log_steps": math.ceil(setting.steps / 2),  # the second half is what is told of speed
+        "evaluation": {"clips": 0 if on_cuda else 1},  # random weights speak without an end
+        "report_to": [],
+    }  # fmt: skip
+    (own / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    return own / "recipe.yaml"
+
+
+def _make_base(setting: Setting, base: Path) -> None:
+    """Random weights with the demo's tokenizer and codec."""
+    import torch
+    from stores import ASSETS
     from transformers import HiggsAudioV2Config
     from workload import Shape, random_model
 
@@ -79,44 +132,37 @@ def prepare_run(setting: Setting, folder: Path) -> Path:
     config = Shape(setting.scale, setting.layers).config()
     ids = [name for name in demo.to_dict() if name.endswith("_id")]  # of the demo's tokenizer and codec
     config.update({name: getattr(demo, name) for name in (*ids, "codebook_size")})
-    base = folder / "base"
     shutil.copytree(ASSETS / "base", base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     shutil.copytree(ASSETS / "codec", base / "codec")
-    random_model(config, dtype=torch.float32, device=torch.device("cpu")).save_pretrained(base)
-    clips = math.ceil(STEPS * setting.accumulation * setting.tokens / 150)  # a clip has about that many positions
-    make_store(folder / "data", clips, codec=base / "codec")
-    stage = {
-        "name": "planned", "kind": setting.kind, "max_steps": STEPS, "batch_tokens": setting.tokens,
-        "gradient_accumulation": setting.accumulation,
-    }  # fmt: skip
-    tree: dict[str, Any] = {
-        "model": {"checkpoint": str(base), "dtype": "float32", "device": "cpu"},
-        "data": {"store": str(folder / "data")},
-        "lora": {"r": setting.r, "alpha": 2 * setting.r},
-        "stages": [stage],
-        "gradient_checkpointing": setting.checkpointing,
-        "evaluation": {"clips": 1},  # random weights speak without an end
-        "report_to": [],
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    return folder / "recipe.yaml"
+    dtype = torch.bfloat16 if setting.device == "cuda" else torch.float32
+    random_model(config, dtype=dtype, device=torch.device(setting.device)).save_pretrained(base)
+    if setting.device == "cuda":
+        torch.cuda.empty_cache()  # the runs are other processes on the same card
 
 
 def main() -> None:
     """Plan, train, print, write."""
     asked = parser(__doc__ or "", EXAMPLE, repeats=1)
+    asked.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the released shape, and its speed"
+    )
     given = asked.parse_args()
     rows, runs = [], []
-    for setting in QUICK if given.quick else SETTINGS:
-        plans, peaks = [], []
-        for repeat in range(given.repeats):
-            say(f"{setting.name}: {repeat + 1} of {given.repeats}")
-            with tempfile.TemporaryDirectory() as folder:
-                plan, run = measure(setting, Path(folder), threads=given.threads)
-            plans.append(plan["planned"] / 1e6)
-            peaks.append(run["peak_bytes"] / 1e6)
-        rows.append(Row(setting.name, peaks, plans, "MB"))
-        runs.append(asdict(setting))
+    with tempfile.TemporaryDirectory() as folder:
+        for setting in ON_A_GPU if given.device == "cuda" else QUICK if given.quick else SETTINGS:
+            both = []
+            for repeat in range(given.repeats):
+                say(f"{setting.name}: {repeat + 1} of {given.repeats}")
+                both.append(measure(setting, Path(folder), threads=given.threads))
+            plans, peaks = [plan for plan, _ in both], [run for _, run in both]
+            name = setting.name
+            rows.append(Row(name, values(peaks, "peak_bytes", scale=1e-6), values(plans, "planned", scale=1e-6), "MB"))
+            if given.device == "cuda":
+                speeds = [values(side, "tokens_per_second") for side in (peaks, plans)]
+                rows.append(Row(name, speeds[0], speeds[1], "tokens/s"))
+            runs.append(asdict(setting) | {"compiled": peaks[0]["compiled"]})
+            if given.json:
+                write_json(given.json, "planning", rows, settings=vars(given), runs=runs)
     finish("planning", rows, given, runs=runs)
 
 

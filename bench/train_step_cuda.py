@@ -92,25 +92,24 @@ def measure(
 def rows(found: Found) -> list[Row]:
     """The table of what `measure` found."""
     made = []
-    best = max(found.get("ours") or [], key=lambda one: one["tokens_per_second"], default=None)
+    best = max(found.get("ours") or [], key=_speed, default=None)
     if best:
         for order in ("random", "grouped"):
             side = [one for one in found.get("baseline") or [] if one["order"] == order]
             if side:
-                fastest = max(side, key=lambda one: one["tokens_per_second"])
+                fastest = max(side, key=_speed)
                 name = f"{order}, batch {fastest['batch_size']}"
-                made.append(Row(name, [fastest["tokens_per_second"]], [best["tokens_per_second"]], "tokens/s"))
+                made.append(Row(name, rates(fastest), rates(best), "tokens/s"))
         # What all clips begin with is computed once: fewer rows than positions of clips.
-        for key, counted in (("flops_per_second", "tokens"), ("flops_per_second_of_rows", "rows that are computed")):
-            share = 100 * best[key] / found["matrix_flops_per_second"]
-            made.append(Row(f"share of the matrix rate, by {counted}", None, [share], "%"))
-        speed = {one["batch_tokens"]: one["tokens_per_second"] for one in found.get("ours, plain layers") or []}
+        for key, counted in (("flops", "tokens"), ("flops_of_rows", "rows that are computed")):
+            shares = [100 * rate / found["matrix_flops_per_second"] for rate in rates(best, key)]
+            made.append(Row(f"share of the matrix rate, by {counted}", None, shares, "%"))
+        plain = {one["batch_tokens"]: rates(one) for one in found.get("ours, plain layers") or []}
         for one in found["ours"]:
             tokens = one["batch_tokens"]
-            plain = [speed[tokens]] if tokens in speed else None
             kind = "compiled" if one["compiled"] else "plain again"
             name = f"packs of {tokens}, plain layers and {kind}"
-            made.append(Row(name, plain, [one["tokens_per_second"]], "tokens/s"))
+            made.append(Row(name, plain.get(tokens), rates(one), "tokens/s"))
         for one in found["ours"]:
             planned, measured = one["planned_bytes"] / 1e9, one["peak_bytes"] / 1e9
             made.append(Row(f"packs of {one['batch_tokens']}: peak, planned and measured", [planned], [measured], "GB"))
@@ -121,6 +120,15 @@ def rows(found: Found) -> list[Row]:
         planned, measured = small["planned_bytes"] / 1e9, small["peak_bytes"] / 1e9
         made.append(Row("4-bit base, clips of 15 s: peak, planned and measured", [planned], [measured], "GB"))
     return made
+
+
+def rates(one: Found, counted: str = "tokens") -> list[float]:
+    """How much of what was counted a second took, in each repeat."""
+    return [one[counted] / seconds for seconds in one["seconds"]]
+
+
+def _speed(one: Found) -> float:
+    return statistics.median(rates(one))
 
 
 def matrix_rate() -> float:
@@ -151,6 +159,7 @@ class Bench:
             sigma=arguments.sigma, seed=arguments.seed,
         )  # fmt: skip
         self.examples = make_examples(self.config, seconds, seed=arguments.seed)
+        self.repeats = arguments.repeats
         self.lengths = np.array([len(example) for example in self.examples])
         self.order = np.random.default_rng(arguments.seed).permutation(len(self.examples))
         self.model: PeftModel | None = None
@@ -172,12 +181,9 @@ class Bench:
                 break
             of_tokens = 4 * sum(_products(model, batch, positions(batch)) for batch in made)
             of_rows = 4 * sum(_products(model, batch, len(batch["from_sequence"])) for batch in made)
-            measured["flops_per_second"] = of_tokens / measured["seconds"]
-            measured["flops_per_second_of_rows"] = of_rows / measured["seconds"]
+            measured |= {"flops": of_tokens, "flops_of_rows": of_rows, "planned_bytes": self._planned(made)}
             compiles = base_of(model).compiler_stance is not None
-            found.append(
-                {"batch_tokens": tokens, "compiled": compiles, "planned_bytes": self._planned(made), **measured}
-            )
+            found.append({"batch_tokens": tokens, "compiled": compiles, **measured})
         return found
 
     def baseline(self, batch_sizes: Sequence[int]) -> list[Found]:
@@ -253,7 +259,7 @@ class Bench:
                 for batch in batches:
                     step(batch)
 
-            seconds = _seconds(run)
+            seconds = [_seconds(run) for _ in range(self.repeats)]
         except torch.OutOfMemoryError:
             say(f"{name}: out of memory")
             return None
@@ -262,11 +268,10 @@ class Bench:
         found = {
             "seconds": seconds,
             "tokens": sum(tokens),
-            "tokens_per_second": sum(tokens) / seconds,
             "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             "reserved_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0,
         }
-        say(f"{name}: {found['tokens_per_second']:.0f} tokens/s, {found['peak_bytes'] / 1e9:.1f} GB")
+        say(f"{name}: {_speed(found):.0f} tokens/s, {found['peak_bytes'] / 1e9:.1f} GB")
         return found
 
     def _packs(self, tokens: int, count: int) -> list[list[int]]:
