@@ -68,7 +68,7 @@ def planned(recipe: str, *, timed: bool) -> Found:
     return {"planned": report.plan.peak, "tokens_per_second": report.tokens_per_second["planned"]}
 
 
-def measured(recipe: str, out: str) -> Found:
+def measured(recipe: str, out: str, *, on_cuda: bool = False) -> Found:
     """A real run; its peak is that of this process, or of its tensors on the GPU."""
     import torch
 
@@ -77,15 +77,17 @@ def measured(recipe: str, out: str) -> Found:
     stage = higgstune.train(recipe, out).stages["planned"]
     speeds = [logs["tokens_per_second"] for logs in stage["history"] if "tokens_per_second" in logs]
     found = {"steps": stage["steps"], "compiled": stage["compiled"], "tokens_per_second": speeds[-1]}
-    return found | ({"peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_initialized() else {})
+    return found | ({"peak_bytes": torch.cuda.max_memory_allocated()} if on_cuda else {})
 
 
 def measure(setting: Setting, folder: Path, *, threads: int = 1) -> tuple[Found, Found]:
     """The plan and the run of one setting. What is made in `folder` may serve other settings, too."""
     with tempfile.TemporaryDirectory(dir=folder) as own:
         recipe = str(prepare_run(setting, folder, Path(own)))
-        plan = Case(planned, {"recipe": recipe, "timed": setting.device == "cuda"}).run(threads=threads)
-        return plan, Case(measured, {"recipe": recipe, "out": str(Path(own) / "run")}).run(threads=threads)
+        on_cuda = setting.device == "cuda"
+        plan = Case(planned, {"recipe": recipe, "timed": on_cuda}).run(threads=threads)
+        run = Case(measured, {"recipe": recipe, "out": str(Path(own) / "run"), "on_cuda": on_cuda})
+        return plan, run.run(threads=threads)
 
 
 def prepare_run(setting: Setting, folder: Path, own: Path) -> Path:
@@ -147,6 +149,8 @@ def main() -> None:
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the released shape, and its speed"
     )
     given = asked.parse_args()
+    if given.device == "cuda" and given.quick:
+        asked.error("--quick is for --device cpu")
     rows, runs = [], []
     with tempfile.TemporaryDirectory() as folder:
         for setting in ON_A_GPU if given.device == "cuda" else QUICK if given.quick else SETTINGS:
@@ -156,10 +160,11 @@ def main() -> None:
                 both.append(measure(setting, Path(folder), threads=given.threads))
             plans, peaks = [plan for plan, _ in both], [run for _, run in both]
             name = setting.name
-            rows.append(Row(name, values(peaks, "peak_bytes", scale=1e-6), values(plans, "planned", scale=1e-6), "MB"))
+            memory = values(peaks, "peak_bytes", scale=1e-6), values(plans, "planned", scale=1e-6)
+            rows.append(Row(f"{name}: peak, measured and planned", *memory, "MB"))
             if given.device == "cuda":
                 speeds = [values(side, "tokens_per_second") for side in (peaks, plans)]
-                rows.append(Row(name, speeds[0], speeds[1], "tokens/s"))
+                rows.append(Row(f"{name}: measured, and planned for plain layers", *speeds, "tokens/s"))
             runs.append(asdict(setting) | {"compiled": peaks[0]["compiled"]})
             if given.json:
                 write_json(given.json, "planning", rows, settings=vars(given), runs=runs)

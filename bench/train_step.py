@@ -78,7 +78,10 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--variants", nargs="*", choices=VARIANTS, default=[], help="measure these beside ours")
     made.add_argument("--min-ratio", type=float, help="exit with 1 where random order is not that many times slower")
-    return made.parse_args()
+    given = made.parse_args()
+    if given.size == "full" and given.quick:
+        made.error("--quick is for --size mini; full takes fewer --layers")
+    return given
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 Tokens/s of the baseline with each batch size and of ours with each token budget; peak memory, measured and planned; the
 share of the card's measured bf16 matrix rate; the places in a step where the host waits for the device; and a 4-bit
-base within 16 GB, where bitsandbytes is installed.
+base within 16 GB, where bitsandbytes is installed. Layers are compiled where Triton and a C compiler are.
 """
 
 import argparse
 import gc
+import importlib.util
 import statistics
 import sys
 import time
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from padded import collate
 from peft import PeftModel, get_peft_model
-from report import Found, Row, finish, say, write_json
+from report import Found, Row, say, table, write_json
 from workload import Shape, clip_seconds, make_examples, random_model
 
 from higgstune.batch.packed import Packed, pack, positions, tensors_to, without_waiting
@@ -35,12 +36,14 @@ from higgstune.planning.layers import checkpoint_first
 from higgstune.planning.rehearsal import Subject
 from higgstune.training.finite import FiniteSteps
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 BATCH_TOKENS = (2048, 8192, 24576)
 PLAIN_BATCH_TOKENS = (2048, 8192)
+_HEEDED = ("layers", "low", "high", "median", "sigma", "rank", "seed", "repeats")  # of the arguments
 _STEPS = 5  # measured for each setting
 _CLIPS = 16  # of the baseline's, at the least: a few batches of one clip would be a matter of chance
 _SMALL_CARD = 16e9
+_SMALL = "4-bit base within 16 GB"
 _FAILED = ": failed"
 
 
@@ -52,11 +55,12 @@ def main(arguments: argparse.Namespace) -> None:
     say(f"{torch.cuda.get_device_name()}: {peak / 1e12:.0f} TFLOP/s in a bf16 product of 8192 x 8192 x 8192")
     bench = Bench(arguments, Shape(1, arguments.layers), torch.device("cuda"))
     found: Found = {"device": torch.cuda.get_device_name(), "matrix_flops_per_second": peak}
+    settings = {name: getattr(arguments, name) for name in _HEEDED} | {"clips": len(bench.examples)}
     for part in measure(bench):
         found |= part
         if arguments.json:  # a run that is cut off has told what it had
-            write_json(arguments.json, "train_step_cuda", rows(found), settings=vars(arguments), found=found)
-    finish("train_step_cuda", rows(found), arguments, found=found)
+            write_json(arguments.json, "train_step_cuda", rows(found), settings=settings, found=found)
+    sys.stdout.write(table(rows(found)) + "\n")
     if failed := [name.removesuffix(_FAILED) for name in found if name.endswith(_FAILED)]:
         sys.exit(f"failed: {', '.join(failed)}")
 
@@ -71,10 +75,13 @@ def measure(
     parts: dict[str, Callable[[], Any]] = {
         "ours": partial(bench.ours, budgets),
         "waits": bench.waits,
-        "4-bit base within 16 GB": bench.small_card,
+        _SMALL: bench.small_card,
         "ours, plain layers": partial(bench.ours, plain_budgets, compiled=False),
         "baseline": partial(bench.baseline, batch_sizes),
     }
+    if importlib.util.find_spec("bitsandbytes") is None:
+        say(f"{_SMALL}: left out, bitsandbytes is not installed")
+        del parts[_SMALL]
     for name, part in parts.items():
         started = time.perf_counter()
         found: Found = {name: None}
@@ -111,20 +118,21 @@ def rows(found: Found) -> list[Row]:
             name = f"packs of {tokens}, plain layers and {kind}"
             made.append(Row(name, plain.get(tokens), rates(one), "tokens/s"))
         for one in found["ours"]:
-            planned, measured = one["planned_bytes"] / 1e9, one["peak_bytes"] / 1e9
-            made.append(Row(f"packs of {one['batch_tokens']}: peak, planned and measured", [planned], [measured], "GB"))
-    if found.get("waits") is not None:
-        made.append(Row("the host waits for the device, in a step", None, [found["waits"]], "times"))
-    small = found.get("4-bit base within 16 GB")
-    if small:
-        planned, measured = small["planned_bytes"] / 1e9, small["peak_bytes"] / 1e9
-        made.append(Row("4-bit base, clips of 15 s: peak, planned and measured", [planned], [measured], "GB"))
+            made.append(_peak(f"packs of {one['batch_tokens']}", one))
+    for kind, times in (found.get("waits") or {}).items():
+        made.append(Row(f"calls that wait for the device, in a step, {kind} layers", None, [times], "times"))
+    if found.get(_SMALL):
+        made.append(_peak("a step with a 4-bit base, clips of 15 s", found[_SMALL]))
     return made
 
 
 def rates(one: Found, counted: str = "tokens") -> list[float]:
     """How much of what was counted a second took, in each repeat."""
     return [one[counted] / seconds for seconds in one["seconds"]]
+
+
+def _peak(name: str, one: Found) -> Row:
+    return Row(f"{name}: peak, measured and planned", [one["peak_bytes"] / 1e9], [one["planned_bytes"] / 1e9], "GB")
 
 
 def _speed(one: Found) -> float:
@@ -159,7 +167,7 @@ class Bench:
             sigma=arguments.sigma, seed=arguments.seed,
         )  # fmt: skip
         self.examples = make_examples(self.config, seconds, seed=arguments.seed)
-        self.repeats = arguments.repeats
+        self.repeats, self.seed = arguments.repeats, arguments.seed
         self.lengths = np.array([len(example) for example in self.examples])
         self.order = np.random.default_rng(arguments.seed).permutation(len(self.examples))
         self.model: PeftModel | None = None
@@ -171,7 +179,8 @@ class Bench:
             started = time.perf_counter()
             first = tensors_to(pack(self.examples[:3]), self.device)
             difference = compile_layers(model, first)
-            say(f"compiled in {time.perf_counter() - started:.0f} s; gradients are off by {difference}, relative")
+            told = "layers are not compiled" if difference is None else f"gradients are off by {difference:.3f}"
+            say(f"{told}, after {time.perf_counter() - started:.0f} s")
         found = []
         for tokens in budgets:
             packs = self._packs(tokens, _STEPS)
@@ -179,12 +188,12 @@ class Bench:
             measured = self._measured(f"packs of {tokens}", step, made, [positions(batch) for batch in made])
             if measured is None:
                 break
-            of_tokens = 4 * sum(_products(model, batch, positions(batch)) for batch in made)
-            of_rows = 4 * sum(_products(model, batch, len(batch["from_sequence"])) for batch in made)
+            of_tokens = 4 * sum(matrix_products(model, batch, positions(batch)) for batch in made)
+            of_rows = 4 * sum(matrix_products(model, batch, len(batch["from_sequence"])) for batch in made)
             measured |= {"flops": of_tokens, "flops_of_rows": of_rows, "planned_bytes": self._planned(made)}
             compiles = base_of(model).compiler_stance is not None
             found.append({"batch_tokens": tokens, "compiled": compiles, **measured})
-        return found
+        return _not_empty(found)
 
     def baseline(self, batch_sizes: Sequence[int]) -> list[Found]:
         """The native class and loss on padded batches, in two orders, until a batch does not fit.
@@ -203,26 +212,42 @@ class Bench:
         found = []
         for order in ("random", "grouped"):
             for size in batch_sizes if order == "random" else [size for size in batch_sizes if size > 1]:
-                made, tokens = self._padded(order, size)
+                batches = self._padded(order, size)
+                made = [self._pinned(collate([self.examples[i] for i in batch], self.config)) for batch in batches]
+                tokens = [int(self.lengths[batch].sum()) for batch in batches]
                 measured = self._measured(f"baseline, {order}, batch {size}", step, made, tokens)
                 if measured is None:
                     optimizer.zero_grad()
                     break
                 found.append({"order": order, "batch_size": size, **measured})
+        return _not_empty(found)
+
+    def waits(self) -> dict[str, int]:
+        """How often a step makes the host wait for the device, by PyTorch's debug mode, with plain and compiled layers.
+
+        That mode does not see waiting for an event: for the flag of the step before, which was computed long ago.
+        """
+        model, step = self._packed_step()
+        made = [self._pinned(pack([self.examples[i] for i in chosen])) for chosen in self._packs(BATCH_TOKENS[0], 3)]
+        found = {"plain": self._waits(step, made)}
+        if compile_layers(model, tensors_to(pack(self.examples[:3]), self.device)) is not None:
+            found["compiled"] = self._waits(step, made)
         return found
 
-    def waits(self) -> int:
-        """How often a step waits for the device, by PyTorch's own debug mode."""
-        model, step = self._packed_step()
-        compile_layers(model, tensors_to(pack(self.examples[:3]), self.device))
-        made = [self._pinned(pack([self.examples[i] for i in chosen])) for chosen in self._packs(BATCH_TOKENS[0], 3)]
-        for batch in made[:2]:
+    def _waits(self, step: Callable[[Packed], None], batches: Sequence[Packed]) -> int:
+        *others, last = batches
+        for batch in others:
             step(batch)
         torch.cuda.set_sync_debug_mode("warn")  # it warns of itself, once
-        torch.cuda.synchronize()
-        with _counted_waits() as seen:
-            step(made[2])
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            with counted_waits() as seen:
+                torch.ones((), device=self.device).item()
+            if len(seen) != 1:
+                raise RuntimeError(f"PyTorch's debug mode told of {len(seen)} waits for one .item()")
+            with counted_waits() as seen:
+                step(last)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         for message in seen:
             say(f"waits: {message}")
         return len(seen)
@@ -275,18 +300,22 @@ class Bench:
         return found
 
     def _packs(self, tokens: int, count: int) -> list[list[int]]:
-        packs = PackSampler(self.lengths, PackSize(tokens=tokens), seed=0).packs(0)[:-1]  # the last may be half empty
+        sampler = PackSampler(self.lengths, PackSize(tokens=tokens), seed=self.seed)
+        packs = sampler.packs(0)[:-1]  # the last may be half empty
         if len(packs) < count:
             raise ValueError(f"--clips {len(self.examples)} are too few for packs of {tokens} positions")
         return packs[:count]
 
-    def _padded(self, order: str, size: int) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
+    def _padded(self, order: str, size: int) -> list[np.ndarray]:
+        """Batches like those of the whole epoch: from the one with the most cells to the one with the fewest, evenly.
+
+        With the largest one a batch size that fits here fits an epoch.
+        """
         indices = np.argsort(self.lengths, kind="stable") if order == "grouped" else self.order
-        batches = [indices[i : i + size] for i in range(0, len(indices), size)]
-        batches = [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
-        batches = batches[: max(_STEPS, _CLIPS // size)]
-        made = [collate([self.examples[i] for i in batch], self.config) for batch in batches]
-        return [self._pinned(batch) for batch in made], [int(self.lengths[batch].sum()) for batch in batches]
+        batches = [indices[i : i + size] for i in range(0, len(indices) - size + 1, size)]
+        batches.sort(key=lambda batch: -size * int(self.lengths[batch].max()))
+        count = min(len(batches), max(_STEPS, _CLIPS // size))
+        return [batches[i] for i in np.linspace(0, len(batches) - 1, count).round().astype(int)]
 
     def _adapted(self, *, quantized: bool = False, float32: bool = True) -> tuple[PeftModel, torch.optim.Optimizer]:
         base: Any = random_model(self.config, dtype=torch.bfloat16, device=self.device)
@@ -348,7 +377,7 @@ class Bench:
         return {key: value.pin_memory() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-def _products(model: PeftModel, batch: Packed, rows: int) -> int:
+def matrix_products(model: PeftModel, batch: Packed, rows: int) -> int:
     """Matrix parameters x positions of one pass: attention and one FFN for each of `rows`, heads where labels are."""
     config = model.get_base_model().config
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -356,6 +385,12 @@ def _products(model: PeftModel, batch: Packed, rows: int) -> int:
     layers = config.num_hidden_layers * (attention + 3 * hidden * inner) * rows
     audio = hidden * config.num_codebooks * config.codebook_size * len(batch["audio_targets"])
     return layers + audio + hidden * config.vocab_size * len(batch["text_targets"])
+
+
+def _not_empty(found: list[Found]) -> list[Found]:
+    if not found:
+        raise RuntimeError("the smallest size does not fit the device's memory")
+    return found
 
 
 def _synchronize() -> None:
@@ -375,7 +410,8 @@ def _empty() -> None:
 
 
 @contextmanager
-def _counted_waits() -> Iterator[list[str]]:
+def counted_waits() -> Iterator[list[str]]:
+    """What PyTorch's debug mode says of calls inside that wait for the device."""
     seen: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -5,6 +5,7 @@ import importlib
 import json
 import statistics
 import sys
+import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgstune.batch.packed import positions
 from higgstune.batch.packing import PackSize
 from higgstune.data.store import CodeStore
+from higgstune.model.forward import HiggsAudioForTraining
 from higgstune.prompt.rows import RowExamples
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 HERE: Any = {"repeats": 1, "threads": 1, "fresh": False}  # in this process
 
@@ -178,22 +182,32 @@ def test_generation_runs_the_model_as_often_on_both_sides(monkeypatch: pytest.Mo
     assert rows[0].ratios[0] > 0
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_the_bench_for_a_gpu_measures_and_tells_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, where a small card cannot be had, and nothing waits."""
-    gpu, workload = bench("train_step_cuda"), bench("workload")
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The bench for a GPU, on a CPU: one step or two clips for each setting, nothing that waits."""
+    module = bench("train_step_cuda")
+    monkeypatch.setattr(module, "_STEPS", 1)
+    monkeypatch.setattr(module, "_CLIPS", 2)
+    return module
+
+
+@pytest.fixture
+def small(gpu: Any) -> Any:
+    """What it measures on."""
     arguments = Namespace(clips=60, low=1.0, high=4.0, median=2.0, sigma=0.6, seed=0, rank=4, layers=2, repeats=2)
-    made = gpu.Bench(arguments, workload.Shape(64, 2), torch.device("cpu"))
-    monkeypatch.setattr(gpu, "_STEPS", 1)
-    monkeypatch.setattr(gpu, "_CLIPS", 2)
-    monkeypatch.setattr(made, "waits", lambda: 0)
+    return gpu.Bench(arguments, bench("workload").Shape(64, 2), torch.device("cpu"))
+
+
+def test_the_bench_for_a_gpu_measures_and_tells_what_failed(
+    gpu: Any, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small, "waits", lambda: {"plain": 0})
     found: dict[str, Any] = {"matrix_flops_per_second": 1e12}
-    for part in gpu.measure(made, [400, 800], [400], [1, 2]):
+    for part in gpu.measure(small, [400, 800], [400], [1, 2]):
         found |= part
         assert gpu.rows(found)  # what there is of it so far
-    assert [name for name in found if "failed" in name] == ["4-bit base within 16 GB: failed"]
+    assert [name for name in found if "failed" in name] == ["4-bit base within 16 GB: failed"]  # no card to cut
     assert [one["batch_tokens"] for one in found["ours"]] == [400, 800]
-    assert all(one["planned_bytes"] > 1e5 and min(gpu.rates(one, "flops")) > 1e6 for one in found["ours"])
     sides = [(one["order"], one["batch_size"]) for one in found["baseline"]]
     assert sides == [("random", 1), ("random", 2), ("grouped", 2)]  # one clip alone is of no order
     rows = {row.name: row for row in gpu.rows(found)}
@@ -204,7 +218,88 @@ def test_the_bench_for_a_gpu_measures_and_tells_what_failed(monkeypatch: pytest.
     assert statistics.median(random.baseline) == max(map(statistics.median, side))
     assert rows["packs of 400, plain layers and plain again"].baseline is not None
     assert rows["packs of 800, plain layers and plain again"].baseline is None
-    assert rows["the host waits for the device, in a step"].ours == [0]
+    assert rows["calls that wait for the device, in a step, plain layers"].ours == [0]
+
+
+def test_nothing_that_fits_is_a_failure(gpu: Any, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small, "_measured", lambda *_: None)
+    monkeypatch.setattr(small, "waits", lambda: {"plain": 0})
+    found = {name: value for part in gpu.measure(small, [400], [400], [1]) for name, value in part.items()}
+    assert "does not fit" in found["ours: failed"]
+    assert "does not fit" in found["baseline: failed"]
+
+
+def test_both_sides_on_a_gpu_train_on_each_batch_once_in_a_repeat(
+    gpu: Any, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    for model in (HiggsAudioV2ForConditionalGeneration, HiggsAudioForTraining):
+        forward = model.forward
+
+        def counted(self: Any, *args: Any, forward: Any = forward, **kwargs: Any) -> Any:
+            calls.append(1)
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr(small, "_planned", lambda _: 0)  # it rehearses, by the same forward pass
+    ran_before_and_measured = 1 + small.repeats
+    (ours,) = small.ours([400], compiled=False)
+    assert len(calls) == ran_before_and_measured
+    assert _moved(small.model)
+    (pack,) = small._packs(400, 1)
+    assert ours["tokens"] == small.lengths[pack].sum()
+    calls.clear()
+    (native,) = small.baseline([2])[:1]
+    (batch,) = small._padded("random", 2)
+    assert len(calls) == 2 * ran_before_and_measured  # in random order and grouped
+    assert _moved(small.model)
+    assert native["tokens"] == small.lengths[batch].sum()
+
+
+def _moved(model: Any) -> bool:
+    """Whether every B has left its start of zero."""
+    return all(weight.any() for name, weight in model.named_parameters() if "lora_B" in name)
+
+
+def test_batches_of_the_baseline_on_a_gpu_are_like_those_of_an_epoch(gpu: Any, small: Any) -> None:
+    whole = small._padded("random", 20)[:1]
+    random, grouped = (small._padded(order, 6) for order in ("random", "grouped"))
+    for batches in (whole, random, grouped):
+        assert small.lengths[batches[0]].max() == small.lengths.max()  # what fits with it fits an epoch
+    assert np.ptp(small.lengths[grouped[0]]) < 0.5 * np.ptp(small.lengths[random[0]])
+
+
+def test_products_are_counted_by_hand(gpu: Any, small: Any) -> None:
+    model, _ = small._packed_step()
+    config = small.config
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    attention = config.hidden_size * config.head_dim * (heads + config.num_attention_heads)
+    layer = attention + 3 * config.hidden_size * config.intermediate_size
+    batch = {"audio_targets": torch.zeros(5, 8), "text_targets": torch.zeros(3)}
+    heads_of_labels = config.hidden_size * (5 * 8 * config.codebook_size + 3 * config.vocab_size)
+    assert gpu.matrix_products(model, batch, 10) == 2 * layer * 10 + heads_of_labels
+
+
+def test_waits_are_those_that_pytorch_warns_of(gpu: Any) -> None:
+    with gpu.counted_waits() as seen:
+        warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+    assert seen == ["called a synchronizing CUDA operation"]
+
+
+def test_a_small_card_computes_all_layers_again_on_a_4_bit_base(
+    gpu: Any, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    limits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Namespace(total_memory=64e9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    found = small.small_card()
+    assert limits == [0.25, 1.0]
+    assert found["tokens"] > 6 * 4 * 15 * 25  # six packs of four clips of 15 s
+    layers = small.model.get_base_model().model.layers
+    assert all(layer.gradient_checkpointing for layer in layers)
+    assert {type(layer.mlp.up_proj.base_layer).__name__ for layer in layers} == {"Linear4bit"}
 
 
 def test_a_plan_is_near_to_what_training_takes(tmp_path: Path) -> None:

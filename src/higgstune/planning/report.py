@@ -66,7 +66,7 @@ class PlanReport:
         yield "an epoch", *(f"{stage.packs} packs, {stage.steps_per_epoch} steps" for stage in stages)
         yield "steps in all", *(str(stage.steps) for stage in stages)
         yield "tokens/s", *(_known(self.tokens_per_second[stage.name], "{:.0f}") for stage in stages)
-        yield "time", *(_duration(self.seconds[stage.name]) for stage in stages)
+        yield "time of the steps", *(_duration(self.seconds[stage.name]) for stage in stages)
 
     def verdict(self) -> str:
         """Whether it fits, in words, with options where it does not."""
