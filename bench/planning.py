@@ -50,6 +50,11 @@ SETTINGS = (
     Setting(8, 8, 2048, 64, kind="text", accumulation=2),
     Setting(16, 28, 2048, 8),
     Setting(16, 28, 1024, 64, checkpointing=True),
+    Setting(8, 6, 2000, 16, dropout=0.1),
+    Setting(16, 28, 4096, 16, dropout=0.05),
+    Setting(8, 8, 2048, 16, dora=True),
+    Setting(8, 10, 4096, 16, quantize="4bit"),
+    Setting(8, 10, 4096, 16, quantize="4bit", checkpointing=True),
 )
 QUICK = (Setting(16, 4, 512, 8),)
 _ON_A_GPU = {"device": "cuda", "steps": 20}

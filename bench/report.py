@@ -118,7 +118,8 @@ class Case:
                 text=True,
             )
             if done.returncode:
-                raise RuntimeError(f"{module}.{self.function.__name__} failed:\n{(done.stdout + done.stderr)[-4000:]}")
+                said = (done.stdout + done.stderr)[-4000:]
+                raise RuntimeError(f"{module}.{self.function.__name__}: exit status {done.returncode}\n{said}")
             found: Found = json.loads(answer.read_text())
             return found
 

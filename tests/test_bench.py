@@ -334,7 +334,7 @@ def test_slopes_of_growth() -> None:
     assert (row.baseline, row.ratios) == ([10.0], [3.0])
 
 
-@pytest.mark.parametrize("name", ["data_path", "codec", "generation", "growth", "planning"])
+@pytest.mark.parametrize("name", ["train_step", "data_path", "codec", "generation", "growth", "planning"])
 def test_help_has_an_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit, match="0"):

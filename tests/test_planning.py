@@ -30,6 +30,7 @@ from higgstune.planning.layers import checkpoint_first
 from higgstune.planning.options import _ranks, _smaller_packs, options
 from higgstune.planning.plan import Planner, fewest
 from higgstune.planning.rehearsal import ADAPTER, Subject, rehearse
+from higgstune.planning.speed import Speed
 from higgstune.planning.survey import _heaviest, row_examples
 from higgstune.planning.tracker import Tracker
 from higgstune.training import run as training_run
@@ -240,6 +241,39 @@ def test_options_differ_where_checkpointing_is_on_already(world: Path, planner: 
     tight = Planner(big, Machine("cuda", 10**12, at_hand=False), seen=planner.seen)
     changes = [option.change for option in options(tight, room=int(0.9 * tight.plan().peak))]
     assert len(set(changes)) == len(changes) == 3
+
+
+def test_loading_takes_the_weights_and_on_a_cpu_what_is_copied(world: Path, planner: Planner) -> None:
+    def loading(kind: Any, dtype: Any) -> tuple[int, int]:
+        plan = recipe(world)
+        plan = plan.model_copy(update={"model": plan.model.model_copy(update={"dtype": dtype})})
+        made = Planner(plan, Machine(kind, 10**12, at_hand=kind == "cpu"), seen=planner.seen)
+        (stage,) = made.plan().stages
+        return stage.loading - made.process - made.codec, stage.memory["weights"]
+
+    as_they_lie, weights = loading("cpu", "float32")
+    assert as_they_lie == weights
+    copied, halved = loading("cpu", "bfloat16")
+    assert halved < 0.6 * weights
+    assert copied == halved + sum(planner.seen.files.values())
+    on_a_gpu, weights = loading("cuda", "float32")
+    assert on_a_gpu == weights + 40_000_000  # cuBLAS
+
+
+def test_a_validation_is_rehearsed_with_its_own_pack(planner: Planner, parts: tuple[Subject, Packed]) -> None:
+    subject, large = parts
+    rows = row_examples(planner.seen, planner.recipe.stages[0], "train")
+    small = pack([rows[0], rows[1]])
+    layers = subject.config.num_hidden_layers
+    assert "validation" not in Footprint(subject, small).segments(0, layers)
+    with_small, with_large = (Footprint(subject, small, other).segments(0, layers) for other in (small, large))
+    assert with_large["validation"].total() > with_small["validation"].total()
+    assert with_large["heads"] == with_small["heads"]
+
+
+def test_seconds_of_a_step_add_up() -> None:
+    speed = Speed(layer=1.0, layer_again=2.0, outside=10.0, optimizer=100.0)
+    assert speed.step(3, layers=4, checkpointed=1, passes=2) == 2 * 3 * (10 + 3 * 1 + 2) + 4 * 100
 
 
 def command_recipe(folder: Path, plan: Any) -> Path:

@@ -16,6 +16,7 @@ from higgstune.errors import CheckpointError
 from higgstune.model.attention import Runs
 from higgstune.model.conditioning import base_of
 from higgstune.model.fused import Order
+from higgstune.model.heap import give_back_holes, leaves_holes
 from higgstune.model.loss import LossWeights, Sums, combine, head_sums, label_counts
 from higgstune.model.packed import Places, Stance, with_packed_layers
 
@@ -84,8 +85,11 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
             audio=Runs.of(audio_lengths, (cos[of_audio], sin[of_audio])),
             compiler=self.compiler_stance,
         )
-        for layer in inner.layers:
+        with_holes = leaves_holes(hidden, inner.layers)
+        for number, layer in enumerate(inner.layers, start=1):
             hidden = layer(hidden, places=places)
+            if with_holes:
+                give_back_holes(number, len(inner.layers))
         return inner.norm(hidden)
 
     def _with_features(self, embedded: Tensor, positions: Tensor | None, features: Tensor | None) -> Tensor:

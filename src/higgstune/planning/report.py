@@ -56,8 +56,7 @@ class PlanReport:
         """The table: what, then one cell a stage."""
         stages = self.plan.stages
         for kind in (*KINDS, "process"):
-            if kind != "process" or self.plan.machine.kind == "cpu":
-                yield _ROWS[kind], *(size(stage.memory[kind]) for stage in stages)
+            yield _ROWS[kind], *(size(stage.memory[kind]) for stage in stages)
         yield "while loading", *(size(stage.loading) for stage in stages)
         yield "peak", *(size(stage.peak) for stage in stages)
         yield "layers computed again", *(f"{stage.checkpointed} of {stage.layers}" for stage in stages)
@@ -65,7 +64,7 @@ class PlanReport:
         yield "mean pack", *(f"{stage.tokens_per_pack:.0f} tokens" for stage in stages)
         yield "an epoch", *(f"{stage.packs} packs, {stage.steps_per_epoch} steps" for stage in stages)
         yield "steps in all", *(str(stage.steps) for stage in stages)
-        yield "tokens/s", *(_known(self.tokens_per_second[stage.name], "{:.0f}") for stage in stages)
+        yield "tokens/s, about", *(_known(self.tokens_per_second[stage.name], "{:.0f}") for stage in stages)
         yield "time of the steps", *(_duration(self.seconds[stage.name]) for stage in stages)
 
     def verdict(self) -> str:
@@ -76,7 +75,7 @@ class PlanReport:
         assert machine.memory is not None
         if self.fits:
             return f"It fits: {peak} of {size(machine.memory)} on {machine.kind}"
-        return f"It does not fit: {peak} of {size(machine.memory)} on {machine.kind}\n{told(self.options)}"
+        return f"It does not fit: it takes {peak}, {machine.kind} has {size(machine.memory)}\n{told(self.options)}"
 
 
 def plan(
