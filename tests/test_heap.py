@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from test_packed import adapted, examples
+from torch import nn
 
 from higgstune.batch.packed import pack
 from higgstune.model import heap
 from higgstune.model.adapters import Lora
 from higgstune.model.conditioning import base_of
 from higgstune.model.forward import packed_loss, with_training_forward
+from higgstune.planning.layers import checkpoint_first
 
 
 def test_a_training_step_gives_back_what_layers_that_are_not_plain_leave(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,14 +44,17 @@ def test_a_gpu_has_another_allocator() -> None:
     assert not heap.leaves_holes(hidden.to("meta"), base_of(model).model.layers)
 
 
-def test_every_fourth_layer_and_the_last_give_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("again", "after"), [(0, [8, 16, 18]), (18, [4, 8, 12, 16, 18]), (6, [4, 8, 16, 18])])
+def test_some_layers_and_the_last_give_back(again: int, after: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
-    monkeypatch.setattr(heap, "_malloc_trim", lambda: lambda _: given.append(layer))
-    for layer in range(1, 11):
-        heap.give_back_holes(layer, 10)
-    assert given == [4, 8, 10]
+    layers = nn.ModuleList([nn.Module() for _ in range(18)])
+    checkpoint_first(layers, again)
+    monkeypatch.setattr(heap, "_malloc_trim", lambda: lambda _: given.append(done))
+    for done in range(1, 19):
+        heap.give_back_holes(layers, done)
+    assert given == after
     monkeypatch.setattr(heap, "_malloc_trim", lambda: None)
-    heap.give_back_holes(4, 10)  # another library than glibc's
+    heap.give_back_holes(layers, 18)  # another library than glibc's
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc alone")
@@ -62,7 +67,9 @@ def test_pages_of_holes_go_back_to_the_system() -> None:
     for piece in pieces[::2]:
         libc.free(piece)
     before = _resident()
-    heap.give_back_holes(1, 1)
+    layers = nn.ModuleList([nn.Module()])
+    checkpoint_first(layers, 0)
+    heap.give_back_holes(layers, 1)
     assert before - _resident() > 80_000_000
     for piece in pieces[1::2]:
         libc.free(piece)

@@ -75,7 +75,8 @@ def check_memory(plan: Plan, free: int, *, device: str) -> Finding:
     """The plan against what is free."""
     parts = f"{_size(plan.weights)} weights, {_size(plan.activations)} KV cache"
     if plan.trained:
-        parts = f"{_size(plan.weights)} weights, {_size(plan.trained)} trained, {_size(plan.activations)} activations and all else"
+        rest = f"{_size(plan.activations)} activations and all else"
+        parts = f"{_size(plan.weights)} weights, {_size(plan.trained)} trained, {rest}"
     text = f"{plan.what} takes about {_size(plan.total)} ({parts}); {_size(free)} are free on {device}"
     if plan.total > free:
         return Finding(CHECK, "failed", text, _advice(plan))

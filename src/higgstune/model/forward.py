@@ -86,10 +86,10 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
             compiler=self.compiler_stance,
         )
         with_holes = leaves_holes(hidden, inner.layers)
-        for number, layer in enumerate(inner.layers, start=1):
+        for done, layer in enumerate(inner.layers, start=1):
             hidden = layer(hidden, places=places)
             if with_holes:
-                give_back_holes(number, len(inner.layers))
+                give_back_holes(inner.layers, done)
         return inner.norm(hidden)
 
     def _with_features(self, embedded: Tensor, positions: Tensor | None, features: Tensor | None) -> Tensor:

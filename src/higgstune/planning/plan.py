@@ -21,7 +21,8 @@ from higgstune.training.recipe import Recipe, Stage
 _CUDA_WORKSPACE = 40_000_000  # cuBLAS keeps it once it has computed
 # On a CPU, beside what is counted; fitted to measured runs, see docs/planning.md.
 _CPU_LIBRARIES = 150_000_000  # once they have computed, with the trainer and this planner
-_CPU_SCATTERED = {TRANSIENT: 0.7, ADAPTER: 0.5, OPTIMIZER: 0.5}  # what malloc keeps between pieces that are alive
+_CPU_SCATTERED = {ADAPTER: 0.5, OPTIMIZER: 0.5}  # what malloc keeps between pieces that are alive
+_CPU_SCATTERED_AGAIN = 0.7  # likewise, of transient bytes, with all layers computed again: they leave the most holes
 _CPU_MOST_SCATTERED = 250_000_000  # larger pieces go back to the system when they are freed
 
 
@@ -101,7 +102,7 @@ class Planner:
 
     def peak(self, recipe: Recipe, stage: Stage, again: int) -> int:
         """Bytes that a stage takes at the most, loading apart."""
-        return self._whole(self._taken(recipe, stage, again))
+        return self._whole(self._taken(recipe, stage, again), again)
 
     def packs(self, recipe: Recipe, stage: Stage, split: str = "train") -> Packs | None:
         """The packs of a stage."""
@@ -153,13 +154,14 @@ class Planner:
         per_epoch = steps_of(stage, len(train.packs))
         memory = {kind: taken[kind] for kind in KINDS}
         loading = self._loading(recipe, taken[WEIGHTS])
-        peak = max(loading, self._whole(taken))
+        whole = self._whole(taken, again)
+        peak = max(loading, whole)
         return StagePlan(
             name=stage.name,
             kind=stage.kind,
             layers=self.seen.config.num_hidden_layers,
             checkpointed=again,
-            memory=memory | {"process": self._whole(taken) - taken.total()},
+            memory=memory | {"process": whole - taken.total()},
             loading=loading,
             peak=peak,
             fits=None if self.machine.memory is None else peak <= self.machine.memory,
@@ -171,12 +173,13 @@ class Planner:
             steps=stage.max_steps if stage.max_steps is not None else math.ceil((stage.epochs or 1) * per_epoch),
         )
 
-    def _whole(self, taken: Bytes) -> int:
+    def _whole(self, taken: Bytes, again: int) -> int:
         """Tensors, with what the process and its libraries take beside them."""
         if self.machine.kind == "cuda":
             return taken.total() + _CUDA_WORKSPACE
-        scattered = int(sum(share * taken[kind] for kind, share in _CPU_SCATTERED.items()))
-        return self.process + self.codec + taken.total() + _CPU_LIBRARIES + min(scattered, _CPU_MOST_SCATTERED)
+        scattered = sum(share * taken[kind] for kind, share in _CPU_SCATTERED.items())
+        scattered += _CPU_SCATTERED_AGAIN * taken[TRANSIENT] * again / self.seen.config.num_hidden_layers
+        return self.process + self.codec + taken.total() + _CPU_LIBRARIES + min(int(scattered), _CPU_MOST_SCATTERED)
 
     def _loading(self, recipe: Recipe, weights: int) -> int:
         """While the weights are read, on the CPU: the file is mapped, and copied where dtype or layout change."""
