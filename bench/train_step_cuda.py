@@ -225,7 +225,7 @@ class Bench:
     def waits(self) -> dict[str, int]:
         """How often a step makes the host wait for the device, by PyTorch's debug mode, with plain and compiled layers.
 
-        That mode does not see waiting for an event: for the flag of the step before, which was computed long ago.
+        That mode does not see waiting for an event, which a step does for the flag of the step before.
         """
         model, step = self._packed_step()
         made = [self._pinned(pack([self.examples[i] for i in chosen])) for chosen in self._packs(BATCH_TOKENS[0], 3)]
@@ -242,8 +242,8 @@ class Bench:
         try:
             with counted_waits() as seen:
                 torch.ones((), device=self.device).item()
-            if len(seen) != 1:
-                raise RuntimeError(f"PyTorch's debug mode told of {len(seen)} waits for one .item()")
+            if not seen:
+                raise RuntimeError("PyTorch's debug mode did not tell of an .item()")
             with counted_waits() as seen:
                 step(last)
         finally:
