@@ -119,7 +119,9 @@ class Case:
             )
             if done.returncode:
                 said = (done.stdout + done.stderr)[-4000:]
-                raise RuntimeError(f"{module}.{self.function.__name__}: exit status {done.returncode}\n{said}")
+                raise RuntimeError(
+                    f"{module}.{self.function.__name__} failed with exit status {done.returncode}:\n{said}"
+                )
             found: Found = json.loads(answer.read_text())
             return found
 

@@ -64,7 +64,7 @@ def test_a_fresh_process_has_a_memory_of_its_own_and_its_threads_are_set(tmp_pat
     found = report.Case(report.machine).run()
     assert found["cores"] >= 1
     assert 5e6 < found["peak_bytes"] < ballast.nbytes / 2
-    with pytest.raises(RuntimeError, match=r"report\.Case failed:(.|\n)*unexpected keyword"):
+    with pytest.raises(RuntimeError, match=r"report\.Case failed with exit status 1:(.|\n)*unexpected keyword"):
         report.Case(report.Case, {"no": 1}).run()
 
 

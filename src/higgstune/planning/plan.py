@@ -13,7 +13,7 @@ import torch
 from higgstune.model.load import choose_dtype
 from higgstune.planning.device import Machine
 from higgstune.planning.footprint import Footprint
-from higgstune.planning.rehearsal import ADAPTER, KINDS, OPTIMIZER, TRANSIENT, WEIGHTS, Subject
+from higgstune.planning.rehearsal import ADAPTER, KINDS, OPTIMIZER, WEIGHTS, Subject
 from higgstune.planning.survey import Packs, Survey, dtype_of, is_native, packs_of, steps_of, survey
 from higgstune.planning.tracker import Bytes
 from higgstune.training.recipe import Recipe, Stage
@@ -22,7 +22,7 @@ _CUDA_WORKSPACE = 40_000_000  # cuBLAS keeps it once it has computed
 # On a CPU, beside what is counted; fitted to measured runs, see docs/planning.md.
 _CPU_LIBRARIES = 150_000_000  # once they have computed, with the trainer and this planner
 _CPU_SCATTERED = {ADAPTER: 0.5, OPTIMIZER: 0.5}  # what malloc keeps between pieces that are alive
-_CPU_SCATTERED_AGAIN = 0.7  # likewise, of transient bytes, with all layers computed again: they leave the most holes
+_CPU_SCATTERED_AGAIN = 0.3  # likewise, of what layers do not keep that are computed again: where it was are holes
 _CPU_MOST_SCATTERED = 250_000_000  # larger pieces go back to the system when they are freed
 
 
@@ -102,7 +102,8 @@ class Planner:
 
     def peak(self, recipe: Recipe, stage: Stage, again: int) -> int:
         """Bytes that a stage takes at the most, loading apart."""
-        return self._whole(self._taken(recipe, stage, again), again)
+        taken = self._taken(recipe, stage, again)
+        return taken.total() + self._beside(recipe, stage, again, taken)
 
     def packs(self, recipe: Recipe, stage: Stage, split: str = "train") -> Packs | None:
         """The packs of a stage."""
@@ -154,14 +155,14 @@ class Planner:
         per_epoch = steps_of(stage, len(train.packs))
         memory = {kind: taken[kind] for kind in KINDS}
         loading = self._loading(recipe, taken[WEIGHTS])
-        whole = self._whole(taken, again)
-        peak = max(loading, whole)
+        beside = self._beside(recipe, stage, again, taken)
+        peak = max(loading, taken.total() + beside)
         return StagePlan(
             name=stage.name,
             kind=stage.kind,
             layers=self.seen.config.num_hidden_layers,
             checkpointed=again,
-            memory=memory | {"process": whole - taken.total()},
+            memory=memory | {"process": beside},
             loading=loading,
             peak=peak,
             fits=None if self.machine.memory is None else peak <= self.machine.memory,
@@ -173,13 +174,14 @@ class Planner:
             steps=stage.max_steps if stage.max_steps is not None else math.ceil((stage.epochs or 1) * per_epoch),
         )
 
-    def _whole(self, taken: Bytes, again: int) -> int:
-        """Tensors, with what the process and its libraries take beside them."""
+    def _beside(self, recipe: Recipe, stage: Stage, again: int, taken: Bytes) -> int:
+        """What the process and its libraries take beside the tensors."""
         if self.machine.kind == "cuda":
-            return taken.total() + _CUDA_WORKSPACE
+            return _CUDA_WORKSPACE
         scattered = sum(share * taken[kind] for kind, share in _CPU_SCATTERED.items())
-        scattered += _CPU_SCATTERED_AGAIN * taken[TRANSIENT] * again / self.seen.config.num_hidden_layers
-        return self.process + self.codec + taken.total() + _CPU_LIBRARIES + min(int(scattered), _CPU_MOST_SCATTERED)
+        if again:
+            scattered += _CPU_SCATTERED_AGAIN * max(0, self._taken(recipe, stage, 0).total() - taken.total())
+        return self.process + self.codec + _CPU_LIBRARIES + min(int(scattered), _CPU_MOST_SCATTERED)
 
     def _loading(self, recipe: Recipe, weights: int) -> int:
         """While the weights are read, on the CPU: the file is mapped, and copied where dtype or layout change."""
