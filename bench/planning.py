@@ -32,6 +32,11 @@ class Setting:
     steps: int = STEPS
 
     @property
+    def on_cuda(self) -> bool:
+        """Whether it is for a GPU."""
+        return self.device == "cuda"
+
+    @property
     def name(self) -> str:
         """In words."""
         words = [f"width / {self.scale}, {self.layers} layers, {self.kind}", f"packs of {self.tokens:,}", f"r {self.r}"]
@@ -89,9 +94,8 @@ def measure(setting: Setting, folder: Path, *, threads: int = 1) -> tuple[Found,
     """The plan and the run of one setting. What is made in `folder` may serve other settings, too."""
     with tempfile.TemporaryDirectory(dir=folder) as own:
         recipe = str(prepare_run(setting, folder, Path(own)))
-        on_cuda = setting.device == "cuda"
-        plan = Case(planned, {"recipe": recipe, "timed": on_cuda}).run(threads=threads)
-        run = Case(measured, {"recipe": recipe, "out": str(Path(own) / "run"), "on_cuda": on_cuda})
+        plan = Case(planned, {"recipe": recipe, "timed": setting.on_cuda}).run(threads=threads)
+        run = Case(measured, {"recipe": recipe, "out": str(Path(own) / "run"), "on_cuda": setting.on_cuda})
         return plan, run.run(threads=threads)
 
 
@@ -109,19 +113,18 @@ def prepare_run(setting: Setting, folder: Path, own: Path) -> Path:
         "name": "planned", "kind": setting.kind, "max_steps": setting.steps, "batch_tokens": setting.tokens,
         "gradient_accumulation": setting.accumulation,
     }  # fmt: skip
-    on_cuda = setting.device == "cuda"
     tree: dict[str, Any] = {
         "model": {
-            "checkpoint": str(base), "dtype": "bfloat16" if on_cuda else "float32", "device": setting.device,
+            "checkpoint": str(base), "dtype": "bfloat16" if setting.on_cuda else "float32", "device": setting.device,
             "quantize": setting.quantize,
         },
-        "data": {"store": str(own / "data"), "workers": 2 if on_cuda else 0},
+        "data": {"store": str(own / "data"), "workers": 2 if setting.on_cuda else 0},
         "lora": {"r": setting.r, "alpha": 2 * setting.r, "dropout": setting.dropout, "dora": setting.dora},
         "stages": [stage],
         "gradient_checkpointing": setting.checkpointing,
         "compile": setting.compile,
         "log_steps": math.ceil(setting.steps / 2),  # the second half is what is told of speed
-        "evaluation": {"clips": 0 if on_cuda else 1},  # random weights speak without an end
+        "evaluation": {"clips": 0 if setting.on_cuda else 1},  # random weights speak without an end
         "report_to": [],
     }  # fmt: skip
     (own / "recipe.yaml").write_text(yaml.safe_dump(tree))
@@ -141,9 +144,9 @@ def _make_base(setting: Setting, base: Path) -> None:
     config.update({name: getattr(demo, name) for name in (*ids, "codebook_size")})
     shutil.copytree(ASSETS / "base", base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     shutil.copytree(ASSETS / "codec", base / "codec")
-    dtype = torch.bfloat16 if setting.device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if setting.on_cuda else torch.float32
     random_model(config, dtype=dtype, device=torch.device(setting.device)).save_pretrained(base)
-    if setting.device == "cuda":
+    if setting.on_cuda:
         torch.cuda.empty_cache()  # the runs are other processes on the same card
 
 
