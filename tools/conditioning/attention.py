@@ -49,7 +49,7 @@ def main() -> None:
     for (kind, query), values in shares.items():
         for layer, share in enumerate(values):
             cells = " | ".join(f"{100 * part:.0f} %" for part in share)
-            print(f"| {kind} | {query} | {layer} | {cells} |")  # noqa: T201
+            print(f"| {kind} | {query} | {layer} | {cells} |")
 
 
 def mean_shares(model: Any, examples: list[Example], prompter: Prompter) -> dict[tuple[str, str], np.ndarray]:

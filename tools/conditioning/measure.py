@@ -138,7 +138,7 @@ def measure(args: argparse.Namespace, name: str, arm: Arm, seed: int) -> dict[st
     kept = folder / "measured.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    print(f"{name}, seed {seed}", flush=True)  # noqa: T201
+    print(f"{name}, seed {seed}", flush=True)
     recipe = recipe_of(args, arm, seed)
     state = folder / "run.json"
     if not state.exists() or json.loads(state.read_text())["status"] != "finished":

@@ -39,7 +39,7 @@ def main() -> None:
     save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(config.to_diff_dict(), indent=2), encoding="utf-8")
     WhisperFeatureExtractor(feature_size=config.num_mel_bins).save_pretrained(out)
-    print(f"{layers} layers of {width} in {out}")  # noqa: T201
+    print(f"{layers} layers of {width} in {out}")
 
 
 def read_variables(path: Path) -> dict[str, np.ndarray]:

@@ -243,7 +243,7 @@ def report(
         "held_out_audio": round(sum(per_codebook) / len(per_codebook), 4),
         "held_out_codebooks": [round(x, 2) for x in per_codebook],
     }  # fmt: skip
-    print(json.dumps(line), flush=True)  # noqa: T201
+    print(json.dumps(line), flush=True)
     state = {key: value for key, value in model.state_dict().items() if "parametrizations" not in key}
     state["audio_lm_head.weight"] = model.audio_lm_head.weight
     state["model.embed_audio_tokens.embed_audio_tokens.weight"] = (

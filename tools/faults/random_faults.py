@@ -95,7 +95,7 @@ def main() -> None:
             if code != 0 and fault != "none":
                 count += 1
                 hits[fault] += 1
-                print(f"{count} run {runs}: {fault} after {moment:.1f} s, exit code {code} in {seconds:.1f} s")  # noqa: T201
+                print(f"{count} run {runs}: {fault} after {moment:.1f} s, exit code {code} in {seconds:.1f} s")
             expected = CODES.get(fault, {-9}) | {0}
             if code not in expected or (fault in ("SIGTERM", "SIGINT") and seconds > IN_TIME and code != 0):
                 sys.exit(f"{fault}: exit code {code} in {seconds:.1f} s\n{going.log()}")
@@ -104,7 +104,7 @@ def main() -> None:
             attempt += 1
         assert_identical(run, world / "whole")
         runs += 1
-    print(f"{count} faults in {runs} runs, nothing lost: {dict(hits)}")  # noqa: T201
+    print(f"{count} faults in {runs} runs, nothing lost: {dict(hits)}")
 
 
 if __name__ == "__main__":

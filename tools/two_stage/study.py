@@ -79,7 +79,7 @@ def measure_arm(
     folder = args.out / name / f"{arm}-{share:g}-{seed}"
     if (folder / MEASURED).exists():
         return
-    print(f"{name}, stage 1 {share:.0%}, {arm}, seed {seed}", flush=True)  # noqa: T201
+    print(f"{name}, stage 1 {share:.0%}, {arm}, seed {seed}", flush=True)
     state = folder / "run.json"
     if not state.exists() or json.loads(state.read_text())["status"] != "finished":
         recipe = recipe_for(SETTINGS[name], base, stores.train, share=share, arm=arm, seed=seed)
