@@ -1,5 +1,6 @@
 """One row of a source -> a candidate for the store: its texts and recordings read and checked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +62,7 @@ class Checker:
             reference = self._part(row, "reference_audio", utterance.reference_audio, Segment())
         return Candidate(row.location, utterance, text, target, reference, reference_text)
 
-    def _conversation(self, row: SourceRow, utterance: Utterance, messages: list[Message]) -> Candidate:
+    def _conversation(self, row: SourceRow, utterance: Utterance, messages: Sequence[Message]) -> Candidate:
         text = target_text(messages)
         if not is_speakable(text):
             raise RowError("empty_text", "the target has no text, neither its own nor the user's before it")
@@ -101,10 +102,10 @@ def _segment(part: dict[str, Any]) -> Segment:
     return Segment(start, None if duration is None else (start or 0.0) + duration, clamp=True)
 
 
-def _without_segments(messages: list[Message]) -> list[Message]:
+def _without_segments(messages: Sequence[Message]) -> list[Message]:
     """Messages as they are stored: which part of a file a clip was is in its codes."""
     keep = ("type", "text", "url", "as")
     return [
-        message | {"content": [{k: v for k, v in part.items() if k in keep} for part in message["content"]]}
+        {**message, "content": [{k: v for k, v in part.items() if k in keep} for part in message["content"]]}
         for message in messages
     ]

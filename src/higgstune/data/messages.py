@@ -6,14 +6,14 @@ code writes into the system message as `<|scene_desc_start|> ... <|scene_desc_en
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from higgstune.data.message_parts import Part, check_keys, check_texts, normalize_parts, normalize_texts
 from higgstune.data.rejection import RowError, did_you_mean, shown
 
 ROLES = ("system", "scene", "user", "assistant")
-Message = dict[str, Any]
+Message = Mapping[str, Any]
 
 _DEFAULT_SYSTEM = "Generate audio following instruction."
 _SCENE_MARK = re.compile(r"(<\|scene_desc_start\|>|<\|scene_desc_end\|>)")
@@ -46,7 +46,7 @@ def audio_parts(messages: Iterable[Message]) -> list[Part]:
     return [part for message in messages for part in message["content"] if part["type"] == "audio"]
 
 
-def is_target(messages: list[Message], start_index: int | None) -> list[bool]:
+def is_target(messages: Sequence[Message], start_index: int | None) -> list[bool]:
     """For every audio part in order, whether it is learnt.
 
     Those of assistants are, from `start_index` on; without it, those of the last message.
@@ -59,7 +59,7 @@ def is_target(messages: list[Message], start_index: int | None) -> list[bool]:
     ]
 
 
-def target_text(messages: list[Message]) -> str:
+def target_text(messages: Sequence[Message]) -> str:
     """What the target says: the assistant's own text where it has one, else what the user wants said."""
     for message in messages[:-3:-1]:
         texts = [part["text"] for part in message["content"] if part["type"] == "text"]
@@ -133,7 +133,7 @@ def _split_setting(scene: list[Part]) -> list[Part]:
     return [{"type": "text", "text": text.strip()} for text in texts] + scene[1:]
 
 
-def _check_order(messages: list[Message]) -> None:
+def _check_order(messages: Sequence[Message]) -> None:
     for number, message in enumerate(messages):
         if message["role"] == "system" and number:
             raise RowError("bad_row", "a system message must be the first one")

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
 
+from higgstune.data.messages import Message
 from higgstune.data.text import find_control_tokens
 from higgstune.errors import DataError
 
 Template = Literal["native", "chatml"]
-Message = Mapping[str, Any]
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
 END_OF_TURN = "<|eot_id|>"
