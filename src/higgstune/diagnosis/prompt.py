@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
+from higgstune.data.messages import Message
 from higgstune.data.store import Row
 from higgstune.data.text import normalize_text
 from higgstune.diagnosis.report import Finding, naming
@@ -21,7 +22,6 @@ from higgstune.prompt.template import (
     END_OF_TURN,
     SCENE_END,
     SCENE_START,
-    Message,
     content_parts,
     render,
     speech_messages,

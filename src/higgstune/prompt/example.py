@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from higgstune.data.messages import Message
 from higgstune.errors import CheckpointError, DataError
 from higgstune.prompt.delay import IGNORE, build_frames
 from higgstune.prompt.template import (
@@ -19,7 +20,6 @@ from higgstune.prompt.template import (
     AUDIO_OUT,
     AUDIO_OUT_BOS,
     END_OF_TURN,
-    Message,
     Piece,
     content_parts,
     pieces,

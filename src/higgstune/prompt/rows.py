@@ -8,11 +8,12 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from higgstune.data.messages import Message
 from higgstune.data.replay import MixedRows
 from higgstune.data.store import Context, Row, SplitView
 from higgstune.errors import DataError
 from higgstune.prompt.example import Audio, Example, Heard, Prompter, TextTargets
-from higgstune.prompt.template import DEFAULT_SCENE, Message, content_parts, speech_messages
+from higgstune.prompt.template import DEFAULT_SCENE, content_parts, speech_messages
 
 TARGET: Message = {"role": "assistant", "content": [{"type": "audio", "url": "target"}]}
 ReferencePlace = Literal["turn", "scene"]
