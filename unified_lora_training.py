@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from higgstune import prepare
-from higgstune.data.schema import INDEX_NAME
+from higgstune.config.recipe import EvaluationSettings, ModelSettings, Recipe, Stage, parse_recipe
+from higgstune.data.shard_reader import INDEX_NAME
+from higgstune.environment import choose_device
 from higgstune.errors import CheckpointError, HiggstuneError
 from higgstune.hub import fetch
-from higgstune.model.adapters import Lora, find_adapter
-from higgstune.model.load import choose_device
-from higgstune.training.processes import Processes
-from higgstune.training.recipe import EvaluationSettings, ModelSettings, Recipe, Stage, parse_recipe
+from higgstune.model.adapter_folder import find_adapter
+from higgstune.model.adapters import Lora
+from higgstune.training.distributed import Processes
 from higgstune.training.run import train
 
 FLAGS: dict[str, tuple[Any, str, float]] = {  # part of the recipe, its key there, default for a GPU of 24 GB

@@ -11,13 +11,12 @@ from report import Case, Found, Meter, Row, alternate, finish, parser, rates, sa
 from stores import ManifestExamples, demo_prompter, labelled_cells, make_store, write_as_earlier_trainers
 from torch.utils.data import DataLoader
 
+from higgstune.batch.collate import PaddedCollator, positions
+from higgstune.batch.dataset import RowExamples
 from higgstune.batch.loader import PackLoader, example_lengths
-from higgstune.batch.packed import positions
 from higgstune.batch.packing import PackSize
-from higgstune.batch.padded import PaddedCollator
 from higgstune.data.store import CodeStore
-from higgstune.prompt.example import Prompter, SpecialIds
-from higgstune.prompt.rows import RowExamples
+from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
 
 EXAMPLE = "python bench/data_path.py --rows 1000 10000 --json data_path.json"
 BATCH_TOKENS, BATCH_SIZE = 4096, 16  # about as many clips in both

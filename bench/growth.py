@@ -10,10 +10,10 @@ from curves import PARTS, Points, draw, earlier_curves, rows_of, slope
 from report import BENCH, Case, Found, Meter, alternate, finish, own_bytes, parser
 from stores import demo_prompter, make_store
 
+from higgstune.batch.dataset import RowExamples
 from higgstune.batch.loader import PackLoader
 from higgstune.batch.packing import PackSize, pack_indices
 from higgstune.data.store import CodeStore
-from higgstune.prompt.rows import RowExamples
 
 EXAMPLE = "python bench/growth.py --json growth.json --figure docs/figures/growth.png"
 FIGURE = BENCH.parent / "docs" / "figures" / "growth.png"
@@ -48,7 +48,7 @@ def by_examples(counts: Sequence[int], seconds: float, scale: int, layers: int) 
 
 
 def _step(training: Any, examples: Sequence[Any]) -> float:
-    from higgstune.batch.packed import pack
+    from higgstune.batch.collate import pack
 
     batch = pack(examples)
     training.step(batch)  # memory for tensors of these shapes is found once

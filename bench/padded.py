@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from higgstune.prompt.delay import IGNORE
-from higgstune.prompt.example import Example
+from higgstune.families.base import Example
+from higgstune.kernels.loss import IGNORE
 
 
 def collate(examples: Sequence[Example], config: Any) -> dict[str, Tensor]:

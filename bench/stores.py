@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 from report import BENCH
 
+from higgstune.batch.dataset import TARGET
 from higgstune.codec import load_codec
 from higgstune.data.entry import Entry
-from higgstune.data.schema import INDEX_NAME, StoreInfo
-from higgstune.data.shards import write_store
+from higgstune.data.shard_reader import INDEX_NAME, StoreInfo
+from higgstune.data.shard_writer import write_store
 from higgstune.data.store import CodeStore
 from higgstune.data.text import TEXT_NORMALIZATION
-from higgstune.prompt.delay import IGNORE
-from higgstune.prompt.example import Example, Prompter, SpecialIds
-from higgstune.prompt.rows import TARGET
-from higgstune.prompt.template import DEFAULT_SCENE, speech_messages
+from higgstune.families.base import Example
+from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE, speech_messages
+from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
+from higgstune.kernels.loss import IGNORE
 
 CODEBOOKS, CODES, FRAME_RATE = 8, 1024, 25
 CHARACTERS_PER_SECOND = 15

@@ -18,12 +18,11 @@ from peft import LoraConfig, get_peft_model
 from report import Case, Found, Meter, Row, alternate, finish, parser, peak_bytes, rates, same_work, values
 from workload import Shape, clip_seconds, make_examples, random_model
 
-from higgstune.batch.packed import pack, positions
+from higgstune.batch.collate import pack, positions
 from higgstune.batch.packing import PackSampler, PackSize, fill
-from higgstune.model import fused
-from higgstune.model.forward import with_training_forward
-from higgstune.model.loss import LossWeights, combine, label_counts
-from higgstune.prompt.delay import IGNORE
+from higgstune.families.higgs_v2.packed import with_training_forward
+from higgstune.kernels import fused
+from higgstune.kernels.loss import IGNORE, LossWeights, combine, label_counts
 
 BATCH_SIZES = (1, 2, 4, 8)
 VARIANTS = ("no-prefix", "peft-lora", "compiled")  # ours with one idea taken away, or one added

@@ -24,17 +24,18 @@ from peft import PeftModel, get_peft_model
 from report import Found, Row, say, table, write_json
 from workload import Shape, clip_seconds, make_examples, random_model
 
-from higgstune.batch.packed import Packed, pack, positions, tensors_to, without_waiting
+from higgstune.batch.collate import Packed, pack, positions, tensors_to
 from higgstune.batch.packing import PackSampler, PackSize
+from higgstune.environment import without_waiting
+from higgstune.families.higgs_v2.extensions import Conditioning, base_of
+from higgstune.families.higgs_v2.packed import with_training_forward
+from higgstune.kernels.loss import LossWeights, combine, label_counts
+from higgstune.kernels.memory import checkpoint_first
 from higgstune.model.adapters import Lora
 from higgstune.model.compiled import compile_layers
-from higgstune.model.conditioning import Conditioning, base_of
-from higgstune.model.forward import with_training_forward
-from higgstune.model.loss import LossWeights, combine, label_counts
-from higgstune.planning.footprint import Footprint
-from higgstune.planning.layers import checkpoint_first
-from higgstune.planning.rehearsal import Subject
-from higgstune.training.finite import FiniteSteps
+from higgstune.planning.dry_run import Subject
+from higgstune.planning.plan import Footprint
+from higgstune.training.metrics import FiniteSteps
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 BATCH_TOKENS = (2048, 8192, 24576)
@@ -320,7 +321,7 @@ class Bench:
     def _adapted(self, *, quantized: bool = False, float32: bool = True) -> tuple[PeftModel, torch.optim.Optimizer]:
         base: Any = random_model(self.config, dtype=torch.bfloat16, device=self.device)
         if quantized:
-            from higgstune.model.quantize import quantize_layers
+            from higgstune.kernels.quantize import quantize_layers
 
             quantize_layers(base, self.device)
             _empty()

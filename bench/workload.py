@@ -7,8 +7,9 @@ import report  # noqa: F401  # it puts the checkout's src on the path
 import torch
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-from higgstune.prompt.delay import IGNORE, build_frames
-from higgstune.prompt.example import Example
+from higgstune.families.base import Example
+from higgstune.families.higgs_v2.delay import build_frames
+from higgstune.kernels.loss import IGNORE
 
 FRAME_RATE = 25
 BEFORE = 26  # tokens of the system message, the scene and the user's header in the released tokenizer

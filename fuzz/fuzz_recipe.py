@@ -11,10 +11,10 @@ from common import damaged, fuzz, odd_value, scratch
 
 import higgstune.model.adapters  # noqa: F401, brings torch, which is not to be watched
 
-with atheris.instrument_imports(include=["higgstune.training.recipe", "yaml"]):
+with atheris.instrument_imports(include=["higgstune.config.recipe", "yaml"]):
     from hostile_input import RECIPE, check_recipe, recipe_seeds
 
-    import higgstune.training.recipe as recipe
+    import higgstune.config.recipe as recipe
 
 NAMES = [
     name

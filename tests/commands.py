@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from higgstune.cli import main
+from higgstune.cli.main import main
 
 
 class Command:

@@ -11,17 +11,24 @@ from tiny_whisper import save_tiny_whisper
 from torch import Tensor
 
 import higgstune
-from higgstune.batch.padded import Batch, PaddedCollator
+from higgstune.batch.collate import Batch, PaddedCollator
+from higgstune.batch.dataset import PLAIN, Rendering, RowExamples
 from higgstune.codec import load_codec
+from higgstune.codec.whisper_encoder import load_whisper
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import WhisperFeatures
-from higgstune.model.adapters import Lora, add_lora, base_fingerprint, load_adapter
-from higgstune.model.conditioning import Conditioning, WhisperShape, add_conditioning, conditioning_of, whisper_shape
+from higgstune.families.higgs_v2.extensions import (
+    Conditioning,
+    WhisperShape,
+    add_conditioning,
+    conditioning_of,
+    whisper_shape,
+)
+from higgstune.families.higgs_v2.prompt import AUDIO_IN
+from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
+from higgstune.model.adapter_folder import base_fingerprint
+from higgstune.model.adapters import Lora, add_lora, load_adapter
 from higgstune.model.load import load_model, load_tokenizer
-from higgstune.model.whisper import load_whisper
-from higgstune.prompt.example import Prompter, SpecialIds
-from higgstune.prompt.rows import PLAIN, Rendering, RowExamples
-from higgstune.prompt.template import AUDIO_IN
 from higgstune.training.save import save_adapter
 from higgstune.training.verify import probe_logits
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from higgstune.prompt.example import Heard
+from higgstune.codec.base import Heard
 
 
 class FakeListener:

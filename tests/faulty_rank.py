@@ -11,7 +11,7 @@ from typing import Any
 
 from training_world import Unplanned, proven
 
-from higgstune import cli
+from higgstune.cli.main import main as cli
 from higgstune.errors import WorkError
 from higgstune.training import run, stage
 from higgstune.training.trainer import HiggsAudioTrainer

@@ -19,8 +19,7 @@ import soundfile
 import yaml
 
 from higgstune.data.audio import read_audio, read_recording
-from higgstune.data.check import Checker
-from higgstune.data.clips import Limits
+from higgstune.data.clips import Checker, Limits
 from higgstune.data.entry import fallback_ids, new_entry, source_key
 from higgstune.data.importers import read_source
 from higgstune.data.manifest import Utterance
@@ -97,7 +96,7 @@ def _check_refusal(row: SourceRow, error: RowError) -> None:
 
 def check_recipe(folder: Path, content: bytes, overrides: list[str]) -> bool:
     """Read a recipe, save it, read it again -> whether it is one."""
-    from higgstune.training.recipe import load_recipe, save_recipe  # brings torch
+    from higgstune.config.recipe import load_recipe, save_recipe  # brings torch
 
     path = folder / "recipe.yaml"
     path.write_bytes(content)

@@ -10,10 +10,10 @@ from tiny_checkpoint import SENTENCES, random_codes, save_tiny_checkpoint
 
 import higgstune
 from higgstune.codec import load_codec
+from higgstune.config.recipe import Recipe, parse_recipe
 from higgstune.data.entry import Entry
-from higgstune.data.schema import StoreInfo
-from higgstune.data.shards import write_store
-from higgstune.training.recipe import Recipe, parse_recipe
+from higgstune.data.shard_reader import StoreInfo
+from higgstune.data.shard_writer import write_store
 
 CODEC = Path(higgstune.__file__).parent / "demo" / "assets" / "codec"
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 6}

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from higgstune.codec.spectrum import Spectrum
+from higgstune.codec.mel import Spectrum
 from higgstune.data.audio import read_audio, resample
 from higgstune.evaluation.clips import Clip
-from higgstune.evaluation.health import sounds
+from higgstune.evaluation.waveform_checks import sounds
 
 SPEECH = Path(__file__).parents[1] / ".." / "shared" / "speech"
 RATE = 16_000

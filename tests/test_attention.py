@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from higgstune.model import attention
-from higgstune.model.attention import Runs, attend
-from higgstune.planning.tracker import Tracker
+from higgstune.kernels import attention
+from higgstune.kernels.attention import Runs, attend
+from higgstune.planning.dry_run import Tracker
 
 D = 8
 

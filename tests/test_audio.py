@@ -8,7 +8,7 @@ from recordings import FORMATS, RATE, speech, write
 
 from higgstune.data.audio import audio_hash, peak_of, read_audio, read_recording, resample
 from higgstune.data.rejection import RowError
-from higgstune.data.twins import find_twins
+from higgstune.data.splits import find_twins
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

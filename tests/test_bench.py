@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import HiggsAudioV2ForConditionalGeneration
 
-from higgstune.batch.packed import positions
+from higgstune.batch.collate import positions
+from higgstune.batch.dataset import RowExamples
 from higgstune.batch.packing import PackSize
 from higgstune.data.store import CodeStore
-from higgstune.model.forward import HiggsAudioForTraining
-from higgstune.prompt.rows import RowExamples
+from higgstune.families.higgs_v2.packed import HiggsAudioForTraining
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
 BENCH = Path(__file__).resolve().parent.parent / "bench"

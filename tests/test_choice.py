@@ -4,9 +4,10 @@ import math
 
 import pytest
 
+from higgstune.config.expression import Expression
 from higgstune.errors import ConfigError
-from higgstune.evaluation.choice import Expression, Rule, choose
-from higgstune.training.candidates import Candidates
+from higgstune.evaluation.choice import Rule, choose
+from higgstune.training.sample_eval import Candidates
 
 GOOD = {"cap_rate": 0.0, "short_rate": 0.0, "loop_rate": 0.0, "wer": 0.05, "recording_wer": 0.04, "similarity": 0.8}
 

@@ -45,7 +45,7 @@ def test_every_verb_has_help_with_an_example(command: Command) -> None:
 
 
 def test_help_and_import_do_not_bring_torch() -> None:
-    check = "import sys, higgstune, higgstune.cli; assert 'torch' not in sys.modules; print(higgstune.__version__)"
+    check = "import sys, higgstune, higgstune.cli.main; assert 'torch' not in sys.modules; print(higgstune.__version__)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == higgstune.__version__
 

@@ -154,7 +154,7 @@ def test_a_codec_has_one_revision_wherever_it_comes_from(
     codec: Codec, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = shutil.copytree(folder, tmp_path / "0a1b2c")
-    monkeypatch.setattr("higgstune.codec.load.fetch", lambda name, **options: snapshot)
+    monkeypatch.setattr("higgstune.codec.fetch", lambda name, **options: snapshot)
     assert load_codec("owner/codec").revision == codec.revision
 
 

@@ -16,10 +16,10 @@ from pages import HOSTILE, Page, history
 from scipy.stats import binomtest
 
 from higgstune.errors import ConfigError
-from higgstune.evaluation.metrics import Confusion, Difference, Estimate
-from higgstune.report import compare
-from higgstune.report.compare import Comparison, Contender, write_comparison
-from higgstune.report.page import Item, Section, System, Take
+from higgstune.evaluation.report import compare
+from higgstune.evaluation.report.compare import Comparison, Contender, write_comparison
+from higgstune.evaluation.report.page import Item, Section, System, Take
+from higgstune.metrics import Confusion, Difference, Estimate
 
 SCRIPT = Path(compare.__file__).parent / "templates" / "blind.js"
 

@@ -15,13 +15,15 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from training_world import history, make_world, train_unproven
 
-from higgstune.batch.packed import pack
-from higgstune.model import compiled, fused, packed
+from higgstune.batch.collate import pack
+from higgstune.families.higgs_v2 import packed
+from higgstune.families.higgs_v2.extensions import base_of
+from higgstune.families.higgs_v2.packed import with_training_forward
+from higgstune.kernels import fused
+from higgstune.kernels.attention import Runs
+from higgstune.model import compiled
 from higgstune.model.adapters import Lora
-from higgstune.model.attention import Runs
-from higgstune.model.compiled import compile_layers, is_worth_it
-from higgstune.model.conditioning import base_of
-from higgstune.model.forward import packed_loss, with_training_forward
+from higgstune.model.compiled import compile_layers, is_worth_it, packed_loss
 from higgstune.training import stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the compiler about what it does itself

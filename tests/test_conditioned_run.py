@@ -20,21 +20,22 @@ from tiny_whisper import save_tiny_whisper
 from training_world import STEP, assert_identical, assert_same, train_unproven, train_with_signal
 
 import higgstune
+from higgstune.codec.whisper_encoder import load_whisper
+from higgstune.config.recipe import Recipe, parse_recipe
 from higgstune.data.manifest import Utterance, read_manifest
 from higgstune.data.manifest import write_manifest as write_manifest_rows
+from higgstune.data.messages import heard_clips
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FOLDER, WhisperFeatures
 from higgstune.errors import CheckpointError, ConfigError, DataError, InputError
 from higgstune.evaluation.clips import read_clips
 from higgstune.evaluation.compare import compare
 from higgstune.evaluation.evaluate import evaluate
+from higgstune.families.higgs_v2.extensions import conditioning_of
 from higgstune.generate.speak import load_speaker, speak
-from higgstune.model.adapters import adapter_card, adapter_conditioning, base_fingerprint, load_adapter
-from higgstune.model.conditioning import conditioning_of
+from higgstune.model.adapter_folder import adapter_card, adapter_conditioning, base_fingerprint
+from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model
-from higgstune.model.whisper import load_whisper
-from higgstune.prompt.rows import heard_clips
-from higgstune.training.recipe import Recipe, parse_recipe
 from higgstune.training.run import train
 from higgstune.training.trainer import HiggsAudioTrainer
 from higgstune.training.verify import probe_logits, verify_in_fresh_process

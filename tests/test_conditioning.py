@@ -13,13 +13,16 @@ from tiny_checkpoint import random_codes, tiny_prompter
 from torch import Tensor
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2Model
 
-from higgstune.batch.packed import pack
-from higgstune.batch.padded import PaddedCollator, heard_features
+from higgstune.batch.collate import PaddedCollator, heard_features, pack
+from higgstune.batch.dataset import TARGET
+from higgstune.checkpoint_files import read_layout
+from higgstune.codec.base import Heard
 from higgstune.errors import ConfigError, DataError
-from higgstune.generate.engine import Decoder
-from higgstune.model.adapters import Lora, add_lora, base_fingerprint
-from higgstune.model.audio_attention import find_audio_rows
-from higgstune.model.conditioning import (
+from higgstune.families.base import Example
+from higgstune.families.higgs_v2.audio_attention import find_audio_rows
+from higgstune.families.higgs_v2.checkpoint import read_original
+from higgstune.families.higgs_v2.delay import build_frames
+from higgstune.families.higgs_v2.extensions import (
     Conditioning,
     WhisperShape,
     add_conditioning,
@@ -28,15 +31,14 @@ from higgstune.model.conditioning import (
     conditioning_of,
     remove_conditioning,
 )
-from higgstune.model.convert import read_original
-from higgstune.model.forward import with_training_forward
-from higgstune.model.layout import read_layout
+from higgstune.families.higgs_v2.packed import with_training_forward
+from higgstune.families.higgs_v2.prompt import speech_messages
+from higgstune.families.higgs_v2.prompter import Prompter
+from higgstune.generate.engine import Decoder
+from higgstune.kernels.loss import IGNORE, head_sums
+from higgstune.model.adapter_folder import base_fingerprint
+from higgstune.model.adapters import Lora, add_lora
 from higgstune.model.load import load_model
-from higgstune.model.loss import head_sums
-from higgstune.prompt.delay import IGNORE, build_frames
-from higgstune.prompt.example import Example, Heard, Prompter
-from higgstune.prompt.rows import TARGET
-from higgstune.prompt.template import speech_messages
 
 CODES = 64
 D_MODEL = 12

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from higgstune.errors import DataError
-from higgstune.prompt.delay import IGNORE, build_frames, codes_from_frames
+from higgstune.families.higgs_v2.delay import build_frames, codes_from_frames
+from higgstune.kernels.loss import IGNORE
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "delay_and_labels.safetensors")
 

@@ -23,10 +23,10 @@ from higgstune.errors import CheckpointError, ConfigError, DataError, WorkError
 from higgstune.evaluation.clips import Clip, write_clips
 from higgstune.evaluation.compare import compare
 from higgstune.evaluation.evaluate import evaluate
-from higgstune.evaluation.judges import Judges
-from higgstune.evaluation.run_report import tell
+from higgstune.evaluation.judges.base import Judges
+from higgstune.evaluation.report.run_report import tell
 from higgstune.files import alone_in
-from higgstune.generate.speak import Request, Speaker, Speech
+from higgstune.generate.speaker import Request, Speaker, Speech
 
 
 @pytest.fixture(scope="module")

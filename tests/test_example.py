@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_checkpoint import random_codes, tiny_prompter, tiny_tokenizer
 
-from higgstune.batch.padded import PaddedCollator
+from higgstune.batch.collate import PaddedCollator
+from higgstune.batch.dataset import TARGET
 from higgstune.errors import DataError
-from higgstune.prompt.delay import IGNORE, build_frames
-from higgstune.prompt.example import Example, Prompter, SpecialIds
-from higgstune.prompt.rows import TARGET
-from higgstune.prompt.template import speech_messages
+from higgstune.families.base import Example
+from higgstune.families.higgs_v2.delay import build_frames
+from higgstune.families.higgs_v2.prompt import speech_messages
+from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
+from higgstune.kernels.loss import IGNORE
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "prompts.json").read_text())
 MODEL, PROMPTER = tiny_prompter()

@@ -19,9 +19,10 @@ from recordings import CountingCodec, clip
 
 import higgstune
 from higgstune import files
-from higgstune.data import shard_reader, shards, store, whisper_features
-from higgstune.data.journal import CodeJournal
-from higgstune.data.schema import PARTIAL_NAME, read_index
+from higgstune.data import shard_reader, store, whisper_features
+from higgstune.data import shard_writer as shards
+from higgstune.data.encode import CodeJournal
+from higgstune.data.shard_reader import PARTIAL_NAME, read_index
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import WhisperFeatures
 from higgstune.errors import DataError, WorkError
@@ -70,7 +71,7 @@ sys.path.insert(0, sys.argv[1])
 from fake_listener import FakeListener
 from preparing import run
 from higgstune.data import encode, journal, shards, whisper_features
-from higgstune.data.check import Checker
+from higgstune.data.clips import Checker
 
 world, out = Path(sys.argv[2]), Path(sys.argv[3])
 whisper_features._CLIPS_IN_A_FILE = 2

@@ -25,12 +25,12 @@ from training_world import (
     train_with_signal,
 )
 
+from higgstune.config.recipe import Recipe
 from higgstune.data.store import CodeStore
 from higgstune.errors import ConfigError, HiggstuneError, TrainingError, WorkError
 from higgstune.training import stage
-from higgstune.training.folder import FREE
-from higgstune.training.recipe import Recipe
 from higgstune.training.run import train
+from higgstune.training.run_dir import FREE
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ MOMENTS = {
     "the removal of an old checkpoint": ("higgstune.training.checkpoint:shutil.rmtree", 7),
     "the final proof": ("higgstune.training.stage:probe_logits", 1),
     "the final save, before its name": ("higgstune.training.save:os.replace", 1),
-    "the stage change": ("higgstune.training.folder:RunFolder.finished", 1),
+    "the stage change": ("higgstune.training.run_dir:RunFolder.finished", 1),
     "the second stage": (STEP, 20),
 }
 
@@ -218,7 +218,7 @@ def test_two_jobs_do_not_share_a_folder(world: Path, tmp_path: Path, monkeypatch
     while not (run / "waiting").exists():
         assert time.monotonic() < deadline, first.log()
         time.sleep(0.02)
-    monkeypatch.setattr("higgstune.training.folder._UNTIL_FREE", 0.2)
+    monkeypatch.setattr("higgstune.training.run_dir._UNTIL_FREE", 0.2)
     try:
         for resume in (False, True):
             with pytest.raises(ConfigError, match=rf"another job trains into .*process {first.all[0].pid} on "):

@@ -20,7 +20,7 @@ from tiny_checkpoint import tiny_prompter
 from higgstune.batch.loader import PackLoader, watched
 from higgstune.batch.packing import PackSize
 from higgstune.errors import DataError, WorkError
-from higgstune.prompt.example import Example
+from higgstune.families.base import Example
 
 
 class Faulty:

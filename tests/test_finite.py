@@ -10,7 +10,7 @@ import torch
 from test_trainer import example, loaded_and_prompter, trainer
 
 from higgstune.errors import TrainingError
-from higgstune.training.finite import FiniteSteps
+from higgstune.training.metrics import FiniteSteps
 
 
 def world() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:

@@ -9,8 +9,7 @@ import soundfile
 import soxr
 
 from higgstune.codec import MelCodec, load_codec
-from higgstune.codec.mel import MelCodecConfig
-from higgstune.codec.spectrum import Spectrum
+from higgstune.codec.mel import MelCodecConfig, Spectrum
 from higgstune.errors import CheckpointError, DataError
 
 ASSETS = Path(str(files("higgstune.demo"))) / "assets"

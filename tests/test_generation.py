@@ -7,17 +7,18 @@ import pytest
 import torch
 from tiny_checkpoint import random_codes, tiny_prompter
 
-from higgstune.batch.packed import pack
-from higgstune.batch.padded import PaddedCollator
+from higgstune.batch.collate import PaddedCollator, pack
+from higgstune.batch.dataset import TARGET
+from higgstune.families.base import Example
+from higgstune.families.higgs_v2.delay import build_frames, codes_from_frames
+from higgstune.families.higgs_v2.packed import with_training_forward
+from higgstune.families.higgs_v2.prompt import speech_messages
+from higgstune.families.higgs_v2.prompter import Prompter
+from higgstune.families.higgs_v2.sampler import RowSampler
+from higgstune.families.sampling import Sampling
 from higgstune.generate.engine import Decoder, generate
-from higgstune.generate.sampling import RowSampler, Sampling
+from higgstune.kernels.loss import LossWeights, combine, label_counts
 from higgstune.model.adapters import Lora, adapted_layers, add_lora
-from higgstune.model.forward import with_training_forward
-from higgstune.model.loss import LossWeights, combine, label_counts
-from higgstune.prompt.delay import build_frames, codes_from_frames
-from higgstune.prompt.example import Example, Prompter
-from higgstune.prompt.rows import TARGET
-from higgstune.prompt.template import speech_messages
 
 CODES = 64
 GREEDY = Sampling(temperature=0)

@@ -10,12 +10,13 @@ import torch
 from test_packed import adapted, examples
 from torch import nn
 
-from higgstune.batch.packed import pack
-from higgstune.model import heap
+from higgstune.batch.collate import pack
+from higgstune.families.higgs_v2.extensions import base_of
+from higgstune.families.higgs_v2.packed import with_training_forward
+from higgstune.kernels import memory as heap
+from higgstune.kernels.memory import checkpoint_first
 from higgstune.model.adapters import Lora
-from higgstune.model.conditioning import base_of
-from higgstune.model.forward import packed_loss, with_training_forward
-from higgstune.planning.layers import checkpoint_first
+from higgstune.model.compiled import packed_loss
 
 
 def test_a_training_step_gives_back_what_layers_that_are_not_plain_leave(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,11 @@ from tiny_whisper import save_tiny_whisper
 from higgstune import torchaudio_compat
 from higgstune.errors import CheckpointError, ConfigError, DataError, WorkError
 from higgstune.evaluation import judges
-from higgstune.evaluation.external import ExternalSpeakerJudge, command_words
-from higgstune.evaluation.hearing import check_language, short_name
-from higgstune.evaluation.judges import SpeakerJudge, Transcriber, load_judges
-from higgstune.evaluation.naturalness import DistillMos
-from higgstune.evaluation.wavlm import WavLM
-from higgstune.evaluation.whisper import FasterWhisper, TransformersWhisper, load_transcriber
+from higgstune.evaluation.judges import load_judges
+from higgstune.evaluation.judges.asr import FasterWhisper, TransformersWhisper, load_transcriber
+from higgstune.evaluation.judges.base import SpeakerJudge, Transcriber, check_language, short_name
+from higgstune.evaluation.judges.command import ExternalSpeakerJudge, command_words
+from higgstune.evaluation.judges.speaker import DistillMos, WavLM
 
 SPEECH = Path(__file__).parents[2] / "shared" / "speech" / "ljspeech" / "wavs"
 COMMAND = """
@@ -345,7 +344,7 @@ def test_faster_whisper_is_asked_greedily_and_for_itself(
     (tmp_path / "base" / "model.bin").write_bytes(b"weights")
     library = fake_faster_whisper(calls)
     monkeypatch.setitem(sys.modules, "faster_whisper", library)
-    monkeypatch.setattr("higgstune.evaluation.hearing.version", lambda name: "1.2.1")
+    monkeypatch.setattr("higgstune.evaluation.judges.version", lambda name: "1.2.1")
     asr = load_transcriber(str(tmp_path / "base"))
     assert asr.name == "faster-whisper 1.2.1, base 9a129038 int8"
     long = write(tmp_path / "long.wav", speech(31))
@@ -430,7 +429,7 @@ def test_distillmos_hears_at_most_a_minute_and_is_silent_itself(
     library.DEFAULT_WEIGHTS_CHKPT = str(weights)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "distillmos", ModuleType("distillmos"))
     monkeypatch.setitem(sys.modules, "distillmos.sqa", library)
-    monkeypatch.setattr("higgstune.evaluation.hearing.version", lambda name: "0.9.1")
+    monkeypatch.setattr("higgstune.evaluation.judges.version", lambda name: "0.9.1")
     judge = DistillMos()
     assert judge.name == "distillmos 0.9.1, v7 9a129038"
     files = [write(tmp_path / "long.wav", speech(61)), write(tmp_path / "short.wav", speech(0.05))]

@@ -23,12 +23,12 @@ from test_run import recipe
 from torch.distributed.run import get_args_parser
 from training_world import Unplanned, assert_same, make_world, proven, shared_recipe
 
-from higgstune.cli import app
+from higgstune.cli.main import app
+from higgstune.config.recipe import Recipe, save_recipe
 from higgstune.errors import ConfigError
 from higgstune.training import run, stage
-from higgstune.training.folder import FREE
-from higgstune.training.processes import Processes
-from higgstune.training.recipe import Recipe, save_recipe
+from higgstune.training.distributed import Processes
+from higgstune.training.run_dir import FREE
 
 DOCS = Path(__file__).parent.parent / "docs"
 CLUSTER = DOCS / "cluster"

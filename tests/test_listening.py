@@ -25,11 +25,11 @@ from training_world import (
     train_with_signal,
 )
 
+from higgstune.config.recipe import Recipe
 from higgstune.errors import ConfigError
 from higgstune.evaluation.clips import read_clips
 from higgstune.evaluation.evaluate import evaluate
-from higgstune.evaluation.run_report import write_run_report
-from higgstune.training.recipe import Recipe
+from higgstune.evaluation.report.run_report import write_run_report
 
 STEP = "higgstune.training.trainer:HiggsAudioTrainer.training_step"
 EARLIEST = {"gates": [], "rank": "-step"}  # so that the best is never the last
@@ -136,7 +136,7 @@ def test_patience_ends_a_stage(world: Path, tmp_path: Path) -> None:
     [
         (STEP, 17),  # of four a step: in the first stage, behind the checkpoint of its fourth step
         ("higgstune.training.trainer:HiggsAudioTrainer.take_best", 1),
-        ("higgstune.training.listening:mel_image", 6),  # in the second stage
+        ("higgstune.training.sample_eval:mel_image", 6),  # in the second stage
     ],
     ids=["a step", "the choice", "listening"],
 )

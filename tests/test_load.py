@@ -20,8 +20,9 @@ from transformers import (
 
 import higgstune
 from higgstune import hub
+from higgstune.environment import choose_device, choose_dtype
 from higgstune.errors import CheckpointError, ConfigError
-from higgstune.model.load import choose_device, choose_dtype, load_model, load_model_and_tokenizers
+from higgstune.model.load import load_model, load_model_and_tokenizers
 
 DEMO_CODEC = Path(higgstune.__file__).parent / "demo" / "assets" / "codec"
 

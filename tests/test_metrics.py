@@ -14,17 +14,15 @@ from speech_defects import RATE, ColourJudge, KnowingTranscriber, Take, real_tak
 
 from higgstune.data.audio import read_audio, resample
 from higgstune.errors import DataError, WorkError
+from higgstune.evaluation.asr_errors import count_errors, find_leak, normalize_spoken, word_error_rate, words_of
 from higgstune.evaluation.clips import Clip
-from higgstune.evaluation.health import examine, silences
-from higgstune.evaluation.judges import Judges
-from higgstune.evaluation.loops import find_loop
-from higgstune.evaluation.metrics import METRICS, Evaluation
+from higgstune.evaluation.judges.base import Judges
 from higgstune.evaluation.prosody import fundamental, prosody
 from higgstune.evaluation.score import compare, score
 from higgstune.evaluation.statistics import difference_interval, holm, permutation_p, ratio, ratio_interval
-from higgstune.evaluation.text import count_errors, normalize_spoken, word_error_rate, words_of
-from higgstune.evaluation.words import find_leak
+from higgstune.evaluation.waveform_checks import examine, find_loop, silences
 from higgstune.generate.chunks import frame_cap
+from higgstune.metrics import METRICS, Evaluation
 
 NOISE = np.random.default_rng(0).normal(0, 0.1, 20 * RATE).astype(np.float32)
 

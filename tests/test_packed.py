@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from higgstune.batch.collate import PaddedCollator, pack
+from higgstune.batch.dataset import TARGET
 from higgstune.batch.loader import PackLoader, example_lengths
-from higgstune.batch.packed import pack
 from higgstune.batch.packing import PackSize
-from higgstune.batch.padded import PaddedCollator
+from higgstune.codec.base import Heard
 from higgstune.errors import CheckpointError
+from higgstune.families.base import Example
+from higgstune.families.higgs_v2.extensions import Conditioning, WhisperShape, add_conditioning, base_of
+from higgstune.families.higgs_v2.packed import with_training_forward
+from higgstune.families.higgs_v2.prompt import speech_messages
+from higgstune.families.higgs_v2.prompter import Prompter
+from higgstune.kernels.fused import linear, linears
+from higgstune.kernels.loss import IGNORE, head_sums, label_counts
 from higgstune.model.adapters import Lora, StageKind, add_lora
-from higgstune.model.conditioning import Conditioning, WhisperShape, add_conditioning, base_of
-from higgstune.model.forward import with_training_forward
-from higgstune.model.fused import linear, linears
-from higgstune.model.loss import head_sums, label_counts
-from higgstune.prompt.delay import IGNORE
-from higgstune.prompt.example import Example, Heard, Prompter
-from higgstune.prompt.rows import TARGET
-from higgstune.prompt.template import speech_messages
 
 CODES = 32
 D_MODEL = 6
@@ -160,7 +160,7 @@ def test_pieces_of_the_heads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         return gradients(model, iter([sums["audio_loss"].sum() + sums["text_loss"]]))
 
     loss, expected = run()
-    monkeypatch.setattr("higgstune.model.loss._LOGITS", 3000)
+    monkeypatch.setattr("higgstune.kernels.loss._LOGITS", 3000)
     in_pieces, found = run()
     assert in_pieces == pytest.approx(loss, rel=1e-6)  # losses are float32
     for name, gradient in found.items():

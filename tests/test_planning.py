@@ -15,27 +15,24 @@ from planning_world import ROWS, make_world, recipe
 from tiny_checkpoint import tiny_config, tiny_model, tiny_tokenizer
 
 import higgstune
-from higgstune.batch.packed import Packed, pack
+from higgstune.batch.collate import Packed, pack
 from higgstune.batch.packing import PackSampler
+from higgstune.config.recipe import Recipe
 from higgstune.errors import ConfigError, Interrupted, TrainingError
+from higgstune.families.higgs_v2.extensions import Conditioning, add_conditioning
+from higgstune.families.higgs_v2.packed import with_training_forward
+from higgstune.kernels.loss import LossWeights, combine, label_counts
+from higgstune.kernels.memory import checkpoint_first
 from higgstune.model.adapters import Lora, add_lora
-from higgstune.model.conditioning import Conditioning, add_conditioning
-from higgstune.model.forward import with_training_forward
 from higgstune.model.load import load_model
-from higgstune.model.loss import LossWeights, combine, label_counts
-from higgstune.planning.at_training import RunMemory
-from higgstune.planning.device import Machine, parse_memory
-from higgstune.planning.footprint import Footprint
-from higgstune.planning.layers import checkpoint_first
-from higgstune.planning.options import _ranks, _smaller_packs, options
-from higgstune.planning.plan import Planner, fewest
-from higgstune.planning.rehearsal import ADAPTER, Subject, rehearse
+from higgstune.planning.dry_run import ADAPTER, Subject, Tracker, rehearse
+from higgstune.planning.plan import Footprint, Planner, fewest
+from higgstune.planning.run_memory import RunMemory
 from higgstune.planning.speed import Speed
-from higgstune.planning.survey import _heaviest, row_examples
-from higgstune.planning.tracker import Tracker
+from higgstune.planning.suggestions import _ranks, _smaller_packs, options
+from higgstune.planning.survey import Machine, _heaviest, parse_memory, row_examples
 from higgstune.training import run as training_run
 from higgstune.training import stage as training_stage
-from higgstune.training.recipe import Recipe
 from higgstune.training.trainer import HiggsAudioTrainer
 from higgstune.training.verify import Verification
 
@@ -171,7 +168,7 @@ def test_a_signal_is_no_reason_to_go_on_without_a_plan(world: Path, monkeypatch:
     def interrupted(_: Any) -> Any:
         raise Interrupted(15)
 
-    monkeypatch.setattr("higgstune.planning.at_training.machine_for", interrupted)
+    monkeypatch.setattr("higgstune.planning.run_memory.machine_for", interrupted)
     with pytest.raises(Interrupted):
         RunMemory(recipe(world))
 
@@ -320,7 +317,7 @@ def test_out_of_memory_names_what_would_fit(
     peak = Planner(big, Machine("cuda", 10**12, at_hand=False)).plan().peak
     monkeypatch.setattr(HiggsAudioTrainer, "training_step", step)
     monkeypatch.setattr(
-        "higgstune.planning.at_training.machine_for", lambda _: Machine("cuda", int(0.9 * peak), at_hand=False)
+        "higgstune.planning.run_memory.machine_for", lambda _: Machine("cuda", int(0.9 * peak), at_hand=False)
     )
     with pytest.raises(
         TrainingError, match=r"(?s)stage voice ran out of memory \(CUDA out of memory\).*quickest first:"
@@ -340,7 +337,7 @@ def test_out_of_memory_is_told_of_where_nothing_can_be_planned(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr("higgstune.planning.at_training.options", broken)
+    monkeypatch.setattr("higgstune.planning.run_memory.options", broken)
     expected = pytest.raises(TrainingError, match=r"(?s)ran out of memory \(gone\).*Use gradient_checkpointing: true")
     with expected, memory.explained(memory.recipe.stages[0]):
         raise torch.OutOfMemoryError("gone")

@@ -10,10 +10,10 @@ from speech_defects import ColourJudge, Take, World, real_takes, real_world, sil
 
 from higgstune.errors import DataError
 from higgstune.evaluation.clips import Clip
-from higgstune.evaluation.judges import Judges
-from higgstune.evaluation.metrics import Evaluation
+from higgstune.evaluation.judges.base import Judges
 from higgstune.evaluation.score import compare, score
 from higgstune.generate.chunks import frame_cap
+from higgstune.metrics import Evaluation
 
 # As much may a number move that a defect does not concern.
 STILL = {

@@ -13,7 +13,7 @@ import pytest
 from preparing import ids, manifest, recordings, run
 from recordings import CountingCodec, clip, speech, write
 
-from higgstune.data import shards
+from higgstune.data import shard_writer as shards
 from higgstune.data.store import CodeStore
 from higgstune.errors import DataError, WorkError
 

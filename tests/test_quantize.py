@@ -19,17 +19,20 @@ from tiny_checkpoint import save_tiny_checkpoint
 from torch import Tensor, nn
 from transformers import HiggsAudioV2Config
 
-from higgstune.diagnosis import doctor, examine, memory
-from higgstune.diagnosis.checkpoint import check_weights, empty_model
+from higgstune.config.recipe import Recipe
+from higgstune.diagnostics import doctor, examine
+from higgstune.diagnostics import machine as memory
+from higgstune.diagnostics.checkpoint import check_weights
 from higgstune.errors import ConfigError
+from higgstune.exporting.merge import merge
+from higgstune.families.higgs_v2.checkpoint import empty_model
+from higgstune.families.higgs_v2.extensions import Conditioning, add_conditioning, conditioning_of
 from higgstune.generate.speak import speak
-from higgstune.model.adapters import Lora, add_lora, base_fingerprint, check_directions, load_adapter
-from higgstune.model.conditioning import Conditioning, add_conditioning, conditioning_of
+from higgstune.kernels.quantize import compute_dtype, dequantized, is_quantized, quantize_layers, quantized_bytes
+from higgstune.model.adapter_folder import base_fingerprint
+from higgstune.model.adapters import Lora, add_lora, check_directions, load_adapter
 from higgstune.model.load import load_model, load_model_and_tokenizers
-from higgstune.model.quantize import compute_dtype, dequantized, is_quantized, quantize_layers, quantized_bytes
-from higgstune.sharing.merge import merge
 from higgstune.training import verify
-from higgstune.training.recipe import Recipe
 from higgstune.training.run import train
 
 ATTENTION = Conditioning(audio_attention=True)

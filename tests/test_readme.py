@@ -21,9 +21,9 @@ from commands import Command, run_script
 from processes import forked_proofs  # noqa: F401
 
 import higgstune
-from higgstune.cli import app
+from higgstune.cli.main import app
 from higgstune.data.manifest import Utterance, read_manifest
-from higgstune.prompt.template import speech_messages
+from higgstune.families.higgs_v2.prompt import speech_messages
 
 ROOT = Path(__file__).parent.parent
 ASSETS = Path(higgstune.__file__).parent / "demo" / "assets"

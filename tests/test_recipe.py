@@ -8,9 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from higgstune.errors import ConfigError
-from higgstune.model.adapters import Lora
-from higgstune.training.recipe import (
+from higgstune.config.recipe import (
     DataSettings,
     EvaluationSettings,
     ModelSettings,
@@ -21,6 +19,8 @@ from higgstune.training.recipe import (
     parse_recipe,
     save_recipe,
 )
+from higgstune.errors import ConfigError
+from higgstune.model.adapters import Lora
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -12,13 +12,12 @@ from tiny_codec import save_tiny_codec
 from training_world import train_unproven
 
 import higgstune
-from higgstune.data.replay import MixedRows
-from higgstune.data.store import CodeStore
+from higgstune.batch.dataset import RowExamples
+from higgstune.config.recipe import Recipe
+from higgstune.data.store import CodeStore, MixedRows
 from higgstune.errors import ConfigError, DataError
 from higgstune.planning.survey import packs_of, survey
-from higgstune.prompt.rows import RowExamples
-from higgstune.training.data import TrainingData
-from higgstune.training.recipe import Recipe
+from higgstune.planning.training_data import TrainingData
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,22 @@ import soundfile
 from pages import HOSTILE, Page, history
 
 from higgstune.errors import DataError
-from higgstune.evaluation.metrics import Difference, Estimate
-from higgstune.report import curves
-from higgstune.report.measures import NOT_MEASURED, change_rows, glances, metric_of, metric_rows, verdict
-from higgstune.report.page import Candidate, Change, Choice, Item, RunReport, Section, System, Table, Take, write_report
-from higgstune.report.players import audio_url, badness, complaints, take_of
-from higgstune.report.words import marked
+from higgstune.evaluation.report import curves
+from higgstune.evaluation.report.measures import change_rows, glances, metric_of, metric_rows
+from higgstune.evaluation.report.page import (
+    Candidate,
+    Change,
+    Choice,
+    Item,
+    RunReport,
+    Section,
+    System,
+    Table,
+    Take,
+    write_report,
+)
+from higgstune.evaluation.report.players import audio_url, badness, complaints, marked, take_of
+from higgstune.metrics import NOT_MEASURED, Difference, Estimate, verdict
 
 TEMPLATES = Path(curves.__file__).parent / "templates"
 

@@ -15,12 +15,13 @@ from tiny_checkpoint import SENTENCES, save_tiny_checkpoint
 from tiny_codec import save_tiny_codec
 
 import higgstune
+from higgstune.config.recipe import Recipe, parse_recipe
 from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError, ConfigError, DataError, VerificationError
 from higgstune.generate.speak import load_speaker, speak
-from higgstune.model.adapters import find_adapter, load_adapter
+from higgstune.model.adapter_folder import find_adapter
+from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model
-from higgstune.training.recipe import Recipe, parse_recipe
 from higgstune.training.run import train
 from higgstune.training.verify import verify_in_fresh_process
 

@@ -19,13 +19,14 @@ from tiny_checkpoint import save_tiny_checkpoint
 from tiny_codec import save_tiny_codec
 
 import higgstune
+from higgstune.checkpoint_files import read_json, safetensors_keys
 from higgstune.codec import load_codec
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import WhisperFeatures, read_feature_index
 from higgstune.errors import CheckpointError, DataError
-from higgstune.model.adapters import Lora, add_lora, find_adapter, load_adapter
-from higgstune.model.conditioning import Conditioning
-from higgstune.model.layout import read_json, safetensors_keys
+from higgstune.families.higgs_v2.extensions import Conditioning
+from higgstune.model.adapter_folder import find_adapter
+from higgstune.model.adapters import Lora, add_lora, load_adapter
 from higgstune.model.load import load_model, load_tokenizer
 
 PACKAGE = Path(higgstune.__file__).parent

@@ -18,15 +18,15 @@ from preparing import manifest, rejected, run
 from recordings import RATE, clip, speech, write
 
 import higgstune
+from higgstune.config.recipe import load_recipe
 from higgstune.data import audio
 from higgstune.data.audio import read_audio, read_recording
-from higgstune.data.import_folder import read_transcript
 from higgstune.data.importers import read_source
+from higgstune.data.importers.folder import read_transcript
 from higgstune.data.manifest import MAX_LINE, Utterance, parse_line, read_manifest
 from higgstune.data.rejection import RowError
 from higgstune.data.text import normalize_text
 from higgstune.errors import ConfigError
-from higgstune.training.recipe import load_recipe
 
 DEMO_CODEC = Path(higgstune.__file__).parent / "demo" / "assets" / "codec"
 

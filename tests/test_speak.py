@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_checkpoint import tiny_prompter
 
+from higgstune.data.audio import write_wav
 from higgstune.errors import ConfigError, DataError, InputError
+from higgstune.families.higgs_v2.prompt import render
+from higgstune.families.sampling import Sampling
 from higgstune.generate.chunks import expected_seconds, frame_cap, join, split_text
-from higgstune.generate.sampling import Sampling
-from higgstune.generate.speak import Speaker, Voice, speak
-from higgstune.generate.wav import write_wav
+from higgstune.generate.speak import speak
+from higgstune.generate.speaker import Speaker, Voice
 from higgstune.model.load import ModelAndTokenizers
-from higgstune.prompt.template import render
 
 LONG = "The sun rises in the east. It was the night before my birthday! Hello there, good morning. " * 6
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from higgstune.data.entry import Entry
-from higgstune.data.references import resolve_references
+from higgstune.data.merge import resolve_references
 from higgstune.data.splits import RecordingGroups
 
 FRACTION = 0.05

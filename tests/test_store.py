@@ -14,11 +14,11 @@ import pytest
 from recordings import CountingCodec, clip, speech, write
 from tiny_checkpoint import tiny_prompter
 
+from higgstune.batch.dataset import RowExamples
 from higgstune.data.audio import resample
 from higgstune.data.prepare import prepare
 from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError, DataError
-from higgstune.prompt.rows import RowExamples
 
 TURNS = [
     {"role": "system", "content": "Generate audio following instruction."},

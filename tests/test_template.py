@@ -8,7 +8,7 @@ import pytest
 from jinja2 import Environment
 
 from higgstune.errors import DataError
-from higgstune.prompt.template import native_chat_template, render, speech_messages
+from higgstune.families.higgs_v2.prompt import native_chat_template, render, speech_messages
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "prompts.json").read_text())
 NATIVE = [case for case in GOLDEN if not case["name"].startswith("boson_chatml/")]

@@ -8,7 +8,7 @@ from recordings import speech, write
 
 from higgstune.data.text import clean_text
 from higgstune.errors import ConfigError, DataError
-from higgstune.evaluation.texts import LANGUAGES, Sentence, read_sentences
+from higgstune.evaluation.test_sets import LANGUAGES, Sentence, read_sentences
 from higgstune.generate.chunks import MAX_CHUNK_SECONDS, expected_seconds, split_text
 
 SCRIPTS = {

@@ -16,17 +16,16 @@ from tiny_checkpoint import random_codes, tiny_prompter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
-from higgstune.batch.packed import pack
-from higgstune.batch.padded import shifted_targets
+from higgstune.batch.collate import pack, shifted_targets
+from higgstune.batch.dataset import TARGET
 from higgstune.errors import TrainingError
+from higgstune.families.base import Example
+from higgstune.families.higgs_v2.packed import with_training_forward
+from higgstune.families.higgs_v2.prompt import speech_messages
+from higgstune.families.higgs_v2.prompter import Prompter
+from higgstune.kernels.loss import IGNORE, LossWeights, add_sums, combine, head_sums, label_counts
 from higgstune.model.adapters import Lora, StageKind, adapted_layers, add_lora
-from higgstune.model.forward import with_training_forward
 from higgstune.model.load import ModelAndTokenizers
-from higgstune.model.loss import LossWeights, add_sums, combine, head_sums, label_counts
-from higgstune.prompt.delay import IGNORE
-from higgstune.prompt.example import Example, Prompter
-from higgstune.prompt.rows import TARGET
-from higgstune.prompt.template import speech_messages
 from higgstune.training.trainer import HiggsAudioTrainer
 
 CODES = 32

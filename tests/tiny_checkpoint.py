@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, PreTrainedTokenizerFast
 
-from higgstune.prompt.example import Prompter, SpecialIds
-from higgstune.prompt.template import native_chat_template
+from higgstune.families.higgs_v2.prompt import native_chat_template
+from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
 
 SPECIAL_TOKENS = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|scene_desc_start|>", "<|scene_desc_end|>", "<|start_header_id|>",

@@ -16,8 +16,8 @@ from test_run import DEMO_CODEC, make_recordings, recipe
 from tiny_checkpoint import save_tiny_checkpoint
 
 import higgstune
+from higgstune.config.recipe import Recipe, Stage, parse_recipe
 from higgstune.training import run, stage
-from higgstune.training.recipe import Recipe, Stage, parse_recipe
 from higgstune.training.run import train
 from higgstune.training.verify import Verification
 

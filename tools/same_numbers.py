@@ -150,10 +150,10 @@ def run_values(run: Path) -> dict[str, Any]:
 
 def speech(run: Path) -> list[Any]:
     """Codes of sentences, greedy and drawn."""
+    from higgstune.families.higgs_v2.prompt import speech_messages
+    from higgstune.families.sampling import Sampling
     from higgstune.generate.engine import generate
-    from higgstune.generate.sampling import Sampling
     from higgstune.generate.speak import load_speaker
-    from higgstune.prompt.template import speech_messages
 
     speaker = load_speaker(adapter=run, device="cpu")
     prompts = [speaker.prompter.prompt(speech_messages(text), []) for text in SENTENCES]

@@ -4,24 +4,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from higgstune.codec.whisper_encoder import load_whisper as load_whisper
+    from higgstune.config.recipe import load_recipe as load_recipe
     from higgstune.data.prepare import prepare as prepare
-    from higgstune.diagnosis.adapter import check_applied as check_applied
-    from higgstune.diagnosis.examine import doctor as doctor
+    from higgstune.diagnostics.adapter import check_applied as check_applied
+    from higgstune.diagnostics.examine import doctor as doctor
+    from higgstune.diagnostics.inspect_row import inspect_row as inspect_row
     from higgstune.evaluation.compare import compare as compare
     from higgstune.evaluation.evaluate import evaluate as evaluate
+    from higgstune.exporting.export import export as export
+    from higgstune.exporting.merge import merge as merge
+    from higgstune.families.higgs_v2.delay import build_frames as build_frames
+    from higgstune.families.higgs_v2.prompt import render as render
     from higgstune.generate.speak import speak as speak
-    from higgstune.inspection import inspect_row as inspect_row
     from higgstune.model.adapters import load_adapter as load_adapter
     from higgstune.model.load import ModelAndTokenizers as ModelAndTokenizers
     from higgstune.model.load import load_model as load_model
     from higgstune.model.load import load_model_and_tokenizers as load_model_and_tokenizers
-    from higgstune.model.whisper import load_whisper as load_whisper
     from higgstune.planning.report import plan as plan
-    from higgstune.prompt.delay import build_frames as build_frames
-    from higgstune.prompt.template import render as render
-    from higgstune.sharing.formats import export as export
-    from higgstune.sharing.merge import merge as merge
-    from higgstune.training.recipe import load_recipe as load_recipe
     from higgstune.training.run import train as train
     from higgstune.training.trainer import HiggsAudioTrainer as HiggsAudioTrainer
 
@@ -30,22 +30,22 @@ __version__ = "0.1.0"
 _HOME = {
     "HiggsAudioTrainer": "higgstune.training.trainer",
     "ModelAndTokenizers": "higgstune.model.load",
-    "build_frames": "higgstune.prompt.delay",
-    "check_applied": "higgstune.diagnosis.adapter",
+    "build_frames": "higgstune.families.higgs_v2.delay",
+    "check_applied": "higgstune.diagnostics.adapter",
     "compare": "higgstune.evaluation.compare",
-    "doctor": "higgstune.diagnosis.examine",
+    "doctor": "higgstune.diagnostics.examine",
     "evaluate": "higgstune.evaluation.evaluate",
-    "export": "higgstune.sharing.formats",
-    "inspect_row": "higgstune.inspection",
+    "export": "higgstune.exporting.export",
+    "inspect_row": "higgstune.diagnostics.inspect_row",
     "load_adapter": "higgstune.model.adapters",
     "load_model": "higgstune.model.load",
     "load_model_and_tokenizers": "higgstune.model.load",
-    "load_recipe": "higgstune.training.recipe",
-    "load_whisper": "higgstune.model.whisper",
-    "merge": "higgstune.sharing.merge",
+    "load_recipe": "higgstune.config.recipe",
+    "load_whisper": "higgstune.codec.whisper_encoder",
+    "merge": "higgstune.exporting.merge",
     "plan": "higgstune.planning.report",
     "prepare": "higgstune.data.prepare",
-    "render": "higgstune.prompt.template",
+    "render": "higgstune.families.higgs_v2.prompt",
     "speak": "higgstune.generate.speak",
     "train": "higgstune.training.run",
 }

@@ -1,5 +1,5 @@
 """`python -m higgstune`: the same as the command, for torchrun."""
 
-from higgstune.cli import main
+from higgstune.cli.main import main
 
 main()

@@ -13,11 +13,12 @@ import higgstune
 from higgstune.codec import MelCodec
 from higgstune.data.manifest import Utterance, read_manifest, write_manifest
 from higgstune.data.store import Row
-from higgstune.diagnosis import doctor
-from higgstune.diagnosis.prompt import built_in_row
-from higgstune.diagnosis.report import Report
-from higgstune.model.adapters import AttentionTraining, Lora, add_lora, base_fingerprint, base_shape
-from higgstune.model.conditioning import Conditioning, add_conditioning
+from higgstune.diagnostics import doctor
+from higgstune.diagnostics.prompt import built_in_row
+from higgstune.diagnostics.report import Report
+from higgstune.families.higgs_v2.extensions import Conditioning, add_conditioning
+from higgstune.model.adapter_folder import base_fingerprint, base_shape
+from higgstune.model.adapters import AttentionTraining, Lora, add_lora
 from higgstune.model.load import load_model
 
 ASSETS = Path(higgstune.__file__).parent / "demo" / "assets"

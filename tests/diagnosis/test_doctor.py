@@ -8,8 +8,8 @@ import pytest
 from commands import Command
 from doctor_world import failed, told
 
-from higgstune.diagnosis import doctor
-from higgstune.diagnosis.environment import check_disk, check_versions
+from higgstune.diagnostics import doctor
+from higgstune.diagnostics.machine import check_disk, check_versions
 from higgstune.errors import ConfigError
 
 

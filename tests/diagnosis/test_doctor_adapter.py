@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from test_run import DEMO_CODEC
 from tiny_checkpoint import save_tiny_checkpoint, tiny_prompter
 
-from higgstune.diagnosis import check_applied, doctor
-from higgstune.diagnosis.adapter import check_card, check_effect, check_files, check_plain_peft, check_trained_on
-from higgstune.diagnosis.generation import collate
-from higgstune.diagnosis.prompt import as_trained
+from higgstune.diagnostics import check_applied, doctor
+from higgstune.diagnostics.adapter import check_card, check_effect, check_files, check_plain_peft, check_trained_on
+from higgstune.diagnostics.generation import collate
+from higgstune.diagnostics.prompt import as_trained
 from higgstune.model.adapters import AttentionTraining, load_adapter
 from higgstune.model.load import load_model
 

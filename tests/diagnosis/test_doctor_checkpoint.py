@@ -14,8 +14,8 @@ from test_run import DEMO_CODEC
 from tiny_checkpoint import tiny_config, tiny_tokenizer
 
 from higgstune import hub
-from higgstune.diagnosis import doctor
-from higgstune.diagnosis.checkpoint import check_config
+from higgstune.diagnostics import doctor
+from higgstune.diagnostics.checkpoint import check_config
 
 
 def flip_recorded_byte(base: Path) -> None:

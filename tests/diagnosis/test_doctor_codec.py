@@ -12,8 +12,8 @@ from tiny_checkpoint import tiny_prompter
 from tiny_codec import tiny_codec
 
 from higgstune.codec.higgs import HiggsCodec
-from higgstune.diagnosis import doctor, examine
-from higgstune.diagnosis.codec import check_codes, check_fit, check_modes
+from higgstune.diagnostics import doctor, examine
+from higgstune.diagnostics.codec import check_codes, check_fit, check_modes
 
 
 def test_a_codec_in_train_mode_is_found(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

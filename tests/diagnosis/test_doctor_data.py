@@ -14,15 +14,15 @@ from doctor_world import examined, failed, prepare, told
 from test_run import DEMO_CODEC
 from tiny_checkpoint import save_tiny_checkpoint
 
+from higgstune.batch.dataset import Rendering
 from higgstune.codec import MelCodec
 from higgstune.data.store import CodeStore
-from higgstune.diagnosis import doctor
-from higgstune.diagnosis.data import find_features
-from higgstune.diagnosis.loss import DataLoss, judge_loss, never_trained
+from higgstune.diagnostics import doctor
+from higgstune.diagnostics.data import find_features
+from higgstune.diagnostics.loss import DataLoss, judge_loss, never_trained
 from higgstune.errors import DataError
-from higgstune.model.conditioning import WhisperShape
+from higgstune.families.higgs_v2.extensions import WhisperShape
 from higgstune.model.load import load_model
-from higgstune.prompt.rows import Rendering
 
 CHANCE = math.log(1026)
 

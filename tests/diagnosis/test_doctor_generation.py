@@ -9,8 +9,8 @@ from doctor_world import examined, failed, rows, told
 from tiny_checkpoint import tiny_prompter
 from transformers import DynamicCache
 
-from higgstune.diagnosis import doctor, examine
-from higgstune.diagnosis.generation import check_generation
+from higgstune.diagnostics import doctor, examine
+from higgstune.diagnostics.generation import check_generation
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from doctor_world import examined, failed, told
 
-from higgstune.diagnosis import doctor, memory
+from higgstune.diagnostics import doctor
+from higgstune.diagnostics import machine as memory
 
 
 def test_too_little_memory_is_found(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

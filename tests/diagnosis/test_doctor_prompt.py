@@ -10,11 +10,13 @@ import pytest
 from doctor_world import examined, failed, told
 from tiny_checkpoint import random_codes, tiny_prompter, tiny_tokenizer
 
+from higgstune.batch.dataset import Rendering
+from higgstune.codec.base import Heard
 from higgstune.data.store import Row
-from higgstune.diagnosis import doctor
-from higgstune.diagnosis.prompt import built_in_row, check_chat_template, check_same_prompt, check_tokens
-from higgstune.prompt.example import Example, Heard, Prompter
-from higgstune.prompt.rows import Rendering
+from higgstune.diagnostics import doctor
+from higgstune.diagnostics.prompt import built_in_row, check_chat_template, check_same_prompt, check_tokens
+from higgstune.families.base import Example
+from higgstune.families.higgs_v2.prompter import Prompter
 
 
 def test_a_changed_chat_template_is_found(world: Path, base: Path) -> None:

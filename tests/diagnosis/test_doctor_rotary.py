@@ -9,8 +9,8 @@ import torch
 from doctor_world import examined, failed, told
 from tiny_checkpoint import tiny_config, tiny_model, tiny_tokenizer
 
-from higgstune.diagnosis import examine
-from higgstune.diagnosis.checkpoint import check_rotary
+from higgstune.diagnostics import examine
+from higgstune.diagnostics.checkpoint import check_rotary
 from higgstune.model.load import load_model
 
 

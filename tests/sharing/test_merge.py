@@ -15,11 +15,12 @@ from test_run import recipe
 from transformers import AutoTokenizer, GenerationConfig
 
 from higgstune import merge
+from higgstune.checkpoint_files import check_checksums
 from higgstune.errors import CheckpointError
+from higgstune.exporting import layouts
+from higgstune.exporting import verify as check
 from higgstune.generate.speak import speak
-from higgstune.model.checksums import check_checksums
 from higgstune.model.load import load_model, load_model_and_tokenizers
-from higgstune.sharing import check, layouts
 from higgstune.training.run import train
 
 

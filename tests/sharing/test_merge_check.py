@@ -12,11 +12,12 @@ from sharing_world import copy_of
 
 from higgstune import merge
 from higgstune.errors import CheckpointError, DataError, VerificationError
+from higgstune.exporting import layouts
+from higgstune.exporting import merge as merging
+from higgstune.exporting import verify as check
+from higgstune.exporting.source import open_source
+from higgstune.exporting.verify import HeldOut, held_out
 from higgstune.model.load import load_model, load_model_and_tokenizers
-from higgstune.sharing import check, layouts
-from higgstune.sharing import merge as merging
-from higgstune.sharing.held_out import HeldOut, held_out
-from higgstune.sharing.source import open_source
 from higgstune.training.verify import probe_logits, write_probe
 
 
@@ -115,7 +116,7 @@ def test_where_the_store_has_gone_the_runs_probe_is_compared_on(world: Path, tmp
 
 
 def test_every_clip_is_looked_at(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("higgstune.sharing.held_out._POSITIONS", 9)
+    monkeypatch.setattr("higgstune.exporting.verify._POSITIONS", 9)
     source = open_source(world / "plain" / "adapter")
     loaded = load_model_and_tokenizers(world / "base", device="cpu")
     batch = held_out(source, loaded).batch

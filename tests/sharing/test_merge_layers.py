@@ -13,13 +13,13 @@ from sharing_world import card
 
 from higgstune import merge
 from higgstune.errors import CheckpointError, ConfigError
+from higgstune.exporting import verify as check
+from higgstune.exporting.merge import merge_layers
+from higgstune.families.higgs_v2.checkpoint import original_config, original_state
+from higgstune.families.higgs_v2.extensions import Conditioning
+from higgstune.families.higgs_v2.prompt import AUDIO_EOS, AUDIO_IN
 from higgstune.model.adapters import load_adapter
-from higgstune.model.conditioning import Conditioning
-from higgstune.model.convert import original_config, original_state
 from higgstune.model.load import load_model, load_tokenizer
-from higgstune.prompt.template import AUDIO_EOS, AUDIO_IN
-from higgstune.sharing import check
-from higgstune.sharing.layers import merge_layers
 
 
 @pytest.mark.parametrize("variant", [{"rslora": True}, {"dora": True}, {"attention": "full"}, {}])

@@ -12,7 +12,7 @@ from tiny_codec import save_tiny_codec
 
 from higgstune import merge
 from higgstune.errors import CheckpointError, ConfigError, DataError, WorkError
-from higgstune.sharing import merge as merging
+from higgstune.exporting import merge as merging
 
 
 @pytest.mark.parametrize("again", ["the same adapter", "another adapter"])

@@ -14,15 +14,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from higgstune.batch.padded import PaddedCollator
+from higgstune.batch.collate import PaddedCollator
+from higgstune.batch.dataset import row_example
 from higgstune.data.store import CodeStore
-from higgstune.inspection import load_prompter
-from higgstune.model.adapters import find_adapter, load_adapter
-from higgstune.model.conditioning import base_of, conditioning_of
+from higgstune.diagnostics.inspect_row import load_prompter
+from higgstune.families.base import Example
+from higgstune.families.higgs_v2.extensions import base_of, conditioning_of
+from higgstune.families.higgs_v2.prompter import Prompter
+from higgstune.kernels.loss import IGNORE
+from higgstune.model.adapter_folder import find_adapter
+from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model
-from higgstune.prompt.delay import IGNORE
-from higgstune.prompt.example import Example, Prompter
-from higgstune.prompt.rows import row_example
 
 QUERIES = ("rows of the clip", "the clip's transcript")
 KEYS = ("other text", "the clip's transcript", "reference audio", "the clip itself")

@@ -21,19 +21,20 @@ import numpy as np
 import torch
 import yaml
 
-from higgstune.batch.packed import pack, tensors_to
+from higgstune.batch.collate import pack, tensors_to
+from higgstune.batch.dataset import Rendering, row_example
+from higgstune.codec import CODEC_FOLDER
+from higgstune.config.recipe import Recipe, parse_recipe
 from higgstune.data.manifest import Utterance, read_manifest, write_manifest
 from higgstune.data.prepare import prepare
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import WhisperFeatures
-from higgstune.inspection import load_prompter
+from higgstune.diagnostics.inspect_row import load_prompter
+from higgstune.families.higgs_v2.packed import with_training_forward
+from higgstune.kernels.loss import LossWeights, add_sums, label_counts
 from higgstune.model.adapters import load_adapter
-from higgstune.model.forward import with_training_forward
-from higgstune.model.load import CODEC_FOLDER, load_model
-from higgstune.model.loss import LossWeights, add_sums, label_counts
-from higgstune.prompt.rows import Rendering, row_example
+from higgstune.model.load import load_model
 from higgstune.training.metrics import loss_metrics
-from higgstune.training.recipe import Recipe, parse_recipe
 from higgstune.training.run import train
 
 TEXT_ONLY = {"kind": "text", "text_weight": 1.0, "audio_weight": 0.0}

@@ -31,11 +31,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from higgstune.batch.packed import Packed, pack, positions
-from higgstune.model.forward import with_training_forward
-from higgstune.model.loss import LossWeights, combine, label_counts
-from higgstune.prompt.example import Example, Prompter, SpecialIds
-from higgstune.prompt.template import DEFAULT_SCENE, DEFAULT_SYSTEM, native_chat_template, speech_messages
+from higgstune.batch.collate import Packed, pack, positions
+from higgstune.families.base import Example
+from higgstune.families.higgs_v2.packed import with_training_forward
+from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE, DEFAULT_SYSTEM, native_chat_template, speech_messages
+from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
+from higgstune.kernels.loss import LossWeights, combine, label_counts
 
 # The control tokens of the released checkpoint that a prompt can hold, in the order of their ids there.
 SPECIAL_TOKENS = [

@@ -22,7 +22,7 @@ import psutil
 from processes import Together
 from training_world import assert_identical, faulty_recipe, make_world, train_unproven
 
-from higgstune.training.recipe import Recipe
+from higgstune.config.recipe import Recipe
 
 FAULTS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "full disk", "damaged checkpoint", "dead worker")
 CODES = {"SIGKILL": {-9}, "SIGTERM": {143}, "SIGINT": {130}, "full disk": {0, 1}, "dead worker": {0, 1}}

@@ -26,7 +26,7 @@ Shown = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Measure:
-    """A ratio of two sums over clips, as in `higgstune.evaluation.metrics`."""
+    """A ratio of two sums over clips, as in `higgstune.metrics`."""
 
     label: str
     top: Callable[[Row], float]

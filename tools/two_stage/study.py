@@ -21,10 +21,10 @@ import torch
 from results import COMPARED, YARDSTICKS, write_results
 from study_data import SETTINGS, Setting, Stores, stores_of
 
+from higgstune.codec import CODEC_FOLDER
+from higgstune.config.recipe import Recipe, parse_recipe
 from higgstune.evaluation.evaluate import ADAPTER, RECORDINGS, evaluate
-from higgstune.generate.sampling import Sampling
-from higgstune.model.load import CODEC_FOLDER
-from higgstune.training.recipe import Recipe, parse_recipe
+from higgstune.families.sampling import Sampling
 from higgstune.training.run import train
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "conditioning"))

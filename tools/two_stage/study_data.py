@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from higgstune.codec import CODEC_FOLDER
 from higgstune.data.manifest import Utterance, write_manifest
 from higgstune.data.prepare import prepare
-from higgstune.model.load import CODEC_FOLDER
 
 TRAINED, UNSEEN = "trained", "unseen"  # kinds of test sentences; ids of test rows begin with them
 _NEARLY_ALL = 1 - 1e-9  # of the rows that are added: a split is a share of the recordings

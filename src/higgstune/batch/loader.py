@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from higgstune.batch.packed import Packed, pack
+from higgstune.batch.collate import Packed, pack
 from higgstune.batch.packing import PackSampler, PackSize
 from higgstune.errors import HiggstuneError, WorkError
-from higgstune.prompt.delay import IGNORE
-from higgstune.prompt.example import Example
+from higgstune.families.base import Example
+from higgstune.kernels.loss import IGNORE
 
 _DYING = 1.0  # seconds until a process whose connection is cut off has ended
 _OFTEN = {

@@ -1,15 +1,61 @@
 """Codecs: waveform <-> codes."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from higgstune.checkpoint_files import read_json
+from higgstune.codec import mel
 from higgstune.codec.base import Codec
-from higgstune.codec.load import DEFAULT_CODEC, load_codec
 from higgstune.codec.mel import MelCodec
+from higgstune.errors import CheckpointError
+from higgstune.hub import fetch
 
 if TYPE_CHECKING:
     from higgstune.codec.higgs import HiggsCodec as HiggsCodec
 
-__all__ = ["DEFAULT_CODEC", "Codec", "HiggsCodec", "MelCodec", "load_codec"]
+__all__ = ["CODEC_FOLDER", "DEFAULT_CODEC", "Codec", "HiggsCodec", "MelCodec", "checkpoint_codec", "load_codec"]
+
+CODEC_FOLDER = "codec"  # a checkpoint may bring its codec along, in a sub-folder of this name
+DEFAULT_CODEC = "bosonai/higgs-audio-v2-tokenizer"
+HIGGS_MODEL_TYPE = "higgs_audio_v2_tokenizer"
+
+
+def load_codec(
+    name_or_path: str | Path,
+    *,
+    device: str = "cpu",
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Codec:
+    """The codec in a folder or at the hub: the Higgs codec on `device`, or a fitted one, always on the CPU.
+
+    `revision` and `cache_dir` are the hub's. Raises CheckpointError for what is not a codec of these kinds.
+    """
+    folder = fetch(name_or_path, what="codec", revision=revision, cache_dir=cache_dir)
+    model_type = read_json(folder / mel.CONFIG, f"{folder} is not a codec's folder without it").get("model_type")
+    if model_type == mel.MODEL_TYPE:
+        return mel.MelCodec.from_pretrained(folder)
+    if model_type == HIGGS_MODEL_TYPE:
+        from higgstune.codec.higgs import HiggsCodec  # brings transformers, which a fitted codec can do without
+
+        return HiggsCodec.from_pretrained(folder, device=device)
+    raise CheckpointError(
+        f'{folder / mel.CONFIG}: "model_type" is {model_type!r}, but a codec has "{HIGGS_MODEL_TYPE}" or '
+        f'"{mel.MODEL_TYPE}". The original layout (model.pth) must be converted to that of transformers.'
+    )
+
+
+def checkpoint_codec(checkpoint: str | Path | None, codec: str | Path | None = None) -> str:
+    """The codec that a checkpoint speaks through: the given one, else its sub-folder `codec`, else the released one.
+
+    Raises CheckpointError when the checkpoint is needed and does not exist.
+    """
+    if codec is not None:
+        return str(codec)
+    if checkpoint is None:
+        return DEFAULT_CODEC
+    own = fetch(checkpoint, what="checkpoint", weights=False) / CODEC_FOLDER
+    return str(own) if own.is_dir() else DEFAULT_CODEC
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,10 @@
 """What every codec offers: waveform -> codes -> waveform."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from higgstune.errors import DataError
 
@@ -47,3 +49,16 @@ def checked_codes(codes: np.ndarray, num_codebooks: int, codebook_size: int) -> 
             "and EOS are cut off before decoding"
         )
     return codes.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """An audio as Whisper hears it: `features` [positions, d_model] float16, and the positions of each chunk."""
+
+    features: NDArray[np.float16]
+    chunks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Raises DataError when there are not as many features as positions."""
+        if len(self.features) != sum(self.chunks):
+            raise DataError(f"{len(self.features)} Whisper features for chunks of {self.chunks} positions")

@@ -10,9 +10,9 @@ import transformers
 from safetensors import SafetensorError
 
 from higgstune import torchaudio_compat
+from higgstune.checkpoint_files import MALFORMED, read_json, weight_files
 from higgstune.codec.base import checked_codes, whole_frames
 from higgstune.errors import CheckpointError
-from higgstune.model.layout import MALFORMED, read_json, weight_files
 
 torchaudio_compat.install()  # the codec's module imports torchaudio
 
@@ -22,8 +22,6 @@ from transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokeni
 
 # transformers itself still has a placeholder under this name, made while there was no torchaudio.
 vars(transformers)["HiggsAudioV2TokenizerModel"] = HiggsAudioV2TokenizerModel
-
-
 _NOT_READ = {"_attn_implementation", "attn_implementation", "quantization_config"}  # of a configuration: leads to code
 
 

@@ -14,6 +14,7 @@ import soundfile
 import soxr
 
 from higgstune.data.rejection import RowError
+from higgstune.errors import InputError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus")
 MAX_SECONDS = 3600.0  # of one clip in memory, whatever its header claims
@@ -251,3 +252,24 @@ class _Projector:
     def sketch(self) -> tuple[float, ...]:
         """The sums of everything so far."""
         return tuple(self._sum.astype(np.float32).tolist())
+
+
+def check_wav_name(path: Path) -> None:
+    """Raises InputError when speech cannot be written under this name."""
+    if path.suffix.lower() != ".wav":
+        raise InputError(f"{path}: speech is written as .wav")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file")
+
+
+def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
+    """[samples] float32 in [-1, 1] -> a 16-bit WAV file, under a temporary name first; folders are made.
+
+    Raises InputError when the name does not end in .wav.
+    """
+    path = Path(path)
+    check_wav_name(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    soundfile.write(temporary, np.clip(waveform, -1, 1), sample_rate, format="WAV", subtype="PCM_16")
+    os.replace(temporary, path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from higgstune.data.audio import Recording
-from higgstune.data.check import Candidate
+from higgstune.data.clips import Candidate
 from higgstune.data.manifest import Utterance
 from higgstune.data.messages import Message
 from higgstune.data.source import SourceRow

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from higgstune.data.message_parts import is_unicode
-from higgstune.data.messages import normalize_messages
+from higgstune.data.messages import is_unicode, normalize_messages
 from higgstune.data.rejection import RowError, did_you_mean, shown
 from higgstune.errors import DataError
 

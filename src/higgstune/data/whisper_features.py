@@ -21,12 +21,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from higgstune.codec.base import Heard
 from higgstune.data.audio import resample
 from higgstune.data.clips import Clip
 from higgstune.data.shard_reader import CheckedFile
 from higgstune.errors import DataError, WorkError
 from higgstune.files import refusal, write_file
-from higgstune.prompt.example import Heard
 
 FOLDER = "whisper"
 _INDEX = "index.json"

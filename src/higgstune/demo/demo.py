@@ -14,6 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from higgstune.codec import CODEC_FOLDER
+from higgstune.config.recipe import Recipe, load_recipe
+from higgstune.data.audio import write_wav
 from higgstune.data.manifest import Utterance, read_manifest, write_manifest
 from higgstune.data.prepare import prepare
 from higgstune.data.store import CodeStore
@@ -21,12 +24,11 @@ from higgstune.data.store import Row as StoreRow
 from higgstune.demo.measure import Clips, Measurement, measure
 from higgstune.demo.page import write_page
 from higgstune.errors import ConfigError
-from higgstune.evaluation.judges import Judges, load_judges
-from higgstune.generate.sampling import Sampling
-from higgstune.generate.speak import Speaker, load_speaker
-from higgstune.generate.wav import write_wav
-from higgstune.model.load import CODEC_FOLDER
-from higgstune.training.recipe import Recipe, load_recipe
+from higgstune.evaluation.judges import load_judges
+from higgstune.evaluation.judges.base import Judges
+from higgstune.families.sampling import Sampling
+from higgstune.generate.speak import load_speaker
+from higgstune.generate.speaker import Speaker
 from higgstune.training.run import RunResult, train
 
 TARGET_VOICE = "rms"

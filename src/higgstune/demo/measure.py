@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from higgstune.evaluation.judges import SAME_SPEAKER, SpeakerJudge, Transcriber
-from higgstune.evaluation.text import word_error_rate
+from higgstune.evaluation.asr_errors import word_error_rate
+from higgstune.evaluation.judges import SAME_SPEAKER
+from higgstune.evaluation.judges.base import SpeakerJudge, Transcriber
 
 WORSE_THAN_ROUND_TRIP = 0.15  # as much may the word error rate lie above the codec round trip of the originals
 SWAPPED_AT_LEAST = 0.80  # error rate against another sentence's text

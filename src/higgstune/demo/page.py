@@ -5,7 +5,7 @@ from pathlib import Path
 
 from higgstune.data.store import CodeStore
 from higgstune.demo.measure import Measurement
-from higgstune.report.page import Item, RunReport, Section, Table, Take, write_report
+from higgstune.evaluation.report.page import Item, RunReport, Section, Table, Take, write_report
 from higgstune.training.run import RunResult
 
 _COLUMNS = {

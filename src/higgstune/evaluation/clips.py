@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from higgstune.data.audio import AUDIO_SUFFIXES
-from higgstune.data.import_folder import read_folder
+from higgstune.data.importers.folder import read_folder
 from higgstune.data.rejection import RowError
 from higgstune.data.source import is_within
 from higgstune.errors import DataError

@@ -7,24 +7,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from higgstune.checkpoint_files import read_json
+from higgstune.config.expression import LOSS, STEP, Expression
+from higgstune.environment import choose_device
 from higgstune.errors import ConfigError, DataError
-from higgstune.evaluation.choice import LOSS, STEP, Choice, Expression, Rule, choose
+from higgstune.evaluation.choice import Choice, Rule, choose
 from higgstune.evaluation.clips import Clip
 from higgstune.evaluation.evaluate import ADAPTER, BASE, CLIPS, RECORDINGS, Progress, SetResult, evaluate, kind_of
-from higgstune.evaluation.judges import AUTO, OPTIONS, Judges, load_judges, role_of
-from higgstune.evaluation.metrics import METRICS, Difference, Evaluation
-from higgstune.evaluation.run_report import evaluations_of, facts_of
+from higgstune.evaluation.judges import AUTO, load_judges
+from higgstune.evaluation.judges.base import OPTIONS, Judges, role_of
+from higgstune.evaluation.report.compare import Comparison, Contender, check_number, write_comparison
+from higgstune.evaluation.report.measures import System
+from higgstune.evaluation.report.players import Item, Section, badness, take_of
+from higgstune.evaluation.report.run_report import evaluations_of, facts_of
 from higgstune.evaluation.score import compare as differences_of
-from higgstune.evaluation.texts import VALIDATION
+from higgstune.evaluation.test_sets import VALIDATION
+from higgstune.families.sampling import Sampling
 from higgstune.files import write_file
-from higgstune.generate.sampling import Sampling
-from higgstune.model.adapters import RUN_STATE, adapter_card, adapter_conditioning, find_adapter
-from higgstune.model.layout import read_json
-from higgstune.model.load import choose_device
-from higgstune.model.quantize import Quantize
-from higgstune.report.compare import Comparison, Contender, check_number, write_comparison
-from higgstune.report.measures import SIGNIFICANT, System
-from higgstune.report.players import Item, Section, badness, take_of
+from higgstune.kernels.quantize import Quantize
+from higgstune.metrics import METRICS, SIGNIFICANT, Difference, Evaluation
+from higgstune.model.adapter_folder import RUN_STATE, adapter_card, adapter_conditioning, find_adapter
 
 _MOST_TEXTS = 40  # with players
 _RANK_WITHOUT_JUDGES = "-abs(duration_ratio - 1)"

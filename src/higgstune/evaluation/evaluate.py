@@ -8,10 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from higgstune.checkpoint_files import read_json, sha256_of
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import WhisperFeatures
+from higgstune.environment import choose_device
 from higgstune.errors import ConfigError, DataError
-from higgstune.evaluation.asked import (
+from higgstune.evaluation.clips import CLIPS_FILE, Clip, read_clips, read_voices
+from higgstune.evaluation.items import (
     MOST_ROWS,
     Asked,
     ask_rows,
@@ -23,18 +26,20 @@ from higgstune.evaluation.asked import (
     speakers_of,
     write_voices,
 )
-from higgstune.evaluation.clips import CLIPS_FILE, Clip, read_clips, read_voices
-from higgstune.evaluation.judges import AUTO, Judges, check_languages, load_judges
-from higgstune.evaluation.metrics import METRICS, Difference, Evaluation
-from higgstune.evaluation.remembered import remembered
+from higgstune.evaluation.judges import AUTO, check_languages, load_judges
+from higgstune.evaluation.judges.base import Judges
+from higgstune.evaluation.judges.cache import remembered
 from higgstune.evaluation.score import compare as differences_of
 from higgstune.evaluation.score import score
 from higgstune.evaluation.statistics import smallest_p
-from higgstune.evaluation.texts import VALIDATION, Sentence, read_sentences
+from higgstune.evaluation.test_sets import VALIDATION, Sentence, read_sentences
+from higgstune.families.sampling import Sampling
 from higgstune.files import alone_in, write_file
-from higgstune.generate.sampling import Sampling
-from higgstune.generate.speak import Speaker, load_base
-from higgstune.model.adapters import (
+from higgstune.generate.speak import load_base
+from higgstune.generate.speaker import Speaker
+from higgstune.kernels.quantize import Quantize
+from higgstune.metrics import METRICS, SIGNIFICANT, Difference, Evaluation, verdict
+from higgstune.model.adapter_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     RUN_STATE,
@@ -42,11 +47,6 @@ from higgstune.model.adapters import (
     base_fingerprint,
     find_adapter,
 )
-from higgstune.model.checksums import sha256_of
-from higgstune.model.layout import read_json
-from higgstune.model.load import choose_device
-from higgstune.model.quantize import Quantize
-from higgstune.report.measures import SIGNIFICANT, verdict
 
 _LOG = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]

@@ -7,7 +7,7 @@ import numpy as np
 from scipy import fft
 
 from higgstune.data.audio import resample
-from higgstune.evaluation.health import HOP_SECONDS, levels, sounds
+from higgstune.evaluation.waveform_checks import HOP_SECONDS, levels, sounds
 
 PITCH_JUDGE = "higgstune YIN 1"  # raise it when a result changes
 LOWEST, HIGHEST = 60.0, 500.0  # Hz

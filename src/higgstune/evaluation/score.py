@@ -13,16 +13,15 @@ import numpy as np
 
 from higgstune.data.audio import read_audio
 from higgstune.errors import DataError
+from higgstune.evaluation.asr_errors import add_errors, add_leaks
 from higgstune.evaluation.clips import Clip
-from higgstune.evaluation.health import examine, pace
-from higgstune.evaluation.judges import Judges, QualityJudge
-from higgstune.evaluation.loops import find_loop
-from higgstune.evaluation.metrics import METRICS, Confusion, Difference, Estimate, Evaluation, Metric
+from higgstune.evaluation.judges.base import Judges, QualityJudge
 from higgstune.evaluation.prosody import PITCH_JUDGE, Prosody, against, average, prosody
 from higgstune.evaluation.statistics import difference_interval, holm, permutation_p, ratio, ratio_interval
 from higgstune.evaluation.voices import Voices, add_reference_similarity, add_similarity, check_answers, fill, voice_of
-from higgstune.evaluation.words import add_errors, add_leaks
+from higgstune.evaluation.waveform_checks import examine, find_loop, pace
 from higgstune.generate.chunks import expected_seconds
+from higgstune.metrics import METRICS, Confusion, Difference, Estimate, Evaluation, Metric
 
 Progress = Callable[[str, int, int], None]  # what is done, how many are done, of how many
 Rows = list[dict[str, Any]]

@@ -9,8 +9,8 @@ import numpy as np
 
 from higgstune.errors import WorkError
 from higgstune.evaluation.clips import Clip
-from higgstune.evaluation.judges import SpeakerJudge
-from higgstune.evaluation.metrics import Confusion
+from higgstune.evaluation.judges.base import SpeakerJudge
+from higgstune.metrics import Confusion
 
 Rows = Sequence[dict[str, Any]]
 Voices = Mapping[str, Sequence[Path]]

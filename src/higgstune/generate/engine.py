@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from higgstune.batch.padded import heard_features
-from higgstune.generate.sampling import RowSampler, Sampling
-from higgstune.model.conditioning import check_features
-from higgstune.prompt.delay import codes_from_frames
-from higgstune.prompt.example import Example
+from higgstune.batch.collate import heard_features
+from higgstune.families.base import Example
+from higgstune.families.higgs_v2.delay import codes_from_frames
+from higgstune.families.higgs_v2.extensions import check_features
+from higgstune.families.higgs_v2.sampler import RowSampler
+from higgstune.families.sampling import Sampling
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,19 @@ import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
-from higgstune.batch.packed import Packed
-from higgstune.model.conditioning import base_of
-from higgstune.model.forward import packed_loss
-from higgstune.model.fused import is_plain
+from higgstune.batch.collate import Packed
+from higgstune.families.higgs_v2.extensions import base_of
+from higgstune.kernels.fused import is_plain
+from higgstune.kernels.loss import LossWeights, combine, label_counts
+
+
+def packed_loss(model: nn.Module, batch: Packed) -> Tensor:
+    """The loss of a pack through a peft model with the training forward, in the dtype that training computes it in."""
+    base = base_of(model)
+    with torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
+        sums = model(**batch)
+    return combine(sums, label_counts(batch, eos_id=base.config.audio_stream_eos_id), LossWeights())
+
 
 _LOG = logging.getLogger(__name__)
 Compile = bool | Literal["auto"]

@@ -10,19 +10,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-from higgstune.codec import DEFAULT_CODEC, Codec, load_codec
-from higgstune.errors import CheckpointError, ConfigError
+from higgstune.checkpoint_files import MALFORMED, Layout, check_checksums, read_json, read_layout, read_weights
+from higgstune.codec import Codec, checkpoint_codec, load_codec
+from higgstune.codec.whisper_encoder import WhisperTower
+from higgstune.environment import choose_device, choose_dtype
+from higgstune.errors import CheckpointError
+from higgstune.families.higgs_v2.checkpoint import native_config, read_original
+from higgstune.families.higgs_v2.extensions import CONDITIONING_KEY, Conditioning, add_conditioning
+from higgstune.families.higgs_v2.prompt import AUDIO_OUT, AUDIO_OUT_BOS
 from higgstune.hub import fetch
-from higgstune.model.adapters import ADAPTER_CONFIG, UNQUANTIZED_FINGERPRINT, base_fingerprint
-from higgstune.model.checksums import check_checksums
-from higgstune.model.conditioning import CONDITIONING_KEY, Conditioning, add_conditioning
-from higgstune.model.convert import native_config, read_original
-from higgstune.model.layout import MALFORMED, Layout, read_json, read_layout, read_weights
-from higgstune.model.quantize import Quantize, check_quantize, quantize_layers
-from higgstune.model.whisper import WhisperTower
-from higgstune.prompt.template import AUDIO_OUT, AUDIO_OUT_BOS
+from higgstune.kernels.quantize import Quantize, check_quantize, quantize_layers
+from higgstune.model.adapter_folder import ADAPTER_CONFIG, UNQUANTIZED_FINGERPRINT, base_fingerprint
 
-CODEC_FOLDER = "codec"  # a checkpoint may bring its codec along, in a sub-folder of this name
 _TEXT_HEAD = "text_lm_head.weight"
 # What a config.json may say. Other keys can make transformers fetch code (_attn_implementation) or read other files.
 _ARCHITECTURE = (
@@ -113,19 +112,6 @@ def load_model_and_tokenizers(
     )
 
 
-def checkpoint_codec(checkpoint: str | Path | None, codec: str | Path | None = None) -> str:
-    """The codec that a checkpoint speaks through: the given one, else its sub-folder `codec`, else the released one.
-
-    Raises CheckpointError when the checkpoint is needed and does not exist.
-    """
-    if codec is not None:
-        return str(codec)
-    if checkpoint is None:
-        return DEFAULT_CODEC
-    own = fetch(checkpoint, what="checkpoint", weights=False) / CODEC_FOLDER
-    return str(own) if own.is_dir() else DEFAULT_CODEC
-
-
 def load_tokenizer(folder: Path, config: HiggsAudioV2Config) -> Any:
     """The checkpoint's own tokenizer. Raises CheckpointError when it is missing or does not fit the config."""
     if not (folder / "tokenizer.json").exists():
@@ -161,32 +147,6 @@ def check_codec(codec: Codec, config: HiggsAudioV2Config, name: str) -> None:
             f"the codec {name} has {codec.num_codebooks} codebooks of {codec.codebook_size}, the checkpoint expects "
             f"{config.num_codebooks} of {config.audio_stream_bos_id}: give the checkpoint's own codec"
         )
-
-
-def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """The given device, else CUDA where there is one, else the CPU. Raises ConfigError for one that is not there."""
-    if device is None or str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {device!r}: cpu, cuda or cuda:N") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {device} was asked for, but PyTorch {torch.__version__} sees no CUDA device here")
-    return chosen
-
-
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The given dtype, else bf16 where the device computes in it natively, else float32. Raises ConfigError."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype is None or dtype == "auto":
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float32
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float64": torch.float64}
-    if dtype not in named:
-        raise ConfigError(f"unknown dtype {dtype!r}: auto, {', '.join(named)}")
-    return named[dtype]
 
 
 def _config(layout: Layout) -> HiggsAudioV2Config:

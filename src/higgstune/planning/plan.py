@@ -3,20 +3,56 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 import psutil
 import torch
 
-from higgstune.model.load import choose_dtype
-from higgstune.planning.device import Machine
-from higgstune.planning.footprint import Footprint
-from higgstune.planning.rehearsal import ADAPTER, KINDS, OPTIMIZER, WEIGHTS, Subject
-from higgstune.planning.survey import Packs, Survey, dtype_of, is_native, packs_of, steps_of, survey
-from higgstune.planning.tracker import Bytes
-from higgstune.training.recipe import Recipe, Stage
+from higgstune.batch.collate import Packed
+from higgstune.config.recipe import Recipe, Stage
+from higgstune.environment import choose_dtype
+from higgstune.planning.dry_run import ADAPTER, KINDS, OPTIMIZER, WEIGHTS, Bytes, Segments, Subject, rehearse
+from higgstune.planning.survey import Machine, Packs, Survey, dtype_of, is_native, packs_of, steps_of, survey
+
+_REHEARSED = 2  # layers of a sort
+
+
+@dataclass
+class Footprint:
+    """What one stage takes with a pack, for any number of layers that are computed again; rehearsals are kept."""
+
+    subject: Subject
+    pack: Packed
+    validation: Packed | None = None
+    _rehearsed: dict[tuple[int, int], Segments] = field(default_factory=dict)
+
+    def peak(self, again: int) -> Bytes:
+        """Bytes by kind when they are most, in a step or in a validation, with so many layers computed again."""
+        layers = self.subject.config.num_hidden_layers
+        return max(self.segments(again, layers - again).values(), key=Counter.total)
+
+    def segments(self, again: int, kept: int) -> Segments:
+        """As `rehearse` gives them."""
+        few = min(again, _REHEARSED), min(kept, _REHEARSED)
+        result = {name: Counter(value) for name, value in self._rehearse(*few).items()}
+        for added, more in ((again - few[0], (few[0] + 1, few[1])), (kept - few[1], (few[0], few[1] + 1))):
+            if added:
+                self._add(result, self._rehearse(*few), self._rehearse(*more), added)
+        return result
+
+    @staticmethod
+    def _add(result: Segments, few: Segments, more: Segments, layers: int) -> None:
+        for name, value in result.items():
+            for kind in value.keys() | more[name].keys():
+                value[kind] += layers * (more[name][kind] - few[name][kind])
+
+    def _rehearse(self, again: int, kept: int) -> Segments:
+        if (again, kept) not in self._rehearsed:
+            self._rehearsed[again, kept] = rehearse(self.subject, self.pack, (again, kept), validation=self.validation)
+        return self._rehearsed[again, kept]
+
 
 _CUDA_WORKSPACE = 40_000_000  # cuBLAS keeps it once it has computed
 # On a CPU, beside what is counted; fitted to measured runs, see docs/planning.md.

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from higgstune.planning.device import machine_for, parse_memory
-from higgstune.planning.options import Option, options, size, told
+from higgstune.config.recipe import Recipe, Stage, load_recipe
+from higgstune.planning.dry_run import KINDS
 from higgstune.planning.plan import Planner, RunPlan, StagePlan
-from higgstune.planning.rehearsal import KINDS
 from higgstune.planning.speed import Speed, measure
-from higgstune.planning.survey import row_examples
-from higgstune.training.recipe import Recipe, Stage, load_recipe
+from higgstune.planning.suggestions import Option, options, size, told
+from higgstune.planning.survey import machine_for, parse_memory, row_examples
 
 _ROWS = {
     "weights": "weights of the base", "adapter": "adapter", "gradients": "gradients at the peak",

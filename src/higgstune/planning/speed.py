@@ -12,14 +12,15 @@ import torch
 from peft import PeftModel
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-from higgstune.batch.packed import pack, positions, tensors_to
+from higgstune.batch.collate import pack, positions, tensors_to
+from higgstune.families.base import Example
+from higgstune.families.higgs_v2.extensions import add_conditioning, base_of
+from higgstune.families.higgs_v2.packed import with_training_forward
+from higgstune.kernels.memory import checkpoint_first
+from higgstune.kernels.quantize import quantize_layers
 from higgstune.model.adapters import add_lora
-from higgstune.model.conditioning import add_conditioning, base_of
-from higgstune.model.forward import packed_loss, with_training_forward
-from higgstune.model.quantize import quantize_layers
-from higgstune.planning.layers import checkpoint_first
-from higgstune.planning.rehearsal import Subject
-from higgstune.prompt.example import Example
+from higgstune.model.compiled import packed_loss
+from higgstune.planning.dry_run import Subject
 
 CPU_TOKENS = 1024  # of the pack that is timed on a CPU
 _REPEATS = 2  # the shortest counts, after one to warm up

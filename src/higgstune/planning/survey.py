@@ -8,26 +8,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from transformers import HiggsAudioV2Config
 
-from higgstune.batch.packed import Packed, pack
+from higgstune.batch.collate import Packed, pack
+from higgstune.batch.dataset import Rendering, RowExamples
 from higgstune.batch.packing import Pack, PackSampler
-from higgstune.diagnosis.checkpoint import brings_audio_attention, read_config
-from higgstune.errors import CheckpointError
+from higgstune.checkpoint_files import read_json
+from higgstune.codec import CODEC_FOLDER
+from higgstune.config.recipe import Recipe, Stage
+from higgstune.environment import choose_device
+from higgstune.errors import CheckpointError, ConfigError
+from higgstune.families.higgs_v2.checkpoint import brings_audio_attention, read_config
+from higgstune.families.higgs_v2.extensions import CONDITIONING_KEY, Conditioning, WhisperShape
+from higgstune.families.higgs_v2.prompt import AUDIO_IN
+from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
 from higgstune.hub import fetch
-from higgstune.model.attention import SHORT_RUN
-from higgstune.model.conditioning import CONDITIONING_KEY, Conditioning, WhisperShape
-from higgstune.model.layout import read_json
-from higgstune.model.load import CODEC_FOLDER, load_tokenizer
-from higgstune.prompt.example import Prompter, SpecialIds
-from higgstune.prompt.rows import Rendering, RowExamples
-from higgstune.prompt.template import AUDIO_IN
-from higgstune.training.data import TrainingData
-from higgstune.training.recipe import Recipe, Stage
+from higgstune.kernels.attention import SHORT_RUN
+from higgstune.model.load import load_tokenizer
+from higgstune.planning.training_data import TrainingData
 
 _CLIPS = 200_000  # of all epochs together whose packs are made, the first epoch apart
 
@@ -187,3 +191,57 @@ def _own_conditioning(folder: Path) -> Conditioning:
     if written is not None:
         return Conditioning.model_validate(written)
     return Conditioning(audio_attention=brings_audio_attention(folder))
+
+
+DeviceKind = Literal["cpu", "cuda"]
+MARGIN = 0.05  # of the memory: a plan that `auto` makes leaves it free
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device that is planned for."""
+
+    kind: DeviceKind
+    memory: int | None  # bytes that training may take; None: the device is not here, and nobody said
+    at_hand: bool
+
+    def usable(self) -> int | None:
+        """Bytes that a plan may fill."""
+        return None if self.memory is None else int((1 - MARGIN) * self.memory)
+
+
+def machine_for(recipe: Recipe, *, memory: int | None = None, device: str | None = None) -> Machine:
+    """The device of the recipe, or another kind that is planned for; its memory is the given one, or what is free.
+
+    Raises ConfigError for a device that cannot be.
+    """
+    if device not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--device {device}: a plan is for cpu or cuda")
+    here = device is None or device == "cpu" or torch.cuda.is_available()
+    kind = choose_device(device or recipe.model.device).type if here else "cuda"
+    assert kind in ("cpu", "cuda")
+    if memory is None and here:
+        memory = free_memory(torch.device(kind)) + (psutil.Process().memory_info().rss if kind == "cpu" else 0)
+    return Machine("cuda" if kind == "cuda" else "cpu", memory, here)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, with what this process holds and does not use, or in RAM."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def parse_memory(text: str) -> int:
+    """`16GB`, `15.5 GiB`, `800MB`. Raises ConfigError, also without a unit: 16 is meant as gigabytes by some."""
+    units = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    number = text.strip().rstrip("BbGgIiMmTt ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        size = float(number) * units[unit]
+    except (KeyError, ValueError):
+        raise ConfigError(f"--memory {text}: write a number with MB, GB, MiB or GiB, such as 16GB") from None
+    if not 0 < size < math.inf:
+        raise ConfigError(f"--memory {text}: it must be more than nothing")
+    return int(size)

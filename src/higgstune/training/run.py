@@ -11,26 +11,28 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from higgstune.batch.dataset import RowExamples
+from higgstune.config.recipe import Recipe, load_recipe
 from higgstune.data.store import CodeStore
+from higgstune.environment import choose_device, choose_dtype, versions
 from higgstune.errors import CheckpointError, ConfigError, DataError, HiggstuneError, WorkError
-from higgstune.evaluation.asked import only_language
-from higgstune.evaluation.judges import Judges, check_languages, load_judges
-from higgstune.evaluation.run_report import write_run_report
-from higgstune.model.adapters import adapter_card, adapter_conditioning, check_directions, find_adapter
-from higgstune.model.conditioning import add_conditioning
-from higgstune.model.load import ModelAndTokenizers, choose_device, choose_dtype, load_model_and_tokenizers
-from higgstune.planning.at_training import RunMemory
-from higgstune.prompt.example import Prompter, SpecialIds
-from higgstune.prompt.rows import RowExamples
-from higgstune.training.data import TrainingData
-from higgstune.training.folder import RunFolder
-from higgstune.training.listening import rule_of, texts_to_speak
-from higgstune.training.processes import Processes
-from higgstune.training.recipe import Recipe, load_recipe
-from higgstune.training.setting import Setting, check_packs, find_setting
+from higgstune.evaluation.items import only_language
+from higgstune.evaluation.judges import check_languages, load_judges
+from higgstune.evaluation.judges.base import Judges
+from higgstune.evaluation.report.run_report import write_run_report
+from higgstune.families.higgs_v2.extensions import add_conditioning
+from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
+from higgstune.model.adapter_folder import adapter_card, adapter_conditioning, find_adapter
+from higgstune.model.adapters import check_directions
+from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
+from higgstune.planning.run_memory import RunMemory
+from higgstune.planning.training_data import TrainingData
+from higgstune.training.callbacks import StopSignals
+from higgstune.training.distributed import Processes
+from higgstune.training.run_dir import RunFolder
+from higgstune.training.sample_eval import rule_of, texts_to_speak
+from higgstune.training.setup import Setting, check_packs, find_setting
 from higgstune.training.stage import Job, train_stage
-from higgstune.training.stopping import StopSignals
-from higgstune.versions import versions
 
 _LOG = logging.getLogger(__name__)
 _LOST = ("Connection closed by peer", "Connection reset by peer", "gloo")  # how a broken collective reads

@@ -10,15 +10,15 @@ from peft import PeftModel
 from torch import Tensor
 
 import higgstune
-from higgstune.data.schema import SPLITS
+from higgstune.config.recipe import Recipe
+from higgstune.data.shard_reader import SPLITS
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import portable_name
 from higgstune.files import sync_files, sync_folder
-from higgstune.model.adapters import base_shape, write_card
+from higgstune.model.adapter_folder import base_shape, write_card
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.metrics import last_metrics
-from higgstune.training.recipe import Recipe
-from higgstune.training.setting import Setting
+from higgstune.training.setup import Setting
 
 
 def save_adapter(folder: Path, model: PeftModel, card: dict[str, Any], weights: dict[str, Tensor]) -> None:

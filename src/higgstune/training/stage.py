@@ -13,35 +13,30 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from higgstune.batch.packed import pack, tensors_to
+from higgstune.batch.collate import Batch, PaddedCollator, pack, tensors_to
+from higgstune.batch.dataset import RowExamples, telling_split
 from higgstune.batch.packing import PackSize
-from higgstune.batch.padded import Batch, PaddedCollator
+from higgstune.config.recipe import Recipe, Stage
 from higgstune.data.store import CodeStore
 from higgstune.errors import Interrupted
 from higgstune.evaluation.clips import LISTENING
-from higgstune.evaluation.judges import Judges
+from higgstune.evaluation.judges.base import Judges
+from higgstune.families.base import Example
+from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.files import writing
+from higgstune.kernels.loss import LossWeights
+from higgstune.kernels.memory import checkpoint_first
 from higgstune.model.adapters import adapted_layers, add_lora, continue_lora, unload_adapter
 from higgstune.model.compiled import Compile, compile_layers, is_worth_it
-from higgstune.model.forward import with_training_forward
 from higgstune.model.load import ModelAndTokenizers
-from higgstune.model.loss import LossWeights
-from higgstune.planning.at_training import RunMemory
-from higgstune.planning.layers import checkpoint_first
-from higgstune.prompt.example import Example
-from higgstune.prompt.rows import RowExamples, telling_split
-from higgstune.training.candidates import Candidates
-from higgstune.training.checkpoint import newest_checkpoint
-from higgstune.training.folder import RunFolder
-from higgstune.training.listening import Listening
-from higgstune.training.processes import Processes
-from higgstune.training.progress import ProgressReport
-from higgstune.training.recipe import Recipe, Stage
+from higgstune.planning.run_memory import RunMemory
+from higgstune.training.callbacks import ProgressReport, StopSignals
+from higgstune.training.checkpoint import newest_checkpoint, trained_state
+from higgstune.training.distributed import Processes, shard, sharded_parameters
+from higgstune.training.run_dir import RunFolder
+from higgstune.training.sample_eval import Candidates, Listening
 from higgstune.training.save import adapter_card_of, save_adapter
-from higgstune.training.setting import Setting
-from higgstune.training.sharding import shard, sharded_parameters
-from higgstune.training.state import trained_state
-from higgstune.training.stopping import StopSignals
+from higgstune.training.setup import Setting
 from higgstune.training.trainer import HiggsAudioTrainer
 from higgstune.training.verify import probe_logits, verify_in_fresh_process, write_probe
 

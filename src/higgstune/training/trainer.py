@@ -18,26 +18,24 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from higgstune.batch.collate import Packed, positions, tensors_to
 from higgstune.batch.loader import PackLoader, watched
-from higgstune.batch.packed import Packed, positions, tensors_to, without_waiting
 from higgstune.batch.packing import PackSize
 from higgstune.codec import Codec
+from higgstune.config.expression import LOSS
+from higgstune.environment import without_waiting
 from higgstune.errors import CheckpointError
-from higgstune.evaluation.choice import LOSS
+from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.files import write_file
-from higgstune.model.adapters import ADAPTER_WEIGHTS
-from higgstune.model.forward import with_training_forward
+from higgstune.kernels.loss import LossWeights, Sums, add_sums, combine, label_counts, zero_sums
+from higgstune.model.adapter_folder import ADAPTER_WEIGHTS
 from higgstune.model.load import ModelAndTokenizers
-from higgstune.model.loss import LossWeights, Sums, add_sums, combine, label_counts, zero_sums
-from higgstune.training.checkpoint import new_checkpoint, read_checkpoint
-from higgstune.training.finite import SKIPPED_STEPS, FiniteSteps
-from higgstune.training.listening import Listening
-from higgstune.training.metrics import check_possible, loss_metrics
-from higgstune.training.sharding import is_sharded
-from higgstune.training.state import (
+from higgstune.training.checkpoint import (
+    new_checkpoint,
     optimizer_tensors,
     part,
     random_states,
+    read_checkpoint,
     set_optimizer,
     set_random_states,
     set_weights,
@@ -45,6 +43,9 @@ from higgstune.training.state import (
     trained_state,
     under,
 )
+from higgstune.training.distributed import is_sharded
+from higgstune.training.metrics import SKIPPED_STEPS, FiniteSteps, check_possible, loss_metrics
+from higgstune.training.sample_eval import Listening
 
 _LOG = logging.getLogger(__name__)
 _STATE = "training.safetensors"  # in a checkpoint: optimizer, random numbers, what was not logged yet

@@ -18,13 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from higgstune.batch.padded import Batch
+from higgstune.batch.collate import Batch
 from higgstune.errors import HiggstuneError, VerificationError
+from higgstune.families.higgs_v2.extensions import check_features
 from higgstune.model.adapters import load_adapter
-from higgstune.model.conditioning import check_features
 from higgstune.model.load import load_model
-from higgstune.training.processes import Processes
-from higgstune.training.sharding import embedding_and_heads, shard
+from higgstune.training.distributed import Processes, embedding_and_heads, shard
 
 # The largest difference of a logit in float32. In bfloat16 the mean difference: a logit of 8 has steps of 0.03 there,
 # so one rounding that falls otherwise is allowed, many are not.

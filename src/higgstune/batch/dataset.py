@@ -1,0 +1,157 @@
+"""From a row of a code store to a training example."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from higgstune.codec.base import Heard
+from higgstune.data.messages import Message, ReferencePlace, _audio_parts, heard_clips
+from higgstune.data.store import MixedRows, Row, SplitView
+from higgstune.errors import DataError
+from higgstune.families.base import Audio, Example, TextTargets
+from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE, speech_messages
+from higgstune.families.higgs_v2.prompter import Prompter
+
+TARGET: Message = {"role": "assistant", "content": [{"type": "audio", "url": "target"}]}
+_TOKENIZED_AT_ONCE = 1000  # rows
+_LOOKED_AT = 64  # rows of a split, at the most, in search of some that tell
+
+
+class Features(Protocol):
+    """What Whisper hears in the clips of a store, by their audio hash."""
+
+    def heard(self, sha256: str) -> Heard:
+        """Raises DataError for a clip that was not encoded."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How rows become conversations; the same in training and, for its reference, in speaking."""
+
+    reference: ReferencePlace = "turn"  # an utterance's reference: an earlier turn, or a voice in the scene
+    features: Features | None = None  # without, audio in user and system turns is read by its codes
+
+
+PLAIN = Rendering()
+
+
+def row_conversation(row: Row, rendering: Rendering = PLAIN) -> tuple[list[Message], list[Audio], int | None]:
+    """A row's messages, what fills their audio parts in order, and the first target message (None: the last).
+
+    An utterance is written as generation asks for it: default system message, its scene (or the default one), its
+    reference in its place, its text, its audio. With Whisper features, audio in user, system and scene messages is
+    heard, but for parts that say `"as": "codes"`.
+    """
+    if row.messages is not None:
+        return list(row.messages), _audio_in_order(row, rendering.features), row.start_index
+    scene = DEFAULT_SCENE if row.scene is None else row.scene
+    if row.reference_codes is None:
+        return [*speech_messages(row.text, scene=scene), TARGET], [row.codes], None
+    if rendering.reference == "turn":
+        context = [(row.reference_text or "", "reference")]
+        return (
+            [*speech_messages(row.text, scene=scene, context=context), TARGET],
+            [row.reference_codes, row.codes],
+            None,
+        )
+    voice: Audio = row.reference_codes
+    if rendering.features is not None:
+        assert row.reference_sha256 is not None
+        voice = rendering.features.heard(row.reference_sha256)
+    return [*speech_messages(row.text, scene=scene, voice="reference"), TARGET], [voice, row.codes], None
+
+
+def row_example(prompter: Prompter, row: Row, text_targets: TextTargets, rendering: Rendering = PLAIN) -> Example:
+    """A row as the model sees it in training. Raises DataError as `Prompter.example`."""
+    messages, audio, target_from = row_conversation(row, rendering)
+    return prompter.example(messages, audio, text_targets=text_targets, target_from=target_from)
+
+
+def telling_split(splits: Sequence[tuple[str, Sequence[Row]]], rendering: Rendering) -> tuple[str, list[Row]]:
+    """Rows to compare models on, and the name of their split: the first split that has any.
+
+    With Whisper, the first one in which anything is heard, and of it the rows that hear: others would prove nothing of
+    the projector.
+    """
+    if rendering.features is not None:
+        for name, rows in splits:
+            hearing = [row for row in islice(rows, _LOOKED_AT) if heard_clips(row, rendering.reference)]
+            if hearing:
+                return name, hearing
+    return next(((name, list(islice(rows, _LOOKED_AT))) for name, rows in splits if len(rows)), ("", []))
+
+
+class RowExamples:
+    """The examples of one split for one stage, as a data set: built when they are asked for."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        prompter: Prompter,
+        text_targets: TextTargets,
+        rendering: Rendering = PLAIN,
+    ) -> None:
+        self.rows = rows
+        self.prompter = prompter
+        self.text_targets = text_targets
+        self.rendering = rendering
+        self._lengths: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def with_targets(self, text_targets: TextTargets) -> "RowExamples":
+        """The same rows with other labels; their lengths are not found again."""
+        other = RowExamples(self.rows, self.prompter, text_targets, self.rendering)
+        other._lengths = self._lengths
+        return other
+
+    def row_id(self, index: int) -> str:
+        """What the row of an example is called."""
+        return self.rows[index].id
+
+    def lengths(self) -> NDArray[np.int64]:
+        """The positions of each example, [rows], without reading the codes of a store."""
+        if self._lengths is None:
+            self._lengths = self._measured()
+        return self._lengths
+
+    def _measured(self) -> NDArray[np.int64]:
+        outlines = self.rows.outlines() if isinstance(self.rows, SplitView | MixedRows) else iter(self.rows)
+        lengths: list[int] = []
+        while rows := list(islice(outlines, _TOKENIZED_AT_ONCE)):
+            try:
+                lengths += self.prompter.lengths([row_conversation(row, self.rendering)[:2] for row in rows])
+            except DataError:
+                for row in rows:
+                    self._example(row)  # tells which one it is
+                raise
+        return np.array(lengths, dtype=np.int64)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._example(self.rows[index])
+
+    def _example(self, row: Row) -> Example:
+        try:
+            return row_example(self.prompter, row, self.text_targets, self.rendering)
+        except DataError as error:
+            raise DataError(f"row {row.id} of the {row.split} split: {error}") from error
+
+
+def _audio_in_order(row: Row, features: Features | None) -> list[Audio]:
+    """Context and target audio as their parts stand in the conversation."""
+    assert row.messages is not None
+    parts, target = _audio_parts(row.messages)
+    context = parts[:target] + parts[target + 1 :]
+    audio: list[Audio] = []
+    for part, codes, sha256 in zip(context, row.context_codes, row.context_sha256, strict=True):
+        if features is None and part.read_as == "whisper":
+            raise DataError('an audio part says "as": "whisper", but no Whisper is configured: set model.whisper')
+        audio.append(codes if features is None or not part.heard else features.heard(sha256))
+    audio.insert(target, row.codes)
+    return audio

@@ -1,0 +1,341 @@
+"""The recipe: one strict configuration tree from YAML, saved resolved beside what it made."""
+
+import copy
+import difflib
+import re
+import shlex
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from higgstune.batch.packing import PackSize
+from higgstune.config.expression import Expression, is_command
+from higgstune.config.yaml import MAX_BYTES, parse_yaml
+from higgstune.data.messages import ReferencePlace
+from higgstune.errors import ConfigError
+from higgstune.families.base import TextTargets
+from higgstune.files import write_file
+from higgstune.kernels.quantize import Quantize
+from higgstune.model.adapters import Lora, StageKind
+from higgstune.model.compiled import Compile
+
+_BATCH_TOKENS = 4096  # about two minutes of speech with its text
+_FILES_OF_A_RUN = ("recipe.yaml", "run.json")
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # no names of files on Windows
+_SHOWN_PROBLEMS = 20
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSettings(_Strict):
+    """Which checkpoint, and how it is loaded."""
+
+    checkpoint: str = Field("bosonai/higgs-tts-2-3b-base", description="folder or hub id of the base")
+    revision: str | None = Field(None, description="commit, tag or branch at the hub")
+    codec: str | None = Field(None, description="folder or hub id; the checkpoint's own where not given")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the base weights: bfloat16 where the device computes in it, else float32"
+    )
+    quantize: Quantize | None = Field(
+        None, description="4bit: the decoder layers' linear weights in nf4 while training, a third of the memory"
+    )
+    device: str = Field("auto", description="auto, cpu or cuda; under torchrun each process takes its own GPU")
+    audio_attention: Literal[False, "lora", "full"] = Field(
+        False, description="audio self-attention in every layer, trained in full stages by LoRA (true) or in full"
+    )
+    whisper: str | None = Field(
+        None, description="Whisper checkpoint that user and system audio is heard through; the store has its features"
+    )
+
+    @field_validator("audio_attention", mode="before")
+    @classmethod
+    def _one_way(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            raise ValueError(
+                "audio attention is trained by lora or in full, not both: peft would silently leave out the LoRA of "
+                "modules that are trained in full"
+            )
+        return "lora" if value is True else value
+
+
+class Replay(_Strict):
+    """Rows of another store that are trained on as well, against forgetting."""
+
+    store: str = Field(description="folder that `higgstune prepare` wrote, with the same codec")
+    share: float = Field(0.1, gt=0, lt=1, description="of all rows of an epoch")
+
+
+class DataSettings(_Strict):
+    """What is trained on."""
+
+    store: str = Field(description="folder that `higgstune prepare` wrote")
+    reference: ReferencePlace = Field(
+        "turn", description="a row's reference: an earlier turn with its words, or a voice in the scene"
+    )
+    replay: Replay | None = Field(None, description="rows of another store among them, against forgetting")
+    workers: int = Field(0, ge=0, description="processes that build examples; 0: the training process itself")
+
+
+class EvaluationSettings(_Strict):
+    """What is spoken and measured at each validation, and which checkpoint a stage ends with."""
+
+    clips: int = Field(4, ge=0, description="texts that are spoken at each validation; 0: none")
+    texts: str | None = Field(
+        None, description="a file of sentences, meta.lst or a built-in language; validation rows where not given"
+    )
+    seed: int = Field(0, ge=0, lt=1 << 32, description="of what is spoken, the same at each validation")
+    temperature: float = Field(1.0, ge=0, description="of what is spoken; 0 is greedy")
+    asr: str | None = Field(None, description="judge of what is said: a Whisper checkpoint, or a command")
+    speaker_judge: str | None = Field(None, description="judge of whose voice it is: a WavLM checkpoint, or a command")
+    quality_judge: str | None = Field(None, description="judge of naturalness: distillmos, or a command")
+    gates: tuple[str, ...] | None = Field(None, description="conditions over metrics that a checkpoint must meet")
+    rank: str | None = Field(None, description="expression over metrics; the highest is best")
+    choose: Literal["best", "last"] | None = Field(
+        None, description="the step that a stage ends with; best where a judge, gates or a rank are named, else last"
+    )
+    patience: int | None = Field(None, ge=1, description="evaluations without a better one after which a stage ends")
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        for text in (*(self.gates or ()), *([] if self.rank is None else [self.rank])):
+            Expression(text)
+        if self.clips == 0:
+            given = [name for name in ("texts", "gates", "rank", "patience") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"{', '.join(given)} have no effect with clips: 0, where nothing is spoken")
+        return self
+
+    @property
+    def which(self) -> Literal["best", "last"]:
+        """The step that a stage ends with. Health of a few clips alone is too little to go back by itself."""
+        if self.choose is not None:
+            return self.choose
+        named = (self.asr, self.speaker_judge, self.quality_judge, self.gates, self.rank)
+        return "last" if self.clips == 0 or all(name is None for name in named) else "best"
+
+
+class Stage(_Strict):
+    """One stage of training: what is trained, with which losses, for how long."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=64, description="folder of the stage in the run")
+    kind: StageKind = Field(description="text: LoRA on the text pathway, audio frozen; full: on both pathways")
+    epochs: float | None = Field(None, gt=0, description="passes over the data; or give max_steps")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
+    full_learning_rate: float | None = Field(
+        None, gt=0, description="peak, of modules trained in full; a tenth of learning_rate where not given"
+    )
+    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = Field(
+        "cosine", description="how the learning rate goes down after the warm-up"
+    )
+    warmup_steps: float = Field(0, ge=0, description="optimizer steps; below 1: a share of all steps")
+    weight_decay: float = Field(0.0, ge=0, description="of the LoRA weights, by AdamW")
+    batch_tokens: int | None = Field(
+        None, ge=1, description="positions in a forward pass, for each process: clips are packed up to it; 4096"
+    )
+    batch_size: int | None = Field(None, ge=1, description="clips in a forward pass, instead of batch_tokens")
+    gradient_accumulation: int = Field(1, ge=1, description="forward passes in an optimizer step")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    text_weight: float = Field(1.0, ge=0, description="weight of the text loss")
+    audio_weight: float = Field(1.0, ge=0, description="weight of the audio loss")
+    codebook_weights: tuple[float, ...] | None = Field(None, description="one for each codebook; equal where not given")
+    text_targets: TextTargets = Field("transcript", description="which text is a label: transcript, assistant, none")
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder(cls, value: str) -> str:
+        if value.casefold().startswith(_FILES_OF_A_RUN):
+            raise ValueError(f"{value} is a file of the run's folder: name the stage otherwise")
+        if _DEVICE.fullmatch(value) or value.endswith("."):
+            raise ValueError(f"{value} cannot be a folder's name everywhere (Windows): name the stage otherwise")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError(
+                f"epochs ({self.epochs:g}) and max_steps ({self.max_steps}) are both given: leave one out, "
+                "or set it to null"
+            )
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("give epochs or max_steps: how long the stage trains")
+        if self.batch_tokens is not None and self.batch_size is not None:
+            raise ValueError(
+                f"batch_tokens ({self.batch_tokens}) and batch_size ({self.batch_size}) are both given: leave one out, "
+                "or set it to null"
+            )
+        if self.text_targets == "none" and self.text_weight > 0:
+            raise ValueError("text_weight has no effect with text_targets: none; set text_weight: 0")
+        if self.text_weight == 0 and self.audio_weight == 0:
+            raise ValueError("text_weight and audio_weight are both 0: nothing would be learned")
+        weights = self.codebook_weights
+        if weights is not None and (min(weights, default=-1) < 0 or sum(weights) == 0):
+            raise ValueError("codebook_weights must be >= 0 and not all 0")
+        return self
+
+    @property
+    def pack_size(self) -> PackSize:
+        """How much goes into a forward pass."""
+        if self.batch_size is not None:
+            return PackSize(clips=self.batch_size)
+        return PackSize(tokens=_BATCH_TOKENS if self.batch_tokens is None else self.batch_tokens)
+
+    @property
+    def rate_of_full_modules(self) -> float:
+        """A step moves all weights of a module where it moves r directions of a LoRA: it must be smaller."""
+        return self.learning_rate / 10 if self.full_learning_rate is None else self.full_learning_rate
+
+
+class Recipe(_Strict):
+    """A whole run."""
+
+    model: ModelSettings = ModelSettings()  # type: ignore[call-arg]
+    data: DataSettings
+    lora: Lora = Lora()  # type: ignore[call-arg]
+    stages: tuple[Stage, ...]
+    evaluation: EvaluationSettings = EvaluationSettings()  # type: ignore[call-arg]
+    init_adapter: str | None = Field(None, description="adapter or run that the first stage goes on from")
+    seed: int = Field(0, ge=0, lt=1 << 32, description="of the adapter's start and of the order of the clips")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="several processes: ddp, each with the whole base; fsdp, each with a share of it (FSDP2)"
+    )
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        False, description="less memory for up to a third more time; auto: in as many layers as the memory asks for"
+    )
+    compile: Compile = Field(
+        "auto", description="on a GPU: layers compiled, which takes a minute; auto: in stages of 1000 steps or more"
+    )
+    log_steps: int = Field(10, ge=1, description="optimizer steps between logs")
+    eval_steps: int = Field(200, ge=1, description="optimizer steps between validations")
+    save_steps: int = Field(200, ge=1, description="optimizer steps between checkpoints")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept in each stage")
+    report_to: tuple[str, ...] = Field(("tensorboard",), description="as in transformers: tensorboard, wandb, ...")
+
+    @field_validator("gradient_checkpointing", "compile", mode="before")
+    @classmethod
+    def _known_way(cls, value: Any) -> Any:
+        if value not in (True, False, "auto"):
+            raise ValueError(f"true, false or auto, not {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Self:
+        if not self.stages:
+            raise ValueError("stages is empty: a recipe needs at least one")
+        names = [stage.name.casefold() for stage in self.stages]  # one folder where a disk tells no case
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages need different names, got {', '.join(stage.name for stage in self.stages)}")
+        if ("full", "text") in pairwise(stage.kind for stage in self.stages):
+            raise ValueError("a text stage cannot follow a full one: its adapter has no audio layers to keep them in")
+        if self.parallel == "fsdp" and self.model.quantize is not None:
+            raise ValueError(
+                f"parallel: fsdp and model.quantize: {self.model.quantize} are both set: weights in 4 bits are not "
+                "sharded; leave one out"
+            )
+        if self.model.audio_attention and all(stage.kind == "text" for stage in self.stages):
+            raise ValueError(
+                "model.audio_attention is on, but no stage has the kind full: it would never be trained; "
+                "add a full stage or leave it out"
+            )
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, commands: bool = False) -> Recipe:
+    """A recipe from YAML, with `key.path=value` overrides (list entries by number: `stages.0.max_steps=50`).
+
+    A recipe may come from anybody, so judges in the file itself may be commands to run only with `commands`; those of
+    overrides may always.
+    Paths in the recipe are as seen from the working directory; ${VARIABLES} are not expanded.
+    Raises ConfigError with the path of every wrong field.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # a null byte in the path
+        raise ConfigError(f"the recipe {path} cannot be read: {getattr(error, 'strerror', error)}") from error
+    tree = parse_yaml(content, where=f"the recipe {path}")
+    if not isinstance(tree, dict):
+        raise ConfigError(f"the recipe {path} must be a mapping with model, data, lora and stages")
+    if not commands:
+        _refuse_commands(tree, path)
+    for override in overrides:
+        _set(tree, override)
+    return parse_recipe(tree, where=str(path))
+
+
+def _refuse_commands(tree: dict[str, Any], path: str | Path) -> None:
+    settings = tree.get("evaluation")
+    for key in ("asr", "speaker_judge", "quality_judge"):
+        spec = settings.get(key) if isinstance(settings, dict) else None
+        if isinstance(spec, str) and is_command(spec):
+            raise ConfigError(
+                f"{path}: evaluation.{key} is a command to run ({spec}). A recipe may come from anybody, so a command "
+                f"is given beside it: --set {shlex.quote(f'evaluation.{key}={spec}')}, with null in the recipe"
+            )
+
+
+def parse_recipe(tree: Any, *, where: str) -> Recipe:
+    """A recipe from plain data. Raises ConfigError that names `where` and the path of every wrong field."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(item["loc"], item["type"], item["msg"]) for item in error.errors()[:_SHOWN_PROBLEMS]]
+        raise ConfigError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe as YAML. Raises WorkError where the disk refuses."""
+    write_file(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+
+
+def _set(tree: Any, override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise ConfigError(f"--set {override}: write key=value, such as stages.0.learning_rate=1e-4")
+    parsed = parse_yaml(value.encode(errors="surrogatepass"), where=f"--set {override}: the value")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        place = _place(node, parent, override)
+        # A copy: an alias makes one object stand in several places. Nothing: a section that was left empty (`lora:`).
+        node[place] = {} if node[place] is None else copy.copy(node[place])
+        node = node[place]
+    node[_place(node, last, override)] = parsed
+
+
+def _place(node: Any, key: str, override: str) -> str | int:
+    """Where `key` stands in a mapping, which gets it when it is new, or in a list, which does not grow."""
+    if isinstance(node, dict):
+        node.setdefault(key)
+        return key
+    if not isinstance(node, list):
+        raise ConfigError(f"--set {override}: {key!r} stands inside a plain value")
+    if not (key.isdecimal() and len(key) < 10 and int(key) < len(node)):
+        raise ConfigError(f"--set {override}: {key!r} is no entry of a list of {len(node)}; entries count from 0")
+    return int(key)
+
+
+def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    path = ".".join(str(part) for part in location)
+    if kind != "extra_forbidden":
+        return f"{path or 'recipe'}: {message.removeprefix('Value error, ')}"
+    known = _known_keys(location[:-1])
+    near = difflib.get_close_matches(str(location[-1])[:100], known, n=1, cutoff=0.0)
+    return f"{path}: unknown key; the nearest one is {near[0]} (of {', '.join(known)})"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    node: type[BaseModel] = Recipe
+    children: dict[str, type[BaseModel]] = {
+        "model": ModelSettings, "data": DataSettings, "lora": Lora, "stages": Stage,
+        "evaluation": EvaluationSettings, "replay": Replay,
+    }  # fmt: skip
+    for part in location:
+        node = children.get(str(part), node)
+    return list(node.model_fields)

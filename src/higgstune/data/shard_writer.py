@@ -1,0 +1,134 @@
+"""Writing a store: shards beside the old ones, then the index in one step, then the old shards go."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from higgstune.data.entry import Entry
+from higgstune.data.shard_reader import (
+    INDEX_NAME,
+    PARTIAL_NAME,
+    ROWS_PER_GROUP,
+    ROWS_PER_SHARD,
+    SHARD_NAME,
+    SPLITS,
+    Shard,
+    StoreIndex,
+    StoreInfo,
+    read_index,
+    store_schema,
+)
+from higgstune.errors import DataError, WorkError
+from higgstune.files import refusal, sync_folder, write_file, writing
+
+CodesOf = Callable[[str], np.ndarray]  # audio hash -> [frames, num_codebooks] uint16
+_AS_IT_WAS = "the store is as it was, and what is encoded is kept"
+
+
+def write_store(folder: Path, entries: list[Entry], codes_of: CodesOf, info: StoreInfo) -> None:
+    """Make a folder hold these rows and no others. Until the index is replaced the old store stays as it is.
+
+    Raises WorkError where the disk refuses; then the old store is intact.
+    """
+    assembly = folder / PARTIAL_NAME / "shards"
+    try:
+        shutil.rmtree(assembly, ignore_errors=True)
+        assembly.mkdir(parents=True)
+        shards = [
+            _write_shard(assembly, split, number, rows, codes_of, info.num_codebooks)
+            for split in SPLITS
+            for number, rows in enumerate(_chunks([entry for entry in entries if entry.split == split]))
+        ]
+        for shard in shards:
+            os.replace(assembly / shard.name, folder / shard.name)
+        sync_folder(folder)
+        write_file(folder / INDEX_NAME, StoreIndex(info, shards).to_json(), kept=_AS_IT_WAS)
+    except (OSError, WorkError) as error:
+        shutil.rmtree(assembly, ignore_errors=True)  # where the disk is full, this is in the way
+        with suppress(OSError, DataError):
+            _remove_stale(folder, _named_by_index(folder))
+        if isinstance(error, WorkError):
+            raise
+        raise WorkError(refusal(folder, error, _AS_IT_WAS)) from error
+    try:
+        _remove_stale(folder, {shard.name for shard in shards})
+    except OSError as error:
+        raise WorkError(f"{folder} has the new store, but its old shards cannot be deleted: {error}") from error
+
+
+def _write_shard(
+    folder: Path, split: str, number: int, rows: list[Entry], codes_of: CodesOf, num_codebooks: int
+) -> Shard:
+    temporary = folder / f"{split}-{number:05d}"
+    schema = store_schema(num_codebooks)
+    with writing(temporary, _AS_IT_WAS):
+        with open(temporary, "wb") as file:
+            with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
+                for first in range(0, len(rows), ROWS_PER_GROUP):
+                    writer.write_table(_table(rows[first : first + ROWS_PER_GROUP], codes_of, schema))
+            file.flush()
+            os.fsync(file.fileno())
+        with open(temporary, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        name = f"{split}-{number:05d}-{sha256[:12]}.parquet"
+        os.replace(temporary, folder / name)
+        return Shard(name, split, len(rows), (folder / name).stat().st_size, sha256)
+
+
+def _table(rows: list[Entry], codes_of: CodesOf, schema: pa.Schema) -> pa.Table:
+    num_codebooks = schema.field("codes").type.value_type.list_size
+    context = [codes_of(sha256) for entry in rows for sha256 in entry.context_sha256]
+    columns: dict[str, Any] = {
+        "codes": _code_lists([codes_of(entry.audio_sha256) for entry in rows], num_codebooks),
+        "reference_codes": _code_lists(
+            [None if entry.reference_sha256 is None else codes_of(entry.reference_sha256) for entry in rows],
+            num_codebooks,
+        ),
+        "context_codes": pa.ListArray.from_arrays(
+            _offsets([len(entry.context_sha256) for entry in rows]), _code_lists(context, num_codebooks)
+        ),
+    }
+    for name in schema.names:
+        if name not in columns:
+            columns[name] = [getattr(entry, name) for entry in rows]
+    return pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema)
+
+
+def _code_lists(cells: Sequence[np.ndarray | None], num_codebooks: int) -> pa.ListArray:
+    """A column of [frames, num_codebooks] arrays; None becomes null."""
+    arrays = [np.empty((0, num_codebooks), np.uint16) if cell is None else cell for cell in cells]
+    flat = np.concatenate([np.empty((0, num_codebooks), np.uint16), *arrays]).ravel()
+    return pa.ListArray.from_arrays(
+        _offsets([len(array) for array in arrays]),
+        pa.FixedSizeListArray.from_arrays(pa.array(flat), num_codebooks),
+        mask=pa.array([cell is None for cell in cells], pa.bool_()),
+    )
+
+
+def _offsets(lengths: list[int]) -> pa.Array:
+    return pa.array(np.cumsum([0, *lengths]), pa.int32())
+
+
+def _chunks(rows: list[Entry]) -> Iterator[list[Entry]]:
+    for first in range(0, len(rows), ROWS_PER_SHARD):
+        yield rows[first : first + ROWS_PER_SHARD]
+
+
+def _named_by_index(folder: Path) -> set[str]:
+    """The shards of the store in a folder; none where there is no store."""
+    has_index = (folder / INDEX_NAME).exists()
+    return {shard.name for shard in read_index(folder).shards} if has_index else set()
+
+
+def _remove_stale(folder: Path, names: set[str]) -> None:
+    for path in folder.iterdir():
+        if SHARD_NAME.fullmatch(path.name) and path.name not in names:
+            path.unlink()

@@ -1,0 +1,235 @@
+"""An adapter: the files that were saved, on the base that it was trained on, and at work in every module it claims."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from higgstune.batch.collate import Batch
+from higgstune.checkpoint_files import safetensors_keys
+from higgstune.diagnostics.generation import inputs_of
+from higgstune.diagnostics.report import Finding, naming
+from higgstune.errors import CheckpointError
+from higgstune.families.higgs_v2.extensions import base_of, is_conditioning_key
+from higgstune.model.adapter_folder import ADAPTER_CARD, ADAPTER_WEIGHTS, adapter_card, check_adapter_files, check_base
+from higgstune.training.verify import MARGIN, TOLERANCE, probe_logits
+
+CHECK = "adapter"
+_PREFIX = "base_model.model."  # peft's, before the names of the base
+_COPY = "copy the adapter's whole folder again from where it was trained"
+_RETRAIN = "train it again, or take an earlier checkpoint: what it claims to have learnt is not there"
+
+
+def check_card(folder: Path) -> list[Finding]:
+    """Higgstune's card is there. Raises CheckpointError when it is damaged."""
+    card = adapter_card(folder)
+    if not card:
+        text = f"{folder} has no {ADAPTER_CARD}: base, codec and checksum cannot be compared"
+        advice = "an adapter from elsewhere; make sure yourself that base and codec are those that it was trained with"
+        return [Finding(CHECK, "warning", text, advice)]
+    lacking = [key for key in ("base_fingerprint", "weights_sha256", "codec_revision") if card.get(key) is None]
+    if lacking:
+        text = f"{folder / ADAPTER_CARD} has no {naming(lacking)}, which an adapter of this version has"
+        return [Finding(CHECK, "warning", text, "what it does not say cannot be compared")]
+    return [Finding(CHECK, "ok", f"{folder}: stage {card.get('stage')}, trained on {card.get('checkpoint')}")]
+
+
+def check_files(folder: Path) -> list[Finding]:
+    """The files are whole and the ones that were saved; every tensor is finite, no LoRA is zero."""
+    findings = []
+    try:
+        check_adapter_files(folder)
+    except CheckpointError as error:
+        findings.append(Finding(CHECK, "failed", str(error), _COPY))
+    safetensors_keys(folder / ADAPTER_WEIGHTS)
+    weights = load_file(folder / ADAPTER_WEIGHTS)
+    broken = sorted(key for key, value in weights.items() if not torch.isfinite(value).all())
+    if broken:
+        text = f"{len(broken)} tensors of the adapter hold NaN or infinity: {naming(broken)}"
+        findings.append(Finding(CHECK, "failed", text, _RETRAIN))
+    findings += _check_zero(weights, adapter_card(folder))
+    return findings or [Finding(CHECK, "ok", f"{len(weights)} tensors, all finite, as they were saved")]
+
+
+def check_trained_on(model: Any, folder: Path) -> list[Finding]:
+    """The base is the one that the adapter was trained on."""
+    try:
+        check_base(folder, model)
+    except CheckpointError as error:
+        advice = "name the adapter's own base with --model; on another one it says something else than was trained"
+        return [Finding(CHECK, "failed", str(error), advice)]
+    if adapter_card(folder).get("base_fingerprint") is None:
+        return []
+    return [Finding(CHECK, "ok", "the base has the fingerprint that the adapter's card names")]
+
+
+def check_plain_peft(model: Any, folder: Path) -> list[Finding]:
+    """What `PeftModel.from_pretrained` alone would leave out on this base, before anything is added to it."""
+    dropped = dropped_by_plain_peft(model, folder)
+    if not dropped:
+        return []
+    text = (
+        f"`PeftModel.from_pretrained` would drop {len(dropped)} tensors on this base, without a word: it has no such "
+        f"modules ({naming(dropped)})"
+    )
+    advice = "load it with higgstune (speak, load_adapter), or merge it: `higgstune merge`"
+    return [Finding(CHECK, "warning", text, advice)]
+
+
+def dropped_by_plain_peft(model: Any, folder: Path) -> list[str]:
+    """The adapter's tensors whose modules the base does not have. Raises CheckpointError for a broken file."""
+    modules = {name for name, _ in base_of(model).named_modules()}
+    keys = sorted(safetensors_keys(folder / ADAPTER_WEIGHTS))
+    return [key for key in keys if _module_of(key) not in modules]
+
+
+def check_applied(model: PeftModel, folder: str | Path) -> Finding:
+    """Whether every tensor of an adapter's file is at work in a peft model, whoever loaded it.
+
+    For a model that was loaded by `PeftModel.from_pretrained` itself, which says nothing of what it leaves out.
+    Raises CheckpointError for a broken file.
+    """
+    path = Path(folder) / ADAPTER_WEIGHTS
+    safetensors_keys(path)
+    saved, loaded = load_file(path), _loaded(model)
+    dropped = sorted(saved.keys() - loaded.keys())
+    if dropped:
+        text = f"{len(dropped)} of the adapter's {len(saved)} tensors are not in the model: {naming(dropped)}"
+        advice = "the base lacks their modules: load the adapter with higgstune's load_adapter, which adds them first"
+        if not any(map(is_conditioning_key, dropped)):
+            advice = "use the base that the adapter was trained on, and load it with higgstune's load_adapter"
+        return Finding(CHECK, "failed", text, advice)
+    other = sorted(key for key, value in saved.items() if not _same(loaded[key], value))
+    if other:
+        text = f"{len(other)} of the adapter's tensors have other values in the model: {naming(other)}"
+        return Finding(
+            CHECK, "failed", text, "another adapter is active, or it was changed after loading: load it anew"
+        )
+    return Finding(CHECK, "ok", f"all {len(saved)} tensors of the adapter are in the model")
+
+
+def check_effect(model: PeftModel, batch: Batch, card: dict[str, Any] | None = None) -> list[Finding]:
+    """Each module that the adapter claims changes its own output on a batch, and so do the logits in the end."""
+    claimed, idle = claimed_and_idle(model, batch)
+    idle = [name for name in idle if not _without_gradient(name, card or {})]
+    findings = []
+    if not claimed:
+        findings.append(Finding(CHECK, "failed", "the adapter has no module on this base", _RETRAIN))
+    if idle:
+        text = f"{len(idle)} of {len(claimed)} modules of the adapter change nothing: {naming(idle)}"
+        findings.append(Finding(CHECK, "failed", text, _RETRAIN))
+    moved, needed = _logit_change(model, batch)
+    text = f"the adapter moves the logits by {moved:.2g}"
+    if not moved > needed:
+        advice = "it was trained too little (more steps, a higher learning rate), or is not applied"
+        findings.append(Finding(CHECK, "failed", f"{text}, not more than {needed:.2g}", advice))
+    if findings:
+        return findings
+    return [Finding(CHECK, "ok", f"all {len(claimed)} modules of the adapter are at work; {text}")]
+
+
+def claimed_and_idle(model: PeftModel, batch: Batch) -> tuple[list[str], list[str]]:
+    """Names of the modules with adapter weights, and of those whose output on a batch is that of the base."""
+    modules = dict(model.named_modules())
+    lora = {name: modules[name] for name, part in modules.items() if isinstance(part, LoraLayer)}
+    saved = {name: part for name, part in modules.items() if isinstance(part, ModulesToSaveWrapper)}
+    changed = _changed_by_lora(model, lora, batch)
+    idle = [name for name in lora if name not in changed]
+    idle += [name for name, part in saved.items() if not _differs_from_original(part)]
+    names = sorted(name.removeprefix(_PREFIX) for name in [*lora, *saved])
+    return names, sorted(name.removeprefix(_PREFIX) for name in idle)
+
+
+def _check_zero(weights: dict[str, Tensor], card: dict[str, Any]) -> list[Finding]:
+    """LoRA whose B is zero throughout adds nothing."""
+    outgoing = [key for key in sorted(weights) if ".lora_B" in key]
+    zero = [_module_of(key) for key in outgoing if not weights[key].any()]
+    zero = [name for name in zero if not _without_gradient(name, card)]
+    if not zero:
+        return []
+    text = f"LoRA B is zero in {len(zero)} of {len(outgoing)} modules, which therefore change nothing: {naming(zero)}"
+    return [Finding(CHECK, "failed", text, _RETRAIN)]
+
+
+def _without_gradient(name: str, card: dict[str, Any]) -> bool:
+    """Whether a recipe taught a module nothing: the last FFN of a pathway whose loss counts for nothing."""
+    layers = card.get("base_shape", {}).get("num_hidden_layers", 0)
+    stages = card.get("recipe", {}).get("stages", [])
+    for pathway, weight in (("mlp", "text_weight"), ("audio_mlp", "audio_weight")):
+        if name.startswith(f"model.layers.{layers - 1}.{pathway}."):
+            return bool(stages) and not any(stage.get(weight) for stage in stages)
+    return False
+
+
+def _module_of(key: str) -> str:
+    """A tensor's name in an adapter's file -> the module of the base that it belongs to."""
+    name = key.removeprefix(_PREFIX)
+    return name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
+
+
+def _changed_by_lora(model: PeftModel, layers: dict[str, nn.Module], batch: Batch) -> set[str]:
+    """Names of the LoRA layers that gave another output than the layer they stand on, in one forward."""
+    changed: set[str] = set()
+    plain: dict[str, Tensor] = {}
+
+    def remember(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: plain.__setitem__(name, output.clone())
+
+    def compare(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if name in plain and not torch.equal(plain.pop(name), output):
+                changed.add(name)
+
+        return hook
+
+    handles = []
+    for name, layer in layers.items():
+        handles.append(layer.get_submodule("base_layer").register_forward_hook(remember(name)))
+        handles.append(layer.register_forward_hook(compare(name)))
+    try:
+        with torch.inference_mode():
+            base_of(model).model(**inputs_of(model, batch), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return changed
+
+
+def _differs_from_original(wrapper: ModulesToSaveWrapper) -> bool:
+    active = next(iter(wrapper.active_adapters or []), None)
+    if active is None or active not in wrapper.modules_to_save:
+        return False
+    return any(
+        not torch.equal(a.float(), b.float())
+        for a, b in zip(_parameters(wrapper.modules_to_save[active]), _parameters(wrapper.original_module), strict=True)
+    )
+
+
+def _parameters(module: nn.Module) -> Iterator[Tensor]:
+    return (parameter.detach() for _, parameter in sorted(module.named_parameters()))
+
+
+def _logit_change(model: PeftModel, batch: Batch) -> tuple[float, float]:
+    """How much the adapter moves logits (float32: the most; else the mean), and how much it has to, as in training."""
+    adapted = probe_logits(model, batch)
+    with model.disable_adapter():
+        plain = probe_logits(model, batch)
+    gaps = [(adapted[key] - plain[key]).abs() for key in adapted if adapted[key].numel()]
+    half = base_of(model).dtype in (torch.bfloat16, torch.float16)
+    moved = max((gap.mean() if half else gap.max()).item() for gap in gaps)
+    return moved, MARGIN * TOLERANCE["bfloat16" if half else "float32"]
+
+
+def _loaded(model: PeftModel) -> dict[str, Tensor]:
+    """The active adapter's tensors under the names that peft saves them with."""
+    return dict(get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.detach().cpu(), b.to(a.dtype))

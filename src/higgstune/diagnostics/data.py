@@ -1,0 +1,103 @@
+"""The code store: it opens, its rows can be read, and its codes are of the model's kind."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from higgstune.batch.dataset import Rendering
+from higgstune.data.messages import heard_clips
+from higgstune.data.store import CodeStore, Row
+from higgstune.data.whisper_features import FOLDER, WhisperFeatures, read_feature_index
+from higgstune.diagnostics.report import Finding
+from higgstune.families.higgs_v2.extensions import WhisperShape
+
+CHECK = "data"
+ROWS = 16  # as many are looked at
+MAX_FRAMES = 250  # of a row's target that are looked at: 10 s
+_NOTHING_HEARD = (
+    "leave model.whisper out, or give rows a voice: `prepare --references same_speaker` and data.reference: scene, or "
+    "conversations with audio in user turns"
+)
+
+
+def some_rows(store: CodeStore, most: int = ROWS) -> list[Row]:
+    """Up to `most` rows, those for validation first. Raises DataError for a damaged shard."""
+    validation, train = store.split("validation"), store.split("train")
+    chosen = list(validation[:most]) if len(validation) else []
+    return chosen + list(train[: most - len(chosen)])
+
+
+def shortened(row: Row, frames: int = MAX_FRAMES) -> Row:
+    """A row with no more than `frames` of its target."""
+    return replace(row, codes=row.codes[:frames])
+
+
+def find_features(
+    store: CodeStore, rendering: Rendering, *, named: str | None, shape: WhisperShape | None
+) -> tuple[Rendering, list[Finding]]:
+    """The rendering with the store's Whisper features: those of the checkpoint that a recipe has `named`, or of the
+    encoder (`shape`) of an adapter or a checkpoint. Without either, audio is read by its codes.
+
+    Raises DataError where the recipe's are not there.
+    """
+    if named is None and shape is None:
+        return rendering, []
+    if not any(heard_clips(row, rendering.reference) for row in store.contexts()):
+        text = f"model.whisper has no effect: no row of {store.folder} has anything to hear"
+        return rendering, [] if named is None else [Finding(CHECK, "failed", text, _NOTHING_HEARD)]
+    features = _features_of(store, shape) if named is None else WhisperFeatures.open(store.folder, named)
+    if features is None:
+        assert shape is not None
+        text = f"the store has no features of {shape.checkpoint}: what the model would hear is read by its codes"
+        advice = f"prepare the data again with --whisper {shape.checkpoint} to examine it as it is used"
+        return rendering, [Finding(CHECK, "warning", text, advice)]
+    text = f"the store has features of {features.index.checkpoint} for what is heard"
+    return replace(rendering, features=features), [Finding(CHECK, "ok", text)]
+
+
+def read_by_codes(row: Row) -> Row:
+    """A row as a plain base sees it: all audio by its codes, whatever its conversation says of Whisper."""
+    if row.messages is None:
+        return row
+    messages = [
+        {**m, "content": [{k: v for k, v in part.items() if k != "as"} for part in m["content"]]} for m in row.messages
+    ]
+    return replace(row, messages=messages)
+
+
+def check_store(store: CodeStore, rows: list[Row], config: Any | None) -> list[Finding]:
+    """Splits, number of codebooks and range of the codes."""
+    counts = {name: len(store.split(name)) for name in ("train", "validation")}
+    text = f"{store.folder}: {counts['train']} training rows, {counts['validation']} for validation"
+    if not counts["train"]:
+        advice = "prepare more recordings, or a smaller --validation-fraction"
+        return [Finding(CHECK, "failed", f"{text}: nothing to train on", advice)]
+    if problem := _code_problem(rows, config):
+        return [Finding(CHECK, "failed", f"{store.folder}: {problem}", "prepare the data with the checkpoint's codec")]
+    if not counts["validation"]:
+        advice = "training cannot tell learning from learning by heart: raise --validation-fraction in prepare"
+        return [Finding(CHECK, "warning", text, advice)]
+    return [Finding(CHECK, "ok", text)]
+
+
+def _code_problem(rows: list[Row], config: Any | None) -> str | None:
+    for row in rows:
+        if row.codes.ndim != 2 or not len(row.codes):
+            return f"row {row.id} has no codes"
+        if config is None:
+            continue
+        if row.codes.shape[1] != config.num_codebooks:
+            return f"row {row.id} has {row.codes.shape[1]} codebooks, the checkpoint {config.num_codebooks}"
+        if int(np.max(row.codes)) >= config.audio_stream_bos_id:
+            last = config.audio_stream_bos_id - 1
+            return f"row {row.id} has the code {np.max(row.codes)}, the checkpoint's last is {last}"
+    return None
+
+
+def _features_of(store: CodeStore, shape: WhisperShape | None) -> WhisperFeatures | None:
+    """By the encoder's revision: its name may be another one here."""
+    if shape is None:
+        return None
+    path = store.folder / FOLDER / shape.revision / "index.json"
+    return WhisperFeatures(path.parent, read_feature_index(path)) if path.exists() else None

@@ -1,0 +1,175 @@
+"""The prompt: the same in training as in generation, in the checkpoint's own template, and token by token."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from higgstune.batch.dataset import PLAIN, TARGET, Rendering, row_conversation, row_example
+from higgstune.data.messages import Message, content_parts
+from higgstune.data.store import Row
+from higgstune.data.text import normalize_text
+from higgstune.diagnostics.report import Finding, naming
+from higgstune.families.base import Audio, Example, TextTargets
+from higgstune.families.higgs_v2.prompt import (
+    AUDIO_EOS,
+    AUDIO_OUT,
+    AUDIO_OUT_BOS,
+    BEGIN_OF_TEXT,
+    DEFAULT_SCENE,
+    END_OF_TURN,
+    SCENE_END,
+    SCENE_START,
+    render,
+    speech_messages,
+)
+from higgstune.families.higgs_v2.prompter import Prompter
+
+CHECK = "prompt"
+_TOKENS = (
+    BEGIN_OF_TEXT, "<|start_header_id|>", "<|end_header_id|>", END_OF_TURN, SCENE_START, SCENE_END, AUDIO_OUT_BOS,
+    AUDIO_OUT, AUDIO_EOS,
+)  # fmt: skip
+
+
+def built_in_row(codebooks: int, codes: int, *, frames: int = 12, seed: int = 0) -> Row:
+    """A row for those who have no data yet: a sentence, a reference, and random codes."""
+    draw = np.random.default_rng(seed)
+    texts = ("The sun rises in the east.", "Good morning to you all, and to those who are still asleep.")
+    target, heard = (draw.integers(0, codes, (length, codebooks)).astype(np.uint16) for length in (frames, 6))
+    return Row(
+        id=f"built-in sentence {seed}", text=texts[seed % 2], speaker=None, language=None, scene=None, split="train",
+        duration=frames / 25, codes=target, reference_id=None, reference_text="It was the night before my birthday.",
+        reference_codes=heard, messages=None, context_codes=[], start_index=None, audio_sha256="", recording_sha256="",
+    )  # fmt: skip
+
+
+def as_trained(
+    prompter: Prompter, row: Row, rendering: Rendering = PLAIN, text_targets: TextTargets = "none"
+) -> Example:
+    """A row as training has it. Raises DataError."""
+    return row_example(prompter, row, text_targets, rendering)
+
+
+def as_spoken(prompter: Prompter, row: Row, rendering: Rendering = PLAIN) -> Example:
+    """The prompt that speaking would make for a row's last target. Raises DataError."""
+    return prompter.prompt(*_asked(row, rendering))
+
+
+def check_same_prompt(prompter: Prompter, row: Row, rendering: Rendering = PLAIN) -> list[Finding]:
+    """What training shows before a row's target is what speaking shows, up to and with `<|audio_out_bos|>`."""
+    trained, spoken = as_trained(prompter, row, rendering), as_spoken(prompter, row, rendering)
+    problem = _first_difference(prompter, trained, spoken)
+    if problem is None:
+        rows = len(spoken.audio_input_ids)
+        text = f"row {row.id}: the {len(spoken)} positions before the target are the same in training and speaking"
+        return [Finding(CHECK, "ok", f"{text} ({rows} of them audio)")]
+    advice = "the model would be asked otherwise than it was trained: prepare the data again with this Higgstune"
+    return [Finding(CHECK, "failed", f"row {row.id}: {problem}", advice)]
+
+
+def check_chat_template(tokenizer: Any, row: Row) -> list[Finding]:
+    """The checkpoint's own chat template writes the conversation as we do, in training and for generation."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return [Finding(CHECK, "skipped", "the checkpoint has no chat template to compare with")]
+    messages, _, _ = row_conversation(row)
+    asked, _ = _asked(row)
+    try:
+        theirs = [
+            tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False),
+            tokenizer.apply_chat_template([dict(m) for m in _before_target(asked)], tokenize=False,
+                                          add_generation_prompt=True),
+        ]  # fmt: skip
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        text = f"the checkpoint's chat template cannot write row {row.id}: {error}"
+        return [Finding(CHECK, "failed", text, _TEMPLATE_ADVICE)]
+    ours = [render(messages), render(_before_target(asked), generation=True)]
+    for name, our, their in zip(("a training row", "a prompt to speak"), ours, theirs, strict=True):
+        if our != their:
+            text = f"the checkpoint's chat template writes {name} otherwise: {_around_difference(our, their)}"
+            return [Finding(CHECK, "failed", text, _TEMPLATE_ADVICE)]
+    return [Finding(CHECK, "ok", "the checkpoint's chat template writes the same prompt")]
+
+
+_TEMPLATE_ADVICE = (
+    "Higgstune writes prompts as the released checkpoint does: take chat_template.jinja from there; a checkpoint that "
+    "was trained with another template cannot be used here"
+)
+
+
+def check_tokens(tokenizer: Any) -> list[Finding]:
+    """Each control token of the prompt is one id, alone and inside text, and is read back as itself."""
+    broken = [token for token in _TOKENS if not _is_one_token(tokenizer, token)]
+    if broken:
+        text = f"the tokenizer does not keep {naming(broken)} as one token"
+        advice = "use the tokenizer.json of the checkpoint: these tokens would be read as letters"
+        return [Finding(CHECK, "failed", text, advice)]
+    return [Finding(CHECK, "ok", f"all {len(_TOKENS)} control tokens are one id each")]
+
+
+def _asked(row: Row, rendering: Rendering = PLAIN) -> tuple[Sequence[Message], list[Audio]]:
+    """The conversation that asks for a row's last target, as `speak` makes it, and the audio of what comes before."""
+    messages, audio, _ = row_conversation(row, rendering)
+    if row.messages is None:
+        scene = DEFAULT_SCENE if row.scene is None else row.scene
+        said = normalize_text(row.text)
+        if row.reference_codes is None:
+            return speech_messages(said, scene=scene), []
+        if rendering.reference == "scene":
+            return speech_messages(said, scene=scene, voice="reference"), audio[:1]
+        words = normalize_text(row.reference_text or "")
+        return speech_messages(said, scene=scene, context=[(words, "reference")]), audio[:1]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and _audio_parts(message)]
+    before = sum(_audio_parts(message) for message in messages[: turns[-1]])
+    return messages[: turns[-1] + 1], audio[:before]
+
+
+def _before_target(messages: Sequence[Message]) -> list[Message]:
+    """Without the target itself, which a chat template would write out."""
+    return list(messages[:-1]) if messages[-1] == TARGET else list(messages)
+
+
+def _audio_parts(message: Message) -> int:
+    return sum(part["type"] == "audio" for part in content_parts(message))
+
+
+def _first_difference(prompter: Prompter, trained: Example, spoken: Example) -> str | None:
+    ids, asked = trained.input_ids, spoken.input_ids
+    if int(asked[-1]) != prompter.tokenizer.convert_tokens_to_ids(AUDIO_OUT_BOS):
+        return f"the prompt to speak does not end with {AUDIO_OUT_BOS}"
+    if len(asked) > len(ids) or (ids[: len(asked)] != asked).any():
+        shared = min(len(ids), len(asked))
+        odd = np.flatnonzero(ids[:shared] != asked[:shared])
+        place = int(odd[0]) if len(odd) else shared
+        around = slice(max(0, place - 4), place + 4)
+        told = [prompter.tokenizer.decode(tokens[around].tolist()) for tokens in (ids, asked)]
+        return f"position {place} differs: training has {told[0]!r}, speaking {told[1]!r}"
+    if not np.array_equal(trained.audio_input_ids[: len(spoken.audio_input_ids)], spoken.audio_input_ids):
+        return "the audio before the target has other codes in speaking than in training"
+    heard = spoken.whisper_features
+    if heard is not None and (
+        trained.whisper_features is None or not np.array_equal(trained.whisper_features[: len(heard)], heard)
+    ):
+        return "what is heard before the target has other features in speaking than in training"
+    return None
+
+
+def _around_difference(ours: str, theirs: str) -> str:
+    place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    around = slice(max(0, place - 20), place + 20)
+    return f"character {place} is in {theirs[around]!r}, ours in {ours[around]!r}"
+
+
+def _is_one_token(tokenizer: Any, token: str) -> bool:
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    inside = tokenizer.encode(f"a {token}b", add_special_tokens=False)
+    return len(ids) == 1 and inside.count(ids[0]) == 1 and tokenizer.decode(ids, skip_special_tokens=False) == token
+
+
+def two_unequal(rows: Sequence[Row], frames: tuple[int, int] = (12, 7)) -> list[Row]:
+    """Two rows, cut to a few frames, whose prompts are of unequal length if there are such."""
+    longest = max(rows, key=lambda row: len(row.text))
+    shortest = min(rows, key=lambda row: len(row.text))
+    return [replace(row, codes=row.codes[:n]) for row, n in zip((longest, shortest), frames, strict=True)]

@@ -1,0 +1,139 @@
+"""What all judges share: three small protocols, how they hear a file, and how they are named.
+
+Each is named in every result with its version and its weights' hash: a number without its judge means nothing.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from higgstune.checkpoint_files import MALFORMED, sha256_of
+from higgstune.data.audio import read_audio, resample
+from higgstune.errors import CheckpointError, ConfigError, DataError
+
+RATE = 16_000  # Hz: what every one of them was trained on
+SHORTEST = RATE // 10  # samples; in less there is no speech, and not enough for their first layers
+# What is said of a file that is shorter.
+NO_VOICE = 0.0  # its similarity to any voice
+WORST = 1.0  # its mean opinion score
+NO_REFERENCE = "there is no recording of the speaker, of 0.1 s or more, to compare with"
+
+
+class Transcriber(Protocol):
+    """Writes down what is said."""
+
+    name: str  # with version
+
+    def transcribe(
+        self, files: Sequence[Path], *, language: str | None = None, seconds: float | None = None
+    ) -> list[str]:
+        """One text a file, empty where nothing is heard; with `seconds`, of the beginning alone.
+
+        `language` is an ISO 639-1 code; without one, the judge finds it out, file by file.
+        """
+        ...
+
+
+class SpeakerJudge(Protocol):
+    """Says how near a voice is to another."""
+
+    name: str  # with version
+
+    def similarities(self, references: Sequence[Path], files: Sequence[Path]) -> dict[str, list[float]]:
+        """By model, the main one first: for each file, its cosine to the mean of the references, -1 to 1."""
+        ...
+
+
+class QualityJudge(Protocol):
+    """Says how natural speech sounds."""
+
+    name: str  # with version
+
+    def rate(self, files: Sequence[Path]) -> dict[str, list[float]]:
+        """By model, the main one first: for each file, a mean opinion score, 1 (bad) to 5 (excellent)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Who judges; None where no one does."""
+
+    asr: Transcriber | None = None
+    speaker: SpeakerJudge | None = None
+    quality: QualityJudge | None = None
+
+
+OPTIONS = {"asr": "--asr", "speaker": "--speaker-judge", "naturalness": "--quality-judge"}  # by role
+
+
+def role_of(metric: str) -> str | None:
+    """The role of the judge that a metric needs; None where it needs none."""
+    if metric.startswith(("wer", "cer", "babble_", "recording_", "leak_")):
+        return "asr"
+    if metric.startswith(("similarity", "speaker_")):
+        return "speaker"
+    return "naturalness" if metric == "naturalness" else None
+
+
+def hear(file: Path, *, seconds: float | None = None) -> np.ndarray:
+    """A file, or its first `seconds`: [samples] float32 mono at 16 kHz.
+
+    Raises DataError for a file that cannot be read, or has samples that are not finite.
+    """
+    waveform, rate = read_audio(file, end=seconds)
+    if not np.isfinite(waveform).all():
+        raise DataError(f"{file} has samples that are not finite: write it again")
+    return resample(waveform, rate, RATE)
+
+
+def model_name(library: str, name: str | Path, weights: Sequence[Path]) -> str:
+    """How a judge is named in results: library and version, the model's name, and 8 digits of its weights' sha256."""
+    digests = [sha256_of(path) for path in weights]
+    whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return f"{library} {version(library)}, {short_name(name)} {whole[:8]}"
+
+
+def load_weights(model_class: Any, folder: Path, what: str, **options: Any) -> Any:
+    """A model of transformers from its folder, in float32 and eval mode; `what` names it in errors.
+
+    Raises CheckpointError where it cannot be loaded, or lacks a weight, which would be made up at random.
+    """
+    try:
+        model, found = model_class.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32, **options
+        )
+    except (*MALFORMED, UnpicklingError) as error:
+        raise CheckpointError(f"the {what} {folder} cannot be loaded: {error}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(
+            f"the {what} {folder} lacks {len(missing)} weights of a {model_class.__name__}, such as {missing[0]}: it "
+            "is another model, or a damaged copy"
+        )
+    return model.eval()
+
+
+def short_name(name: str | Path) -> str:
+    """The last part of a folder's path or of a hub id; in the hub's cache, that of the repository."""
+    path = Path(name)
+    path = path.resolve() if path.is_dir() else path
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.split("--")[-1]
+    return path.name
+
+
+def check_language(language: str | None, known: Sequence[str], judge: str) -> str | None:
+    """The code of a language as Whisper has it: "zh" of "zh-CN". Raises ConfigError where the judge cannot hear it."""
+    if language is None:
+        return None
+    code = language.replace("_", "-").split("-")[0].lower()
+    if code not in known:
+        knows = "English only" if list(known) == ["en"] else f"{len(known)} languages, and not this one"
+        raise ConfigError(f"{judge} cannot hear the language {language!r}: it knows {knows}; name another ASR")
+    return code

@@ -1,0 +1,143 @@
+"""Similarity of voices by WavLM with an x-vector head, trained to verify speakers (microsoft/wavlm-base-plus-sv)."""
+
+import importlib
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from torch.nn.functional import normalize
+from transformers import Wav2Vec2FeatureExtractor, WavLMForXVector
+
+from higgstune import torchaudio_compat
+from higgstune.checkpoint_files import MALFORMED, read_json, weight_files
+from higgstune.errors import CheckpointError, ConfigError
+from higgstune.evaluation.judges.base import (
+    NO_REFERENCE,
+    NO_VOICE,
+    RATE,
+    SHORTEST,
+    WORST,
+    hear,
+    load_weights,
+    model_name,
+    short_name,
+)
+from higgstune.hub import fetch
+
+_WHAT = "speaker judge"
+_PICKLED = "pytorch_model.bin"
+_LEAST = RATE  # samples; a shorter clip is repeated, for the x-vector layers look at half a second at once
+MAX_VOICE_SAMPLES = 60 * RATE  # samples; attention grows with the square
+
+
+class WavLM:
+    """An x-vector of each file, compared by cosine. Embeddings of files that do not change are kept."""
+
+    def __init__(self, name_or_path: str, *, device: str = "cpu") -> None:
+        """A folder or hub id. Raises CheckpointError for any other checkpoint, or one that lacks a weight."""
+        folder = fetch(name_or_path, what=_WHAT)
+        config = read_json(folder / "config.json", "it is no checkpoint folder without it")
+        if config.get("model_type") != "wavlm":
+            raise CheckpointError(
+                f"{folder / 'config.json'} has the model_type {config.get('model_type')!r}: name a WavLM for speaker "
+                "verification, such as microsoft/wavlm-base-plus-sv, or a command"
+            )
+        weights = _weights(folder, name_or_path)
+        self.model = short_name(folder)
+        self.name = model_name("transformers", folder, weights)
+        self._device = torch.device(device)
+        self._model = load_weights(
+            WavLMForXVector, folder, _WHAT, use_safetensors=weights[0].name != _PICKLED, weights_only=True,
+            attn_implementation="eager",
+        ).to(self._device)  # fmt: skip
+        try:
+            self._extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder, local_files_only=True)
+        except MALFORMED as error:
+            raise CheckpointError(f"the {_WHAT} {folder} has no usable preprocessor_config.json: {error}") from error
+        self._known: dict[tuple[str, int, int], torch.Tensor] = {}
+
+    def similarities(self, references: Sequence[Path], files: Sequence[Path]) -> dict[str, list[float]]:
+        """Cosine of each file to the mean of the references' embeddings; of the first minute of each.
+
+        A file under 0.1 s, in which there is no voice, has 0. Raises ConfigError where no reference has a voice.
+        """
+        heard = [embedding for embedding in map(self._embedding, references) if embedding is not None]
+        if not heard:
+            raise ConfigError(NO_REFERENCE)
+        centre = normalize(torch.stack(heard).mean(0), dim=0)
+        embeddings = [self._embedding(file) for file in files]
+        return {self.model: [NO_VOICE if found is None else float(found @ centre) for found in embeddings]}
+
+    def _embedding(self, file: Path) -> torch.Tensor | None:
+        """[xvector dim] float32 of length 1 on the CPU; None for a file in which there is nothing."""
+        waveform = hear(file)
+        if len(waveform) < SHORTEST:
+            return None
+        state = file.stat()
+        key = (str(file.resolve()), state.st_mtime_ns, state.st_size)
+        if key not in self._known:
+            self._known[key] = self._embedded(waveform[:MAX_VOICE_SAMPLES])
+        return self._known[key]
+
+    @torch.inference_mode()
+    def _embedded(self, waveform: np.ndarray) -> torch.Tensor:
+        if len(waveform) < _LEAST:
+            waveform = np.resize(waveform, _LEAST)  # repeats it
+        values = self._extractor(waveform, sampling_rate=RATE, return_tensors="pt")["input_values"]
+        return normalize(self._model(values.to(self._device)).embeddings[0].float().cpu(), dim=0)
+
+
+def _weights(folder: Path, name: str) -> tuple[Path, ...]:
+    """The weight files: safetensors, or the single pickled file that the published model has.
+
+    torch reads tensors alone from it (`weights_only`), so that it runs no code.
+    """
+    if not any(folder.glob("*.safetensors")):
+        if not Path(name).expanduser().is_dir():
+            folder = _with_pickled(name)
+        if (folder / _PICKLED).is_file():
+            return (folder / _PICKLED,)
+    return weight_files(folder)
+
+
+def _with_pickled(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", _PICKLED]))
+    except OSError as error:
+        raise CheckpointError(f"the weights of the {_WHAT} {name} cannot be downloaded: {error}") from error
+
+
+_MODEL = "distillmos"
+MAX_MOS_SAMPLES = 60 * RATE  # samples, so that memory is bounded: it takes all windows of a clip at once
+
+
+class DistillMos:
+    """Mean opinion scores, 1 to 5; needs the extra `naturalness`."""
+
+    def __init__(self, *, device: str = "cpu") -> None:
+        """Raises ConfigError when the extra is not installed."""
+        torchaudio_compat.install()  # it imports torchaudio, for files that we read ourselves
+        try:
+            library = importlib.import_module("distillmos.sqa")
+        except ImportError as error:
+            raise ConfigError(f"{_MODEL} needs more: pip install 'higgstune[naturalness]' [{error}]") from error
+        with redirect_stdout(io.StringIO()):  # it says which weights it has loaded
+            self._model = library.ConvTransformerSQAModel().eval().to(device)
+        self._device = torch.device(device)
+        weights = Path(library.DEFAULT_WEIGHTS_CHKPT)
+        self.name = model_name(_MODEL, weights.stem, [weights])
+
+    @torch.inference_mode()
+    def rate(self, files: Sequence[Path]) -> dict[str, list[float]]:
+        """A score a file, of its first minute; 1.0, the worst, for one under 0.1 s, in which there is no speech."""
+        return {_MODEL: [self._score(file) for file in files]}
+
+    def _score(self, file: Path) -> float:
+        waveform = hear(file, seconds=MAX_MOS_SAMPLES / RATE)
+        if len(waveform) < SHORTEST:
+            return WORST
+        return float(self._model(torch.from_numpy(waveform)[None].to(self._device)))

@@ -1,0 +1,220 @@
+"""What happened during training, as figures: a small panel for each stage or metric, readable however many they are."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from higgstune.evaluation.report.measures import WORDS
+from higgstune.evaluation.report.svg import CODEBOOKS, INK, SERIES, inline_svg, new_axis, property_of
+from higgstune.metrics import METRICS, Metric
+
+History = Sequence[Mapping[str, Any]]  # what the trainer logged, as in `run.json`; or what an evaluation found, by step
+Series = tuple[list[float], list[float]]  # steps, values
+
+_POINTS = 160  # of a curve; more are averaged in groups
+_DASHES = ("", "5 3", "1.5 2", "7 2 1.5 2", "3 1.5", "9 3")
+_LOSSES = (("audio_loss", "audio"), ("text_loss", "text"))
+
+
+@dataclass(frozen=True)
+class Key:
+    """An entry of a legend, which the page shows above the panels."""
+
+    label: str
+    colour: str  # a CSS value
+    dashes: str = ""  # as stroke-dasharray
+    marker: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small plot with its title."""
+
+    title: str
+    svg: Markup
+    summary: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Panels that share a legend. False where there is nothing to show."""
+
+    keys: Sequence[Key]
+    panels: Sequence[Panel]
+
+    def __bool__(self) -> bool:
+        return bool(self.panels)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    key: Key
+    colour: str  # for matplotlib
+    points: Series
+
+
+def losses_figure(stages: Mapping[str, History]) -> Figure:
+    """Text and audio loss of training and validation in nats a token, one panel a stage."""
+
+    def curves(history: History) -> list[_Curve]:
+        found: list[_Curve] = []
+        for i, (key, label) in enumerate(_LOSSES):
+            colour = SERIES[i]
+            found.append(_Curve(Key(label, property_of(colour)), colour, _thinned(_series(history, key))))
+            name = Key(f"{label}, validation", property_of(colour), _DASHES[1], marker=True)
+            found.append(_Curve(name, colour, _thinned(_series(history, f"eval_{key}"))))
+        return found
+
+    panels = {_stage_title(name): curves(history) for name, history in stages.items()}
+    return _figure("losses", panels, "nats per token")
+
+
+def codebooks_figure(stages: Mapping[str, History]) -> Figure:
+    """The training loss of each codebook in nats a code, one panel a stage."""
+
+    def curves(history: History) -> list[_Curve]:
+        found: list[_Curve] = []
+        while (points := _series(history, f"audio_loss_{len(found)}"))[0]:
+            colour = CODEBOOKS[len(found) % len(CODEBOOKS)]
+            key = Key(f"codebook {len(found)}", property_of(colour), _DASHES[len(found) // len(CODEBOOKS) % 6])
+            found.append(_Curve(key, colour, _thinned(points)))
+        return found
+
+    panels = {_stage_title(name): curves(history) for name, history in stages.items()}
+    return _figure("codebooks", panels, "nats per code")
+
+
+def evaluations_figure(stages: Mapping[str, History], chosen: tuple[str, int] | None = None) -> Figure:
+    """Metrics of the clips spoken during training over each stage's steps, one panel a metric.
+
+    `chosen`: stage and step of the chosen checkpoint, which is marked.
+    """
+    panels = {}
+    for metric in METRICS:
+        percent = 100.0 if metric.percent else 1.0
+        curves = []
+        for i, (name, history) in enumerate(stages.items()):
+            steps, values = _series(history, metric.name)
+            points = (steps, [percent * value for value in values])
+            curves.append(_Curve(_key(name, i, marker=True), SERIES[i % 6], points))
+        panels[_metric_title(metric)] = curves
+    figure = _figure("evaluations", panels, "", chosen)
+    if chosen is None or all(chosen[0] != key.label for key in figure.keys):
+        return figure
+    return Figure([*figure.keys, Key("chosen checkpoint", property_of(INK), "1.5 2")], figure.panels)
+
+
+def overlaid_losses(systems: Mapping[str, Mapping[str, History]]) -> Figure:
+    """Losses of several runs, each by stage, over the steps of all stages: one panel a loss."""
+    names = [("audio_loss", "audio, training"), ("eval_audio_loss", "audio, validation"),
+             ("text_loss", "text, training"), ("eval_text_loss", "text, validation")]  # fmt: skip
+    panels = {label: _overlaid(systems, key, 1.0) for key, label in names}
+    return _figure("losses", panels, "nats per token", across=True)
+
+
+def overlaid_evaluations(systems: Mapping[str, Mapping[str, History]]) -> Figure:
+    """Metrics of several runs during training over the steps of all stages: one panel a metric."""
+    panels = {_metric_title(m): _overlaid(systems, m.name, 100.0 if m.percent else 1.0) for m in METRICS}
+    return _figure("evaluations", panels, "", across=True)
+
+
+def _metric_title(metric: Metric) -> str:
+    unit = "%" if metric.percent else metric.unit
+    named = f"{metric.label}, {unit}" if unit else metric.label
+    return f"{named}: {WORDS[metric.better]}" if WORDS[metric.better] else named
+
+
+def _stage_title(name: str) -> str:
+    return name if name.lower().startswith("stage") else f"stage {name}"
+
+
+def _overlaid(systems: Mapping[str, Mapping[str, History]], name: str, factor: float) -> list[_Curve]:
+    curves = []
+    for i, (system, stages) in enumerate(systems.items()):
+        points: Series = ([], [])
+        before = 0.0
+        for history in stages.values():
+            steps, values = _series(history, name)
+            points[0].extend(before + step for step in steps)
+            points[1].extend(factor * value for value in values)
+            before += max((float(entry["step"]) for entry in history if "step" in entry), default=0.0)
+        curves.append(_Curve(_key(system, i), SERIES[i % 6], _thinned(points)))
+    return curves
+
+
+def _key(label: str, i: int, *, marker: bool = False) -> Key:
+    """The i-th of several curves: colours repeat after six, and then with other dashes."""
+    return Key(label, property_of(SERIES[i % 6]), _DASHES[(i + i // 6) % 6], marker)
+
+
+def _figure(
+    name: str,
+    panels: Mapping[str, Sequence[_Curve]],
+    label: str,
+    chosen: tuple[str, int] | None = None,
+    *,
+    across: bool = False,
+) -> Figure:
+    """Panels of the curves that have points, and a legend of those."""
+    keys: dict[str, Key] = {}
+    made: list[Panel] = []
+    for title, curves in panels.items():
+        drawn = [curve for curve in curves if curve.points[0]]
+        if drawn:
+            keys |= {curve.key.label: curve.key for curve in drawn}
+            made.append(_panel(f"{name}-{len(made)}", title, label, drawn, chosen, across))
+    return Figure(list(keys.values()), made)
+
+
+def _panel(
+    name: str, title: str, label: str, curves: Sequence[_Curve], chosen: tuple[str, int] | None, across: bool
+) -> Panel:
+    axis = new_axis()
+    for curve in curves:
+        dashes = [float(part) for part in curve.key.dashes.split()]
+        (line,) = axis.plot(*curve.points, color=curve.colour, marker="o" if curve.key.marker else "", markersize=3.5)
+        if dashes:
+            line.set_dashes([part / 1.6 for part in dashes])
+        if len(curve.points[0]) == 1:
+            line.set_marker("o")
+        if chosen is not None and curve.key.label == chosen[0]:
+            _mark(axis, curve, chosen[1])
+    axis.set(xlabel="step, over all stages" if across else "step", ylabel=label)
+    axis.locator_params(nbins=5)
+    summary = f"{title}. " + "; ".join(_told(curve) for curve in curves) + "."
+    return Panel(title, inline_svg(axis, name, summary), summary)
+
+
+def _mark(axis: Any, curve: _Curve, step: int) -> None:
+    """A dotted line at the chosen step, and a ring around its value."""
+    axis.axvline(step, color=INK, linewidth=1.2, linestyle=(0, (1.5, 2)), zorder=1)
+    for x, y in zip(*curve.points, strict=True):
+        if x == step:
+            axis.plot([x], [y], "o", markersize=9, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.6)
+
+
+def _told(curve: _Curve) -> str:
+    """A curve in words, for who cannot see it."""
+    steps, values = curve.points
+    if len(steps) == 1:
+        return f"{curve.key.label}: {values[0]:.3g} at step {steps[0]:.0f}"
+    ends = f"{values[0]:.3g} at step {steps[0]:.0f}, {values[-1]:.3g} at step {steps[-1]:.0f}"
+    return f"{curve.key.label}: {ends}, lowest {min(values):.3g}, highest {max(values):.3g}"
+
+
+def _series(history: History, key: str) -> Series:
+    points = [(entry["step"], entry[key]) for entry in history if isinstance(entry.get(key), int | float)]
+    points = [(step, value) for step, value in points if math.isfinite(value)]
+    return [float(step) for step, _ in points], [float(value) for _, value in points]
+
+
+def _thinned(series: Series) -> Series:
+    """At most `_POINTS` points, each the mean of its group: a curve of thousands is only noise and bytes."""
+    if len(series[0]) <= _POINTS:
+        return series
+    groups = [np.array_split(np.array(values), _POINTS) for values in series]
+    return [float(group.mean()) for group in groups[0]], [float(group.mean()) for group in groups[1]]

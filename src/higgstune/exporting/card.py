@@ -1,0 +1,331 @@
+"""The model card, README.md of a merged or exported folder: what it is, from what, how to use it, which licence."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+import higgstune
+from higgstune.checkpoint_files import folder_card, write_checksums
+from higgstune.codec import CODEC_FOLDER
+from higgstune.exporting.layouts import LayoutName, licence_files
+from higgstune.exporting.source import MERGED, Source
+from higgstune.exporting.verify import HeldOut, Logits, MergeCheck
+
+Kind = Literal["native", "extended", "original", "peft"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LIBRARY = {"native": "transformers", "extended": "higgstune", "original": "boson_multimodal", "peft": "peft"}
+_WHAT = {
+    "native": "A checkpoint in the layout of transformers (`HiggsAudioV2ForConditionalGeneration`), which vLLM-Omni "
+    "reads, too",
+    "extended": "A checkpoint in Higgstune's extended layout: the native one with modules for which the native class "
+    "has no place, so that only Higgstune loads it",
+    "original": "A checkpoint in the original layout (`higgs_audio`), as boson_multimodal loads it",
+    "peft": "A LoRA adapter that peft loads on its base",
+}
+_CONSENT = (
+    "A voice belongs to a person. The speakers of the recordings must have agreed to this use; who passes this folder "
+    "on answers for that, and writes here who agreed, to what and when: *(to be filled in)*. Do not pass what the "
+    "model says off as a person's own words, and say that it is synthetic where listeners could take it for real."
+)
+_LICENCE = (
+    "The released Higgs Audio v2 model and its codec come under Boson AI's community licence, which is built on Meta's "
+    "Llama 3 licence, and what is made from them does, too. Its duties are in the LICENSE file in your copy of the "
+    "base and of the codec: read both before you use or pass on this folder. Higgstune's own Apache-2.0 licence is "
+    "that of the software alone, not of these weights."
+)
+
+_ON_4_BITS = (
+    "It was trained on a base in 4 bits (QLoRA: nf4, double quantisation). What is compared here is the same adapter "
+    "on the whole base, which speaks slightly differently."
+)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the card tells of the folder itself."""
+
+    kind: Kind
+    title: str
+    dtype: str
+    codec: str
+    codec_comes_along: bool
+    licences: tuple[str, ...]  # files, from the folder
+    base_fingerprint: str
+    check: MergeCheck
+    conditioning: tuple[str, ...] = ()  # names of the extensions that are in it
+    dropped: tuple[str, ...] = ()
+    loss: Mapping[str, float] | None = None  # where modules were dropped: audio loss with and without
+    base_bits: int | None = None
+
+
+def public_name(name: str) -> str:
+    """A hub id as it is, a folder by its last name: a card is read by strangers."""
+    return name if _HUB_ID.fullmatch(name) and not Path(name).is_dir() else Path(name).name
+
+
+def model_card(source: Source, made: Made) -> str:
+    """The whole README.md."""
+    sections = [
+        f"# {_plain(made.title)}",
+        f"{_WHAT[made.kind]}. Made with Higgstune {higgstune.__version__} from "
+        f"`{_code(public_name(source.checkpoint))}`.",
+        *_what_is_missing(made),
+        "## Speaking",
+        _speaking(source, made),
+        "## Base model",
+        _base(source, made),
+        "## Data",
+        _data(source.card),
+        "## Training",
+        _training(source.card),
+        "## Check",
+        _check(made),
+        "## Licence",
+        _licence(made),
+        "## Consent",
+        _CONSENT,
+    ]
+    return _front_matter(source, made) + "\n\n".join(sections) + "\n"
+
+
+def _front_matter(source: Source, made: Made) -> str:
+    facts: dict[str, Any] = {
+        "base_model": public_name(source.checkpoint),
+        "base_model_relation": "adapter" if made.kind == "peft" else "finetune",
+        "library_name": _LIBRARY[made.kind],
+        "pipeline_tag": "text-to-speech",
+        "license": "other",
+        "license_name": "see-the-license-file",
+        "tags": ["text-to-speech", "higgs-audio-v2", "higgstune", "lora"],
+    }
+    if made.licences:
+        facts["license_link"] = made.licences[0]
+    return f"---\n{yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)}---\n\n"
+
+
+def _what_is_missing(made: Made) -> list[str]:
+    notes = []
+    if made.conditioning:
+        notes.append(f"It carries {' and '.join(made.conditioning)} beside the native class.")
+    if made.dropped:
+        loss = made.loss or {}
+        notes.append(
+            f"**It is not all that was trained**: {', '.join(f'`{name}`' for name in made.dropped)} were left out, for "
+            f"which this layout has no place. Audio loss on the compared clips: {loss['with']:.3f} nats with them, "
+            f"{loss['without']:.3f} without."
+        )
+    return notes
+
+
+def _speaking(source: Source, made: Made) -> str:
+    own = "--adapter" if made.kind == "peft" else "--model"
+    lines = [f'```sh\nhiggstune speak "Good morning." {own} THIS_FOLDER --out morning.wav\n```']
+    if ((source.card.get("recipe") or {}).get("data") or {}).get("reference") == "scene":
+        lines.append(
+            "It was trained with references in the scene"
+            + (
+                ", which are heard by what was left out: without it they are read by their codes, untrained."
+                if any("audio_encoder_proj" in name for name in made.dropped)
+                else ": one needs no words. `speak` of Higgstune knows that."
+            )
+        )
+    if made.kind in ("native", "peft"):
+        lines.append(f"In Python:\n\n```python\n{_python(source, made)}\n```")
+    if made.kind == "original":
+        lines.append(
+            "With the original engine:\n\n```python\nfrom boson_multimodal.serve.serve_engine import "
+            'HiggsAudioServeEngine\n\nengine = HiggsAudioServeEngine("THIS_FOLDER", "CODEC")\n```'
+        )
+    if made.base_bits is not None:
+        lines.append(
+            f"The weights are stored whole; with these settings bitsandbytes makes {made.base_bits} bits of those of "
+            "the linear layers, heads left out, while it loads them. What that costs in quality was not measured."
+        )
+    return "\n\n".join(lines)
+
+
+def _python(source: Source, made: Made) -> str:
+    loaded = public_name(source.checkpoint) if made.kind == "peft" else "THIS_FOLDER"
+    imports, options = ["HiggsAudioV2ForConditionalGeneration"], ["use_text_head=True"]
+    setup = []
+    if made.base_bits is not None:
+        imports.insert(0, "BitsAndBytesConfig")
+        options += ["quantization_config=quantization", 'device_map="auto"']
+        bits = ["load_in_8bit=True"]
+        if made.base_bits == 4:
+            bits = ["load_in_4bit=True", 'bnb_4bit_quant_type="nf4"', "bnb_4bit_compute_dtype=torch.bfloat16"]
+        skipped = 'llm_int8_skip_modules=["audio_lm_head", "text_lm_head"]'
+        setup = ["quantization = BitsAndBytesConfig(", f"    {', '.join(bits)},", f"    {skipped},", ")"]
+    else:
+        options.append(f"dtype=torch.{made.dtype}")
+    lines = ["import torch"] if made.base_bits != 8 else []
+    if made.kind == "peft":
+        lines.append("from peft import PeftModel")
+    lines += [f"from transformers import {', '.join(imports)}", "", *setup]
+    lines.append(f'model = HiggsAudioV2ForConditionalGeneration.from_pretrained("{loaded}", {", ".join(options)})')
+    if made.kind == "peft":
+        lines.append('model = PeftModel.from_pretrained(model, "THIS_FOLDER")')
+    return "\n".join(lines)
+
+
+def _base(source: Source, made: Made) -> str:
+    rows = {
+        "name": public_name(source.checkpoint),
+        "revision": source.revision or source.card.get("revision") or "not recorded",
+        "fingerprint of its weights": made.base_fingerprint,
+        "codec": public_name(made.codec) + (", in the sub-folder `codec`" if made.codec_comes_along else ""),
+        "revision of the codec": source.card.get("codec_revision") or "not recorded",
+        "adapter (sha256 of its weights)": source.weights_sha256,
+        "stored as": made.dtype,
+    }
+    if made.kind == "peft":
+        rows["stored as"] = "adapter alone; the base is loaded beside it"
+    return _table(("base", ""), [(key, str(value)) for key, value in rows.items()])
+
+
+def _data(card: Mapping[str, Any]) -> str:
+    data = card.get("data") or {}
+    rows = [
+        (split, _number(data.get(f"{split}_rows"), "{:d}"), _number(data.get(f"{split}_hours"), "{:.4g}"))
+        for split in ("train", "validation")
+    ]
+    return _table(("split", "rows", "hours of audio"), rows)
+
+
+def _training(card: Mapping[str, Any]) -> str:
+    stages = card.get("stages") or []
+    if not stages:
+        return "Stages: not recorded in the adapter."
+    rows = [
+        (str(stage.get("name")), str(stage.get("kind")), str(stage.get("steps")), _metrics(stage.get("metrics") or {}))
+        for stage in stages
+    ]
+    recipe = card.get("recipe") or {}
+    notes = [_table(("stage", "kind", "steps", "last losses"), rows)]
+    if recipe.get("lora"):
+        notes.append("LoRA: " + ", ".join(f"{key} {value}" for key, value in recipe["lora"].items()) + ".")
+    if card.get("base_quantized"):
+        notes.append(_ON_4_BITS)
+    if recipe.get("init_adapter"):
+        notes.append(f"It went on from another adapter, `{_code(Path(recipe['init_adapter']).name)}`.")
+    return "\n\n".join(notes)
+
+
+def _metrics(metrics: Mapping[str, Any]) -> str:
+    shown = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    return ", ".join(f"{key} {value:.4g}" for key, value in shown.items()) or "not measured"
+
+
+def _check(made: Made) -> str:
+    check = made.check
+    what = "largest" if check.dtype == "float32" else "mean"
+    clips = f"{check.origin} ({check.clips} of them; {what} difference of a logit, {check.dtype})"
+    if made.kind == "peft":
+        return f"On its base the adapter moves the logits by {check.from_base:.2e}, on {clips}."
+    less = " without the modules that were left out" if made.dropped else ""
+    return (
+        f"Loaded again after writing, on {clips}: {check.from_adapter:.2e} from the base with its adapter{less} "
+        f"(tolerance {check.tolerance:.0e}), {check.from_base:.2e} from the base alone."
+    )
+
+
+def _licence(made: Made) -> str:
+    if made.licences:
+        files = ", ".join(f"[{name}]({name})" for name in made.licences)
+        return f"{_LICENCE}\n\nCopied along: {files}."
+    return f"{_LICENCE}\n\nThe base's folder had no LICENSE file to copy along: get it from the base model's page."
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines)
+
+
+def _number(value: Any, shape: str) -> str:
+    return shape.format(value) if isinstance(value, int | float) else "not recorded"
+
+
+def _plain(text: str) -> str:
+    """Text that breaks neither a table nor a heading."""
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def _code(text: str) -> str:
+    return _plain(text).replace("`", "'")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is known once the checkpoint is written and the models are gone from memory."""
+
+    layout: LayoutName
+    dtype: str
+    held_out: HeldOut
+    base: Logits
+    adapted: Logits
+    base_fingerprint: str
+    codec: str
+    codec_comes_along: bool
+    conditioning: tuple[str, ...]
+    dropped: tuple[str, ...]
+    loss: dict[str, float] | None
+
+
+def describe(
+    source: Source,
+    folder: Path,
+    name: str,
+    written: Written,
+    check: MergeCheck,
+    fingerprint: str,
+    base_bits: int | None,
+) -> None:
+    """README.md and higgstune.json: what was merged, and the checksum of each weight file.
+
+    `name` is the folder's at last; `fingerprint` that of the merged weights.
+    """
+    licences = [*licence_files(folder), *licence_files(folder / CODEC_FOLDER)]
+    made = Made(
+        kind=written.layout,
+        title=name,
+        dtype=written.dtype,
+        codec=written.codec,
+        codec_comes_along=written.codec_comes_along,
+        licences=tuple(path.relative_to(folder).as_posix() for path in licences),
+        base_fingerprint=written.base_fingerprint,
+        check=check,
+        conditioning=written.conditioning,
+        dropped=written.dropped,
+        loss=written.loss,
+        base_bits=base_bits,
+    )
+    (folder / "README.md").write_text(model_card(source, made), encoding="utf-8")
+    merged = {
+        "adapter_sha256": source.weights_sha256,
+        "base": public_name(source.checkpoint),
+        "revision": source.revision,
+        "base_fingerprint": written.base_fingerprint,
+        "fingerprint": fingerprint,
+        "layout": written.layout,
+        "dtype": written.dtype,
+        "dropped": list(written.dropped),
+        "check": asdict(check),
+        "base_merged": folder_card(source.base).get(MERGED),  # where a run was begun on a merged checkpoint
+    }
+    write_checksums(
+        folder, higgstune=higgstune.__version__, merged=merged, codec=public_name(written.codec),
+        adapter=_without_folders(source.card),
+    )  # fmt: skip
+
+
+def _without_folders(value: Any) -> Any:
+    """An adapter's card with the last names of folders only: a merged checkpoint is passed on to strangers."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -1,0 +1,244 @@
+"""What a model may carry beyond the native class: audio self-attention, and a projector for Whisper features.
+
+Both start so that they cannot harm: added to a checkpoint that lacks them, no logit of any input changes by a bit. They
+are added in place to the loaded native model, whose file is never copied, by exchanging classes.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from transformers import DynamicCache, HiggsAudioV2ForConditionalGeneration
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2Model
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
+
+from higgstune.codec.whisper_encoder import WhisperTower
+from higgstune.families.higgs_v2 import audio_attention as attention
+
+PROJECTOR = "audio_encoder_proj"
+CONDITIONING_KEY = "higgstune_conditioning"  # of the extended layout's config.json
+
+
+class WhisperShape(BaseModel):
+    """The Whisper encoder whose features the projector takes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpoint: str  # as named by the user
+    revision: str  # of the encoder's weights: equal revisions give equal features
+    d_model: int
+    chunk_frames: int  # positions that a whole chunk expands to: 750 for 30 s
+    token_id: int  # of <|AUDIO|>
+
+
+class Conditioning(BaseModel):
+    """Which extensions a model carries; a plain native one has none and is false."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    audio_attention: bool = False
+    whisper: WhisperShape | None = None
+
+    def __bool__(self) -> bool:
+        return self.audio_attention or self.whisper is not None
+
+
+def whisper_shape(tower: WhisperTower, token_id: int) -> WhisperShape:
+    """What a model must know of an encoder; `token_id` is that of `<|AUDIO|>`."""
+    return WhisperShape(
+        checkpoint=tower.checkpoint,
+        revision=tower.revision,
+        d_model=tower.d_model,
+        chunk_frames=tower.chunk_frames,
+        token_id=token_id,
+    )
+
+
+class FeatureProjector(nn.Module):
+    """Whisper features [N, d_model] -> hidden states [N, D] at the positions of `<|AUDIO|>`."""
+
+    def __init__(self, d_model: int, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(d_model, hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Computed in the projector's own dtype, which is float32 while it is trained."""
+        return self.linear(features.to(self.linear.weight))
+
+
+class ConditionedModel(HiggsAudioV2Model):
+    """The native inner model with extensions; `add_conditioning` makes one of a loaded model, in place."""
+
+    conditioning: Conditioning
+    audio_encoder_proj: FeatureProjector  # with Whisper conditioning only
+    own: Conditioning = Conditioning()  # the extensions that the checkpoint brought, with their weights
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        audio_input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        audio_input_ids_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        whisper_features: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As the native forward; `whisper_features` [N, d_model] fill the batch's `<|AUDIO|>` positions in order.
+
+        With `output_attentions`, those of a layer's audio attention come before those of its shared one.
+        """
+        if input_ids is None and audio_input_ids is None:
+            raise ValueError("give input_ids, audio_input_ids or both; a conditioned model takes no inputs_embeds")
+        audio_mask: Tensor | None = self.get_placeholder_mask(input_ids, None, audio_input_ids_mask)  # type: ignore[arg-type]
+        hidden = self._embed(input_ids, audio_input_ids, audio_mask, audio_input_ids_mask, whisper_features)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None] + seen
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rotary = self.rotary_emb(hidden, position_ids)
+        if self.conditioning.audio_attention:
+            most = 0 if audio_input_ids is None else audio_input_ids.shape[1]
+            kwargs["audio_rows"] = attention.find_audio_rows(
+                self.config, hidden, audio_mask, most, position_ids, rotary, past_key_values
+            )
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                audio_token_mask=audio_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                position_embeddings=rotary,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+    def _embed(
+        self,
+        input_ids: Tensor | None,
+        audio_input_ids: Tensor | None,
+        audio_mask: Tensor | None,
+        audio_valid: Tensor | None,
+        features: Tensor | None,
+    ) -> Tensor:
+        """Token, audio and Whisper embeddings [B, S, D], each at its own positions."""
+        rows = None if audio_input_ids is None else self.embed_audio_tokens(audio_input_ids)
+        if input_ids is None or audio_mask is None:
+            assert rows is not None
+            return rows
+        hidden = self.embed_tokens(input_ids)
+        if self.conditioning.whisper is not None:
+            hidden = self._with_features(hidden, input_ids == self.conditioning.whisper.token_id, features)
+        if rows is None:
+            return hidden
+        rows = rows if audio_valid is None else rows[audio_valid]
+        return hidden.masked_scatter(audio_mask[..., None], rows)
+
+    def _with_features(self, hidden: Tensor, places: Tensor, features: Tensor | None) -> Tensor:
+        if features is None:
+            # Without features the token keeps its own embedding. The projector takes part all the same: a parameter
+            # that some ranks of a step do not use would leave the others waiting.
+            assert self.conditioning.whisper is not None
+            features = hidden.new_zeros((0, self.conditioning.whisper.d_model))
+            places = torch.zeros_like(places)
+        projected = self.audio_encoder_proj(features).to(hidden.dtype)
+        return hidden.masked_scatter(places[..., None], projected)
+
+
+def conditioning_of(model: Any) -> Conditioning:
+    """What a native model, or the base inside a peft model, carries."""
+    return getattr(base_of(model).model, "conditioning", Conditioning())
+
+
+def own_conditioning(model: Any) -> Conditioning:
+    """The extensions that came with the checkpoint, trained; the weights of others follow from the base."""
+    return getattr(base_of(model).model, "own", Conditioning())
+
+
+def check_features(model: Any, batch: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless a batch's Whisper features are as many as its `<|AUDIO|>` positions, or not there."""
+    features, shape = batch.get("whisper_features"), conditioning_of(model).whisper
+    if features is None:
+        return
+    if shape is None:
+        raise ValueError("whisper_features need a model with a projector for them: add_conditioning first")
+    positions = int((batch["input_ids"] == shape.token_id).sum())
+    if len(features) != positions:
+        raise ValueError(f"{len(features)} Whisper features for {positions} <|AUDIO|> positions")
+
+
+def base_of(model: Any) -> HiggsAudioV2ForConditionalGeneration:
+    """The model itself, or the one inside a peft model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def add_conditioning(model: HiggsAudioV2ForConditionalGeneration, wanted: Conditioning) -> None:
+    """Add the extensions that the model lacks, in place; they change no logit yet. What it has already stays.
+
+    Audio attention: see `add_audio_attention`. Projector: weight zero, bias the embedding of `<|AUDIO|>`, so that the
+    positions start as what the base itself has there. Both follow from the base alone: no random numbers.
+    """
+    inner, has = model.model, conditioning_of(model)
+    if not wanted or wanted == has:
+        return
+    if wanted.audio_attention and not has.audio_attention:
+        attention.add_audio_attention(inner.layers, model.config)
+    if wanted.whisper is not None and has.whisper is None:
+        inner.add_module(PROJECTOR, _neutral_projector(inner, wanted.whisper))
+    inner.__class__ = ConditionedModel
+    # What `PreTrainedModel.__init__` notes of a class: output_attentions and output_hidden_states need it.
+    _CAN_RECORD_REGISTRY[inner] = inner._can_record_outputs
+    inner.conditioning = Conditioning(
+        audio_attention=wanted.audio_attention or has.audio_attention, whisper=wanted.whisper or has.whisper
+    )
+
+
+def remove_conditioning(model: HiggsAudioV2ForConditionalGeneration) -> None:
+    """Take all extensions out, in place: a plain native model is left."""
+    inner, has = model.model, conditioning_of(model)
+    if has.audio_attention:
+        attention.remove_audio_attention(inner.layers)
+    if has.whisper is not None:
+        delattr(inner, PROJECTOR)
+    if has:
+        del inner.conditioning
+        inner.__dict__.pop("own", None)
+        inner.__class__ = HiggsAudioV2Model
+
+
+def conditioning_modules(model: Any) -> list[str]:
+    """Full names of the modules that the native class has no place for, in order."""
+    names = (name for name, _ in base_of(model).named_modules())
+    return [name for name in names if name.rpartition(".")[2] in (attention.ATTENTION, attention.NORM, PROJECTOR)]
+
+
+def is_conditioning_key(key: str, of: Conditioning | None = None) -> bool:
+    """Whether a parameter's name, in any layout, is one of an extension; with `of`, of one of these."""
+    names = [PROJECTOR] if of is None or of.whisper is not None else []
+    names += [attention.ATTENTION, attention.NORM] if of is None or of.audio_attention else []
+    return any(f".{name}." in f".{key}" for name in names)
+
+
+def _neutral_projector(inner: HiggsAudioV2Model, shape: WhisperShape) -> FeatureProjector:
+    with torch.device("meta"):
+        projector = FeatureProjector(shape.d_model, inner.config.hidden_size)
+    bias = inner.embed_tokens.weight[shape.token_id].detach().clone()
+    weight = bias.new_zeros((len(bias), shape.d_model))
+    projector.load_state_dict({"linear.weight": weight, "linear.bias": bias}, assign=True)
+    return projector.train(inner.training)

@@ -1,0 +1,227 @@
+"""The native model's layers on a packed batch: see `batch.packed` for the order of positions.
+
+The classes of a loaded model's layers are exchanged in place for subclasses that add no parameter and leave the native
+forward as it was for every other call, as generation's.
+
+Letters in shapes: P positions, T of text, A rows of audio, D hidden size, H query heads, G key heads, d head size.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import HiggsAudioV2ForConditionalGeneration
+from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2DecoderLayer
+
+from higgstune.errors import CheckpointError
+from higgstune.families.higgs_v2.audio_attention import AudioAttentionLayer
+from higgstune.kernels.attention import Runs, attend
+from higgstune.kernels.fused import Order, collect, feed_forward, linear, linears, rms_norm, spread
+from higgstune.kernels.loss import Sums, head_sums
+from higgstune.kernels.memory import give_back_holes, leaves_holes
+from higgstune.kernels.quantize import compute_dtype
+
+Stance = Literal["default", "eager_on_recompile"]  # of `torch.compiler.set_stance`
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the rows of hidden states belong."""
+
+    text: int  # the first T rows are text, the others audio
+    order: Order
+    whole: Runs
+    audio: Runs  # rows of audio alone, for audio self-attention
+    compiler: Stance | None = None  # None: layers are not compiled
+
+
+class PackedLayer(HiggsAudioV2DecoderLayer):
+    """The native layer, which also takes packed hidden states."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, places: Places | None = None, **kwargs: Any) -> Tensor:
+        """[P, D] -> [P, D] with `places`; without, the native layer."""
+        if places is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        return _run(self, hidden_states, places, self.audio_input_layernorm)
+
+
+class PackedAudioAttentionLayer(AudioAttentionLayer):
+    """The layer with audio self-attention, which also takes packed hidden states."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, places: Places | None = None, **kwargs: Any) -> Tensor:
+        """[P, D] -> [P, D] with `places`; without, the layer for other calls."""
+        if places is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        text, rows = hidden_states.split((places.text, len(hidden_states) - places.text))
+        own_dtype = compute_dtype(self.audio_attn.q_proj)  # of modules trained in full: float32 beside bfloat16
+        normed = rms_norm(rows, self.audio_input_layernorm).to(own_dtype)
+        q, k, v = _queries_keys_values(self.audio_attn, normed)
+        attended = linear(attend(q, k, v, places.audio, self.audio_attn.scaling).flatten(1), self.audio_attn.o_proj)
+        hidden_states = torch.cat((text, rows + attended.to(rows.dtype)))
+        return _run(self, hidden_states, places, self.audio_post_audio_attn_layer_norm)
+
+
+_PACKED: dict[type[nn.Module], type[nn.Module]] = {
+    HiggsAudioV2DecoderLayer: PackedLayer,
+    AudioAttentionLayer: PackedAudioAttentionLayer,
+}
+
+
+def with_packed_layers(layers: nn.ModuleList) -> None:
+    """Exchange the layers' classes in place."""
+    for layer in layers:
+        layer.__class__ = _PACKED.get(type(layer), type(layer))
+
+
+def _run(layer: nn.Module, hidden: Tensor, places: Places, audio_norm: nn.Module) -> Tensor:
+    # Compiling takes long, for each way of being called: not for validations, nor for the first layer of a stage.
+    if places.compiler is None or not (torch.is_grad_enabled() and hidden.requires_grad):
+        return _packed_layer(layer, hidden, places, audio_norm)
+    with torch.compiler.set_stance(places.compiler):  # here alone: a process may compile other things as well
+        return _compiled()(layer, hidden, places, audio_norm)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """One for all layers and lengths of packs, made when it is first called: see `model.compiled`."""
+    return torch.compile(_packed_layer, dynamic=True)
+
+
+def _packed_layer(layer: Any, hidden: Tensor, places: Places, audio_norm: nn.Module) -> Tensor:
+    normed = _by_pathway(
+        hidden, places, lambda x: rms_norm(x, layer.input_layernorm), lambda x: rms_norm(x, audio_norm)
+    )
+    q, k, v = [spread(x, places.order) for x in _queries_keys_values(layer.self_attn, normed)]
+    attended = collect(attend(q, k, v, places.whole, layer.self_attn.scaling), places.order)
+    hidden = hidden + linear(attended.flatten(1), layer.self_attn.o_proj)
+    return hidden + _by_pathway(
+        hidden,
+        places,
+        lambda x: feed_forward(rms_norm(x, layer.post_attention_layernorm), layer.mlp),
+        lambda x: feed_forward(rms_norm(x, layer.audio_post_attention_layernorm), layer.audio_mlp),
+    )
+
+
+def _by_pathway(
+    hidden: Tensor, places: Places, text: Callable[[Tensor], Tensor], audio: Callable[[Tensor], Tensor]
+) -> Tensor:
+    text_rows, audio_rows = hidden.split((places.text, len(hidden) - places.text))
+    return torch.cat((text(text_rows), audio(audio_rows)))
+
+
+def _queries_keys_values(attention: Any, x: Tensor) -> list[Tensor]:
+    """[P, D] -> [P, H, d], [P, G, d], [P, G, d]."""
+    found = linears(x, [attention.q_proj, attention.k_proj, attention.v_proj])
+    return [part.unflatten(-1, (-1, attention.head_dim)) for part in found]
+
+
+class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
+    """`HiggsAudioV2ForConditionalGeneration` whose forward also takes a packed batch."""
+
+    compiler_stance: Stance | None = None  # with which layers run compiled: see `model.compiled`
+
+    def forward(self, *args: Any, lengths: tuple[int, ...] | None = None, **kwargs: Any) -> Any:
+        """With a packed batch (see `batch.packed`): sums of losses. Without: the native forward, unchanged."""
+        if lengths is None:
+            if "audio_targets" in kwargs:  # the native forward would take them, and leave them out in silence
+                raise ValueError("a padded batch with targets is not trained on: pack the examples (batch.packed.pack)")
+            return super().forward(*args, **kwargs)
+        return self._sums(lengths=lengths, **kwargs)
+
+    def _sums(
+        self,
+        *,
+        audio_positions: Tensor,
+        audio_targets: Tensor,
+        text_positions: Tensor,
+        text_targets: Tensor,
+        **batch: Any,
+    ) -> Sums:
+        hidden = self._hidden(**batch)
+        assert self.text_lm_head is not None  # see `with_training_forward`
+        audio = head_sums(
+            hidden.index_select(0, audio_positions),
+            self.audio_lm_head.weight,
+            audio_targets,
+            eos_id=self.config.audio_stream_eos_id,
+        )
+        text = head_sums(hidden.index_select(0, text_positions), self.text_lm_head.weight, text_targets[:, None])
+        return {
+            **{f"audio_{key}": value for key, value in audio.items()},
+            **{f"text_{key}": value.sum() for key, value in text.items()},  # of one; FSDP wants no views
+        }
+
+    def _hidden(
+        self,
+        *,
+        text_ids: Tensor,
+        audio_ids: Tensor,
+        position_ids: Tensor,
+        to_sequence: Tensor,
+        from_sequence: Tensor,
+        shared_at: Tensor,
+        lengths: tuple[int, ...],
+        audio_lengths: tuple[int, ...],
+        heard_positions: Tensor | None = None,
+        whisper_features: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [R, D] after the last norm, text first."""
+        inner = self.model
+        embedded = self._with_features(inner.embed_tokens(text_ids), heard_positions, whisper_features)
+        # On a GPU autocast adds up codebooks in float32, and all layers would then work on hidden states of that.
+        hidden = torch.cat((embedded, inner.embed_audio_tokens(audio_ids).to(embedded.dtype)))
+        cos, sin = (part[0] for part in inner.rotary_emb(hidden, position_ids[None]))
+        of_audio = from_sequence[len(text_ids) :]
+        places = Places(
+            len(text_ids),
+            Order(to_sequence, from_sequence, shared_at),
+            whole=Runs.of(lengths, (cos, sin)),
+            audio=Runs.of(audio_lengths, (cos[of_audio], sin[of_audio])),
+            compiler=self.compiler_stance,
+        )
+        with_holes = leaves_holes(hidden, inner.layers)
+        for done, layer in enumerate(inner.layers, start=1):
+            hidden = layer(hidden, places=places)
+            if with_holes:
+                give_back_holes(inner.layers, done)
+        return inner.norm(hidden)
+
+    def _with_features(self, embedded: Tensor, positions: Tensor | None, features: Tensor | None) -> Tensor:
+        """Text embeddings [T, D] with Whisper's projected features [W, d_model] at their positions [W]."""
+        shape = getattr(getattr(self.model, "conditioning", None), "whisper", None)
+        if shape is None:
+            if features is not None:
+                raise ValueError("whisper_features need a model with a projector for them: add_conditioning first")
+            return embedded
+        if features is None or positions is None:
+            # The projector takes part all the same: a parameter that some ranks of a step do not use would leave the
+            # others waiting.
+            features = embedded.new_zeros((0, shape.d_model))
+            positions = torch.empty(0, dtype=torch.long, device=embedded.device)
+        projected = self.model.audio_encoder_proj(features).to(embedded.dtype)
+        return embedded.index_copy(0, positions, projected)
+
+
+def with_training_forward(model: HiggsAudioV2ForConditionalGeneration) -> HiggsAudioForTraining:
+    """Exchange the class of a native model and of its layers in place; its text head must be loaded. None is compiled.
+
+    Raises CheckpointError for an architecture that the packed layers do not compute.
+    """
+    assert model.text_lm_head is not None, "load the model through load_model: it needs its text head"
+    config = model.config
+    if config.hidden_act != "silu" or config.attention_dropout:
+        raise CheckpointError(
+            f"the checkpoint has hidden_act {config.hidden_act!r} and attention_dropout {config.attention_dropout}: "
+            "training knows silu without attention dropout, as the released one has them"
+        )
+    with_packed_layers(model.model.layers)
+    # FSDP looks for the layers that it wraps by the names of their classes.
+    model._no_split_modules = sorted({type(layer).__name__ for layer in model.model.layers})
+    if not isinstance(model, HiggsAudioForTraining):  # or a subclass of it, which FSDP makes
+        model.__class__ = HiggsAudioForTraining
+    assert isinstance(model, HiggsAudioForTraining)
+    model.compiler_stance = None
+    return model

@@ -1,0 +1,208 @@
+"""From a conversation with codes to what the model sees: token ids, delayed rows, labels.
+
+`Prompter.example` (training) and `Prompter.prompt` (generation) render with the same template, tokenize the same
+string and fill the same placeholders, so the positions before the target are the same positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from higgstune.codec.base import Heard
+from higgstune.data.messages import Message, content_parts
+from higgstune.errors import CheckpointError, DataError
+from higgstune.families.base import Audio, Codes, Example, TextTargets
+from higgstune.families.higgs_v2.delay import build_frames
+from higgstune.families.higgs_v2.prompt import AUDIO_EOS, AUDIO_IN, AUDIO_OUT, AUDIO_OUT_BOS, END_OF_TURN, Piece, pieces
+from higgstune.kernels.loss import IGNORE
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The ids that a checkpoint's configuration gives to the prompt's special positions."""
+
+    audio_token: int  # <|AUDIO_OUT|>: a row of audio
+    audio_delay_token: int  # the last K - 1 rows of an audio
+    stream_bos: int
+    stream_eos: int
+    num_codebooks: int
+
+    @classmethod
+    def from_config(cls, config: Any) -> "SpecialIds":
+        """Read from a native `HiggsAudioV2Config`."""
+        return cls(
+            audio_token=config.audio_token_id,
+            audio_delay_token=config.audio_delay_token_id,
+            stream_bos=config.audio_stream_bos_id,
+            stream_eos=config.audio_stream_eos_id,
+            num_codebooks=config.num_codebooks,
+        )
+
+
+class Prompter:
+    """Turns conversations into examples for one tokenizer and one checkpoint's special ids."""
+
+    def __init__(self, tokenizer: Any, ids: SpecialIds) -> None:
+        """`tokenizer` must be a fast one: labels need the character offsets of tokens. Raises CheckpointError."""
+        if not getattr(tokenizer, "is_fast", False):
+            raise CheckpointError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer: the checkpoint needs its tokenizer.json"
+            )
+        self.tokenizer = tokenizer
+        self.ids = ids
+        self.heard_id: int = tokenizer.convert_tokens_to_ids(AUDIO_IN)
+
+    def example(
+        self,
+        messages: Sequence[Message],
+        audio: Sequence[Audio],
+        *,
+        text_targets: TextTargets = "none",
+        target_from: int | None = None,
+    ) -> Example:
+        """A training example.
+
+        `audio` has for every audio part in order its [frames, K] codes, or, in a user, system or scene message, what
+        Whisper hears. Targets are the assistant messages from index `target_from` on; without it, the last message.
+        Only their audio is labelled.
+
+        Raises DataError when placeholders and audio do not match, no target is left, or `text_targets` is
+        "assistant" and no target has text.
+        """
+        targets = _target_turns(messages, target_from)
+        if text_targets == "assistant" and not any(_has_text(messages[turn]) for turn in targets):
+            raise DataError(
+                "text_targets: assistant, but no target message has text: the labels would be three control "
+                "tokens a clip; use text_targets: transcript"
+            )
+        parts = pieces(messages, chunks=_chunks(audio))
+        return self._expand(parts, audio, _labelled_pieces(messages, parts, targets, text_targets), set(targets))
+
+    def prompt(self, messages: Sequence[Message], audio: Sequence[Audio]) -> Example:
+        """The prompt that asks for the next speech; ends with `<|audio_out_bos|>` and carries no labels."""
+        return self._expand(pieces(messages, generation=True, chunks=_chunks(audio)), audio, set(), set())
+
+    def lengths(self, conversations: Sequence[tuple[Sequence[Message], Sequence[Audio]]]) -> list[int]:
+        """How many positions the examples of conversations have. Only the shape of codes matters."""
+        rendered = [pieces(messages, chunks=_chunks(audio)) for messages, audio in conversations]
+        encoded = self.tokenizer(["".join(part.text for part in parts) for parts in rendered], add_special_tokens=False)
+        return [
+            len(tokens) - sum(part.kind in ("audio", "heard") for part in parts) + sum(map(self._positions, audio))
+            for tokens, parts, (_, audio) in zip(encoded["input_ids"], rendered, conversations, strict=True)
+        ]
+
+    def _positions(self, audio: Audio) -> int:
+        return len(audio.features) if isinstance(audio, Heard) else len(audio) + self.ids.num_codebooks + 1
+
+    def _expand(self, parts: list[Piece], audio: Sequence[Audio], labelled: set[int], targets: set[int]) -> Example:
+        coded = [part for part in parts if part.kind == "audio"]
+        codes = [item for item in audio if not isinstance(item, Heard)]
+        heard = [item for item in audio if isinstance(item, Heard)]
+        chunks = [count for item in heard for count in item.chunks]
+        if len(coded) != len(codes) or len(chunks) != sum(part.kind == "heard" for part in parts):
+            raise DataError(f"the conversation has {_audio_parts(parts)} audio parts and got codes for {len(audio)}")
+        tokens, owners = self._tokenize(parts)
+        frames = iter([self._frames(c, labelled=p.turn in targets) for p, c in zip(coded, codes, strict=True)])
+        positions = iter(chunks)
+        ids: list[NDArray[np.int64]] = []
+        text_labels: list[NDArray[np.int64]] = []
+        rows: list[NDArray[np.int64]] = []
+        row_labels: list[NDArray[np.int64]] = []
+        start = 0
+        for position in [i for i, o in enumerate(owners) if parts[o].kind in ("audio", "heard")] + [len(tokens)]:
+            ids.append(tokens[start:position])
+            text_labels.append(_text_labels(tokens[start:position], owners[start:position], labelled))
+            start = position + 1
+            if position == len(tokens):
+                break
+            if parts[owners[position]].kind == "heard":
+                ids.append(np.full(next(positions), self.heard_id, dtype=np.int64))
+            else:
+                row, label = next(frames)
+                rows.append(row)
+                row_labels.append(label)
+                ids.append(self._placeholders(len(row)))
+            text_labels.append(np.full(len(ids[-1]), IGNORE, dtype=np.int64))
+        input_ids = np.concatenate(ids)
+        empty = np.empty((0, self.ids.num_codebooks), dtype=np.int64)
+        return Example(
+            prompt="".join(part.text for part in parts),
+            input_ids=input_ids,
+            audio_mask=(input_ids == self.ids.audio_token) | (input_ids == self.ids.audio_delay_token),
+            audio_input_ids=np.concatenate([empty, *rows]),
+            text_labels=np.concatenate(text_labels),
+            audio_labels=np.concatenate([empty, *row_labels]),
+            whisper_features=np.concatenate([item.features for item in heard]) if heard else None,
+            heard_positions=np.flatnonzero(input_ids == self.heard_id) if heard else None,
+        )
+
+    def _tokenize(self, parts: list[Piece]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Token ids of the whole string, and for each the index of the piece that its first character is in."""
+        encoded = self.tokenizer(
+            "".join(part.text for part in parts), add_special_tokens=False, return_offsets_mapping=True
+        )
+        ends = np.cumsum([len(part.text) for part in parts])
+        starts = np.array([offset[0] for offset in encoded["offset_mapping"]], dtype=np.int64)
+        return np.array(encoded["input_ids"], dtype=np.int64), np.searchsorted(ends, starts, side="right")
+
+    def _frames(self, codes: Codes, *, labelled: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        if codes.ndim != 2 or codes.shape[1] != self.ids.num_codebooks:
+            raise DataError(f"codes of shape {codes.shape} do not have {self.ids.num_codebooks} codebooks")
+        rows, labels = build_frames(codes, bos_id=self.ids.stream_bos, eos_id=self.ids.stream_eos)
+        return rows, labels if labelled else np.full_like(labels, IGNORE)
+
+    def _placeholders(self, rows: int) -> NDArray[np.int64]:
+        ids = np.full(rows, self.ids.audio_token, dtype=np.int64)
+        ids[rows - (self.ids.num_codebooks - 1) :] = self.ids.audio_delay_token
+        return ids
+
+
+def _chunks(audio: Sequence[Audio]) -> list[int]:
+    """For every audio part the chunks that Whisper hears it in; 0 for one that is read by its codes."""
+    return [len(item.chunks) if isinstance(item, Heard) else 0 for item in audio]
+
+
+def _audio_parts(parts: list[Piece]) -> int:
+    return sum(part.kind in ("audio", "heard") for part in parts)
+
+
+def _target_turns(messages: Sequence[Message], target_from: int | None) -> list[int]:
+    first = len(messages) - 1 if target_from is None else target_from
+    turns = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+    if not any(part["type"] == "audio" for turn in turns for part in content_parts(messages[turn])):
+        raise DataError(f"no assistant message with audio from message {first} on: there is nothing to learn to say")
+    return turns
+
+
+def _has_text(message: Message) -> bool:
+    return any(part["type"] == "text" and part["text"].strip() for part in content_parts(message))
+
+
+def _labelled_pieces(
+    messages: Sequence[Message], parts: list[Piece], targets: list[int], text_targets: TextTargets
+) -> set[int]:
+    """Indices of the pieces whose tokens are text labels: the table in docs/prompt.md."""
+    if text_targets == "none":
+        return set()
+    asked = {_user_turn_before(messages, turn) for turn in targets} if text_targets == "transcript" else set()
+    labelled = set()
+    for index, part in enumerate(parts):
+        in_target = part.turn in targets and (
+            part.text in (AUDIO_OUT_BOS, AUDIO_EOS, END_OF_TURN)
+            or (text_targets == "assistant" and part.kind == "text")
+        )
+        in_user = part.turn in asked and (part.kind == "text" or part.text == END_OF_TURN)
+        if (in_target or in_user) and part.text != AUDIO_OUT:
+            labelled.add(index)
+    return labelled
+
+
+def _user_turn_before(messages: Sequence[Message], turn: int) -> int | None:
+    return next((i for i in range(turn - 1, -1, -1) if messages[i]["role"] == "user"), None)
+
+
+def _text_labels(tokens: NDArray[np.int64], owners: NDArray[np.int64], labelled: set[int]) -> NDArray[np.int64]:
+    return np.where(np.isin(owners, list(labelled)), tokens, IGNORE)

@@ -1,0 +1,43 @@
+"""From the logits of one row to its codes: delay pattern, temperature, top-k, top-p, repetition-aware sampling."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from higgstune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How codes are drawn; the defaults are those that the released model is used with."""
+
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 50  # 0: off
+    top_p: float = 0.95  # 1: off
+    repeat_window: int = 7  # rows looked back on; 0 switches repetition-aware sampling off
+    max_repeats: int = 2  # as many times may a code of a codebook stand in the window before it is drawn anew
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a value that makes no sense."""
+        for name, value, holds in (
+            ("temperature", self.temperature, self.temperature >= 0),
+            ("top_k", self.top_k, self.top_k >= 0),
+            ("top_p", self.top_p, 0 < self.top_p <= 1),
+            ("repeat_window", self.repeat_window, self.repeat_window >= 0),
+            ("max_repeats", self.max_repeats, self.max_repeats >= 1),
+        ):
+            if not holds:
+                raise ConfigError(f"{name} cannot be {value}")
+
+
+def _filtered(scores: Tensor, sampling: Sampling) -> Tensor:
+    """Scores [K, V] with what top-k and top-p leave out at -inf."""
+    if sampling.top_k and sampling.top_k < scores.shape[-1]:
+        smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < smallest, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = scores.sort(dim=-1, descending=True)
+        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
+        scores = scores.masked_fill((before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p), -torch.inf)
+    return scores

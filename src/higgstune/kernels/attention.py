@@ -1,0 +1,136 @@
+"""Causal attention inside of each run of a packed sequence: back to the start of its run and no further.
+
+Letters in shapes: P positions, H query heads, G key heads, d head size, n rows of a block, b keys that it sees.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from inspect import signature
+from itertools import accumulate, groupby
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.attention.varlen import varlen_attn
+
+from higgstune.environment import without_waiting
+from higgstune.kernels.fused import as_autocast, rotate
+
+SHORT_RUN = 512  # positions, 17 s of speech: in longer runs, what is kept for the backward pass would weigh
+_BLOCK = 64  # positions whose queries are taken together
+# torch 2.11 takes fewer heads of keys without being told.
+_GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Examples one after the other in a sequence."""
+
+    lengths: tuple[int, ...]
+    longest: int
+    offsets: Tensor  # [runs + 1] int32, on the device
+    cos: Tensor  # [P, 1, d / 2] of the positions in their examples
+    sin: Tensor
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], rotary: tuple[Tensor, Tensor]) -> "Runs":
+        """`rotary`: cos and sin [P, d], whose halves are equal."""
+        cos, sin = (part.chunk(2, dim=-1)[0].unsqueeze(1).contiguous() for part in rotary)
+        offsets = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32)
+        return cls(lengths, max(lengths, default=0), without_waiting(offsets, cos.device), cos, sin)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scaling: float) -> Tensor:
+    """q [P, H, d], k and v [P, G, d], not yet rotated, in the order of the sequence -> [P, H, d]."""
+    q, k, v = [as_autocast(x) for x in (rotate(q, runs.cos, runs.sin), rotate(k, runs.cos, runs.sin), v)]
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        ends = (runs.offsets, runs.offsets, runs.longest, runs.longest)
+        attended = varlen_attn(q, k, v, *ends, scale=scaling, window_size=(-1, 0), **_GROUPED)
+        assert isinstance(attended, Tensor)
+        return attended
+    return _attend_by_run(q, k, v, runs, scaling)
+
+
+@torch.compiler.disable  # by its examples' lengths each pack would be compiled anew
+def _attend_by_run(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scaling: float) -> Tensor:
+    exact = q.dtype in (torch.float32, torch.float64)
+    stretches = [
+        (_attend_short if short else _attend_long, tuple(lengths))
+        for short, lengths in groupby(runs.lengths, lambda length: exact and length <= SHORT_RUN)
+    ]
+    if len(stretches) == 1:
+        return stretches[0][0](q, k, v, runs.lengths, scaling)
+    positions = [sum(lengths) for _, lengths in stretches]
+    parts = zip(stretches, *(x.split(positions) for x in (q, k, v)), strict=True)
+    return torch.cat([kind(a, b, c, lengths, scaling) for (kind, lengths), a, b, c in parts])
+
+
+def _attend_long(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scaling: float) -> Tensor:
+    by_run = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
+    attended = [
+        F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        for query, key, value in zip(*by_run, strict=True)
+    ]
+    return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1)
+
+
+def _attend_short(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scaling: float) -> Tensor:
+    groups, heads = k.shape[1], q.shape[1] // k.shape[1]
+    rows = (q * scaling).unflatten(1, (groups, heads)).transpose(0, 1).flatten(1, 2)
+    attended = _ShortRuns.apply(rows, k.transpose(0, 1), v.transpose(0, 1), lengths, heads)
+    return attended.unflatten(1, (len(q), heads)).transpose(0, 1).flatten(1, 2)
+
+
+class _Block(NamedTuple):
+    """Neighbouring queries and all keys that any of them sees."""
+
+    rows: slice  # of queries
+    keys: slice
+    last: int  # so many keys at the end are not seen by all of them
+
+
+def _blocks(lengths: tuple[int, ...], heads: int) -> Iterator[_Block]:
+    """`heads` rows of queries stand at each position."""
+    for length, end in zip(lengths, accumulate(lengths), strict=True):
+        start = end - length
+        for first in range(start, end, _BLOCK):
+            stop = min(first + _BLOCK, end)
+            yield _Block(slice(first * heads, stop * heads), slice(start, stop), stop - first)
+
+
+class _ShortRuns(Function):
+    """PyTorch's kernel for a CPU takes 32 or 64 rows of one head at a time, and its time is twice that of the products.
+
+    Here query heads of the same keys stand in one matrix, what causality hides is left out by blocks, and the
+    probabilities are kept instead of computed again: b numbers for each row, where the kernel keeps d.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], heads: int) -> Tensor:
+        """q [G, P * heads, d], scaled already; k and v [G, P, d]."""
+        later = q.new_full((_BLOCK, _BLOCK), float("-inf")).triu_(1).repeat_interleave(heads, dim=0)
+        ctx.blocks = list(_blocks(lengths, heads))
+        attended, kept = torch.empty_like(q), []
+        for rows, keys, last in ctx.blocks:
+            scores = q[:, rows] @ k[:, keys].mT  # [G, n, b]
+            scores[:, :, -last:] += later[: last * heads, :last]
+            weights = scores.softmax(-1)
+            torch.bmm(weights, v[:, keys], out=attended[:, rows])
+            if any(ctx.needs_input_grad):
+                kept.append(weights)
+        ctx.save_for_backward(q, k, v, *kept)
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *kept = ctx.saved_tensors
+        of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (rows, keys, _), weights in zip(ctx.blocks, kept, strict=True):
+            of_v[:, keys].baddbmm_(weights.mT, grad[:, rows])
+            of_weights = grad[:, rows] @ v[:, keys].mT
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            torch.bmm(of_scores, k[:, keys], out=of_q[:, rows])
+            of_k[:, keys].baddbmm_(of_scores.mT, q[:, rows])
+        return of_q, of_k, of_v, None, None

@@ -1,0 +1,62 @@
+"""What a recipe trains on: a code store, and rows of another one against forgetting."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from higgstune.config.recipe import Recipe
+from higgstune.data.store import CodeStore, MixedRows, Row
+from higgstune.data.whisper_features import JoinedFeatures, WhisperFeatures
+from higgstune.errors import DataError
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The stores of a recipe."""
+
+    store: CodeStore
+    replay: CodeStore | None
+    share: float  # of replayed rows among all that are trained on
+    seed: int
+
+    @classmethod
+    def open(cls, recipe: Recipe) -> Self:
+        """Raises DataError where a store is missing, has no training rows, or the two have other codecs."""
+        replay = recipe.data.replay
+        found = cls(
+            CodeStore.open(recipe.data.store),
+            None if replay is None else CodeStore.open(replay.store),
+            0.0 if replay is None else replay.share,
+            recipe.seed,
+        )
+        for store in found.stores:
+            if not len(store.split("train")):
+                raise DataError(f"{store.folder} has no training rows")
+            if store.info.codec_revision != found.store.info.codec_revision:
+                raise DataError(
+                    f"data.replay {store.folder} was encoded by the codec {store.info.codec}, {found.store.folder} by "
+                    f"{found.store.info.codec}: prepare both with the codec of the checkpoint"
+                )
+        return found
+
+    @property
+    def stores(self) -> list[CodeStore]:
+        """That of the recipe, then the one that is replayed."""
+        return [self.store] if self.replay is None else [self.store, self.replay]
+
+    def rows(self, split: str) -> Sequence[Row]:
+        """Of a split; only training has replayed ones."""
+        own = self.store.split(split)
+        if self.replay is None or split != "train":
+            return own
+        return MixedRows(own, self.replay.split(split), share=self.share, seed=self.seed)
+
+    def features(self, whisper: str) -> JoinedFeatures:
+        """What Whisper hears in them. Raises DataError where a store has no features of that checkpoint."""
+        return JoinedFeatures([WhisperFeatures.open(store.folder, whisper) for store in self.stores])
+
+    @property
+    def identity(self) -> dict[str, list[str]]:
+        """Checksums of all rows, by what they are for."""
+        names = ("store", "replay")
+        return {name: [shard.sha256 for shard in store.shards] for name, store in zip(names, self.stores, strict=False)}

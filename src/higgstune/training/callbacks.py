@@ -1,0 +1,153 @@
+"""SIGTERM and SIGINT: training ends after its step, with a checkpoint; what is not training ends at once."""
+
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from higgstune.errors import Interrupted
+from higgstune.training.distributed import Agreement, Processes
+
+_LOG = logging.getLogger(__name__)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SAME_KEYPRESS = 1.0  # seconds: a launcher passes on what the terminal has sent already
+
+
+class StopSignals(TrainerCallback):
+    """Ends training where a signal asks for it, in all processes after the same step."""
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._received = 0
+        self._received_at = 0.0
+        self._training = False
+        self._asked: Agreement | None = None  # about the step before: no step waits for the others
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Signals are handled here inside of it; not in a thread, where Python allows no handlers."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again = self._received and number == signal.SIGINT and time.monotonic() - self._received_at > _SAME_KEYPRESS
+        if not self._received:  # kept: somebody may catch what is raised here, and then training ends after its step
+            self._received, self._received_at = number, time.monotonic()
+        if not self._training or again:
+            raise Interrupted(number)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From now on steps are finished."""
+        self._training = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop where any process was asked to."""
+        if self._processes.count == 1:
+            asked = self._received
+        else:
+            asked = 0 if self._asked is None else self._asked.result()
+            self._asked = self._processes.largest(self._received)
+        if asked:
+            if state.is_world_process_zero:
+                _LOG.warning("%s: ending after this step, with a checkpoint", signal.Signals(asked).name)
+            control.should_save = True
+            control.should_training_stop = True
+
+    def end_training(self) -> None:
+        """All processes: raises Interrupted in all of them where any was asked to stop. Signals end the run again."""
+        if self._asked is not None:
+            self._asked.result()
+            self._asked = None
+        received = self._processes.largest(self._received).result()
+        self._training = False
+        if received or self._received:  # also one that came meanwhile
+            raise Interrupted(received or self._received)
+
+
+_SHOWN = (
+    ("audio_loss", "audio {:.3f}"),
+    ("text_loss", "text {:.3f}"),
+    ("eval_audio_loss", "validation audio {:.3f}"),
+    ("eval_text_loss", "validation text {:.3f}"),
+    ("eval_wer", "word error rate {:.1%}"),
+    ("eval_similarity", "similarity {:.3f}"),
+    ("eval_cap_rate", "did not stop {:.0%}"),
+    ("learning_rate", "lr {:.1e}"),
+    ("tokens_per_second", "{:.0f} tokens/s"),
+    ("audio_seconds_per_second", "{:.1f} s of audio/s"),
+)
+
+
+class ProgressReport(TrainerCallback):
+    """Draws the progress of one stage on stderr."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.console = Console(stderr=True)
+        self.bar: Progress | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar, on a terminal and in the first process only; say where a stage is gone on with."""
+        if state.is_world_process_zero and state.global_step:
+            self.console.print(f"{self.stage} goes on after step {state.global_step}", highlight=False)
+        if state.is_world_process_zero and sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, TextColumn("{task.fields[numbers]}"), console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task(self.stage, total=state.max_steps, completed=state.global_step, numbers="")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the newest numbers: beside the bar, or as a line."""
+        numbers = "  ".join(form.format(logs[key]) for key, form in _SHOWN if logs and key in logs)
+        if not numbers or not state.is_world_process_zero:
+            return
+        if self.bar is not None:
+            self.bar.update(self.task, numbers=numbers)
+        else:
+            self.console.print(
+                f"{self.stage} {state.global_step}/{state.max_steps}  {numbers}", highlight=False, soft_wrap=True
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, also after an error."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

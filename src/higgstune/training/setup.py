@@ -1,0 +1,115 @@
+"""What a recipe's conditioning asks of the model and of the store, found out before anything is trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from higgstune.batch.dataset import Rendering, RowExamples
+from higgstune.config.recipe import Recipe
+from higgstune.data.messages import heard_clips, says_whisper
+from higgstune.data.store import CodeStore
+from higgstune.data.whisper_features import FeatureIndex, JoinedFeatures
+from higgstune.errors import CheckpointError, ConfigError, DataError
+from higgstune.families.higgs_v2.extensions import Conditioning, WhisperShape, conditioning_of
+from higgstune.families.higgs_v2.prompt import AUDIO_IN
+from higgstune.kernels.quantize import is_quantized
+from higgstune.model.adapter_folder import base_fingerprint
+from higgstune.model.adapters import AttentionTraining
+from higgstune.model.load import ModelAndTokenizers
+from higgstune.planning.training_data import TrainingData
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all stages of a run have in common, beside recipe, model and store."""
+
+    conditioning: Conditioning  # what is trained beyond the native class
+    attention: AttentionTraining  # how audio attention is trained, where the model has it
+    rendering: Rendering
+    base_fingerprint: str
+
+
+def find_setting(recipe: Recipe, data: TrainingData, loaded: ModelAndTokenizers) -> Setting:
+    """Raises ConfigError, DataError or CheckpointError when the recipe's conditioning cannot be."""
+    own = conditioning_of(loaded.model)
+    in_full = recipe.model.whisper is not None or recipe.model.audio_attention == "full"
+    for stage in recipe.stages:
+        if stage.full_learning_rate is not None and not in_full:
+            raise ConfigError(
+                f"full_learning_rate of stage {stage.name} has no effect: nothing is trained in full without "
+                "model.whisper or model.audio_attention: full"
+            )
+    if is_quantized(loaded.model) and own.audio_attention and recipe.model.audio_attention == "full":
+        raise ConfigError(
+            f"{loaded.checkpoint} brings audio attention, which model.quantize: {recipe.model.quantize} puts into "
+            "4 bits with the rest, and 4 bits cannot be trained in full: set model.audio_attention: lora, or leave "
+            "out model.quantize"
+        )
+    features = shape = None
+    if recipe.model.whisper is not None:
+        features = data.features(recipe.model.whisper)
+        for store in data.stores:
+            _check_features(recipe, store, features)
+        shape = _whisper_shape(features.index, loaded)
+        if own.whisper is not None and own.whisper.revision != shape.revision:
+            raise CheckpointError(
+                f"{loaded.checkpoint} was trained with a Whisper encoder of the revision {own.whisper.revision}, "
+                f"{recipe.model.whisper} has {shape.revision}: prepare with --whisper {loaded.checkpoint}"
+            )
+    else:
+        for store in data.stores:
+            if any(says_whisper(row) for row in store.contexts()):
+                raise DataError(
+                    f'{store.folder} has audio parts with "as": "whisper", but no Whisper is configured: set '
+                    "model.whisper"
+                )
+    return Setting(
+        Conditioning(audio_attention=bool(recipe.model.audio_attention) or own.audio_attention, whisper=shape),
+        recipe.model.audio_attention or "lora",
+        Rendering(recipe.data.reference, features),
+        base_fingerprint(loaded.model),
+    )
+
+
+def check_packs(recipe: Recipe, splits: Sequence[RowExamples]) -> None:
+    """Raises ConfigError for a stage whose packs cannot hold the longest row of all splits, and names that row."""
+    filled = [examples for examples in splits if len(examples)]
+    longest = max(filled, key=lambda examples: int(examples.lengths().max()))
+    positions = int(longest.lengths().max())
+    row = longest.rows[int(longest.lengths().argmax())]
+    for index, stage in enumerate(recipe.stages):
+        tokens = stage.pack_size.tokens
+        if tokens is not None and tokens < positions:
+            raise ConfigError(
+                f"stages.{index}.batch_tokens is {tokens}, but row {row.id} of the {row.split} split alone has "
+                f"{positions} positions (text, and 25 a second of audio): raise it to {positions} or more, or prepare "
+                "with a smaller --max-seconds"
+            )
+
+
+def _check_features(recipe: Recipe, store: CodeStore, features: JoinedFeatures) -> None:
+    needed = {sha256 for row in store.contexts() for sha256 in heard_clips(row, recipe.data.reference)}
+    if not needed and store.folder == Path(recipe.data.store):
+        raise ConfigError(
+            f"model.whisper has no effect: no row of {store.folder} has audio in a user or system turn, nor a "
+            "reference in the scene (`prepare --references same_speaker` and data.reference: scene give each row one)"
+        )
+    missing = sum(sha256 not in features for sha256 in needed)
+    if missing:
+        raise DataError(
+            f"{missing} of the {len(needed)} clips that Whisper hears in {store.folder} have no features: run "
+            f"`higgstune prepare` again with --whisper {recipe.model.whisper}, on the recordings that they come from"
+        )
+
+
+def _whisper_shape(index: FeatureIndex, loaded: ModelAndTokenizers) -> WhisperShape:
+    token_id = loaded.tokenizer.convert_tokens_to_ids(AUDIO_IN)
+    if not isinstance(token_id, int):
+        raise CheckpointError(f"the tokenizer of {loaded.checkpoint} has no {AUDIO_IN}: it cannot hear through Whisper")
+    return WhisperShape(
+        checkpoint=index.checkpoint,
+        revision=index.revision,
+        d_model=index.d_model,
+        chunk_frames=index.chunk_frames,
+        token_id=token_id,
+    )
