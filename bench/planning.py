@@ -14,7 +14,7 @@ STEPS = 3  # in the second one the moments are there; the heap still fills a lit
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunSetup:
     """A model of the released proportions, `scale` times narrower, and how it is trained."""
 
     scale: int
@@ -48,25 +48,25 @@ class Setting:
 
 
 SETTINGS = (
-    Setting(4, 4, 1024, 16),
-    Setting(8, 8, 1024, 16),
-    Setting(8, 8, 4096, 16),
-    Setting(8, 8, 4096, 16, checkpointing=True),
-    Setting(8, 8, 2048, 64, kind="text", accumulation=2),
-    Setting(16, 28, 2048, 8),
-    Setting(16, 28, 1024, 64, checkpointing=True),
-    Setting(8, 6, 2000, 16, dropout=0.1),
-    Setting(16, 28, 4096, 16, dropout=0.05),
-    Setting(8, 8, 2048, 16, dora=True),
-    Setting(8, 10, 4096, 16, quantize="4bit"),
-    Setting(8, 10, 4096, 16, quantize="4bit", checkpointing=True),
+    RunSetup(4, 4, 1024, 16),
+    RunSetup(8, 8, 1024, 16),
+    RunSetup(8, 8, 4096, 16),
+    RunSetup(8, 8, 4096, 16, checkpointing=True),
+    RunSetup(8, 8, 2048, 64, kind="text", accumulation=2),
+    RunSetup(16, 28, 2048, 8),
+    RunSetup(16, 28, 1024, 64, checkpointing=True),
+    RunSetup(8, 6, 2000, 16, dropout=0.1),
+    RunSetup(16, 28, 4096, 16, dropout=0.05),
+    RunSetup(8, 8, 2048, 16, dora=True),
+    RunSetup(8, 10, 4096, 16, quantize="4bit"),
+    RunSetup(8, 10, 4096, 16, quantize="4bit", checkpointing=True),
 )
-QUICK = (Setting(16, 4, 512, 8),)
+QUICK = (RunSetup(16, 4, 512, 8),)
 _ON_A_GPU = {"device": "cuda", "steps": 20}
 ON_A_GPU = (
-    Setting(1, 28, 8192, 16, **_ON_A_GPU),
-    Setting(1, 28, 8192, 16, compile=True, **_ON_A_GPU),
-    Setting(1, 28, 4096, 16, quantize="4bit", checkpointing=True, **_ON_A_GPU),
+    RunSetup(1, 28, 8192, 16, **_ON_A_GPU),
+    RunSetup(1, 28, 8192, 16, compile=True, **_ON_A_GPU),
+    RunSetup(1, 28, 4096, 16, quantize="4bit", checkpointing=True, **_ON_A_GPU),
 )
 
 
@@ -90,7 +90,7 @@ def measured(recipe: str, out: str, *, on_cuda: bool = False) -> Found:
     return found | ({"peak_bytes": torch.cuda.max_memory_allocated()} if on_cuda else {})
 
 
-def measure(setting: Setting, folder: Path, *, threads: int = 1) -> tuple[Found, Found]:
+def measure(setting: RunSetup, folder: Path, *, threads: int = 1) -> tuple[Found, Found]:
     """The plan and the run of one setting. What is made in `folder` may serve other settings, too."""
     with tempfile.TemporaryDirectory(dir=folder) as own:
         recipe = str(prepare_run(setting, folder, Path(own)))
@@ -99,7 +99,7 @@ def measure(setting: Setting, folder: Path, *, threads: int = 1) -> tuple[Found,
         return plan, run.run(threads=threads)
 
 
-def prepare_run(setting: Setting, folder: Path, own: Path) -> Path:
+def prepare_run(setting: RunSetup, folder: Path, own: Path) -> Path:
     """The recipe in `own`; a store of as many clips as the steps need; in `folder`, where it is not yet, the base."""
     import yaml
     from stores import make_store
@@ -131,7 +131,7 @@ def prepare_run(setting: Setting, folder: Path, own: Path) -> Path:
     return own / "recipe.yaml"
 
 
-def _make_base(setting: Setting, base: Path) -> None:
+def _make_base(setting: RunSetup, base: Path) -> None:
     """Random weights with the demo's tokenizer and codec."""
     import torch
     from stores import ASSETS

@@ -26,7 +26,7 @@ from workload import Shape, clip_seconds, make_examples, random_model
 
 from higgstune.batch.collate import Packed, pack, positions, tensors_to
 from higgstune.batch.packing import PackSampler, PackSize
-from higgstune.environment import without_waiting
+from higgstune.environment import to_device_async
 from higgstune.families.higgs_v2.extensions import Conditioning, base_of
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels.loss import LossWeights, combine, label_counts
@@ -344,7 +344,7 @@ class Bench:
         def step(batch: Packed) -> None:
             counts = label_counts(batch, eos_id=self.config.audio_stream_eos_id)
             on_device = tensors_to(batch, self.device)
-            counts = {key: without_waiting(value, self.device) for key, value in counts.items()}
+            counts = {key: to_device_async(value, self.device) for key, value in counts.items()}
             with torch.autocast(self.device.type, dtype=torch.bfloat16):
                 sums = model(**on_device)
             combine(sums, counts, LossWeights()).backward()

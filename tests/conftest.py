@@ -13,7 +13,7 @@ from commands import Command
 # processes none is left alone with one of them at the end.
 LONGEST = (
     "test_launchers.py", "test_faults_of_training.py", "test_faults_of_data.py", "test_conditioned_run.py",
-    "test_listening.py", "test_run.py", "test_readme.py", "test_unified_script.py", "test_distributed.py",
+    "test_sample_eval.py", "test_run.py", "test_readme.py", "test_unified_script.py", "test_distributed.py",
     "test_quantize.py",
 )  # fmt: skip
 

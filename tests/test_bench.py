@@ -304,7 +304,7 @@ def test_a_small_card_computes_all_layers_again_on_a_4_bit_base(
 
 def test_a_plan_is_near_to_what_training_takes(tmp_path: Path) -> None:
     planning = bench("planning")
-    setting = planning.Setting(16, 2, 512, 4, accumulation=2)
+    setting = planning.RunSetup(16, 2, 512, 4, accumulation=2)
     assert setting.name == "width / 16, 2 layers, full, packs of 512, r 4, accumulation 2"
     plan, run = planning.measure(setting, tmp_path)
     assert run["steps"] == planning.STEPS

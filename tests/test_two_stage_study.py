@@ -31,7 +31,7 @@ def corpus(folder: Path) -> Path:
 
 
 def test_arms_have_the_same_steps_and_differ_in_what_stage_1_learns(tmp_path: Path) -> None:
-    study, setting = tool("study"), tool("study_data").Setting("", steps=50, batch_size=3)
+    study, setting = tool("study"), tool("study_data").RunSetup("", steps=50, batch_size=3)
     found = {arm: study.recipe_for(setting, tmp_path, tmp_path, share=0.1, arm=arm, seed=4) for arm in study.COMPARED}
     stages = {arm: [tuple(getattr(s, key) for key in STAGES) for s in recipe.stages] for arm, recipe in found.items()}
     last = ("full", 45, 0.1, 1.0, 3)

@@ -50,6 +50,6 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     return named[dtype]
 
 
-def without_waiting(value: Tensor, device: torch.device) -> Tensor:
+def to_device_async(value: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on a device: from pinned memory, so that a GPU's queue of work goes on."""
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)

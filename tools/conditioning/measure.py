@@ -28,7 +28,7 @@ from higgstune.config.recipe import Recipe, parse_recipe
 from higgstune.data.manifest import Utterance, read_manifest, write_manifest
 from higgstune.data.prepare import prepare
 from higgstune.data.store import CodeStore
-from higgstune.data.whisper_features import WhisperFeatures
+from higgstune.data.whisper_features import FeatureStore
 from higgstune.diagnostics.inspect_row import load_prompter
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels.loss import LossWeights, add_sums, label_counts
@@ -213,7 +213,7 @@ def audio_loss(recipe: Recipe, store: CodeStore, adapter: Path, split: str, *, s
     model = with_training_forward(base)
     adapted = load_adapter(model, adapter)
     prompter = load_prompter(recipe.model.checkpoint)
-    features = None if recipe.model.whisper is None else WhisperFeatures.open(store.folder, recipe.model.whisper)
+    features = None if recipe.model.whisper is None else FeatureStore.open(store.folder, recipe.model.whisper)
     rendering = Rendering(recipe.data.reference, features)
     rows = list(store.split(split))
     if swap:

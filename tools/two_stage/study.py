@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from results import COMPARED, YARDSTICKS, write_results
-from study_data import SETTINGS, Setting, Stores, stores_of
+from study_data import SETTINGS, RunSetup, Stores, stores_of
 
 from higgstune.codec import CODEC_FOLDER
 from higgstune.config.recipe import Recipe, parse_recipe
@@ -93,7 +93,7 @@ def measure_arm(
     (folder / MEASURED).write_text(json.dumps(found))
 
 
-def recipe_for(setting: Setting, base: Path, store: Path, *, share: float, arm: str, seed: int) -> Recipe:
+def recipe_for(setting: RunSetup, base: Path, store: Path, *, share: float, arm: str, seed: int) -> Recipe:
     """The recipe of `conditioning/measure.py` for an arm, with this share of the steps in stage 1.
 
     Of the yardsticks, `full` has all steps in one stage, `rest` those of stage 2 alone, and `both-full-fast` is

@@ -17,7 +17,7 @@ _SHORT = 15  # clips of LJSpeech, up to 6.9 s
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunSetup:
     """Data and steps that all arms of a comparison share."""
 
     what: str
@@ -44,9 +44,9 @@ class Stores:
 
 
 SETTINGS = {
-    "few": Setting("12 clips of one synthetic voice: learned by heart", steps=150, batch_size=2),
-    "many": Setting("300 clips of the same voice", steps=100, batch_size=4),
-    "real": Setting("11 clips of a person (LJSpeech): learned by heart", steps=150, batch_size=2),
+    "few": RunSetup("12 clips of one synthetic voice: learned by heart", steps=150, batch_size=2),
+    "many": RunSetup("300 clips of the same voice", steps=100, batch_size=4),
+    "real": RunSetup("11 clips of a person (LJSpeech): learned by heart", steps=150, batch_size=2),
 }
 
 

@@ -57,11 +57,11 @@ class PaddedCollator:
             "audio_input_ids": torch.from_numpy(audio),
             "audio_input_ids_mask": torch.from_numpy(audio_mask),
             **{key: torch.from_numpy(np.concatenate([t[key] for t in targets])) for key in targets[0]},
-            **heard_features(examples),
+            **feature_tensors(examples),
         }
 
 
-def heard_features(examples: Sequence[Example]) -> Batch:
+def feature_tensors(examples: Sequence[Example]) -> Batch:
     """`whisper_features` of a batch, or nothing where no example hears any audio."""
     heard = [example.whisper_features for example in examples if example.whisper_features is not None]
     return {"whisper_features": torch.from_numpy(np.concatenate(heard))} if heard else {}
@@ -97,7 +97,7 @@ def pack(examples: Sequence[Example], *, share_prefix: bool = True) -> Packed:
     lengths, audio_lengths           of the examples: positions, and rows of audio (tuples of int)
     audio_positions [M], audio_targets [M, K]    rows of hidden states, and what they predict
     text_positions [N],  text_targets [N]
-    heard_positions [W], whisper_features [W, d_model]    of all <|AUDIO|>; only where anything is heard
+    feature_positions [W], whisper_features [W, d_model]    of all <|AUDIO|>; only where anything is heard
     """
     shared = _common_prefix(examples) if share_prefix else 0
     lengths = tuple(len(example) for example in examples)
@@ -121,11 +121,11 @@ def pack(examples: Sequence[Example], *, share_prefix: bool = True) -> Packed:
         "shared_at": shared_at,
         **{key: np.concatenate([part[key] for part in targets]) for key in targets[0]},
     }
-    heard = heard_features(examples)
+    heard = feature_tensors(examples)
     if heard:
-        hearing = [(e.heard_positions, start) for e, start in zip(examples, starts, strict=True)]
-        arrays["heard_positions"] = np.concatenate([at + start for at, start in hearing if at is not None])
-    for key in ("audio_positions", "text_positions", "heard_positions"):
+        hearing = [(e.feature_positions, start) for e, start in zip(examples, starts, strict=True)]
+        arrays["feature_positions"] = np.concatenate([at + start for at, start in hearing if at is not None])
+    for key in ("audio_positions", "text_positions", "feature_positions"):
         if key in arrays:
             arrays[key] = to_sequence[arrays[key]]
     return {
@@ -148,7 +148,7 @@ def _common_prefix(examples: Sequence[Example]) -> int:
 def _plain_until(example: Example) -> int:
     """The first position that is audio, of either kind, or the last position."""
     first_audio = int(example.audio_mask.argmax()) if example.audio_mask.any() else len(example)
-    first_heard = len(example) if example.heard_positions is None else int(example.heard_positions.min())
+    first_heard = len(example) if example.feature_positions is None else int(example.feature_positions.min())
     return min(first_audio, first_heard, len(example) - 1)
 
 

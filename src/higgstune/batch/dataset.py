@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from higgstune.codec.base import Heard
-from higgstune.data.messages import Message, ReferencePlace, _audio_parts, heard_clips
+from higgstune.codec.base import WhisperFeatures
+from higgstune.data.messages import Message, ReferencePlace, _audio_parts, whisper_clips
 from higgstune.data.store import MixedRows, Row, SplitView
 from higgstune.errors import DataError
 from higgstune.families.base import Audio, Example, TextTargets
@@ -24,7 +24,7 @@ _LOOKED_AT = 64  # rows of a split, at the most, in search of some that tell
 class Features(Protocol):
     """What Whisper hears in the clips of a store, by their audio hash."""
 
-    def heard(self, sha256: str) -> Heard:
+    def heard(self, sha256: str) -> WhisperFeatures:
         """Raises DataError for a clip that was not encoded."""
         ...
 
@@ -72,7 +72,7 @@ def row_example(prompter: Prompter, row: Row, text_targets: TextTargets, renderi
     return prompter.example(messages, audio, text_targets=text_targets, target_from=target_from)
 
 
-def telling_split(splits: Sequence[tuple[str, Sequence[Row]]], rendering: Rendering) -> tuple[str, list[Row]]:
+def probe_rows(splits: Sequence[tuple[str, Sequence[Row]]], rendering: Rendering) -> tuple[str, list[Row]]:
     """Rows to compare models on, and the name of their split: the first split that has any.
 
     With Whisper, the first one in which anything is heard, and of it the rows that hear: others would prove nothing of
@@ -80,7 +80,7 @@ def telling_split(splits: Sequence[tuple[str, Sequence[Row]]], rendering: Render
     """
     if rendering.features is not None:
         for name, rows in splits:
-            hearing = [row for row in islice(rows, _LOOKED_AT) if heard_clips(row, rendering.reference)]
+            hearing = [row for row in islice(rows, _LOOKED_AT) if whisper_clips(row, rendering.reference)]
             if hearing:
                 return name, hearing
     return next(((name, list(islice(rows, _LOOKED_AT))) for name, rows in splits if len(rows)), ("", []))

@@ -197,7 +197,7 @@ def inspect(
     typer.echo(found.prompt + "\n")
     typer.echo(
         f"{found.positions} positions: {found.text_tokens} text tokens, {found.audio_rows} rows of audio, "
-        f"{found.heard_positions} heard through Whisper; "
+        f"{found.feature_positions} heard through Whisper; "
         f"{len(found.text_labels)} text labels, {found.audio_label_cells} audio label cells\n"
     )
     typer.echo(
@@ -410,7 +410,7 @@ def evaluate(
 @app.command(epilog="Example: higgstune compare runs/one runs/two --out comparison --asr large-v3")
 def compare(
     targets: Annotated[
-        list[Path], typer.Argument(help="Runs, adapters, bases or folders of clips; the first is compared with.")
+        list[Path], typer.Argument(help="Segments, adapters, bases or folders of clips; the first is compared with.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the page, speech and results.")],
     texts: SetOption = "validation",

@@ -52,7 +52,7 @@ def checked_codes(codes: np.ndarray, num_codebooks: int, codebook_size: int) -> 
 
 
 @dataclass(frozen=True)
-class Heard:
+class WhisperFeatures:
     """An audio as Whisper hears it: `features` [positions, d_model] float16, and the positions of each chunk."""
 
     features: NDArray[np.float16]

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Qwen2AudioEncoder, Qwen2AudioEncoderConfig, WhisperFeatureExtractor
 
 from higgstune.checkpoint_files import MALFORMED, read_json, read_weights, weight_files
-from higgstune.codec.base import Heard
+from higgstune.codec.base import WhisperFeatures
 from higgstune.errors import CheckpointError, DataError
 from higgstune.hub import fetch
 
@@ -30,7 +30,7 @@ _CONFIG_KEYS = (
     "scale_embedding", "max_source_positions",
 )  # fmt: skip
 # Of a preprocessor_config.json: enough for every Whisper, and a spectrogram that fits into memory.
-_MOST = {"feature_size": 1024, "n_fft": 8192, "chunk_length": 60, "hop_length": 8192, "sampling_rate": 192_000}
+MAX_VALUES = {"feature_size": 1024, "n_fft": 8192, "chunk_length": 60, "hop_length": 8192, "sampling_rate": 192_000}
 _PREFIXES = ("model.encoder.", "encoder.", "audio_tower.")  # WhisperForConditionalGeneration, WhisperModel, original
 
 
@@ -57,7 +57,7 @@ class WhisperTower:
         return dict(self._encoder.state_dict())
 
     @torch.inference_mode()
-    def encode(self, waveform: np.ndarray) -> Heard:
+    def encode(self, waveform: np.ndarray) -> WhisperFeatures:
         """[samples] float32 mono at `sample_rate`, of any length -> features, chunk by chunk of 30 s.
 
         They are rounded to float16, in which they are stored: training on stored ones and speaking with fresh ones
@@ -70,7 +70,7 @@ class WhisperTower:
         features = torch.cat(parts).to(torch.float16).cpu().numpy()
         if not np.isfinite(features).all():
             raise DataError("Whisper gives features that float16 cannot hold: is its checkpoint damaged?")
-        return Heard(features, tuple(len(part) for part in parts))
+        return WhisperFeatures(features, tuple(len(part) for part in parts))
 
     @torch.inference_mode()
     def hidden(self, mel: Tensor, mel_mask: Tensor) -> list[Tensor]:
@@ -114,7 +114,7 @@ def load_whisper(
             "such as openai/whisper-large-v3"
         )
     written = read_json(folder / "preprocessor_config.json", "it says how a waveform becomes a mel spectrogram")
-    for key, most in _MOST.items():
+    for key, most in MAX_VALUES.items():
         value = written.get(key, 1)
         if not isinstance(value, int) or not 0 < value <= most:
             raise CheckpointError(f"{folder / 'preprocessor_config.json'}: {key} is {value!r}, at most {most} is read")

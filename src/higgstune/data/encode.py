@@ -157,7 +157,7 @@ def journal_path(folder: Path, codec: Codec) -> Path:
 def _stored_clips(store: CodeStore) -> dict[str, tuple[int, str, int | None]]:
     """Where the codes of every clip of a store are: row, column, place in a list."""
     places: dict[str, tuple[int, str, int | None]] = {}
-    columns = [store.light[name].to_pylist() for name in ("context_sha256", "reference_sha256", "audio_sha256")]
+    columns = [store.metadata[name].to_pylist() for name in ("context_sha256", "reference_sha256", "audio_sha256")]
     for index, (context, reference, audio) in enumerate(zip(*columns, strict=True)):
         places.update({sha256: (index, "context_codes", number) for number, sha256 in enumerate(context)})
         if reference is not None:

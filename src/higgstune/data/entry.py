@@ -65,7 +65,7 @@ def stored_entries(store: CodeStore) -> list[Entry]:
     splits = [shard.split for shard in store.shards for _ in range(shard.rows)]
     return [
         Entry(**{name: value for name, value in row.items() if name in names}, split=split)
-        for row, split in zip(store.light.to_pylist(), splits, strict=True)
+        for row, split in zip(store.metadata.to_pylist(), splits, strict=True)
     ]
 
 

@@ -259,7 +259,7 @@ def _check_order(messages: Sequence[Message]) -> None:
 ReferencePlace = Literal["turn", "scene"]
 
 
-def heard_clips(row: Row | Context, reference: ReferencePlace) -> list[str]:
+def whisper_clips(row: Row | Context, reference: ReferencePlace) -> list[str]:
     """Audio hashes of what Whisper hears of a row."""
     if row.messages is None:
         return [row.reference_sha256] if reference == "scene" and row.reference_sha256 is not None else []
@@ -268,7 +268,7 @@ def heard_clips(row: Row | Context, reference: ReferencePlace) -> list[str]:
     return [sha256 for part, sha256 in zip(context, row.context_sha256, strict=True) if part.heard]
 
 
-def says_whisper(row: Row | Context) -> bool:
+def requests_whisper(row: Row | Context) -> bool:
     """Whether a part of a conversation asks for Whisper."""
     return row.messages is not None and any(part.read_as == "whisper" for part in _audio_parts(row.messages)[0])
 

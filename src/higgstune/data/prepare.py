@@ -14,7 +14,7 @@ from higgstune.data.encode import CodeJournal, Encoder, journal_path
 from higgstune.data.entry import Entry, fallback_ids, new_entry, source_key, stored_entries
 from higgstune.data.importers import read_source
 from higgstune.data.merge import Merger, Pairing, resolve_references
-from higgstune.data.messages import heard_clips
+from higgstune.data.messages import whisper_clips
 from higgstune.data.rejection import Rejection, RowError, count_reasons
 from higgstune.data.shard_reader import INDEX_NAME, PARTIAL_NAME, REJECTED_NAME, SPLITS, StoreInfo
 from higgstune.data.shard_writer import write_store
@@ -22,7 +22,7 @@ from higgstune.data.source import SourceRow, rejections_of
 from higgstune.data.splits import RecordingGroups
 from higgstune.data.store import CodeStore
 from higgstune.data.text import TEXT_NORMALIZATION
-from higgstune.data.whisper_features import Listener, store_features
+from higgstune.data.whisper_features import WhisperEncoder, store_features
 from higgstune.errors import ConfigError, DataError
 from higgstune.files import alone_in, write_file
 
@@ -81,7 +81,7 @@ def prepare(
     codec: Codec | str | Path | None = None,
     codec_name: str | None = None,
     model: str | Path | None = None,
-    whisper: Listener | str | Path | None = None,
+    whisper: WhisperEncoder | str | Path | None = None,
     device: str = "cpu",
     validation_fraction: float = 0.05,
     references: References = "none",
@@ -151,7 +151,7 @@ def _loaded(codec: Codec | str | Path | None, model: str | Path | None, device: 
     return name, load_codec(name, device=device)
 
 
-def _listener(whisper: Listener | str | None, device: str) -> Listener | None:
+def _listener(whisper: WhisperEncoder | str | None, device: str) -> WhisperEncoder | None:
     if not isinstance(whisper, str):
         return whisper
     from higgstune.codec.whisper_encoder import load_whisper  # brings torch
@@ -173,7 +173,7 @@ class Preparation:
         codec_name: str,
         options: PrepareOptions,
         progress: Progress,
-        listener: Listener | None = None,
+        listener: WhisperEncoder | None = None,
     ) -> None:
         """Raises DataError where `out` holds a store that another codec or another Higgstune made."""
         self._out = out
@@ -203,10 +203,12 @@ class Preparation:
         summary = self._summary(merger, encoder, pairing, rejections)
         return summary if self._listener is None else self._listen(self._listener, summary, candidates.values())
 
-    def _listen(self, listener: Listener, summary: PrepareSummary, candidates: Iterable[Candidate]) -> PrepareSummary:
+    def _listen(
+        self, listener: WhisperEncoder, summary: PrepareSummary, candidates: Iterable[Candidate]
+    ) -> PrepareSummary:
         """Store what Whisper hears in every reference and in what conversations listen to."""
         clips = {clip.sha256: clip for candidate in candidates for clip in candidate.clips}
-        needed = {sha256 for row in CodeStore.open(self._out).contexts() for sha256 in heard_clips(row, "scene")}
+        needed = {sha256 for row in CodeStore.open(self._out).contexts() for sha256 in whisper_clips(row, "scene")}
         encoded, missing = store_features(
             self._out, needed, clips, listener, lambda done: self._progress("listening", done, len(needed))
         )

@@ -228,7 +228,7 @@ def codes_of(cell: pa.Scalar) -> Any:
     return np.array(values.flatten(), dtype=np.uint16).reshape(-1, values.type.list_size)
 
 
-def read_light_columns(folder: Path, shards: list[Shard], files: list[pq.ParquetFile]) -> pa.Table:
+def read_metadata(folder: Path, shards: list[Shard], files: list[pq.ParquetFile]) -> pa.Table:
     """Everything but the codes, of all shards in order. Raises DataError for a store without any."""
     tables = []
     for shard, file in zip(shards, files, strict=True):

@@ -20,7 +20,7 @@ from higgstune.data.shard_reader import (
     named_in_errors,
     open_shard,
     read_index,
-    read_light_columns,
+    read_metadata,
 )
 from higgstune.errors import DataError
 
@@ -102,7 +102,7 @@ class SplitView(Sequence[Row]):
             yield self.outline(index)
 
     def _lengths(self, column: str) -> np.ndarray:
-        return self.store.light[column].to_numpy().astype(np.int64)[list(self.indices)]
+        return self.store.metadata[column].to_numpy().astype(np.int64)[list(self.indices)]
 
 
 class CodeStore(SplitView):
@@ -115,11 +115,11 @@ class CodeStore(SplitView):
         self.shards = sorted(index.shards, key=lambda shard: (SPLITS.index(shard.split), shard.name))
         # All are opened now and stay open: a store that is prepared anew, or deleted, does not change under a run.
         self._files = {number: open_shard(folder, shard) for number, shard in enumerate(self.shards)}
-        self.light = read_light_columns(folder, self.shards, list(self._files.values()))  # everything but codes
+        self.metadata = read_metadata(folder, self.shards, list(self._files.values()))  # everything but codes
         self._ends = list(accumulate(shard.rows for shard in self.shards))
         self._ids: dict[str, int] | None = None
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
-        super().__init__(self, range(self.light.num_rows))
+        super().__init__(self, range(self.metadata.num_rows))
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
@@ -149,7 +149,7 @@ class CodeStore(SplitView):
     def index_of(self, row_id: str) -> int:
         """The position of a row by its id. Raises DataError where there is none."""
         if self._ids is None:
-            self._ids = {key: index for index, key in enumerate(self.light["id"].to_pylist())}
+            self._ids = {key: index for index, key in enumerate(self.metadata["id"].to_pylist())}
         if row_id not in self._ids:
             raise DataError(f"{self.folder} has no row with the id {row_id!r}")
         return self._ids[row_id]
@@ -187,11 +187,11 @@ class CodeStore(SplitView):
     def _values(self, index: int) -> dict[str, Any]:
         """Everything but codes, with what a reference that is a row says of itself."""
         # Cell by cell: a slice of the whole table costs three times as much.
-        values = {name: self.light[name][index].as_py() for name in _VALUES}
+        values = {name: self.metadata[name][index].as_py() for name in _VALUES}
         if values["reference_id"] is not None:
             other = self.index_of(values["reference_id"])
-            values["reference_text"] = values["reference_text"] or self.light["text"][other].as_py()
-            values["reference_sha256"] = self.light["audio_sha256"][other].as_py()
+            values["reference_text"] = values["reference_text"] or self.metadata["text"][other].as_py()
+            values["reference_sha256"] = self.metadata["audio_sha256"][other].as_py()
         return values
 
     def _shape_only(self, frames: int) -> np.ndarray:
@@ -206,7 +206,7 @@ class CodeStore(SplitView):
         context_codes: list[np.ndarray],
     ) -> Row:
         return Row(
-            **{name: values[name] for name in _LIGHT_FIELDS},
+            **{name: values[name] for name in _METADATA_FIELDS},
             split=self.shards[self._shard_of(index)].split,
             codes=codes,
             reference_codes=reference_codes,
@@ -216,9 +216,9 @@ class CodeStore(SplitView):
 
     def contexts(self) -> Iterator[Context]:
         """What every row hears, in order, without reading a code."""
-        hashes = self.light["audio_sha256"].to_pylist()
+        hashes = self.metadata["audio_sha256"].to_pylist()
         columns = ("messages", "reference_id", "reference_sha256", "context_sha256")
-        for values in self.light.select(columns).to_pylist():
+        for values in self.metadata.select(columns).to_pylist():
             reference = values["reference_sha256"]
             if reference is None and values["reference_id"] is not None:
                 reference = hashes[self.index_of(values["reference_id"])]
@@ -253,11 +253,11 @@ class CodeStore(SplitView):
         return self.__dict__ | {"_files": {}, "_groups": OrderedDict()}
 
 
-_LIGHT_FIELDS = (
+_METADATA_FIELDS = (
     *("id", "text", "speaker", "language", "scene", "duration", "reference_id", "reference_text"),
     *("reference_sha256", "context_sha256", "start_index", "audio_sha256", "recording_sha256"),
 )
-_VALUES = (*_LIGHT_FIELDS, "messages", "frames", "context_frames")
+_VALUES = (*_METADATA_FIELDS, "messages", "frames", "context_frames")
 
 
 def _without_nulls(messages: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from higgstune.codec.base import Heard
+from higgstune.codec.base import WhisperFeatures
 from higgstune.data.audio import resample
 from higgstune.data.clips import Clip
 from higgstune.data.shard_reader import CheckedFile
@@ -37,7 +37,7 @@ _FILE_NAME = re.compile(r"features-[0-9a-f]{12}\.safetensors")
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
-class Listener(Protocol):
+class WhisperEncoder(Protocol):
     """A Whisper encoder, as `model.whisper.WhisperTower`."""
 
     checkpoint: str
@@ -46,7 +46,7 @@ class Listener(Protocol):
     d_model: int
     chunk_frames: int
 
-    def encode(self, waveform: np.ndarray) -> Heard:
+    def encode(self, waveform: np.ndarray) -> WhisperFeatures:
         """[samples] float32 mono at `sample_rate` -> features. Raises DataError for one that is too short."""
         ...
 
@@ -72,18 +72,18 @@ class FeatureIndex:
     files: tuple[FeatureFile, ...] = ()
 
 
-class WhisperFeatures:
+class FeatureStore:
     """The stored features of one encoder, read by clip."""
 
     def __init__(self, folder: Path, index: FeatureIndex) -> None:
-        """Use `WhisperFeatures.open`."""
+        """Use `FeatureStore.open`."""
         self.folder = folder
         self.index = index
         self._places = {sha256: file for file in index.files for sha256 in file.clips}
         self._files: dict[str, _Tensors] = {}
 
     @classmethod
-    def open(cls, store: Path, checkpoint: str, revision: str | None = None) -> "WhisperFeatures":
+    def open(cls, store: Path, checkpoint: str, revision: str | None = None) -> "FeatureStore":
         """Those of a Whisper checkpoint, by its name, or by the revision of its encoder where that is given.
 
         Raises DataError, with what to run, where a store has none.
@@ -104,7 +104,7 @@ class WhisperFeatures:
     def __contains__(self, sha256: str) -> bool:
         return sha256 in self._places
 
-    def heard(self, sha256: str) -> Heard:
+    def heard(self, sha256: str) -> WhisperFeatures:
         """What is heard in a clip. Raises DataError where it was not encoded, or its file is damaged."""
         if sha256 not in self._places:
             raise DataError(f"{self.folder} has no features of the clip {sha256[:16]}: prepare it with --whisper")
@@ -120,7 +120,7 @@ class WhisperFeatures:
                 f"{self.folder / file.name} has features of the clip {sha256[:16]} that are not as its index says: "
                 "copy or prepare it again"
             )
-        return Heard(features, tuple(chunks.tolist()))
+        return WhisperFeatures(features, tuple(chunks.tolist()))
 
     def _opened(self, file: FeatureFile) -> "_Tensors":
         with self._named_in_errors(file):
@@ -141,10 +141,10 @@ class WhisperFeatures:
         return self.__dict__ | {"_files": {}}
 
 
-class JoinedFeatures:
+class JoinedFeatureStore:
     """The stored features of one encoder in several stores."""
 
-    def __init__(self, parts: Sequence[WhisperFeatures]) -> None:
+    def __init__(self, parts: Sequence[FeatureStore]) -> None:
         """Raises DataError for features of several encoders."""
         self.parts = parts
         self.index = parts[0].index
@@ -158,8 +158,8 @@ class JoinedFeatures:
     def __contains__(self, sha256: str) -> bool:
         return any(sha256 in part for part in self.parts)
 
-    def heard(self, sha256: str) -> Heard:
-        """As `WhisperFeatures.heard`."""
+    def heard(self, sha256: str) -> WhisperFeatures:
+        """As `FeatureStore.heard`."""
         return next((part for part in self.parts if sha256 in part), self.parts[0]).heard(sha256)
 
 
@@ -210,7 +210,11 @@ def _check_index(index: FeatureIndex, path: Path) -> None:
 
 
 def store_features(
-    store: Path, needed: Iterable[str], clips: Mapping[str, Clip], listener: Listener, progress: Callable[[int], None]
+    store: Path,
+    needed: Iterable[str],
+    clips: Mapping[str, Clip],
+    listener: WhisperEncoder,
+    progress: Callable[[int], None],
 ) -> tuple[int, list[str]]:
     """Encode what is needed and not there yet -> (clips that have features, hashes of which there is no recording).
 
@@ -274,7 +278,7 @@ def same_name(one: str, other: str) -> bool:
     return portable_name(one) == portable_name(other)
 
 
-def _empty(listener: Listener) -> FeatureIndex:
+def _empty(listener: WhisperEncoder) -> FeatureIndex:
     return FeatureIndex(listener.checkpoint, listener.revision, listener.d_model, listener.chunk_frames)
 
 
@@ -283,7 +287,7 @@ def _batches(clips: list[Clip]) -> Iterator[tuple[int, list[Clip]]]:
         yield start, clips[start : start + _CLIPS_IN_A_FILE]
 
 
-def _listen(clip: Clip, listener: Listener) -> dict[str, np.ndarray]:
+def _listen(clip: Clip, listener: WhisperEncoder) -> dict[str, np.ndarray]:
     waveform, rate = clip.read()
     try:
         heard = listener.encode(resample(waveform, rate, listener.sample_rate))

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from higgstune.batch.dataset import Rendering
-from higgstune.data.messages import heard_clips
+from higgstune.data.messages import whisper_clips
 from higgstune.data.store import CodeStore, Row
-from higgstune.data.whisper_features import FOLDER, WhisperFeatures, read_feature_index
+from higgstune.data.whisper_features import FOLDER, FeatureStore, read_feature_index
 from higgstune.diagnostics.report import Finding
-from higgstune.families.higgs_v2.extensions import WhisperShape
+from higgstune.families.higgs_v2.extensions import WhisperSpec
 
 CHECK = "data"
 ROWS = 16  # as many are looked at
@@ -34,7 +34,7 @@ def shortened(row: Row, frames: int = MAX_FRAMES) -> Row:
 
 
 def find_features(
-    store: CodeStore, rendering: Rendering, *, named: str | None, shape: WhisperShape | None
+    store: CodeStore, rendering: Rendering, *, named: str | None, shape: WhisperSpec | None
 ) -> tuple[Rendering, list[Finding]]:
     """The rendering with the store's Whisper features: those of the checkpoint that a recipe has `named`, or of the
     encoder (`shape`) of an adapter or a checkpoint. Without either, audio is read by its codes.
@@ -43,10 +43,10 @@ def find_features(
     """
     if named is None and shape is None:
         return rendering, []
-    if not any(heard_clips(row, rendering.reference) for row in store.contexts()):
+    if not any(whisper_clips(row, rendering.reference) for row in store.contexts()):
         text = f"model.whisper has no effect: no row of {store.folder} has anything to hear"
         return rendering, [] if named is None else [Finding(CHECK, "failed", text, _NOTHING_HEARD)]
-    features = _features_of(store, shape) if named is None else WhisperFeatures.open(store.folder, named)
+    features = _features_of(store, shape) if named is None else FeatureStore.open(store.folder, named)
     if features is None:
         assert shape is not None
         text = f"the store has no features of {shape.checkpoint}: what the model would hear is read by its codes"
@@ -95,9 +95,9 @@ def _code_problem(rows: list[Row], config: Any | None) -> str | None:
     return None
 
 
-def _features_of(store: CodeStore, shape: WhisperShape | None) -> WhisperFeatures | None:
+def _features_of(store: CodeStore, shape: WhisperSpec | None) -> FeatureStore | None:
     """By the encoder's revision: its name may be another one here."""
     if shape is None:
         return None
     path = store.folder / FOLDER / shape.revision / "index.json"
-    return WhisperFeatures(path.parent, read_feature_index(path)) if path.exists() else None
+    return FeatureStore(path.parent, read_feature_index(path)) if path.exists() else None

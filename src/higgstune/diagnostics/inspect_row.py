@@ -12,7 +12,7 @@ from higgstune.checkpoint_files import MALFORMED, read_json
 from higgstune.config.recipe import ModelSettings
 from higgstune.data.messages import ReferencePlace
 from higgstune.data.store import CodeStore
-from higgstune.data.whisper_features import WhisperFeatures
+from higgstune.data.whisper_features import FeatureStore
 from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.families.base import Example, TextTargets
 from higgstune.families.higgs_v2.checkpoint import native_config
@@ -31,7 +31,7 @@ class RowInspection:
     prompt: str  # exactly as it is tokenized; each audio is one placeholder
     positions: int
     text_tokens: int
-    heard_positions: int  # filled with Whisper features
+    feature_positions: int  # filled with Whisper features
     audio_rows: int  # of all audio in the prompt, delay rows included
     frames: int  # of the target
     seconds: float
@@ -67,7 +67,7 @@ def inspect_row(
         raise CheckpointError(f"{error}\nName the checkpoint whose tokenizer reads the text with --model") from error
     found = opened[index]
     try:
-        features = None if whisper is None else WhisperFeatures.open(opened.folder, whisper)
+        features = None if whisper is None else FeatureStore.open(opened.folder, whisper)
         example = row_example(prompter, found, text_targets, Rendering(reference, features))
     except DataError as error:
         raise DataError(f"{store}, row {index} ({found.id}): {error}") from error
@@ -106,7 +106,7 @@ def _inspection(
         prompt=example.prompt,
         positions=len(example),
         text_tokens=int((~example.audio_mask).sum()) - heard,
-        heard_positions=heard,
+        feature_positions=heard,
         audio_rows=len(rows),
         frames=frames,
         seconds=seconds,

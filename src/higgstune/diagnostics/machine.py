@@ -25,7 +25,7 @@ from higgstune.planning.survey import free_memory, machine_for
 __all__ = ["CHECK", "Plan", "check_memory", "free_memory", "speaking_plan", "training_plan"]
 
 CHECK = "memory"
-_LITTLE = 0.1  # of what is free
+LOW_HEADROOM = 0.1  # of what is free
 _PROMPT = 100  # positions before the target, where no data tells
 _SECONDS = 30.0  # of the longest clip, where no data tells
 
@@ -89,7 +89,7 @@ def check_memory(plan: Plan, free: int, *, device: str) -> Finding:
     text = f"{plan.what} takes about {_size(plan.total)} ({parts}); {_size(free)} are free on {device}"
     if plan.total > free:
         return Finding(CHECK, "failed", text, _advice(plan))
-    if plan.total > (1 - _LITTLE) * free:
+    if plan.total > (1 - LOW_HEADROOM) * free:
         return Finding(CHECK, "warning", f"{text}: hardly anything is left", _advice(plan))
     return Finding(CHECK, "ok", text)
 
@@ -126,7 +126,7 @@ def _size(size: int) -> str:
 
 ENVIRONMENT = "environment"
 _SHOWN = ("torch", "transformers", "peft")
-_LITTLE_DISK = 5e9  # bytes; two checkpoints with their optimizer, and a store, need about as much
+LOW_DISK = 5e9  # bytes; two checkpoints with their optimizer, and a store, need about as much
 _NO_DISK = 2e8
 
 
@@ -198,7 +198,7 @@ def check_disk(free: int, folder: Path | None = None) -> Finding:
     advice = "make room, or work in a folder on another disk: checkpoints and stores are written below it"
     if free < _NO_DISK:
         return Finding(ENVIRONMENT, "failed", text, advice)
-    if free < _LITTLE_DISK:
+    if free < LOW_DISK:
         return Finding(ENVIRONMENT, "warning", text, advice)
     return Finding(ENVIRONMENT, "ok", text)
 

@@ -24,7 +24,7 @@ from higgstune.files import write_file
 
 CLIPS_FILE = "clips.jsonl"
 VOICES_FOLDER = "voices"
-LISTENING = "listening"  # folder of a stage: clips that it spoke while it was trained
+SAMPLES = "samples"  # folder of a stage: clips that it spoke while it was trained
 _PATHS = ("file", "reference", "recording")
 
 

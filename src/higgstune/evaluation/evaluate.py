@@ -10,25 +10,25 @@ from typing import Any
 
 from higgstune.checkpoint_files import read_json, sha256_of
 from higgstune.data.store import CodeStore
-from higgstune.data.whisper_features import WhisperFeatures
+from higgstune.data.whisper_features import FeatureStore
 from higgstune.environment import choose_device
 from higgstune.errors import ConfigError, DataError
 from higgstune.evaluation.clips import CLIPS_FILE, Clip, read_clips, read_voices
 from higgstune.evaluation.items import (
     MOST_ROWS,
-    Asked,
-    ask_rows,
-    ask_sentences,
+    EvalItem,
     file_name,
+    items_from_rows,
+    items_from_sentences,
     only_language,
     some_rows,
-    speak_asked,
     speakers_of,
+    synthesize_items,
     write_voices,
 )
 from higgstune.evaluation.judges import AUTO, check_languages, load_judges
 from higgstune.evaluation.judges.base import Judges
-from higgstune.evaluation.judges.cache import remembered
+from higgstune.evaluation.judges.cache import cached
 from higgstune.evaluation.score import compare as differences_of
 from higgstune.evaluation.score import score
 from higgstune.evaluation.statistics import smallest_p
@@ -213,7 +213,7 @@ def evaluate(
             "out now may have been trained on", store.folder,
         )  # fmt: skip
     with alone_in(folder, "evaluation", "nothing was spoken"):
-        material = _Material(store, {}, remembered(judges, folder / "judged"), folder, seed, limit, language)
+        material = _Material(store, {}, cached(judges, folder / "judged"), folder, seed, limit, language)
         spoken: dict[str, dict[str, list[Clip]]] = {name: {} for name in names}
         dtype = str(loaded.model.dtype).removeprefix("torch.") + (f"-{quantize}" if quantize else "")
         identity = f"{base_fingerprint(loaded.model)} {dtype} {loaded.audio_tokenizer.revision}"
@@ -228,7 +228,7 @@ def evaluate(
             subject = make()
             for name in names:
                 asked = _ask(name, subject.speaker, material)
-                spoken[name][subject.name] = speak_asked(
+                spoken[name][subject.name] = synthesize_items(
                     asked, subject.speaker, folder, system=subject.identity, sampling=drawn, batch_size=batch_size,
                     progress=show, what=f"speaking {name}, {subject.name}",
                 )  # fmt: skip
@@ -290,17 +290,17 @@ def _evaluate_clips(folder: Path, judges: Judges, out: Path, seed: int, show: Pr
             if found := sorted(folder.glob(f"*/{inside}")):
                 raise ConfigError(f"{folder} is no run and no adapter, but has one in it: evaluate {found[0].parent}")
     clips = read_clips(folder)
-    material = _Material(None, read_voices(folder), remembered(judges, out / "judged"), out, seed, None)
+    material = _Material(None, read_voices(folder), cached(judges, out / "judged"), out, seed, None)
     with alone_in(out, "evaluation", "nothing was judged"):
         result = _measure(CLIPS, {CLIPS: clips}, material, {}, show)
     return EvaluationResult(out, None, result, [], {})
 
 
-def _ask(name: str, speaker: Speaker, material: _Material) -> list[Asked]:
+def _ask(name: str, speaker: Speaker, material: _Material) -> list[EvalItem]:
     if name == VALIDATION:
         assert material.store is not None
         rows = some_rows(material.store.split(VALIDATION), material.limit or MOST_ROWS)
-        asked = ask_rows(
+        asked = items_from_rows(
             rows, speaker, material.folder, seed=material.seed, features=_features(material.store, speaker)
         )
         if not asked:
@@ -310,7 +310,7 @@ def _ask(name: str, speaker: Speaker, material: _Material) -> list[Asked]:
             )
         return asked
     store = material.store
-    return ask_sentences(
+    return items_from_sentences(
         _some(read_sentences(name), material.limit),
         speaker,
         seed=material.seed,
@@ -330,12 +330,12 @@ def _some(sentences: Sequence[Sentence], limit: int | None) -> list[Sentence]:
     return [sentences[index] for _, index in sorted(chosen, key=lambda pair: pair[1])]
 
 
-def _features(store: CodeStore, speaker: Speaker) -> WhisperFeatures | None:
+def _features(store: CodeStore, speaker: Speaker) -> FeatureStore | None:
     """What Whisper hears in a store's clips, where the model listens and the store was prepared for it."""
-    if speaker.hearing is None:
+    if speaker.whisper_spec is None:
         return None
     try:
-        return WhisperFeatures.open(store.folder, speaker.hearing.checkpoint, speaker.hearing.revision)
+        return FeatureStore.open(store.folder, speaker.whisper_spec.checkpoint, speaker.whisper_spec.revision)
     except DataError:
         return None  # references are heard anew, by the encoder itself
 

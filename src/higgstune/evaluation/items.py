@@ -31,7 +31,7 @@ _RECORDINGS = "recordings"
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalItem:
     """One text to be spoken: what the model is given, and what is known of how it should come out."""
 
     id: str
@@ -39,30 +39,30 @@ class Asked:
     clip: Clip  # without its audio: `file` is where it will lie
 
 
-def ask_rows(
+def items_from_rows(
     rows: Iterable[Row],
     speaker: Speaker,
     folder: Path,
     *,
     seed: int,
     features: Features | None = None,
-) -> list[Asked]:
+) -> list[EvalItem]:
     """The texts of a store's rows, in their voices and scenes, and their recordings through the codec.
 
     Recordings and references are written below `folder`. `features` are what Whisper hears in the store's clips, where
     the model listens. Conversations are passed over: they are no texts to be read.
     """
-    return [_ask_row(row, speaker, folder, seed, features) for row in rows if row.messages is None]
+    return [_item_from_row(row, speaker, folder, seed, features) for row in rows if row.messages is None]
 
 
-def ask_sentences(
+def items_from_sentences(
     sentences: Sequence[Sentence],
     speaker: Speaker,
     *,
     seed: int,
     known: Sequence[str] = (),
     language: str | None = None,
-) -> list[Asked]:
+) -> list[EvalItem]:
     """The sentences of a test set. `known` are the speakers that were trained on, see `speaker_of`; `language` is that
     of sentences which name none.
 
@@ -87,7 +87,7 @@ def ask_sentences(
             recording=sentence.recording,
             seed=own,
         )
-        asked.append(Asked(sentence.id, Request(sentence.text, voice, DEFAULT_SCENE, own), clip))
+        asked.append(EvalItem(sentence.id, Request(sentence.text, voice, DEFAULT_SCENE, own), clip))
     return asked
 
 
@@ -114,7 +114,7 @@ def speakers_of(store: CodeStore) -> list[str]:
 
 def only_language(store: CodeStore) -> str | None:
     """The language of all training rows, where they have one."""
-    named = set(store.light["language"].slice(0, len(store.split("train"))).to_pylist())
+    named = set(store.metadata["language"].slice(0, len(store.split("train"))).to_pylist())
     return named.pop() if len(named) == 1 else None
 
 
@@ -138,7 +138,7 @@ def write_voices(store: CodeStore, codec: Codec, folder: Path, speakers: Iterabl
 
 def _utterances(rows: SplitView) -> dict[str, list[int]]:
     """Positions of the rows that are no conversations, by speaker, without reading a code."""
-    light = rows.store.light.slice(rows.indices.start, len(rows))
+    light = rows.store.metadata.slice(rows.indices.start, len(rows))
     found: dict[str, list[int]] = {}
     columns = light["speaker"].to_pylist(), light["messages"].is_null().to_pylist()
     for index, (speaker, is_utterance) in enumerate(zip(*columns, strict=True)):
@@ -147,8 +147,8 @@ def _utterances(rows: SplitView) -> dict[str, list[int]]:
     return found
 
 
-def speak_asked(
-    asked: Sequence[Asked],
+def synthesize_items(
+    asked: Sequence[EvalItem],
     speaker: Speaker,
     folder: Path,
     *,
@@ -187,7 +187,7 @@ def file_name(name: str) -> str:
     return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _ask_row(row: Row, speaker: Speaker, folder: Path, seed: int, features: Features | None) -> Asked:
+def _item_from_row(row: Row, speaker: Speaker, folder: Path, seed: int, features: Features | None) -> EvalItem:
     place = folder / _RECORDINGS
     recording = _decoded(row.codes, speaker.codec, place, row.audio_sha256)
     voice = reference = None
@@ -195,9 +195,9 @@ def _ask_row(row: Row, speaker: Speaker, folder: Path, seed: int, features: Feat
         name = row.reference_sha256 or row.reference_id or row.id
         reference = _decoded(row.reference_codes, speaker.codec, place, name)
         voice = Voice(row.reference_text or "", row.reference_codes)
-        if speaker.hears and features is not None and row.reference_sha256 is not None:
+        if speaker.uses_whisper and features is not None and row.reference_sha256 is not None:
             voice = replace(voice, heard=features.heard(row.reference_sha256))
-        elif speaker.hears:
+        elif speaker.uses_whisper:
             voice = speaker.reference(reference, voice.text)
     own = _seed(seed, row.text)
     scene = DEFAULT_SCENE if row.scene is None else row.scene
@@ -212,7 +212,7 @@ def _ask_row(row: Row, speaker: Speaker, folder: Path, seed: int, features: Feat
         recording=recording,
         seed=own,
     )
-    return Asked(row.id, Request(row.text, voice, scene, own), clip)
+    return EvalItem(row.id, Request(row.text, voice, scene, own), clip)
 
 
 def _seed(seed: int, text: str) -> int:
@@ -250,7 +250,7 @@ def _known(place: Path) -> dict[str, Any] | None:
     return note
 
 
-def _spoken(item: Asked, place: Path) -> Clip:
+def _spoken(item: EvalItem, place: Path) -> Clip:
     note = _known(place)
     assert note is not None
     values = {**vars(item.clip), "file": place.with_suffix(".wav"), "hit_cap": note["hit_cap"]}

@@ -20,7 +20,7 @@ from higgstune.errors import ConfigError, DataError
 VALIDATION = "validation"  # rows of a store, which are read elsewhere
 LANGUAGES = ("ar", "de", "en", "es", "vi", "zh")  # built in, ISO 639-1
 _FIELDS = "id|prompt text|prompt wav|text, and perhaps |wav"
-_TRIED = 0.1  # seconds of audio: what cannot be read is told before anything is spoken
+PROBE_SECONDS = 0.1  # seconds of audio: what cannot be read is told before anything is spoken
 _LONGEST_ID = 200  # bytes, so that it fits into a file's name
 
 
@@ -130,7 +130,7 @@ def _audio(folder: Path, name: str, where: str) -> Path:
     if not is_file(path):
         raise DataError(f"{where}: {path} is missing")
     try:
-        read_audio(path, end=_TRIED)
+        read_audio(path, end=PROBE_SECONDS)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     return path

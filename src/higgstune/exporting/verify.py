@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from higgstune.batch.collate import Batch, PaddedCollator
-from higgstune.batch.dataset import PLAIN, Rendering, RowExamples, telling_split
+from higgstune.batch.dataset import PLAIN, Rendering, RowExamples, probe_rows
 from higgstune.checkpoint_files import safetensors_keys
 from higgstune.data.shard_reader import INDEX_NAME
 from higgstune.data.store import CodeStore
-from higgstune.data.whisper_features import WhisperFeatures
+from higgstune.data.whisper_features import FeatureStore
 from higgstune.errors import CheckpointError, DataError, VerificationError
 from higgstune.exporting.source import Source
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
@@ -76,7 +76,7 @@ def _from_store(folder: Path, source: Source, loaded: ModelAndTokenizers, hears:
         )
     rendering = _rendering(folder, source, hears)
     splits = [("validation", store.split("validation")), ("training", store.split("train"))]
-    what, rows = telling_split(splits, rendering)
+    what, rows = probe_rows(splits, rendering)
     if not rows:
         raise DataError(f"{folder} has no rows to compare on: name another store with --data")
     prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
@@ -95,7 +95,7 @@ def _rendering(store: Path, source: Source, hears: bool) -> Rendering:
     if shape is None or not hears:
         return Rendering(place)
     try:
-        return Rendering(place, WhisperFeatures.open(store, shape.checkpoint, shape.revision))
+        return Rendering(place, FeatureStore.open(store, shape.checkpoint, shape.revision))
     except DataError as error:
         raise DataError(f"{error}; or name another store with --data") from error
 

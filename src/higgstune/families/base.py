@@ -6,11 +6,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from higgstune.codec.base import Heard
+from higgstune.codec.base import WhisperFeatures
 
 TextTargets = Literal["transcript", "assistant", "none"]
 Codes = NDArray[Any]
-Audio = Codes | Heard  # what fills the place of an audio part
+Audio = Codes | WhisperFeatures  # what fills the place of an audio part
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Example:
     text_labels: NDArray[np.int64]  # [S]
     audio_labels: NDArray[np.int64]  # [A, K]
     whisper_features: NDArray[np.float16] | None = None  # [W, d_model]; None: nothing is heard
-    heard_positions: NDArray[np.int64] | None = None  # [W] where the features stand: the <|AUDIO|> positions
+    feature_positions: NDArray[np.int64] | None = None  # [W] where the features stand: the <|AUDIO|> positions
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from higgstune.batch.collate import heard_features
+from higgstune.batch.collate import feature_tensors
 from higgstune.families.base import Example
 from higgstune.families.higgs_v2.delay import codes_from_frames
 from higgstune.families.higgs_v2.extensions import check_features
@@ -38,12 +38,12 @@ def generate(
     seeds: Sequence[int],
     sampling: Sampling | None = None,
     on_row: Callable[[], None] | None = None,
-    agree: Callable[[Tensor], Tensor] | None = None,
+    sync_logits: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Generated]:
     """Speak a batch of prompts (see `Prompter.prompt`). A clip's result depends on its own prompt and seed alone,
     up to the rounding of batched arithmetic. `model` is a native model or a peft model around one, in eval mode.
-    Where several processes compute one model together, `agree` gives all of them the logits of one: a rounding apart,
-    they would draw other codes, and one would end while the others wait for it.
+    Where several processes compute one model together, `sync_logits` gives all of them the logits of one. Otherwise a
+    rounding difference would make them draw different codes, and one would end while the others wait for it.
     """
     config = model.config
     samplers = [
@@ -62,7 +62,7 @@ def generate(
         rows = [sampler.rows[0] for sampler in samplers]
         while not all(sampler.finished for sampler in samplers):
             logits = decoder.step(torch.tensor(rows)).float().cpu()
-            logits = logits if agree is None else agree(logits)
+            logits = logits if sync_logits is None else sync_logits(logits)
             rows = [rows[b] if sampler.finished else sampler.step(logits[b]) for b, sampler in enumerate(samplers)]
             if on_row is not None:
                 on_row()
@@ -121,5 +121,5 @@ def left_padded(prompts: Sequence[Example], *, pad_id: int) -> dict[str, Tensor]
         attention[b, length - len(prompt) :] = 1
         audio[b, : len(prompt.audio_input_ids)] = torch.from_numpy(prompt.audio_input_ids)
         audio_mask[b, : len(prompt.audio_input_ids)] = True
-    batch = {"input_ids": input_ids, "attention_mask": attention, **heard_features(prompts)}
+    batch = {"input_ids": input_ids, "attention_mask": attention, **feature_tensors(prompts)}
     return batch | ({"audio_input_ids": audio, "audio_input_ids_mask": audio_mask} if rows else {})

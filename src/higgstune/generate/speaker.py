@@ -10,14 +10,14 @@ import numpy as np
 from torch import Tensor
 
 from higgstune.checkpoint_files import folder_card
-from higgstune.codec.base import Heard
+from higgstune.codec.base import WhisperFeatures
 from higgstune.codec.whisper_encoder import WhisperTower, load_whisper
 from higgstune.data.audio import read_audio, resample
 from higgstune.data.messages import ReferencePlace
 from higgstune.data.text import normalize_text
 from higgstune.errors import CheckpointError, InputError
 from higgstune.families.base import Audio, Example
-from higgstune.families.higgs_v2.extensions import WhisperShape, conditioning_of
+from higgstune.families.higgs_v2.extensions import WhisperSpec, conditioning_of
 from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE, speech_messages
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
 from higgstune.families.sampling import Sampling
@@ -36,7 +36,7 @@ class Voice:
 
     text: str
     codes: np.ndarray
-    heard: Heard | None = None
+    heard: WhisperFeatures | None = None
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class Speaker:
             model = load_adapter(loaded.model, adapter)
         self.model = loaded.model if model is None else model
         self.reference_place: ReferencePlace = reference_place or _trained_place(adapter, loaded.folder)
-        self._hears = conditioning_of(self.model).whisper
+        self._whisper_spec = conditioning_of(self.model).whisper
         if adapter is not None:  # a base may listen, and the adapter have been trained to read codes
-            self._hears = adapter_conditioning(adapter).whisper
-        if whisper is not None and self._hears is None:
+            self._whisper_spec = adapter_conditioning(adapter).whisper
+        if whisper is not None and self._whisper_spec is None:
             raise InputError("--whisper has no effect: this model was not trained to hear through Whisper")
         self._whisper_name = whisper
         self._loaded_tower: WhisperTower | None = None
@@ -104,14 +104,14 @@ class Speaker:
             )
 
     @property
-    def hearing(self) -> WhisperShape | None:
+    def whisper_spec(self) -> WhisperSpec | None:
         """What a reference is heard through, where it is heard."""
-        return self._hears if self.hears else None
+        return self._whisper_spec if self.uses_whisper else None
 
     @property
-    def hears(self) -> bool:
+    def uses_whisper(self) -> bool:
         """Whether a reference is heard through Whisper, where it is not read by its codes."""
-        return self._hears is not None and self.reference_place == "scene"
+        return self._whisper_spec is not None and self.reference_place == "scene"
 
     def reference(self, path: str | Path, text: str = "") -> Voice:
         """A recording and what is said in it, as a voice to imitate; in the scene it stands without its words.
@@ -121,12 +121,12 @@ class Speaker:
         """
         waveform, rate = read_audio(path)
         heard = None
-        if self._hears is not None and self.hears:
-            tower = self._tower(self._hears)
+        if self._whisper_spec is not None and self.uses_whisper:
+            tower = self._tower(self._whisper_spec)
             heard = tower.encode(resample(waveform, rate, tower.sample_rate))
         return Voice(normalize_text(text), self.codec.encode(resample(waveform, rate, self.codec.sample_rate)), heard)
 
-    def _tower(self, shape: WhisperShape) -> WhisperTower:
+    def _tower(self, shape: WhisperSpec) -> WhisperTower:
         if self._loaded_tower is not None:
             return self._loaded_tower
         tower = self.loaded.whisper
@@ -174,13 +174,13 @@ class Speaker:
         max_seconds: float | None = None,
         batch_size: int = 8,
         on_spoken: Callable[[int], None] | None = None,
-        agree: Callable[[Tensor], Tensor] | None = None,
+        sync_logits: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Speech]:
         """Speak texts, `batch_size` at a time, each in its own voice.
 
         Each piece of a long text hears the one before.
         `max_seconds` caps every piece, in place of the cap from the text's length. Raises InputError on an empty
-        text, DataError on control tokens in it. `on_spoken` is told how many texts are done. `agree`: see
+        text, DataError on control tokens in it. `on_spoken` is told how many texts are done. `sync_logits`: see
         `generate`.
         """
         if max_seconds is not None and not max_seconds > 0:

@@ -15,53 +15,55 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.attention.varlen import varlen_attn
 
-from higgstune.environment import without_waiting
+from higgstune.environment import to_device_async
 from higgstune.kernels.fused import as_autocast, rotate
 
-SHORT_RUN = 512  # positions, 17 s of speech: in longer runs, what is kept for the backward pass would weigh
+SHORT_RUN = 512  # positions, 17 s of speech: in longer segments, what is kept for the backward pass would weigh
 _BLOCK = 64  # positions whose queries are taken together
 # torch 2.11 takes fewer heads of keys without being told.
 _GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 @dataclass(frozen=True)
-class Runs:
+class Segments:
     """Examples one after the other in a sequence."""
 
     lengths: tuple[int, ...]
     longest: int
-    offsets: Tensor  # [runs + 1] int32, on the device
+    offsets: Tensor  # [segments + 1] int32, on the device
     cos: Tensor  # [P, 1, d / 2] of the positions in their examples
     sin: Tensor
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], rotary: tuple[Tensor, Tensor]) -> "Runs":
+    def of(cls, lengths: tuple[int, ...], rotary: tuple[Tensor, Tensor]) -> "Segments":
         """`rotary`: cos and sin [P, d], whose halves are equal."""
         cos, sin = (part.chunk(2, dim=-1)[0].unsqueeze(1).contiguous() for part in rotary)
         offsets = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32)
-        return cls(lengths, max(lengths, default=0), without_waiting(offsets, cos.device), cos, sin)
+        return cls(lengths, max(lengths, default=0), to_device_async(offsets, cos.device), cos, sin)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scaling: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float) -> Tensor:
     """q [P, H, d], k and v [P, G, d], not yet rotated, in the order of the sequence -> [P, H, d]."""
-    q, k, v = [as_autocast(x) for x in (rotate(q, runs.cos, runs.sin), rotate(k, runs.cos, runs.sin), v)]
+    q, k, v = [
+        as_autocast(x) for x in (rotate(q, segments.cos, segments.sin), rotate(k, segments.cos, segments.sin), v)
+    ]
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        ends = (runs.offsets, runs.offsets, runs.longest, runs.longest)
+        ends = (segments.offsets, segments.offsets, segments.longest, segments.longest)
         attended = varlen_attn(q, k, v, *ends, scale=scaling, window_size=(-1, 0), **_GROUPED)
         assert isinstance(attended, Tensor)
         return attended
-    return _attend_by_run(q, k, v, runs, scaling)
+    return _attend_by_run(q, k, v, segments, scaling)
 
 
 @torch.compiler.disable  # by its examples' lengths each pack would be compiled anew
-def _attend_by_run(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scaling: float) -> Tensor:
+def _attend_by_run(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float) -> Tensor:
     exact = q.dtype in (torch.float32, torch.float64)
     stretches = [
         (_attend_short if short else _attend_long, tuple(lengths))
-        for short, lengths in groupby(runs.lengths, lambda length: exact and length <= SHORT_RUN)
+        for short, lengths in groupby(segments.lengths, lambda length: exact and length <= SHORT_RUN)
     ]
     if len(stretches) == 1:
-        return stretches[0][0](q, k, v, runs.lengths, scaling)
+        return stretches[0][0](q, k, v, segments.lengths, scaling)
     positions = [sum(lengths) for _, lengths in stretches]
     parts = zip(stretches, *(x.split(positions) for x in (q, k, v)), strict=True)
     return torch.cat([kind(a, b, c, lengths, scaling) for (kind, lengths), a, b, c in parts])

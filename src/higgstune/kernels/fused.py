@@ -20,18 +20,18 @@ class Order(NamedTuple):
     shared_at: Tensor  # [n - 1, S]
 
 
-def spread(hidden: Tensor, order: Order) -> Tensor:
+def scatter(hidden: Tensor, order: Order) -> Tensor:
     """Rows of hidden states [R, ...] to their positions in the sequence [P, ...]."""
-    return _Spread.apply(hidden, *order)
+    return _Scatter.apply(hidden, *order)
 
 
-def collect(sequence: Tensor, order: Order) -> Tensor:
+def gather(sequence: Tensor, order: Order) -> Tensor:
     """Positions of the sequence [P, ...] to rows of hidden states [R, ...]: of shared rows, the first of each."""
-    return _Collect.apply(sequence, *order)
+    return _Gather.apply(sequence, *order)
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """x [P, D] through a `HiggsAudioV2RMSNorm`: computed in float32, as there."""
+    """x [P, D] through a RMS norm of transformers: computed in float32, as there."""
     return _RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
 
 
@@ -69,7 +69,7 @@ def is_plain(model: nn.Module) -> bool:
 
 
 def feed_forward(x: Tensor, mlp: Any) -> Tensor:
-    """x [P, D] -> [P, D] through a `HiggsAudioV2MLP`: down(silu(gate(x)) * up(x))."""
+    """x [P, D] -> [P, D] through a gated feed-forward layer: down(silu(gate(x)) * up(x))."""
     gate, up = linears(x, [mlp.gate_proj, mlp.up_proj])
     if torch.compiler.is_compiling():
         return linear(F.silu(gate) * up, mlp.down_proj)
@@ -123,7 +123,7 @@ def _loras(tensors: Sequence[Tensor], scalings: Sequence[float]) -> list[_Lora]:
     return [_Lora(*row) for row in zip(*columns, strict=True)]
 
 
-class _Spread(Function):
+class _Scatter(Function):
     """Plain indexing would add up gradients row by row, as if any row could be taken twice."""
 
     @staticmethod
@@ -140,7 +140,7 @@ class _Spread(Function):
         return gathered, None, None, None
 
 
-class _Collect(Function):
+class _Gather(Function):
     """What the sequence has at the places of shared rows, but for the first, goes nowhere."""
 
     @staticmethod

@@ -20,16 +20,16 @@ from higgstune.kernels.fused import is_plain
 
 _LAYERS = 8  # between two calls: in 28 layers they cost 8 % of a step; with 4 a process took 2 to 6 % less, for 20 %
 _LAYERS_AGAIN = 4  # of those that are computed again, where memory counts and a step takes longer anyway
-_WORTH = 1_000_000  # bytes of hidden states: those of fewer leave small holes
+MIN_BYTES_TO_TRIM = 1_000_000  # bytes of hidden states: those of fewer leave small holes
 
 
 def leaves_holes(hidden: Tensor, layers: nn.ModuleList) -> bool:
     """Whether to give back what a forward pass of `layers`, which begins with these hidden states, leaves unused."""
     keeps_activations = hidden.device.type == "cpu" and torch.is_grad_enabled()
-    return keeps_activations and hidden.nbytes >= _WORTH and not is_plain(layers)
+    return keeps_activations and hidden.nbytes >= MIN_BYTES_TO_TRIM and not is_plain(layers)
 
 
-def give_back_holes(layers: nn.ModuleList, done: int) -> None:
+def trim_heap(layers: nn.ModuleList, done: int) -> None:
     """After so many of the layers: after some, and after the last, before the heads need most."""
     trim = _malloc_trim()
     layer: Any = layers[done - 1]

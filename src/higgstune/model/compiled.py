@@ -34,7 +34,7 @@ def packed_loss(model: nn.Module, batch: Packed) -> Tensor:
 
 _LOG = logging.getLogger(__name__)
 Compile = bool | Literal["auto"]
-_WORTH = 1000  # steps: on an H100 compiling took a minute and more, and saved 0.1 s of each
+MIN_STEPS_TO_COMPILE = 1000  # steps: on an H100 compiling took a minute and more, and saved 0.1 s of each
 _TOLERANCE = 0.2  # relative, of all gradients of a kind; rounding to bfloat16 gave 0.01 with two layers, 0.07 with 28
 _KINDS = ("lora_A", "lora_B", "")  # by a part of the name, the first that fits
 _MOVED = 0.02  # standard deviation of what is added to B, at whose start of zero no gradient reaches A
@@ -42,7 +42,7 @@ _MOVED = 0.02  # standard deviation of what is added to B, at whose start of zer
 
 def is_worth_it(wanted: Compile, steps: int) -> bool:
     """Whether layers are to be compiled for so many optimizer steps."""
-    return steps >= _WORTH if wanted == "auto" else wanted
+    return steps >= MIN_STEPS_TO_COMPILE if wanted == "auto" else wanted
 
 
 def compile_layers(model: nn.Module, batch: Packed) -> float | None:

@@ -159,11 +159,11 @@ WEIGHTS, ADAPTER, OPTIMIZER, GRADIENTS = "weights", "adapter", "optimizer", "gra
 ACTIVATIONS, TRANSIENT = "activations", "transient"
 KINDS = (WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS, TRANSIENT)
 
-Segments = dict[str, Bytes]  # part of an optimizer step -> what is alive when that is most
+Peaks = dict[str, Bytes]  # part of an optimizer step -> what is alive when that is most
 
 
 @dataclass(frozen=True)
-class Subject:
+class StepSpec:
     """What is trained in a stage: everything that memory follows from, but for the layers and the pack."""
 
     config: HiggsAudioV2Config
@@ -178,14 +178,14 @@ class Subject:
     accumulation: bool  # gradients of earlier micro-batches are there already
 
 
-def rehearse(subject: Subject, pack: Packed, layers: tuple[int, int], *, validation: Packed | None = None) -> Segments:
+def dry_run(spec: StepSpec, pack: Packed, layers: tuple[int, int], *, validation: Packed | None = None) -> Peaks:
     """One optimizer step of a model with `layers`: the first so many computed again, so many others.
 
-    Segments: `forward` (with the heads), `backward` of the first and last layer of either sort, `step`, and, with a
+    Peaks: `forward` (with the heads), `backward` of the first and last layer of either sort, `step`, and, with a
     pack of validation rows, `validation`.
     """
     again, kept = layers
-    model = _model(subject, again + kept)
+    model = _model(spec, again + kept)
     with FakeTensorMode(), ExitStack() as stack:
         _from_meta(model)
         tracker = Tracker()
@@ -203,31 +203,31 @@ def rehearse(subject: Subject, pack: Packed, layers: tuple[int, int], *, validat
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        if not subject.accumulation:
+        if not spec.accumulation:
             optimizer.zero_grad()
-        for parameter in trained if subject.accumulation else ():
+        for parameter in trained if spec.accumulation else ():
             assert parameter.grad is not None
             tracker.count(parameter.grad, GRADIENTS)
         tracker.peaks.clear()
-        _step(subject, model, optimizer, _fake(pack), tracker)
+        _step(spec, model, optimizer, _fake(pack), tracker)
         if validation is not None:
             optimizer.zero_grad()
             tracker.begin("validation", TRANSIENT)
             model.eval()
-            with torch.no_grad(), _kernels(subject):
+            with torch.no_grad(), _kernels(spec):
                 model(**_fake(validation))
         return tracker.peaks
 
 
-def _step(subject: Subject, model: PeftModel, optimizer: Any, pack: Packed, tracker: Tracker) -> None:
+def _step(spec: StepSpec, model: PeftModel, optimizer: Any, pack: Packed, tracker: Tracker) -> None:
     """What `HiggsAudioTrainer` does for an optimizer step."""
     model.train()
     tracker.begin("forward", ACTIVATIONS)
-    with _kernels(subject):
+    with _kernels(spec):
         sums = model(**pack)
-    loss = combine(sums, label_counts(pack, eos_id=subject.config.audio_stream_eos_id), LossWeights())
+    loss = combine(sums, label_counts(pack, eos_id=spec.config.audio_stream_eos_id), LossWeights())
     tracker.begin("heads", TRANSIENT)
-    with _kernels(subject, autocast=False):
+    with _kernels(spec, autocast=False):
         loss.backward()
     tracker.begin("step", TRANSIENT)
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
@@ -236,27 +236,27 @@ def _step(subject: Subject, model: PeftModel, optimizer: Any, pack: Packed, trac
 
 
 @contextmanager
-def _kernels(subject: Subject, *, autocast: bool = True) -> Iterator[None]:
+def _kernels(spec: StepSpec, *, autocast: bool = True) -> Iterator[None]:
     """The dtypes and the kind of attention that the device in question would take."""
     with ExitStack() as stack:
-        if autocast and subject.dtype == torch.bfloat16:
+        if autocast and spec.dtype == torch.bfloat16:
             stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
-        if subject.on_cuda and subject.dtype == torch.float32:
+        if spec.on_cuda and spec.dtype == torch.float32:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # no kernel takes float32 and fewer keys than queries
         yield
 
 
-def _model(subject: Subject, layers: int) -> PeftModel:
+def _model(spec: StepSpec, layers: int) -> PeftModel:
     """The model of a stage on the meta device."""
-    config = type(subject.config).from_dict(subject.config.to_dict() | {"num_hidden_layers": layers})
+    config = type(spec.config).from_dict(spec.config.to_dict() | {"num_hidden_layers": layers})
     with torch.device("meta"):
-        model = HiggsAudioV2ForConditionalGeneration._from_config(config, use_text_head=True, dtype=subject.dtype)
-        add_conditioning(model, subject.own)
-        in_4_bits = layers_in_4_bits(model) if subject.quantize is not None else []
-        add_conditioning(model, subject.trained)
+        model = HiggsAudioV2ForConditionalGeneration._from_config(config, use_text_head=True, dtype=spec.dtype)
+        add_conditioning(model, spec.own)
+        in_4_bits = layers_in_4_bits(model) if spec.quantize is not None else []
+        add_conditioning(model, spec.trained)
         put_in_4_bits(model, in_4_bits)
         with_training_forward(model)
-        return _with_adapter(model, subject.lora.config(subject.kind, subject.trained, subject.attention))
+        return _with_adapter(model, spec.lora.config(spec.kind, spec.trained, spec.attention))
 
 
 def _from_meta(model: nn.Module) -> None:

@@ -13,29 +13,29 @@ import torch
 from higgstune.batch.collate import Packed
 from higgstune.config.recipe import Recipe, Stage
 from higgstune.environment import choose_dtype
-from higgstune.planning.dry_run import ADAPTER, KINDS, OPTIMIZER, WEIGHTS, Bytes, Segments, Subject, rehearse
+from higgstune.planning.dry_run import ADAPTER, KINDS, OPTIMIZER, WEIGHTS, Bytes, Peaks, StepSpec, dry_run
 from higgstune.planning.survey import Machine, Packs, Survey, dtype_of, is_native, packs_of, steps_of, survey
 
-_REHEARSED = 2  # layers of a sort
+_DRY_RUN_LAYERS = 2  # layers of a sort
 
 
 @dataclass
 class Footprint:
     """What one stage takes with a pack, for any number of layers that are computed again; rehearsals are kept."""
 
-    subject: Subject
+    spec: StepSpec
     pack: Packed
     validation: Packed | None = None
-    _rehearsed: dict[tuple[int, int], Segments] = field(default_factory=dict)
+    _rehearsed: dict[tuple[int, int], Peaks] = field(default_factory=dict)
 
     def peak(self, again: int) -> Bytes:
         """Bytes by kind when they are most, in a step or in a validation, with so many layers computed again."""
-        layers = self.subject.config.num_hidden_layers
+        layers = self.spec.config.num_hidden_layers
         return max(self.segments(again, layers - again).values(), key=Counter.total)
 
-    def segments(self, again: int, kept: int) -> Segments:
-        """As `rehearse` gives them."""
-        few = min(again, _REHEARSED), min(kept, _REHEARSED)
+    def segments(self, again: int, kept: int) -> Peaks:
+        """As `dry_run` gives them."""
+        few = min(again, _DRY_RUN_LAYERS), min(kept, _DRY_RUN_LAYERS)
         result = {name: Counter(value) for name, value in self._rehearse(*few).items()}
         for added, more in ((again - few[0], (few[0] + 1, few[1])), (kept - few[1], (few[0], few[1] + 1))):
             if added:
@@ -43,14 +43,14 @@ class Footprint:
         return result
 
     @staticmethod
-    def _add(result: Segments, few: Segments, more: Segments, layers: int) -> None:
+    def _add(result: Peaks, few: Peaks, more: Peaks, layers: int) -> None:
         for name, value in result.items():
             for kind in value.keys() | more[name].keys():
                 value[kind] += layers * (more[name][kind] - few[name][kind])
 
-    def _rehearse(self, again: int, kept: int) -> Segments:
+    def _rehearse(self, again: int, kept: int) -> Peaks:
         if (again, kept) not in self._rehearsed:
-            self._rehearsed[again, kept] = rehearse(self.subject, self.pack, (again, kept), validation=self.validation)
+            self._rehearsed[again, kept] = dry_run(self.spec, self.pack, (again, kept), validation=self.validation)
         return self._rehearsed[again, kept]
 
 
@@ -152,22 +152,22 @@ class Planner:
 
     def footprints(self, recipe: Recipe, stage: Stage) -> list[Footprint]:
         """What is rehearsed for a stage: each of the packs that may take the most, the first with a validation."""
-        subject = self.subject(recipe, stage)
+        spec = self.spec(recipe, stage)
         epochs = stage.epochs, stage.max_steps, stage.gradient_accumulation
-        key = (repr(subject), stage.pack_size, *epochs, stage.text_targets)
+        key = (repr(spec), stage.pack_size, *epochs, stage.text_targets)
         if key not in self._footprints:
             train, validation = self.packs(recipe, stage), self.packs(recipe, stage, "validation")
             assert train is not None
             first, *others = train.heaviest
             self._footprints[key] = [
-                Footprint(subject, first, validation.heaviest[0] if validation else None),
-                *(Footprint(subject, pack) for pack in others),
+                Footprint(spec, first, validation.heaviest[0] if validation else None),
+                *(Footprint(spec, pack) for pack in others),
             ]
         return self._footprints[key]
 
-    def subject(self, recipe: Recipe, stage: Stage) -> Subject:
+    def spec(self, recipe: Recipe, stage: Stage) -> StepSpec:
         """What is trained in a stage."""
-        return Subject(
+        return StepSpec(
             config=self.seen.config,
             dtype=self.dtype(recipe),
             lora=recipe.lora,

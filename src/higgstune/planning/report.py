@@ -105,8 +105,8 @@ def _speed(planner: Planner, stage: Stage) -> Speed | None:
     assert packs is not None
     largest = max(packs.packs, key=lambda indices: packs.lengths[indices].sum())
     rows = row_examples(planner.seen, stage, "train")
-    subject = planner.subject(planner.recipe, stage)
-    return measure(subject, [rows[i] for i in largest], torch.device(planner.machine.kind))
+    spec = planner.spec(planner.recipe, stage)
+    return measure(spec, [rows[i] for i in largest], torch.device(planner.machine.kind))
 
 
 def _time(speed: Speed | None, stage: Stage, planned: StagePlan) -> tuple[float | None, float | None]:

@@ -20,7 +20,7 @@ from higgstune.kernels.memory import checkpoint_first
 from higgstune.kernels.quantize import quantize_layers
 from higgstune.model.adapters import add_lora
 from higgstune.model.compiled import packed_loss
-from higgstune.planning.dry_run import Subject
+from higgstune.planning.dry_run import StepSpec
 
 CPU_TOKENS = 1024  # of the pack that is timed on a CPU
 _REPEATS = 2  # the shortest counts, after one to warm up
@@ -43,16 +43,16 @@ class Speed:
         return passes * tokens * a_token + layers * self.optimizer
 
 
-def measure(subject: Subject, examples: list[Example], device: torch.device) -> Speed | None:
+def measure(spec: StepSpec, examples: list[Example], device: torch.device) -> Speed | None:
     """Time the real training step of models with one layer and with none; None where making them takes too much.
 
     `examples` are those of a pack; on a CPU a part of them is timed.
     """
-    if device.type == "cpu" and _bytes(subject.config, subject.dtype) > _LARGEST:
+    if device.type == "cpu" and _bytes(spec.config, spec.dtype) > _LARGEST:
         return None
     batch = tensors_to(pack(_some(examples) if device.type == "cpu" else examples), device)
     tokens = positions(batch)
-    model = _one_layer(subject, device)
+    model = _one_layer(spec, device)
     layers = base_of(model).model.layers
     with_layer = _seconds(lambda: packed_loss(model, batch).backward(), device)
     checkpoint_first(layers, 1)
@@ -68,21 +68,19 @@ def measure(subject: Subject, examples: list[Example], device: torch.device) -> 
     return Speed(one / tokens, max(again - outside, one) / tokens, outside / tokens, update)
 
 
-def _one_layer(subject: Subject, device: torch.device) -> PeftModel:
-    config = type(subject.config).from_dict(subject.config.to_dict() | {"num_hidden_layers": 1})
+def _one_layer(spec: StepSpec, device: torch.device) -> PeftModel:
+    config = type(spec.config).from_dict(spec.config.to_dict() | {"num_hidden_layers": 1})
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         with torch.device(device):
-            model: Any = HiggsAudioV2ForConditionalGeneration._from_config(
-                config, use_text_head=True, dtype=subject.dtype
-            )
+            model: Any = HiggsAudioV2ForConditionalGeneration._from_config(config, use_text_head=True, dtype=spec.dtype)
         for parameter in model.parameters():
             parameter.data.uniform_(-0.02, 0.02)
-        add_conditioning(model, subject.own)
-        if subject.quantize is not None:
+        add_conditioning(model, spec.own)
+        if spec.quantize is not None:
             quantize_layers(model, device)
-        add_conditioning(model, subject.trained)
+        add_conditioning(model, spec.trained)
         with_training_forward(model)
-        return add_lora(model, subject.lora, subject.kind, subject.trained, subject.attention).train()
+        return add_lora(model, spec.lora, spec.kind, spec.trained, spec.attention).train()
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:

@@ -25,7 +25,7 @@ from higgstune.config.recipe import Recipe, Stage
 from higgstune.environment import choose_device
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.families.higgs_v2.checkpoint import brings_audio_attention, read_config
-from higgstune.families.higgs_v2.extensions import CONDITIONING_KEY, Conditioning, WhisperShape
+from higgstune.families.higgs_v2.extensions import CONDITIONING_KEY, Conditioning, WhisperSpec
 from higgstune.families.higgs_v2.prompt import AUDIO_IN
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
 from higgstune.hub import fetch
@@ -83,10 +83,10 @@ def survey(recipe: Recipe) -> Survey:
     features = shape = None
     if recipe.model.whisper is not None:
         features = data.features(recipe.model.whisper)
-        index, token_id = features.index, prompter.heard_id
+        index, token_id = features.index, prompter.whisper_token_id
         if not isinstance(token_id, int):
             raise CheckpointError(f"the tokenizer in {folder} has no {AUDIO_IN}: it cannot hear through Whisper")
-        shape = WhisperShape(
+        shape = WhisperSpec(
             checkpoint=index.checkpoint, revision=index.revision, d_model=index.d_model,
             chunk_frames=index.chunk_frames, token_id=token_id,
         )  # fmt: skip

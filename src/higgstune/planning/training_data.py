@@ -6,7 +6,7 @@ from typing import Self
 
 from higgstune.config.recipe import Recipe
 from higgstune.data.store import CodeStore, MixedRows, Row
-from higgstune.data.whisper_features import JoinedFeatures, WhisperFeatures
+from higgstune.data.whisper_features import FeatureStore, JoinedFeatureStore
 from higgstune.errors import DataError
 
 
@@ -51,9 +51,9 @@ class TrainingData:
             return own
         return MixedRows(own, self.replay.split(split), share=self.share, seed=self.seed)
 
-    def features(self, whisper: str) -> JoinedFeatures:
+    def features(self, whisper: str) -> JoinedFeatureStore:
         """What Whisper hears in them. Raises DataError where a store has no features of that checkpoint."""
-        return JoinedFeatures([WhisperFeatures.open(store.folder, whisper) for store in self.stores])
+        return JoinedFeatureStore([FeatureStore.open(store.folder, whisper) for store in self.stores])
 
     @property
     def identity(self) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from higgstune.errors import Interrupted
-from higgstune.training.distributed import Agreement, Processes
+from higgstune.training.distributed import PendingReduce, Processes
 
 _LOG = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -30,10 +30,10 @@ class StopSignals(TrainerCallback):
         self._received = 0
         self._received_at = 0.0
         self._training = False
-        self._asked: Agreement | None = None  # about the step before: no step waits for the others
+        self._asked: PendingReduce | None = None  # about the step before: no step waits for the others
 
     @contextmanager
-    def heeded(self) -> Iterator[None]:
+    def installed(self) -> Iterator[None]:
         """Signals are handled here inside of it; not in a thread, where Python allows no handlers."""
         if threading.current_thread() is not threading.main_thread():
             yield

@@ -51,7 +51,7 @@ class Processes:
         if self._group is not None:
             dist.barrier(self._group)
 
-    def of_main(self, value: Value) -> Value:
+    def broadcast(self, value: Value) -> Value:
         """The first process' value, in all of them."""
         if self._group is None:
             return value
@@ -59,7 +59,7 @@ class Processes:
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
-    def of_all(self, value: Value) -> list[Value]:
+    def all_gather(self, value: Value) -> list[Value]:
         """Every process' value, in all of them."""
         if self._group is None:
             return [value]
@@ -67,15 +67,15 @@ class Processes:
         dist.all_gather_object(box, value, group=self._group)
         return box
 
-    def largest(self, value: int) -> "Agreement":
+    def largest(self, value: int) -> "PendingReduce":
         """Ask for the largest of all processes' values; all must ask."""
         box = torch.tensor(value)
         if self._group is None:
-            return Agreement(box, None)
-        return Agreement(box, dist.all_reduce(box, dist.ReduceOp.MAX, group=self._group, async_op=True))
+            return PendingReduce(box, None)
+        return PendingReduce(box, dist.all_reduce(box, dist.ReduceOp.MAX, group=self._group, async_op=True))
 
 
-class Agreement:
+class PendingReduce:
     """A number that is being agreed on while work goes on."""
 
     def __init__(self, box: torch.Tensor, work: "dist.Work | None") -> None:

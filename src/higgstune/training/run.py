@@ -31,7 +31,7 @@ from higgstune.training.callbacks import StopSignals
 from higgstune.training.distributed import Processes
 from higgstune.training.run_dir import RunFolder
 from higgstune.training.sample_eval import rule_of, texts_to_speak
-from higgstune.training.setup import Setting, check_packs, find_setting
+from higgstune.training.setup import RunSetup, check_packs, resolve_setup
 from higgstune.training.stage import Job, train_stage
 
 _LOG = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
         device = PartialState().device  # each has a GPU of its own, by its number on the machine
     stop = StopSignals(processes)
     run = RunFolder(Path(out), recipe, is_main=processes.is_main, processes=processes.count)
-    with stop.heeded(), _blaming_the_right_process(processes):
+    with stop.installed(), _attribute_rank_failures(processes):
         try:
             if run.is_main:
                 run.check(resume=resume)
@@ -83,17 +83,17 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
     check_store(store, loaded)
     _check_codebook_weights(recipe, loaded.config.num_codebooks)
     adapter = _first_adapter(recipe, loaded)
-    setting = find_setting(recipe, data, loaded)
-    _check_same_encoder(adapter, setting)
-    add_conditioning(loaded.model, setting.conditioning)
-    check_directions(loaded.model, recipe.lora, setting.conditioning, setting.attention)
+    setup = resolve_setup(recipe, data, loaded)
+    _check_same_encoder(adapter, setup)
+    add_conditioning(loaded.model, setup.conditioning)
+    check_directions(loaded.model, recipe.lora, setup.conditioning, setup.attention)
     prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
     examples = {
-        name: RowExamples(data.rows(name), prompter, "none", setting.rendering) for name in ("train", "validation")
+        name: RowExamples(data.rows(name), prompter, "none", setup.rendering) for name in ("train", "validation")
     }
     check_packs(recipe, list(examples.values()))
-    trained_on = {**data.identity, "base": setting.base_fingerprint}
-    if processes.of_main(trained_on) != trained_on:
+    trained_on = {**data.identity, "base": setup.base_fingerprint}
+    if processes.broadcast(trained_on) != trained_on:
         raise DataError(
             f"this process sees another store or base than the first one does: {store.folder} and {loaded.checkpoint} "
             "must be the same on all machines, and no preparation may be at work"
@@ -106,15 +106,15 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
         memory.warn()
         # Only now is the folder taken: a wrong store or checkpoint must not leave a run that cannot go on.
         run.begin(trained_on, versions(device))
-    run.state = processes.of_main(run.state)
+    run.state = processes.broadcast(run.state)
     base: ModelAndTokenizers | None = loaded
     del loaded
     for stage in recipe.stages:
         if not run.has_finished(stage):
             if base is None:
                 base = _load(recipe, device, processes)
-                add_conditioning(base.model, setting.conditioning)
-            job = Job(run, processes, stop, memory, device, base, store, setting, examples, judges)
+                add_conditioning(base.model, setup.conditioning)
+            job = Job(run, processes, stop, memory, device, base, store, setup, examples, judges)
             run.finished(stage, train_stage(job, stage, adapter))
             if job.sharded:
                 del job, base
@@ -157,7 +157,7 @@ def _load(recipe: Recipe, device: torch.device, processes: Processes) -> ModelAn
 
 
 @contextmanager
-def _blaming_the_right_process(processes: Processes) -> Iterator[None]:
+def _attribute_rank_failures(processes: Processes) -> Iterator[None]:
     """Raises WorkError in place of what a process says that waited for one that has ended."""
     try:
         yield
@@ -193,10 +193,10 @@ def _first_adapter(recipe: Recipe, loaded: ModelAndTokenizers) -> Path | None:
     return folder
 
 
-def _check_same_encoder(adapter: Path | None, setting: Setting) -> None:
+def _check_same_encoder(adapter: Path | None, setup: RunSetup) -> None:
     """Raises CheckpointError for an adapter to go on from that hears through another Whisper encoder."""
     trained_with = None if adapter is None else adapter_conditioning(adapter).whisper
-    now = setting.conditioning.whisper
+    now = setup.conditioning.whisper
     if trained_with is not None and now is not None and trained_with.revision != now.revision:
         raise CheckpointError(
             f"init_adapter {adapter} was trained to hear through {trained_with.checkpoint} (revision "

@@ -27,9 +27,9 @@ from higgstune.errors import ConfigError, HiggstuneError
 from higgstune.evaluation.choice import Choice, Rule, choose
 from higgstune.evaluation.clips import Clip, write_clips
 from higgstune.evaluation.items import (
-    Asked,
-    ask_rows,
-    ask_sentences,
+    EvalItem,
+    items_from_rows,
+    items_from_sentences,
     only_language,
     some_rows,
     speaker_of,
@@ -37,7 +37,7 @@ from higgstune.evaluation.items import (
     write_voices,
 )
 from higgstune.evaluation.judges.base import Judges
-from higgstune.evaluation.judges.cache import remembered
+from higgstune.evaluation.judges.cache import cached
 from higgstune.evaluation.score import score
 from higgstune.evaluation.test_sets import Sentence, read_sentences
 from higgstune.families.sampling import Sampling
@@ -162,7 +162,7 @@ def _has_reference(text: Row | Sentence) -> bool:
     return (text.reference_codes if isinstance(text, Row) else text.reference) is not None
 
 
-class Listening:
+class SampleEvaluation:
     """Speaks and measures for one stage."""
 
     def __init__(
@@ -201,19 +201,19 @@ class Listening:
         self.voices = write_voices(store, loaded.audio_tokenizer, folder, spoken)
         if processes.is_main:
             processes.wait()
-        self.judges = remembered(judges, folder / "judged")
-        chosen_by = processes.of_main(rule)
+        self.judges = cached(judges, folder / "judged")
+        chosen_by = processes.broadcast(rule)
         assert chosen_by is not None
         self.candidates = Candidates(chosen_by, settings.patience)
 
-    def _ask(self, texts: Sequence[Row | Sentence], store: CodeStore, features: Features | None) -> list[Asked]:
+    def _ask(self, texts: Sequence[Row | Sentence], store: CodeStore, features: Features | None) -> list[EvalItem]:
         speaker, seed = Speaker(self.loaded, reference_place=self.reference_place), self.settings.seed
         rows = [text for text in texts if isinstance(text, Row)]
         sentences = [text for text in texts if isinstance(text, Sentence)]
         known, language = speakers_of(store), only_language(store)
         return [
-            *ask_rows(rows, speaker, self.folder, seed=seed, features=features),
-            *ask_sentences(sentences, speaker, seed=seed, known=known, language=language),
+            *items_from_rows(rows, speaker, self.folder, seed=seed, features=features),
+            *items_from_sentences(sentences, speaker, seed=seed, known=known, language=language),
         ]
 
     def listen(self, model: Any, step: int) -> dict[str, float]:
@@ -224,13 +224,13 @@ class Listening:
         spoken = speaker.say_each(
             [self.asked[index].request for index in mine],
             sampling=Sampling(temperature=self.settings.temperature),
-            agree=self.processes.of_main if self.together else None,
+            sync_logits=self.processes.broadcast if self.together else None,
         )
         found: dict[int, Speech] = {}
-        for share in self.processes.of_all(dict(zip(mine, spoken, strict=True))):
+        for share in self.processes.all_gather(dict(zip(mine, spoken, strict=True))):
             found |= share
         measured = self._write_and_measure([found[index] for index in every], step) if self.processes.is_main else {}
-        return self.processes.of_main(measured)
+        return self.processes.broadcast(measured)
 
     def _write_and_measure(self, spoken: Sequence[Speech], step: int) -> dict[str, float]:
         place = self.folder / f"step-{step:06d}"

@@ -18,7 +18,7 @@ from higgstune.files import sync_files, sync_folder
 from higgstune.model.adapter_folder import base_shape, write_card
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.metrics import last_metrics
-from higgstune.training.setup import Setting
+from higgstune.training.setup import RunSetup
 
 
 def save_adapter(folder: Path, model: PeftModel, card: dict[str, Any], weights: dict[str, Tensor]) -> None:
@@ -37,7 +37,7 @@ def save_adapter(folder: Path, model: PeftModel, card: dict[str, Any], weights: 
 
 
 def adapter_card_of(
-    recipe: Recipe, loaded: ModelAndTokenizers, store: CodeStore, setting: Setting, stages: Mapping[str, Any]
+    recipe: Recipe, loaded: ModelAndTokenizers, store: CodeStore, setup: RunSetup, stages: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What an adapter says of itself: its base and codec, how it was made, and from what.
 
@@ -50,9 +50,9 @@ def adapter_card_of(
         "codec": portable_name(loaded.codec),
         "codec_revision": loaded.audio_tokenizer.revision,
         "base_shape": base_shape(loaded.config),
-        "base_fingerprint": setting.base_fingerprint,
+        "base_fingerprint": setup.base_fingerprint,
         "base_quantized": recipe.model.quantize,  # while it was trained; it belongs on the whole base as well
-        "conditioning": setting.conditioning.model_dump(),
+        "conditioning": setup.conditioning.model_dump(),
         "stage": list(stages)[-1],
         "stages": [
             {"name": name, "kind": done["kind"], "steps": done["steps"], "metrics": last_metrics(done["history"])}

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from higgstune.batch.dataset import Rendering, RowExamples
 from higgstune.config.recipe import Recipe
-from higgstune.data.messages import heard_clips, says_whisper
+from higgstune.data.messages import requests_whisper, whisper_clips
 from higgstune.data.store import CodeStore
-from higgstune.data.whisper_features import FeatureIndex, JoinedFeatures
+from higgstune.data.whisper_features import FeatureIndex, JoinedFeatureStore
 from higgstune.errors import CheckpointError, ConfigError, DataError
-from higgstune.families.higgs_v2.extensions import Conditioning, WhisperShape, conditioning_of
+from higgstune.families.higgs_v2.extensions import Conditioning, WhisperSpec, conditioning_of
 from higgstune.families.higgs_v2.prompt import AUDIO_IN
 from higgstune.kernels.quantize import is_quantized
 from higgstune.model.adapter_folder import base_fingerprint
@@ -20,7 +20,7 @@ from higgstune.planning.training_data import TrainingData
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunSetup:
     """What all stages of a run have in common, beside recipe, model and store."""
 
     conditioning: Conditioning  # what is trained beyond the native class
@@ -29,7 +29,7 @@ class Setting:
     base_fingerprint: str
 
 
-def find_setting(recipe: Recipe, data: TrainingData, loaded: ModelAndTokenizers) -> Setting:
+def resolve_setup(recipe: Recipe, data: TrainingData, loaded: ModelAndTokenizers) -> RunSetup:
     """Raises ConfigError, DataError or CheckpointError when the recipe's conditioning cannot be."""
     own = conditioning_of(loaded.model)
     in_full = recipe.model.whisper is not None or recipe.model.audio_attention == "full"
@@ -50,7 +50,7 @@ def find_setting(recipe: Recipe, data: TrainingData, loaded: ModelAndTokenizers)
         features = data.features(recipe.model.whisper)
         for store in data.stores:
             _check_features(recipe, store, features)
-        shape = _whisper_shape(features.index, loaded)
+        shape = _whisper_spec(features.index, loaded)
         if own.whisper is not None and own.whisper.revision != shape.revision:
             raise CheckpointError(
                 f"{loaded.checkpoint} was trained with a Whisper encoder of the revision {own.whisper.revision}, "
@@ -58,12 +58,12 @@ def find_setting(recipe: Recipe, data: TrainingData, loaded: ModelAndTokenizers)
             )
     else:
         for store in data.stores:
-            if any(says_whisper(row) for row in store.contexts()):
+            if any(requests_whisper(row) for row in store.contexts()):
                 raise DataError(
                     f'{store.folder} has audio parts with "as": "whisper", but no Whisper is configured: set '
                     "model.whisper"
                 )
-    return Setting(
+    return RunSetup(
         Conditioning(audio_attention=bool(recipe.model.audio_attention) or own.audio_attention, whisper=shape),
         recipe.model.audio_attention or "lora",
         Rendering(recipe.data.reference, features),
@@ -87,8 +87,8 @@ def check_packs(recipe: Recipe, splits: Sequence[RowExamples]) -> None:
             )
 
 
-def _check_features(recipe: Recipe, store: CodeStore, features: JoinedFeatures) -> None:
-    needed = {sha256 for row in store.contexts() for sha256 in heard_clips(row, recipe.data.reference)}
+def _check_features(recipe: Recipe, store: CodeStore, features: JoinedFeatureStore) -> None:
+    needed = {sha256 for row in store.contexts() for sha256 in whisper_clips(row, recipe.data.reference)}
     if not needed and store.folder == Path(recipe.data.store):
         raise ConfigError(
             f"model.whisper has no effect: no row of {store.folder} has audio in a user or system turn, nor a "
@@ -102,11 +102,11 @@ def _check_features(recipe: Recipe, store: CodeStore, features: JoinedFeatures) 
         )
 
 
-def _whisper_shape(index: FeatureIndex, loaded: ModelAndTokenizers) -> WhisperShape:
+def _whisper_spec(index: FeatureIndex, loaded: ModelAndTokenizers) -> WhisperSpec:
     token_id = loaded.tokenizer.convert_tokens_to_ids(AUDIO_IN)
     if not isinstance(token_id, int):
         raise CheckpointError(f"the tokenizer of {loaded.checkpoint} has no {AUDIO_IN}: it cannot hear through Whisper")
-    return WhisperShape(
+    return WhisperSpec(
         checkpoint=index.checkpoint,
         revision=index.revision,
         d_model=index.d_model,

@@ -14,12 +14,12 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from higgstune.batch.collate import Batch, PaddedCollator, pack, tensors_to
-from higgstune.batch.dataset import RowExamples, telling_split
+from higgstune.batch.dataset import RowExamples, probe_rows
 from higgstune.batch.packing import PackSize
 from higgstune.config.recipe import Recipe, Stage
 from higgstune.data.store import CodeStore
 from higgstune.errors import Interrupted
-from higgstune.evaluation.clips import LISTENING
+from higgstune.evaluation.clips import SAMPLES
 from higgstune.evaluation.judges.base import Judges
 from higgstune.families.base import Example
 from higgstune.families.higgs_v2.packed import with_training_forward
@@ -34,9 +34,9 @@ from higgstune.training.callbacks import ProgressReport, StopSignals
 from higgstune.training.checkpoint import newest_checkpoint, trained_state
 from higgstune.training.distributed import Processes, shard, sharded_parameters
 from higgstune.training.run_dir import RunFolder
-from higgstune.training.sample_eval import Candidates, Listening
+from higgstune.training.sample_eval import Candidates, SampleEvaluation
 from higgstune.training.save import adapter_card_of, save_adapter
-from higgstune.training.setup import Setting
+from higgstune.training.setup import RunSetup
 from higgstune.training.trainer import HiggsAudioTrainer
 from higgstune.training.verify import probe_logits, verify_in_fresh_process, write_probe
 
@@ -57,7 +57,7 @@ class Job:
     device: torch.device  # of this process
     loaded: ModelAndTokenizers
     store: CodeStore
-    setting: Setting
+    setup: RunSetup
     examples: Mapping[str, RowExamples]  # by split
     judges: Judges
 
@@ -105,7 +105,7 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
     recipe, loaded, run = job.recipe, job.loaded, job.run
     torch.manual_seed(recipe.seed)  # the adapter's start, the same for the same recipe
     model = _with_adapter(job, stage, start_from)
-    again = job.processes.of_main(job.memory.checkpointed(stage))  # by what is free, which is not the same for all
+    again = job.processes.broadcast(job.memory.checkpointed(stage))  # by what is free, which is not the same for all
     checkpoint_first(loaded.model.model.layers, again)
     if job.sharded:
         shard(model, job.device)
@@ -113,7 +113,7 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
         job.examples[name].with_targets(stage.text_targets) for name in ("train", "validation")
     )
     found = newest_checkpoint(run.stage_folder(stage) / "checkpoints") if run.is_main else None
-    checkpoint = job.processes.of_main(found)  # the same for all, also where one of them reads a file wrongly
+    checkpoint = job.processes.broadcast(found)  # the same for all, also where one of them reads a file wrongly
     writer = _writer(job, stage)
     listening = _listening(job, stage, writer)
     evaluate = len(validation_rows) > 0 or listening is not None
@@ -166,7 +166,7 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
 def _with_adapter(job: Job, stage: Stage, start_from: Path | None) -> PeftModel:
     recipe, base = job.recipe, job.loaded.model
     with_training_forward(base)
-    conditioning, attention = job.setting.conditioning, job.setting.attention
+    conditioning, attention = job.setup.conditioning, job.setup.attention
     if start_from is None:
         return add_lora(base, recipe.lora, stage.kind, conditioning, attention)
     return continue_lora(base, start_from, recipe.lora, stage.kind, conditioning, attention)
@@ -182,9 +182,7 @@ def _save_and_prove(job: Job, stage: Stage, model: PeftModel, rows: RowExamples,
     logits = probe_logits(model, batch)
     weights = trained_state(model)
     if run.is_main:
-        card = adapter_card_of(
-            job.recipe, job.loaded, job.store, job.setting, run.state["stages"] | {stage.name: result}
-        )
+        card = adapter_card_of(job.recipe, job.loaded, job.store, job.setup, run.state["stages"] | {stage.name: result})
         with writing(run.adapter(stage), "its checkpoints are kept", again="go on with --resume"):
             write_probe(batch, logits, probe)
             save_adapter(run.adapter(stage), model, card, weights)
@@ -261,19 +259,19 @@ def _training_arguments(job: Job, stage: Stage, *, evaluate: bool, evaluate_firs
     )
 
 
-def _listening(job: Job, stage: Stage, writer: SummaryWriter | None) -> Listening | None:
+def _listening(job: Job, stage: Stage, writer: SummaryWriter | None) -> SampleEvaluation | None:
     if job.recipe.evaluation.clips == 0:
         return None
-    return Listening(
+    return SampleEvaluation(
         job.loaded,
         job.store,
         job.recipe.evaluation,
-        job.run.stage_folder(stage) / LISTENING,
+        job.run.stage_folder(stage) / SAMPLES,
         reference_place=job.recipe.data.reference,
         judges=job.judges,
         processes=job.processes,
         together=job.sharded,
-        features=job.setting.rendering.features,
+        features=job.setup.rendering.features,
         writer=writer,
     )
 
@@ -298,7 +296,7 @@ def _callbacks(job: Job, stage: Stage, writer: SummaryWriter | None) -> list[Tra
 def _probe_batch(store: CodeStore, examples: RowExamples, loaded: ModelAndTokenizers) -> Batch:
     """A few clips; their transcripts are labelled whatever the stage does, so that text logits are compared too."""
     splits = [(name, store.split(name)) for name in ("validation", "train")]
-    _, rows = telling_split(splits, examples.rendering)
+    _, rows = probe_rows(splits, examples.rendering)
     probe = RowExamples(rows, examples.prompter, "transcript", examples.rendering)
     collate = PaddedCollator(pad_id=loaded.config.pad_token_id or 0, stream_eos=loaded.config.audio_stream_eos_id)
     return collate([probe[i] for i in range(min(_PROBE_CLIPS, len(probe)))])

@@ -23,7 +23,7 @@ from higgstune.batch.loader import PackLoader, watched
 from higgstune.batch.packing import PackSize
 from higgstune.codec import Codec
 from higgstune.config.expression import LOSS
-from higgstune.environment import without_waiting
+from higgstune.environment import to_device_async
 from higgstune.errors import CheckpointError
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.files import write_file
@@ -45,7 +45,7 @@ from higgstune.training.checkpoint import (
 )
 from higgstune.training.distributed import is_sharded
 from higgstune.training.metrics import SKIPPED_STEPS, FiniteSteps, check_possible, loss_metrics
-from higgstune.training.sample_eval import Listening
+from higgstune.training.sample_eval import SampleEvaluation
 
 _LOG = logging.getLogger(__name__)
 _STATE = "training.safetensors"  # in a checkpoint: optimizer, random numbers, what was not logged yet
@@ -72,7 +72,7 @@ class HiggsAudioTrainer(Trainer):
         batch_tokens: int | None = None,
         packs_per_step: int | None = None,
         full_learning_rate: float | None = None,
-        listening: Listening | None = None,
+        listening: SampleEvaluation | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         """`model` is `loaded.model` with an adapter; without it, `loaded.model` itself is trained.
@@ -259,7 +259,7 @@ class HiggsAudioTrainer(Trainer):
         if not samples:
             return samples, None
         counts = add_sums([label_counts(batch, eos_id=self._eos_id) for batch in samples])
-        return samples, self._over_ranks({key: without_waiting(value, device) for key, value in counts.items()})
+        return samples, self._over_ranks({key: to_device_async(value, device) for key, value in counts.items()})
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -338,7 +338,7 @@ class HiggsAudioTrainer(Trainer):
         if is_sharded(self.model):  # after a forward pass without a backward one, FSDP leaves its root gathered
             self.model.reshard()  # type: ignore[union-attr, operator]
 
-    def _listen(self, listening: Listening, losses: Mapping[str, float], prefix: str) -> dict[str, float]:
+    def _listen(self, listening: SampleEvaluation, losses: Mapping[str, float], prefix: str) -> dict[str, float]:
         """What was spoken, measured; keeps the weights where nothing before sounded better."""
         assert isinstance(self.model, nn.Module)
         started = time.monotonic()
@@ -349,7 +349,7 @@ class HiggsAudioTrainer(Trainer):
         if listening.candidates.add(self.state.global_step, measures | loss):
             # Copies: on a CPU the state is the parameters themselves, which are trained on.
             self._best = {name: value.clone() for name, value in trained_state(self.model).items()}
-        seconds = {"listening_seconds": time.monotonic() - started}
+        seconds = {"sample_seconds": time.monotonic() - started}
         return {f"{prefix}_{key}": value for key, value in (measures | seconds).items()}
 
     def take_best(self) -> None:

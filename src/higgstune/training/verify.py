@@ -95,7 +95,7 @@ def verify_in_fresh_process(
     if among is not None:
         # They meet in a place of their own, not at the launcher's of the processes that wait for them.
         environment = {key: value for key, value in environment.items() if not key.startswith("TORCHELASTIC_")}
-        environment["MASTER_PORT"] = str(among.of_main(_free_port()))
+        environment["MASTER_PORT"] = str(among.broadcast(_free_port()))
     done = _run(path, environment)
     if done.returncode != 0:
         raise VerificationError(f"the adapter {adapter} could not be loaded in a fresh process:\n{done.stderr[-4000:]}")

@@ -15,7 +15,7 @@ _LOG = logging.getLogger(__name__)
 _AT_ONCE = 16  # files that a judge is given before its answers are written down
 
 
-def remembered(judges: Judges, folder: Path) -> Judges:
+def cached(judges: Judges, folder: Path) -> Judges:
     """The same judges, with their answers kept in `folder`, by judge, question and content of the files."""
     return Judges(
         None if judges.asr is None else _Transcriber(judges.asr, folder),

@@ -26,7 +26,7 @@ from higgstune.data.audio import read_audio, write_wav
 from higgstune.errors import ConfigError, WorkError
 from higgstune.evaluation.judges.base import NO_REFERENCE, NO_VOICE, SHORTEST, WORST, hear
 
-_MOST = 1.001  # of a cosine, with rounding
+MAX_COSINE = 1.001  # of a cosine, with rounding
 _TAIL = 2000  # characters of what a program said, in an error
 Row = dict[str, Any]
 Value = TypeVar("Value")
@@ -165,7 +165,7 @@ class ExternalSpeakerJudge:
         found = self._command.scores(rows) or {self.name: []}
         for model, numbers in found.items():
             for number, row in zip(numbers, rows, strict=True):
-                if abs(number) > _MOST:
+                if abs(number) > MAX_COSINE:
                     raise self._command.failure(f"gave {model} as {number:g} for {row['file']}: no cosine is that")
         return {model: _for_all(files, audible, numbers, NO_VOICE) for model, numbers in found.items()}
 

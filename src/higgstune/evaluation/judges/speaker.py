@@ -30,7 +30,7 @@ from higgstune.hub import fetch
 
 _WHAT = "speaker judge"
 _PICKLED = "pytorch_model.bin"
-_LEAST = RATE  # samples; a shorter clip is repeated, for the x-vector layers look at half a second at once
+MIN_SAMPLES = RATE  # samples; a shorter clip is repeated, for the x-vector layers look at half a second at once
 MAX_VOICE_SAMPLES = 60 * RATE  # samples; attention grows with the square
 
 
@@ -85,8 +85,8 @@ class WavLM:
 
     @torch.inference_mode()
     def _embedded(self, waveform: np.ndarray) -> torch.Tensor:
-        if len(waveform) < _LEAST:
-            waveform = np.resize(waveform, _LEAST)  # repeats it
+        if len(waveform) < MIN_SAMPLES:
+            waveform = np.resize(waveform, MIN_SAMPLES)  # repeats it
         values = self._extractor(waveform, sampling_rate=RATE, return_tensors="pt")["input_values"]
         return normalize(self._model(values.to(self._device)).embeddings[0].float().cpu(), dim=0)
 

@@ -11,7 +11,7 @@ from higgstune.config.expression import STEP
 from higgstune.data.shard_reader import read_index
 from higgstune.environment import versions
 from higgstune.errors import DataError
-from higgstune.evaluation.clips import CLIPS_FILE, LISTENING, Clip, read_clips
+from higgstune.evaluation.clips import CLIPS_FILE, SAMPLES, Clip, read_clips
 from higgstune.evaluation.evaluate import ADAPTER, BASE, FOLDER, EvaluationResult, SetResult
 from higgstune.evaluation.report.measures import changes_of
 from higgstune.evaluation.report.page import (
@@ -249,7 +249,7 @@ def _heard_in_training(run: Path, stages: Mapping[str, Any]) -> list[Section]:
     sections = []
     for name, stage in stages.items():
         steps = [0, stage.get("chosen", {}).get("step", stage["steps"])]
-        places = [run / name / LISTENING / f"step-{step:06d}" for step in steps]
+        places = [run / name / SAMPLES / f"step-{step:06d}" for step in steps]
         heard = {step: place for step, place in zip(steps, places, strict=True) if (place / CLIPS_FILE).is_file()}
         if heard:
             sections.append(_training_section(name, heard))

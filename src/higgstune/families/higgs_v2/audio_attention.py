@@ -219,7 +219,7 @@ def _take(hidden: Tensor, positions: Tensor) -> Tensor:
 def _chain(position_ids: Tensor, positions: Tensor | None, valid: Tensor) -> Tensor:
     """Position ids [B, A] that count on inside an example and jump between examples: how a mask is told of packing.
 
-    Places without a row come last; each is an example of its own, so that it sees something and nothing sees it.
+    PackedLayout without a row come last; each is an example of its own, so that it sees something and nothing sees it.
     """
     starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
     example = starts.cumsum(1)

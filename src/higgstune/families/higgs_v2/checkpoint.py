@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from higgstune.checkpoint_files import MODEL_TYPES, Layout, read_json, read_weights
 from higgstune.codec.whisper_encoder import WhisperTower, tower_from_original
 from higgstune.errors import CheckpointError
-from higgstune.families.higgs_v2.extensions import CONDITIONING_KEY, Conditioning, whisper_shape
+from higgstune.families.higgs_v2.extensions import CONDITIONING_KEY, Conditioning, whisper_spec
 from higgstune.families.higgs_v2.prompt import AUDIO_BOS, AUDIO_EOS, AUDIO_IN, AUDIO_OUT, AUDIO_OUT_BOS
 
 _RENAMES = (
@@ -234,7 +234,7 @@ def read_original(layout: Layout) -> Original:
         heard_at = written.get("audio_in_token_idx")
         if not isinstance(heard_at, int):
             raise CheckpointError(f"{layout.folder / 'config.json'} has no audio_in_token_idx: download it again")
-        conditioning = conditioning.model_copy(update={"whisper": whisper_shape(whisper, heard_at)})
+        conditioning = conditioning.model_copy(update={"whisper": whisper_spec(whisper, heard_at)})
     return Original(native_state(state), conditioning, whisper)
 
 

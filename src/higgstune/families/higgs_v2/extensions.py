@@ -23,7 +23,7 @@ PROJECTOR = "audio_encoder_proj"
 CONDITIONING_KEY = "higgstune_conditioning"  # of the extended layout's config.json
 
 
-class WhisperShape(BaseModel):
+class WhisperSpec(BaseModel):
     """The Whisper encoder whose features the projector takes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,15 +41,15 @@ class Conditioning(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     audio_attention: bool = False
-    whisper: WhisperShape | None = None
+    whisper: WhisperSpec | None = None
 
     def __bool__(self) -> bool:
         return self.audio_attention or self.whisper is not None
 
 
-def whisper_shape(tower: WhisperTower, token_id: int) -> WhisperShape:
+def whisper_spec(tower: WhisperTower, token_id: int) -> WhisperSpec:
     """What a model must know of an encoder; `token_id` is that of `<|AUDIO|>`."""
-    return WhisperShape(
+    return WhisperSpec(
         checkpoint=tower.checkpoint,
         revision=tower.revision,
         d_model=tower.d_model,
@@ -235,7 +235,7 @@ def is_conditioning_key(key: str, of: Conditioning | None = None) -> bool:
     return any(f".{name}." in f".{key}" for name in names)
 
 
-def _neutral_projector(inner: HiggsAudioV2Model, shape: WhisperShape) -> FeatureProjector:
+def _neutral_projector(inner: HiggsAudioV2Model, shape: WhisperSpec) -> FeatureProjector:
     with torch.device("meta"):
         projector = FeatureProjector(shape.d_model, inner.config.hidden_size)
     bias = inner.embed_tokens.weight[shape.token_id].detach().clone()

@@ -18,50 +18,50 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudi
 
 from higgstune.errors import CheckpointError
 from higgstune.families.higgs_v2.audio_attention import AudioAttentionLayer
-from higgstune.kernels.attention import Runs, attend
-from higgstune.kernels.fused import Order, collect, feed_forward, linear, linears, rms_norm, spread
+from higgstune.kernels.attention import Segments, attend
+from higgstune.kernels.fused import Order, feed_forward, gather, linear, linears, rms_norm, scatter
 from higgstune.kernels.loss import Sums, head_sums
-from higgstune.kernels.memory import give_back_holes, leaves_holes
+from higgstune.kernels.memory import leaves_holes, trim_heap
 from higgstune.kernels.quantize import compute_dtype
 
 Stance = Literal["default", "eager_on_recompile"]  # of `torch.compiler.set_stance`
 
 
 @dataclass(frozen=True)
-class Places:
+class PackedLayout:
     """Where the rows of hidden states belong."""
 
     text: int  # the first T rows are text, the others audio
     order: Order
-    whole: Runs
-    audio: Runs  # rows of audio alone, for audio self-attention
+    whole: Segments
+    audio: Segments  # rows of audio alone, for audio self-attention
     compiler: Stance | None = None  # None: layers are not compiled
 
 
 class PackedLayer(HiggsAudioV2DecoderLayer):
     """The native layer, which also takes packed hidden states."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, places: Places | None = None, **kwargs: Any) -> Tensor:
-        """[P, D] -> [P, D] with `places`; without, the native layer."""
-        if places is None:
+    def forward(self, hidden_states: Tensor, *args: Any, layout: PackedLayout | None = None, **kwargs: Any) -> Tensor:
+        """[P, D] -> [P, D] with `layout`; without, the native layer."""
+        if layout is None:
             return super().forward(hidden_states, *args, **kwargs)
-        return _run(self, hidden_states, places, self.audio_input_layernorm)
+        return _run(self, hidden_states, layout, self.audio_input_layernorm)
 
 
 class PackedAudioAttentionLayer(AudioAttentionLayer):
     """The layer with audio self-attention, which also takes packed hidden states."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, places: Places | None = None, **kwargs: Any) -> Tensor:
-        """[P, D] -> [P, D] with `places`; without, the layer for other calls."""
-        if places is None:
+    def forward(self, hidden_states: Tensor, *args: Any, layout: PackedLayout | None = None, **kwargs: Any) -> Tensor:
+        """[P, D] -> [P, D] with `layout`; without, the layer for other calls."""
+        if layout is None:
             return super().forward(hidden_states, *args, **kwargs)
-        text, rows = hidden_states.split((places.text, len(hidden_states) - places.text))
+        text, rows = hidden_states.split((layout.text, len(hidden_states) - layout.text))
         own_dtype = compute_dtype(self.audio_attn.q_proj)  # of modules trained in full: float32 beside bfloat16
         normed = rms_norm(rows, self.audio_input_layernorm).to(own_dtype)
         q, k, v = _queries_keys_values(self.audio_attn, normed)
-        attended = linear(attend(q, k, v, places.audio, self.audio_attn.scaling).flatten(1), self.audio_attn.o_proj)
+        attended = linear(attend(q, k, v, layout.audio, self.audio_attn.scaling).flatten(1), self.audio_attn.o_proj)
         hidden_states = torch.cat((text, rows + attended.to(rows.dtype)))
-        return _run(self, hidden_states, places, self.audio_post_audio_attn_layer_norm)
+        return _run(self, hidden_states, layout, self.audio_post_audio_attn_layer_norm)
 
 
 _PACKED: dict[type[nn.Module], type[nn.Module]] = {
@@ -76,12 +76,12 @@ def with_packed_layers(layers: nn.ModuleList) -> None:
         layer.__class__ = _PACKED.get(type(layer), type(layer))
 
 
-def _run(layer: nn.Module, hidden: Tensor, places: Places, audio_norm: nn.Module) -> Tensor:
+def _run(layer: nn.Module, hidden: Tensor, layout: PackedLayout, audio_norm: nn.Module) -> Tensor:
     # Compiling takes long, for each way of being called: not for validations, nor for the first layer of a stage.
-    if places.compiler is None or not (torch.is_grad_enabled() and hidden.requires_grad):
-        return _packed_layer(layer, hidden, places, audio_norm)
-    with torch.compiler.set_stance(places.compiler):  # here alone: a process may compile other things as well
-        return _compiled()(layer, hidden, places, audio_norm)
+    if layout.compiler is None or not (torch.is_grad_enabled() and hidden.requires_grad):
+        return _packed_layer(layer, hidden, layout, audio_norm)
+    with torch.compiler.set_stance(layout.compiler):  # here alone: a process may compile other things as well
+        return _compiled()(layer, hidden, layout, audio_norm)
 
 
 @functools.cache
@@ -90,25 +90,25 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_packed_layer, dynamic=True)
 
 
-def _packed_layer(layer: Any, hidden: Tensor, places: Places, audio_norm: nn.Module) -> Tensor:
+def _packed_layer(layer: Any, hidden: Tensor, layout: PackedLayout, audio_norm: nn.Module) -> Tensor:
     normed = _by_pathway(
-        hidden, places, lambda x: rms_norm(x, layer.input_layernorm), lambda x: rms_norm(x, audio_norm)
+        hidden, layout, lambda x: rms_norm(x, layer.input_layernorm), lambda x: rms_norm(x, audio_norm)
     )
-    q, k, v = [spread(x, places.order) for x in _queries_keys_values(layer.self_attn, normed)]
-    attended = collect(attend(q, k, v, places.whole, layer.self_attn.scaling), places.order)
+    q, k, v = [scatter(x, layout.order) for x in _queries_keys_values(layer.self_attn, normed)]
+    attended = gather(attend(q, k, v, layout.whole, layer.self_attn.scaling), layout.order)
     hidden = hidden + linear(attended.flatten(1), layer.self_attn.o_proj)
     return hidden + _by_pathway(
         hidden,
-        places,
+        layout,
         lambda x: feed_forward(rms_norm(x, layer.post_attention_layernorm), layer.mlp),
         lambda x: feed_forward(rms_norm(x, layer.audio_post_attention_layernorm), layer.audio_mlp),
     )
 
 
 def _by_pathway(
-    hidden: Tensor, places: Places, text: Callable[[Tensor], Tensor], audio: Callable[[Tensor], Tensor]
+    hidden: Tensor, layout: PackedLayout, text: Callable[[Tensor], Tensor], audio: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    text_rows, audio_rows = hidden.split((places.text, len(hidden) - places.text))
+    text_rows, audio_rows = hidden.split((layout.text, len(hidden) - layout.text))
     return torch.cat((text(text_rows), audio(audio_rows)))
 
 
@@ -165,28 +165,28 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
         shared_at: Tensor,
         lengths: tuple[int, ...],
         audio_lengths: tuple[int, ...],
-        heard_positions: Tensor | None = None,
+        feature_positions: Tensor | None = None,
         whisper_features: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [R, D] after the last norm, text first."""
         inner = self.model
-        embedded = self._with_features(inner.embed_tokens(text_ids), heard_positions, whisper_features)
+        embedded = self._with_features(inner.embed_tokens(text_ids), feature_positions, whisper_features)
         # On a GPU autocast adds up codebooks in float32, and all layers would then work on hidden states of that.
         hidden = torch.cat((embedded, inner.embed_audio_tokens(audio_ids).to(embedded.dtype)))
         cos, sin = (part[0] for part in inner.rotary_emb(hidden, position_ids[None]))
         of_audio = from_sequence[len(text_ids) :]
-        places = Places(
+        layout = PackedLayout(
             len(text_ids),
             Order(to_sequence, from_sequence, shared_at),
-            whole=Runs.of(lengths, (cos, sin)),
-            audio=Runs.of(audio_lengths, (cos[of_audio], sin[of_audio])),
+            whole=Segments.of(lengths, (cos, sin)),
+            audio=Segments.of(audio_lengths, (cos[of_audio], sin[of_audio])),
             compiler=self.compiler_stance,
         )
         with_holes = leaves_holes(hidden, inner.layers)
         for done, layer in enumerate(inner.layers, start=1):
-            hidden = layer(hidden, places=places)
+            hidden = layer(hidden, layout=layout)
             if with_holes:
-                give_back_holes(inner.layers, done)
+                trim_heap(inner.layers, done)
         return inner.norm(hidden)
 
     def _with_features(self, embedded: Tensor, positions: Tensor | None, features: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from higgstune.codec.base import Heard
+from higgstune.codec.base import WhisperFeatures
 from higgstune.data.messages import Message, content_parts
 from higgstune.errors import CheckpointError, DataError
 from higgstune.families.base import Audio, Codes, Example, TextTargets
@@ -53,7 +53,7 @@ class Prompter:
             )
         self.tokenizer = tokenizer
         self.ids = ids
-        self.heard_id: int = tokenizer.convert_tokens_to_ids(AUDIO_IN)
+        self.whisper_token_id: int = tokenizer.convert_tokens_to_ids(AUDIO_IN)
 
     def example(
         self,
@@ -95,12 +95,12 @@ class Prompter:
         ]
 
     def _positions(self, audio: Audio) -> int:
-        return len(audio.features) if isinstance(audio, Heard) else len(audio) + self.ids.num_codebooks + 1
+        return len(audio.features) if isinstance(audio, WhisperFeatures) else len(audio) + self.ids.num_codebooks + 1
 
     def _expand(self, parts: list[Piece], audio: Sequence[Audio], labelled: set[int], targets: set[int]) -> Example:
         coded = [part for part in parts if part.kind == "audio"]
-        codes = [item for item in audio if not isinstance(item, Heard)]
-        heard = [item for item in audio if isinstance(item, Heard)]
+        codes = [item for item in audio if not isinstance(item, WhisperFeatures)]
+        heard = [item for item in audio if isinstance(item, WhisperFeatures)]
         chunks = [count for item in heard for count in item.chunks]
         if len(coded) != len(codes) or len(chunks) != sum(part.kind == "heard" for part in parts):
             raise DataError(f"the conversation has {_audio_parts(parts)} audio parts and got codes for {len(audio)}")
@@ -119,7 +119,7 @@ class Prompter:
             if position == len(tokens):
                 break
             if parts[owners[position]].kind == "heard":
-                ids.append(np.full(next(positions), self.heard_id, dtype=np.int64))
+                ids.append(np.full(next(positions), self.whisper_token_id, dtype=np.int64))
             else:
                 row, label = next(frames)
                 rows.append(row)
@@ -136,7 +136,7 @@ class Prompter:
             text_labels=np.concatenate(text_labels),
             audio_labels=np.concatenate([empty, *row_labels]),
             whisper_features=np.concatenate([item.features for item in heard]) if heard else None,
-            heard_positions=np.flatnonzero(input_ids == self.heard_id) if heard else None,
+            feature_positions=np.flatnonzero(input_ids == self.whisper_token_id) if heard else None,
         )
 
     def _tokenize(self, parts: list[Piece]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -162,7 +162,7 @@ class Prompter:
 
 def _chunks(audio: Sequence[Audio]) -> list[int]:
     """For every audio part the chunks that Whisper hears it in; 0 for one that is read by its codes."""
-    return [len(item.chunks) if isinstance(item, Heard) else 0 for item in audio]
+    return [len(item.chunks) if isinstance(item, WhisperFeatures) else 0 for item in audio]
 
 
 def _audio_parts(parts: list[Piece]) -> int:

@@ -1,0 +1,152 @@
+"""Faults of an adapter: in its files, on its base, and where it is applied."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from doctor_world import change_weights, examined, failed, rewrite, rows, save_adapter, told, write_card
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import save_tiny_checkpoint, tiny_prompter
+from tiny_runs import DEMO_CODEC
+
+from higgstune.diagnostics import check_applied, doctor
+from higgstune.diagnostics.adapter import check_card, check_effect, check_files, check_plain_peft, check_trained_on
+from higgstune.diagnostics.generation import collate
+from higgstune.diagnostics.prompt import as_trained
+from higgstune.model.adapters import AttentionTraining, load_adapter
+from higgstune.model.load import load_model
+
+
+def zero_everything(folder: Path) -> None:
+    rewrite(folder, lambda key, value: value * 0 if "lora_B" in key else value)
+
+
+def zero_one(folder: Path) -> None:
+    rewrite(folder, lambda key, value: value * 0 if "layers.2.mlp.up_proj.lora_B" in key else value)
+
+
+def flip_byte(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+
+
+def drop_tensor(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    weights.pop("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight")
+    save_file(weights, path)
+    write_card(folder, json.loads((folder / "higgstune.json").read_text()))
+
+
+def forget_zero_card(folder: Path) -> None:
+    (folder / "higgstune.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (zero_everything, "zero in 50 of 50 modules"),
+        (zero_one, "model.layers.2.mlp.up_proj"),
+        (flip_byte, "its checksum differs"),
+        (drop_tensor, "tensors are in only one of them"),
+        (lambda folder: rewrite(folder, lambda key, value: value * torch.nan), "NaN or infinity"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"0" * 100), "truncated"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "is missing"),
+        (forget_zero_card, "not valid JSON"),
+        (shutil.rmtree, "neither an adapter"),
+    ],
+)
+def test_a_broken_adapter_is_found(world: Path, adapter: Path, fault: Any, says: str) -> None:
+    fault(adapter)
+    report = examined(world, adapter=adapter, data=None)
+    assert failed(report) == {"adapter"}
+    assert says in told(report, "adapter")
+    assert report.of("generation", "ok")  # of the base
+
+
+def test_an_adapter_of_another_base_is_found(world: Path, base: Path) -> None:
+    change_weights(base, lambda w: w["model.norm.weight"].mul_(1.05))
+    report = examined(world, model=base, data=None)
+    assert failed(report) == {"adapter"}
+    assert "fingerprint" in told(report, "adapter")
+    report = doctor(model=save_tiny_checkpoint(base / "tiny"), adapter=world / "adapter", codec=DEMO_CODEC)
+    assert failed(report) == {"adapter"}
+    assert "hidden_size" in told(report, "adapter")
+
+
+def test_files_and_base_are_compared_before_anything_is_loaded(world: Path, adapter: Path) -> None:
+    assert check_files(adapter)[0].status == "ok"
+    flip_byte(adapter)
+    assert "checksum" in check_files(adapter)[0].message
+    model = load_model(world / "base", dtype="bfloat16", device="cpu")
+    assert check_trained_on(model, adapter)[0].status == "ok"  # the same base in another dtype
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] += 1
+    assert "fingerprint" in check_trained_on(model, adapter)[0].message
+
+
+def test_an_adapter_of_another_codec_is_found(world: Path, adapter: Path) -> None:
+    card = json.loads((adapter / "higgstune.json").read_text())
+    write_card(adapter, card | {"codec_revision": "another"})
+    report = examined(world, adapter=adapter, data=None)
+    assert failed(report) == {"codec"}
+    assert "another" in told(report, "codec")
+
+
+def test_an_adapter_without_a_card_is_warned_of(world: Path, adapter: Path) -> None:
+    (adapter / "higgstune.json").unlink()
+    report = examined(world, adapter=adapter, data=None)
+    assert report.passed, failed(report)
+    assert "has no higgstune.json" in told(report, "adapter", "warning")
+    assert check_card(adapter)[0].status == "warning"
+
+
+def test_what_a_recipe_teaches_nothing_may_be_zero(adapter: Path) -> None:
+    rewrite(adapter, lambda key, value: value * 0 if "layers.4.mlp.up_proj.lora_B" in key else value)
+    assert check_files(adapter)[0].status == "failed"
+    card = json.loads((adapter / "higgstune.json").read_text())
+    card["recipe"]["stages"] = [{"name": "voice", "text_weight": 0.0, "audio_weight": 1.0}]
+    write_card(adapter, card)
+    assert check_files(adapter)[0].status == "ok"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("attention", ["lora", "full"])
+def test_plain_peft_that_leaves_modules_out_is_found(world: Path, tmp_path: Path, attention: AttentionTraining) -> None:
+    folder = save_adapter(world / "base", tmp_path / "adapter", attention=attention)
+    report = examined(world, adapter=folder, data=None)
+    assert report.passed, failed(report)
+    tensors = 5 * 4 * 2 if attention == "lora" else 5 * 5
+    assert f"would drop {tensors} tensors" in told(report, "adapter", "warning")
+    assert "modules of the adapter are at work" in told(report, "adapter", "ok")
+    plain = load_model(world / "base", dtype="float32", device="cpu")
+    loaded = PeftModel.from_pretrained(plain, str(folder))
+    finding = check_applied(loaded, folder)
+    assert finding.status == "failed"
+    assert f"{tensors} of the adapter's" in finding.message
+    assert "audio_attn" in finding.message
+    ours = load_adapter(load_model(world / "base", dtype="float32", device="cpu"), folder)
+    assert check_applied(ours, folder).status == "ok"
+
+
+def test_an_adapter_that_was_changed_after_loading_is_found(world: Path) -> None:
+    model = load_model(world / "base", dtype="float32", device="cpu")
+    assert check_trained_on(model, world / "adapter")[0].status == "ok"
+    assert check_plain_peft(model, world / "adapter") == []
+    loaded = load_adapter(model, world / "adapter")
+    prompter = tiny_prompter()[1]
+    batch = collate(loaded, [as_trained(prompter, row, text_targets="transcript") for row in rows()])
+    assert check_effect(loaded, batch)[0].status == "ok"
+    layer = loaded.base_model.model.model.layers[3].audio_mlp.gate_proj
+    with torch.no_grad():
+        layer.lora_B["default"].weight.zero_()
+    assert "model.layers.3.audio_mlp.gate_proj" in check_applied(loaded, world / "adapter").message
+    assert "1 of 50 modules of the adapter change nothing" in check_effect(loaded, batch)[0].message
+    loaded.base_model.disable_adapter_layers()
+    assert "50 of 50 modules" in check_effect(loaded, batch)[0].message

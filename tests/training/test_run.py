@@ -1,0 +1,222 @@
+"""A recipe as one job: two stages, proven in a fresh process, never overwritten."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import yaml
+from processes import forked_proofs  # noqa: F401
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import save_tiny_checkpoint
+from tiny_codec import save_tiny_codec
+from tiny_runs import DEMO_CODEC, history, make_recordings, recipe
+
+import higgstune
+from higgstune.config.recipe import parse_recipe
+from higgstune.data.store import CodeStore
+from higgstune.errors import CheckpointError, ConfigError, DataError, VerificationError
+from higgstune.generate.speak import load_speaker, speak
+from higgstune.model.adapter_folder import find_adapter
+from higgstune.model.adapters import load_adapter
+from higgstune.model.load import load_model
+from higgstune.training.run import train
+from higgstune.training.verify import verify_in_fresh_process
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path) -> Path:
+    """A finished two-stage run."""
+    train(recipe(world), world / "run")
+    return world / "run"
+
+
+def test_two_stages_leave_a_proven_adapter(world: Path, finished: Path) -> None:
+    state = json.loads((finished / "run.json").read_text())
+    assert state["status"] == "finished"
+    assert state["stages"]["stage1"]["layers"] == 2 * 7
+    assert state["stages"]["stage2"]["layers"] == 2 * 10
+    for stage in ("stage1", "stage2"):
+        proof = state["stages"][stage]["verification"]
+        assert proof["from_trained"] <= 1e-5
+        assert proof["from_base"] > 1e-3
+        assert list((finished / stage / "tensorboard").glob("events*"))
+        card = json.loads((finished / stage / "adapter" / "higgstune.json").read_text())
+        assert card["checkpoint"] == str(world / "base")
+    resolved = yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert parse_recipe(resolved, where="saved") == recipe(world)
+
+
+def test_stage_two_begins_where_stage_one_ended(finished: Path) -> None:
+    last = [entry for entry in history(finished, "stage1") if "eval_loss" in entry][-1]
+    first = next(entry for entry in history(finished, "stage2") if "eval_loss" in entry)
+    assert first["step"] == 0
+    assert first["eval_audio_loss"] == pytest.approx(last["eval_audio_loss"], abs=1e-6)
+    text = load_file(finished / "stage1" / "adapter" / "adapter_model.safetensors")
+    full = load_file(finished / "stage2" / "adapter" / "adapter_model.safetensors")
+    assert text.keys() < full.keys()
+    assert all("audio_mlp" in key for key in full.keys() - text.keys())
+
+
+def test_a_finished_run_is_not_overwritten_nor_a_strange_folder_used(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
+    before = (finished / "stage2" / "adapter" / "adapter_model.safetensors").read_bytes()
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="is finished and is not overwritten"):
+            train(recipe(world), finished, resume=resume)
+    assert (finished / "stage2" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is no run"):
+        train(recipe(world), tmp_path)
+
+
+@pytest.mark.parametrize("checkpointing", [False, "auto"])
+def test_a_row_that_no_pack_can_hold_is_named_before_the_folder_is_taken(
+    world: Path, tmp_path: Path, checkpointing: Any
+) -> None:
+    stages = [{"name": "s", "kind": "full", "max_steps": 2, "batch_tokens": 20}]
+    store = CodeStore.open(world / "data")
+    longest = max(store.rows(), key=lambda row: (row.codes.shape[0], len(row.text)))
+    with pytest.raises(ConfigError, match=rf"stages.0.batch_tokens is 20, but row {longest.id} of the {longest.split}"):
+        train(recipe(world, stages=stages, gradient_checkpointing=checkpointing), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_never_began_does_not_claim_its_folder(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        train(recipe(world, data={"store": str(world / "recordings")}), tmp_path / "run")
+    wrong = {"checkpoint": str(world / "nowhere"), "device": "cpu"}
+    with pytest.raises(CheckpointError, match="nowhere"):
+        train(recipe(world, model=wrong), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_was_begun_is_gone_on_with_only_on_request_and_with_its_recipe(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("higgstune.training.run.train_stage", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(world), tmp_path / "run")
+    with pytest.raises(ConfigError, match="--resume"):
+        train(recipe(world), tmp_path / "run")
+    with pytest.raises(ConfigError, match="seed differ"):
+        train(recipe(world, seed=1), tmp_path / "run", resume=True)
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    for name in ("store", "base"):
+        other = state["trained_on"] | {name: "another"}
+        (tmp_path / "run" / "run.json").write_text(json.dumps(state | {"trained_on": other}))
+        with pytest.raises(ConfigError, match=f"was begun on another {name}"):
+            train(recipe(world), tmp_path / "run", resume=True)
+
+
+def test_an_adapter_that_is_not_what_was_trained_is_told(world: Path, finished: Path, tmp_path: Path) -> None:
+    adapter, probe = tmp_path / "adapter", tmp_path / "probe.safetensors"
+    shutil.copytree(finished / "stage2" / "adapter", adapter)
+    shutil.copy(finished / "stage2" / "verify" / "probe.safetensors", probe)
+
+    def check() -> None:
+        verify_in_fresh_process(
+            adapter=adapter, checkpoint=str(world / "base"), revision=None, dtype="float32", device="cpu", probe=probe
+        )
+
+    check()
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = next(key for key in weights if "audio_mlp" in key and "lora_B" in key)
+    save_file(weights | {name: weights[name] * 1.01}, adapter / "adapter_model.safetensors")
+    with pytest.raises(VerificationError, match="does not give the trained model's logits"):
+        check()
+    save_file({key: value for key, value in weights.items() if key != name}, adapter / "adapter_model.safetensors")
+    with pytest.raises(VerificationError, match="does not fit this base"):
+        check()
+
+
+def test_a_run_that_learnt_nothing_fails_loudly(world: Path, tmp_path: Path) -> None:
+    lazy = [{"name": "s", "kind": "full", "max_steps": 1, "learning_rate": 1e-9}]
+    with pytest.raises(VerificationError, match="hardly changes the base"):
+        train(recipe(world, stages=lazy), tmp_path / "run")
+
+
+def test_an_adapter_is_continued_or_refused(world: Path, finished: Path, tmp_path: Path) -> None:
+    full = [{"name": "more", "kind": "full", "max_steps": 3, "learning_rate": 5e-3}]
+    train(recipe(world, stages=full, init_adapter=str(finished)), tmp_path / "more")
+    first = next(entry for entry in history(tmp_path / "more", "more") if "eval_loss" in entry)
+    last = [entry for entry in history(finished, "stage2") if "eval_loss" in entry][-1]
+    assert first["eval_audio_loss"] == pytest.approx(last["eval_audio_loss"], abs=1e-6)
+    with pytest.raises(ConfigError, match="same LoRA shape"):
+        train(recipe(world, stages=full, init_adapter=str(finished), lora={"r": 8, "alpha": 8}), tmp_path / "shape")
+    other = tmp_path / "other"
+    save_tiny_checkpoint(other, hidden_size=32)
+    shutil.copytree(DEMO_CODEC, other / "codec")
+    model = {"checkpoint": str(other), "device": "cpu"}
+    with pytest.raises(CheckpointError, match="hidden_size"):
+        train(recipe(world, stages=full, init_adapter=str(finished), model=model), tmp_path / "base")
+    text = [{**full[0], "kind": "text"}]
+    with pytest.raises(CheckpointError, match="cannot follow a full one"):
+        train(recipe(world, stages=text, init_adapter=str(finished)), tmp_path / "text")
+
+
+@pytest.mark.parametrize("shape", [{"r": 4, "alpha": 8, "rslora": True}, {"r": 4, "alpha": 8, "dora": True}])
+def test_lora_variants_pass_the_same_proof(world: Path, tmp_path: Path, shape: dict[str, Any]) -> None:
+    stages = [{"name": "s", "kind": "full", "max_steps": 6, "learning_rate": 5e-3, "batch_size": 2}]
+    result = train(recipe(world, lora=shape, stages=stages), tmp_path / "run")
+    assert result.stages["s"]["verification"]["from_trained"] <= 1e-5
+
+
+def test_bfloat16_weights_pass_with_their_own_tolerance(world: Path, tmp_path: Path) -> None:
+    model = {"checkpoint": str(world / "base"), "device": "cpu", "dtype": "bfloat16"}
+    stages = [{"name": "s", "kind": "full", "max_steps": 30, "learning_rate": 2e-2, "batch_size": 4}]
+    result = train(recipe(world, model=model, stages=stages), tmp_path / "run")
+    assert result.stages["s"]["verification"]["tolerance"] == 5e-4
+
+
+def test_a_store_of_another_codec_is_refused(world: Path, tmp_path: Path) -> None:
+    store = tmp_path / "data"
+    shutil.copytree(world / "data", store)
+    index = json.loads((store / "store.json").read_text())
+    index["info"]["codec_revision"] = "other"
+    (store / "store.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="prepare the data with that codec"):
+        train(recipe(world, data={"store": str(store)}), tmp_path / "run")
+
+
+def test_an_adapter_speaks_from_its_folder_alone(finished: Path, tmp_path: Path) -> None:
+    assert find_adapter(finished) == finished / "stage2" / "adapter"
+    files = speak("Hello there.", tmp_path / "x.wav", adapter=finished, device="cpu", max_seconds=0.4)
+    waveform, rate = soundfile.read(files[0])
+    assert rate == 24_000
+    assert 0 < len(waveform) <= 0.4 * rate
+    lines = speak(["Hello there.", "Good morning."], tmp_path / "many", adapter=finished, device="cpu", max_seconds=0.4)
+    assert [path.name for path in lines] == ["0001.wav", "0002.wav"]
+
+
+def test_a_wrong_base_is_told(finished: Path, tmp_path: Path) -> None:
+    other = save_tiny_checkpoint(tmp_path / "other", num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match="num_hidden_layers 2"):
+        load_adapter(load_model(other, device="cpu"), finished / "stage2" / "adapter")
+    moved = tmp_path / "adapter"
+    shutil.copytree(finished / "stage2" / "adapter", moved)
+    for name in ("adapter_config.json", "higgstune.json"):
+        (moved / name).write_text((moved / name).read_text().replace("/base", "/gone"))
+    with pytest.raises(CheckpointError, match="--model"):
+        load_speaker(adapter=moved)
+
+
+def test_the_real_codec_class_goes_the_same_way(tmp_path: Path) -> None:
+    """A small random `HiggsAudioV2TokenizerModel`: prepare, train, speak."""
+    save_tiny_checkpoint(tmp_path / "base")
+    save_tiny_codec(tmp_path / "base" / "codec")
+    recordings = make_recordings(tmp_path / "recordings", clips=4)
+    higgstune.prepare(recordings, tmp_path / "data", model=tmp_path / "base", validation_fraction=0.2)
+    stages = [{"name": "s", "kind": "full", "max_steps": 3, "learning_rate": 5e-3}]
+    result = train(recipe(tmp_path, stages=stages), tmp_path / "run")
+    files = speak("Hello there.", tmp_path / "x.wav", adapter=result.adapter, device="cpu", max_seconds=0.4)
+    waveform, rate = soundfile.read(files[0])
+    assert rate == 24_000
+    assert 0 < len(waveform) <= 0.4 * rate
