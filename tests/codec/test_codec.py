@@ -132,7 +132,7 @@ def test_broken_weights_are_an_error(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "config.json: not found"),
+        (None, "config.json is missing"),
         ("{", "not valid JSON"),
         (json.dumps({"model_type": "xcodec"}), "higgs_audio_v2_tokenizer.*higgstune_mel_codec"),
         (json.dumps({"n_filters": 32}), r"\"model_type\" is None.*model\.pth"),

@@ -50,7 +50,7 @@ def file(tmp_path: Path) -> Callable[[Any], Path]:
 
 
 def test_four_recipes_are_shipped() -> None:
-    assert [path.name for path in SHIPPED] == ["clone.yaml", "heard.yaml", "new_language.yaml", "voice.yaml"]
+    assert [path.name for path in SHIPPED] == ["clone.yaml", "new_language.yaml", "voice.yaml", "whisper.yaml"]
 
 
 @pytest.mark.parametrize("path", [*SHIPPED, DEMO], ids=lambda path: path.name)

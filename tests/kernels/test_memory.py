@@ -22,7 +22,7 @@ from higgstune.model.compiled import packed_loss
 def test_a_training_step_gives_back_what_layers_that_are_not_plain_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
     monkeypatch.setattr(heap, "_malloc_trim", lambda: given.append)
-    monkeypatch.setattr(heap, "_WORTH", 1000)
+    monkeypatch.setattr(heap, "MIN_BYTES_TO_TRIM", 1000)
     for lora, times in ((Lora(r=4, dropout=0.1), 1), (Lora(r=4, dora=True), 1), (Lora(r=4), 0)):
         model, prompter = adapted("full", torch.float32, lora=lora)
         with_training_forward(base_of(model))
@@ -31,9 +31,9 @@ def test_a_training_step_gives_back_what_layers_that_are_not_plain_leave(monkeyp
         assert len(given) == times
         with torch.no_grad():
             packed_loss(model, batch)
-        monkeypatch.setattr(heap, "_WORTH", 10**9)
+        monkeypatch.setattr(heap, "MIN_BYTES_TO_TRIM", 10**9)
         packed_loss(model, batch)
-        monkeypatch.setattr(heap, "_WORTH", 1000)
+        monkeypatch.setattr(heap, "MIN_BYTES_TO_TRIM", 1000)
         assert len(given) == times
         given.clear()
 
