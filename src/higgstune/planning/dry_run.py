@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -94,6 +94,7 @@ def put_in_4_bits(model: nn.Module, names: list[str]) -> None:
 
 
 Bytes = Counter[str]  # by kind
+_DEVICE = torch.ops.prim.device.default
 
 
 class Tracker(TorchDispatchMode):
@@ -126,6 +127,13 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every operation comes by here."""
+        if func is _DEVICE:
+            return args[0].device  # kernels ask a fake tensor for it more often than they compute
+        out = kwargs.get("out") if kwargs else None
+        if isinstance(out, FakeTensor) and out.numel():
+            return (
+                out  # nothing to compute and nothing made, and PyTorch does not cache the shapes of such an operation
+            )
         result = func(*args, **(kwargs or {}))
         if func.namespace == "aten":
             for value in (result,) if isinstance(result, Tensor) else tree_iter(result):
@@ -181,7 +189,7 @@ class StepSpec:
 def dry_run(spec: StepSpec, pack: Packed, layers: tuple[int, int], *, validation: Packed | None = None) -> Peaks:
     """One optimizer step of a model with `layers`: the first so many computed again, so many others.
 
-    Peaks: `forward` (with the heads), `backward` of the first and last layer of either sort, `step`, and, with a
+    Peaks: `start` (before the step), `forward` (with the heads), `backward` of the first and last layer of either sort, `step`, and, with a
     pack of validation rows, `validation`.
     """
     again, kept = layers
@@ -209,6 +217,7 @@ def dry_run(spec: StepSpec, pack: Packed, layers: tuple[int, int], *, validation
             assert parameter.grad is not None
             tracker.count(parameter.grad, GRADIENTS)
         tracker.peaks.clear()
+        tracker.begin("start", OPTIMIZER)
         _step(spec, model, optimizer, _fake(pack), tracker)
         if validation is not None:
             optimizer.zero_grad()
