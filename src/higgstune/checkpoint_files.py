@@ -4,9 +4,8 @@ import hashlib
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -19,7 +18,6 @@ from higgstune.files import write_file
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS = "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # of weights that may run code when they are loaded
-Kind = Literal["native", "original", "extended"]
 # What configuration classes and models raise for wrong types, sizes and names in a file from elsewhere.
 MALFORMED = (
     ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError, RuntimeError, OSError,
@@ -28,43 +26,6 @@ MALFORMED = (
 _MAX_JSON = 64 << 20  # bytes; the index of the largest checkpoint has a few
 _MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
 _MAX_DEPTH = 64
-# The extended layout is the native one with modules that the native class does not have. It has a name of its own, so
-# that no other software takes it for a native checkpoint and leaves them out.
-MODEL_TYPES: dict[Any, Kind] = {
-    "higgs_audio_v2": "native", "higgs_audio": "original", "higgs_audio_v2_extended": "extended",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A checkpoint's folder: which of the layouts, its config as written, and its weight files."""
-
-    folder: Path
-    kind: Kind
-    config: dict[str, Any]
-    weights: tuple[Path, ...]
-    keys: frozenset[str]
-
-    @property
-    def bytes(self) -> int:
-        """Of its weight files."""
-        return sum(path.stat().st_size for path in self.weights)
-
-
-def read_layout(folder: Path) -> Layout:
-    """Check that config and weights are there and whole. Raises CheckpointError naming the file and what to do."""
-    config = read_json(folder / "config.json", "it is no checkpoint folder without it")
-    kind = MODEL_TYPES.get(config.get("model_type"))
-    if kind is None:
-        expected = ", ".join(f"{model_type} ({kind})" for model_type, kind in MODEL_TYPES.items())
-        raise CheckpointError(
-            f"{folder / 'config.json'} has the model_type {config.get('model_type')!r}: expected one of {expected}"
-        )
-    weights = weight_files(folder)
-    keys: set[str] = set()
-    for file in weights:
-        keys |= safetensors_keys(file)
-    return Layout(folder, kind, config, weights, frozenset(keys))
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from higgstune.config.recipe import (
     DataSettings,
     EvaluationSettings,
+    Lora,
     ModelSettings,
     Recipe,
     Replay,
@@ -20,7 +21,6 @@ from higgstune.config.recipe import (
     save_recipe,
 )
 from higgstune.errors import ConfigError
-from higgstune.model.adapters import Lora
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -27,6 +27,19 @@ from higgstune.training.verify import verify_in_fresh_process
 
 
 @pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint (codec inside) and a prepared store."""
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny_checkpoint(folder / "base")
+    shutil.copytree(DEMO_CODEC, folder / "base" / "codec")
+    higgstune.prepare(
+        make_recordings(folder / "recordings"), folder / "data", codec=folder / "base" / "codec",
+        validation_fraction=0.2,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
 def finished(world: Path) -> Path:
     """A finished two-stage run."""
     train(recipe(world), world / "run")

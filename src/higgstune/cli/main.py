@@ -300,7 +300,7 @@ def speak(
     """Speak a text, or each line of a file."""
     if (text is None) == (file is None):
         raise ConfigError("give either a text or --file")
-    from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE
+    from higgstune.data.messages import DEFAULT_SCENE
     from higgstune.families.sampling import Sampling
     from higgstune.generate.speak import speak as run
 

@@ -8,12 +8,14 @@ code writes into the system message as `<|scene_desc_start|> ... <|scene_desc_en
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from higgstune.data.rejection import RowError, did_you_mean, shown
-from higgstune.data.store import Context, Row
 from higgstune.data.text import clean_text, find_control_tokens, normalize_text
 from higgstune.errors import DataError
+
+if TYPE_CHECKING:
+    from higgstune.data.store import Context, Row
 
 Part = dict[str, Any]
 _TEXT_KEYS = ("type", "text")
@@ -123,9 +125,11 @@ def _seconds(value: Any, where: str) -> float:
 
 
 ROLES = ("system", "scene", "user", "assistant")
+DEFAULT_SYSTEM = "Generate audio following instruction."
+DEFAULT_SCENE = "Audio is recorded from a quiet room."
+VOICE_LABEL = "SPEAKER0:"  # what the released model's prompts write before a voice in the scene
 Message = Mapping[str, Any]
 
-_DEFAULT_SYSTEM = "Generate audio following instruction."
 _SCENE_MARK = re.compile(r"(<\|scene_desc_start\|>|<\|scene_desc_end\|>)")
 
 
@@ -200,7 +204,7 @@ def _normalize_message(number: int, message: Any) -> list[Message]:
 
 def _default_system() -> Message:
     """The templates write a scene inside of a system turn, so a scene cannot be alone."""
-    return {"role": "system", "content": [{"type": "text", "text": _DEFAULT_SYSTEM}]}
+    return {"role": "system", "content": [{"type": "text", "text": DEFAULT_SYSTEM}]}
 
 
 def _split_system(parts: list[Part], where: str) -> list[Message]:
@@ -259,7 +263,7 @@ def _check_order(messages: Sequence[Message]) -> None:
 ReferencePlace = Literal["turn", "scene"]
 
 
-def whisper_clips(row: Row | Context, reference: ReferencePlace) -> list[str]:
+def whisper_clips(row: "Row | Context", reference: ReferencePlace) -> list[str]:
     """Audio hashes of what Whisper hears of a row."""
     if row.messages is None:
         return [row.reference_sha256] if reference == "scene" and row.reference_sha256 is not None else []
@@ -268,7 +272,7 @@ def whisper_clips(row: Row | Context, reference: ReferencePlace) -> list[str]:
     return [sha256 for part, sha256 in zip(context, row.context_sha256, strict=True) if part.heard]
 
 
-def requests_whisper(row: Row | Context) -> bool:
+def requests_whisper(row: "Row | Context") -> bool:
     """Whether a part of a conversation asks for Whisper."""
     return row.messages is not None and any(part.read_as == "whisper" for part in _audio_parts(row.messages)[0])
 
@@ -308,3 +312,32 @@ def content_parts(message: Message) -> list[Mapping[str, Any]]:
         if part["type"] == "text" and not isinstance(part.get("text"), str):
             raise DataError(f"a text part needs a string `text`, got {part!r}")
     return list(content)
+
+
+def speech_messages(
+    text: str,
+    *,
+    scene: str | None = DEFAULT_SCENE,
+    system: str = DEFAULT_SYSTEM,
+    context: Sequence[tuple[str, str]] = (),
+    voice: str | None = None,
+) -> list[Message]:
+    """The conversation that asks for `text`, ending with the user's turn.
+
+    `context` holds earlier (text, name of its audio) turns: a reference voice, or what was spoken before. `voice` is
+    the name of an audio in the scene instead: the speaker's voice, without its words.
+    """
+    messages: list[Message] = [_say("system", system)]
+    described = [{"type": "text", "text": scene}] if scene else []
+    if voice is not None:
+        described += [{"type": "text", "text": VOICE_LABEL}, {"type": "audio", "url": voice}]
+    if described:
+        messages.append({"role": "scene", "content": described})
+    for spoken, audio in context:
+        messages.append(_say("user", spoken))
+        messages.append({"role": "assistant", "content": [{"type": "audio", "url": audio}]})
+    return [*messages, _say("user", text)]
+
+
+def _say(role: str, text: str) -> Message:
+    return {"role": role, "content": [{"type": "text", "text": text}]}

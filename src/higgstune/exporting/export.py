@@ -11,7 +11,6 @@ from higgstune.exporting.layouts import LayoutName, licence_files
 from higgstune.exporting.merge import check_base_bits, load_source, logits_of, merge, summary_of
 from higgstune.exporting.source import Progress, Source, open_source, stored_dtype
 from higgstune.exporting.verify import MOVES, MergeCheck, difference, held_out
-from higgstune.families.higgs_v2.extensions import conditioning_modules
 from higgstune.files import check_new, new_folder
 from higgstune.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_fingerprint, write_card
 from higgstune.model.adapters import load_adapter
@@ -93,7 +92,7 @@ def _write_adapter(
     clips = held_out(source, loaded, data)
     fingerprint, base = base_fingerprint(loaded.model), logits_of(loaded.model, clips.batch)
     adapted = load_adapter(loaded.model, folder)
-    if modules := summary_of(conditioning_modules(adapted)):
+    if modules := summary_of(loaded.family.extensions.modules(adapted)):
         raise ConfigError(
             f"plain peft would load this adapter without {', '.join(modules)}, which its native base does not have: "
             "`higgstune merge` keeps them, in the extended or the original layout"

@@ -14,7 +14,6 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgstune.batch.collate import Batch
 from higgstune.codec import DEFAULT_CODEC
@@ -24,7 +23,7 @@ from higgstune.exporting.card import Written, describe, public_name
 from higgstune.exporting.layouts import LAYOUTS, LayoutName, copy_codec, write_checkpoint
 from higgstune.exporting.source import Progress, Source, open_source, stored_dtype
 from higgstune.exporting.verify import Logits, MergeCheck, audio_loss, check_merged, held_out
-from higgstune.families.higgs_v2.extensions import conditioning_modules, conditioning_of, remove_conditioning
+from higgstune.families import family_of
 from higgstune.files import check_new, new_folder
 from higgstune.files import writing_folder as writing
 from higgstune.hub import fetch
@@ -37,7 +36,7 @@ _PROBES = 4  # random inputs on which a layer is compared before and after its m
 _SAME = 1e-4  # of the largest output: a thousand times what float32 rounds, a thousandth of what a lost update does
 
 
-def merge_layers(model: PeftModel, dtype: torch.dtype, show: Progress) -> HiggsAudioV2ForConditionalGeneration:
+def merge_layers(model: PeftModel, dtype: torch.dtype, show: Progress) -> Any:
     """The base with the adapter in its weights, in place, in `dtype`.
 
     Each layer is merged in float32, whatever the base's dtype, and rounded once; one layer at a time, so that the model
@@ -52,8 +51,7 @@ def merge_layers(model: PeftModel, dtype: torch.dtype, show: Progress) -> HiggsA
             _merge_layer(name.removeprefix("base_model.model."), layer, generator)
             layer.get_base_layer().to(dtype)
             show("merging layers", index + 1, len(layers))
-    base = model.unload()  # not `merge_and_unload`: the layers are merged already
-    assert isinstance(base, HiggsAudioV2ForConditionalGeneration)
+    base: Any = model.unload()  # not `merge_and_unload`: the layers are merged already
     for parameter in base.parameters():
         parameter.data = parameter.data.to(dtype)
     return base
@@ -186,8 +184,8 @@ def _write(source: Source, folder: Path, wanted: _Wanted, data: str | Path | Non
     dropped: tuple[str, ...] = ()
     loss = None
     if wanted.drop_modules:
-        dropped, with_them = summary_of(conditioning_modules(model)), audio_loss(adapted, clips.batch)
-        remove_conditioning(loaded.model)
+        dropped, with_them = summary_of(family_of(model).extensions.modules(model)), audio_loss(adapted, clips.batch)
+        loaded.family.extensions.remove(loaded.model)
         clips = held_out(source, loaded, data, hears=False)  # as the native class will be asked
         adapted = logits_of(model, clips.batch)
         with model.disable_adapter():
@@ -232,7 +230,7 @@ def load_source(source: Source, dtype: str, device: str | None) -> ModelAndToken
 
 def logits_of(model: Any, batch: Batch) -> Logits:
     """The model's logits at the labelled positions; a model without a projector is not given Whisper features."""
-    hears = conditioning_of(model).whisper is not None
+    hears = family_of(model).extensions.of(model).whisper is not None
     return probe_logits(model, {key: value for key, value in batch.items() if hears or key != "whisper_features"})
 
 
@@ -243,7 +241,7 @@ def summary_of(modules: list[str]) -> tuple[str, ...]:
 
 def _layout(wanted: _Wanted, model: PeftModel) -> LayoutName:
     """Where the merged model goes. Raises ConfigError when modules would be lost, or an option means nothing."""
-    modules = summary_of(conditioning_modules(model))
+    modules = summary_of(family_of(model).extensions.modules(model))
     if not modules:
         if wanted.drop_modules or wanted.layout == "extended":
             option = "--drop-modules" if wanted.drop_modules else "--layout extended"
@@ -258,8 +256,8 @@ def _layout(wanted: _Wanted, model: PeftModel) -> LayoutName:
     return next((name for name in LAYOUTS if name == wanted.layout), "extended")
 
 
-def _extensions(model: HiggsAudioV2ForConditionalGeneration) -> tuple[str, ...]:
-    has = conditioning_of(model)
+def _extensions(model: Any) -> tuple[str, ...]:
+    has = family_of(model).extensions.of(model)
     names = ["audio self-attention"] if has.audio_attention else []
     if has.whisper is not None:
         names.append(f"a projector for features of the Whisper encoder {public_name(has.whisper.checkpoint)}")

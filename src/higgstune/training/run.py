@@ -20,8 +20,6 @@ from higgstune.evaluation.items import only_language
 from higgstune.evaluation.judges import check_languages, load_judges
 from higgstune.evaluation.judges.base import Judges
 from higgstune.evaluation.report.run_report import write_run_report
-from higgstune.families.higgs_v2.extensions import add_conditioning
-from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
 from higgstune.model.adapter_folder import adapter_card, adapter_conditioning, find_adapter
 from higgstune.model.adapters import check_directions
 from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
@@ -81,13 +79,13 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
     store = data.store
     loaded = _load(recipe, device, processes)
     check_store(store, loaded)
-    _check_codebook_weights(recipe, loaded.config.num_codebooks)
+    _check_codebook_weights(recipe, loaded.spec.num_codebooks)
     adapter = _first_adapter(recipe, loaded)
     setup = resolve_setup(recipe, data, loaded)
     _check_same_encoder(adapter, setup)
-    add_conditioning(loaded.model, setup.conditioning)
+    loaded.family.extensions.add(loaded.model, setup.conditioning)
     check_directions(loaded.model, recipe.lora, setup.conditioning, setup.attention)
-    prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
+    prompter = loaded.prompter
     examples = {
         name: RowExamples(data.rows(name), prompter, "none", setup.rendering) for name in ("train", "validation")
     }
@@ -113,7 +111,7 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
         if not run.has_finished(stage):
             if base is None:
                 base = _load(recipe, device, processes)
-                add_conditioning(base.model, setup.conditioning)
+                base.family.extensions.add(base.model, setup.conditioning)
             job = Job(run, processes, stop, memory, device, base, store, setup, examples, judges)
             run.finished(stage, train_stage(job, stage, adapter))
             if job.sharded:

@@ -16,18 +16,17 @@ from transformers.integrations import TensorBoardCallback
 from higgstune.batch.collate import Batch, PaddedCollator, pack, tensors_to
 from higgstune.batch.dataset import RowExamples, probe_rows
 from higgstune.batch.packing import PackSize
-from higgstune.config.recipe import Recipe, Stage
+from higgstune.config.recipe import Compile, Recipe, Stage
 from higgstune.data.store import CodeStore
 from higgstune.errors import Interrupted
 from higgstune.evaluation.clips import SAMPLES
 from higgstune.evaluation.judges.base import Judges
 from higgstune.families.base import Example
-from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.files import writing
 from higgstune.kernels.loss import LossWeights
 from higgstune.kernels.memory import checkpoint_first
 from higgstune.model.adapters import adapted_layers, add_lora, continue_lora, unload_adapter
-from higgstune.model.compiled import Compile, compile_layers, is_worth_it
+from higgstune.model.compiled import compile_layers, is_worth_it
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.planning.run_memory import RunMemory
 from higgstune.training.callbacks import ProgressReport, StopSignals
@@ -106,7 +105,7 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
     torch.manual_seed(recipe.seed)  # the adapter's start, the same for the same recipe
     model = _with_adapter(job, stage, start_from)
     again = job.processes.broadcast(job.memory.checkpointed(stage))  # by what is free, which is not the same for all
-    checkpoint_first(loaded.model.model.layers, again)
+    checkpoint_first(loaded.family.layers(loaded.model), again)
     if job.sharded:
         shard(model, job.device)
     train_rows, validation_rows = (
@@ -146,7 +145,7 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
         "steps": steps,
         "layers": len(adapted_layers(model)),
         "compiled": loaded.model.compiler_stance is not None,
-        "checkpointed_layers": min(again, loaded.config.num_hidden_layers),
+        "checkpointed_layers": min(again, loaded.spec.layers),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "sharded_parameters": sharded_parameters(model),
         # Without `Trainer`'s last line: its means are of this process alone, which may have gone on with the stage.
@@ -165,7 +164,7 @@ def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, An
 
 def _with_adapter(job: Job, stage: Stage, start_from: Path | None) -> PeftModel:
     recipe, base = job.recipe, job.loaded.model
-    with_training_forward(base)
+    job.loaded.family.pack_forward(base)
     conditioning, attention = job.setup.conditioning, job.setup.attention
     if start_from is None:
         return add_lora(base, recipe.lora, stage.kind, conditioning, attention)
@@ -298,7 +297,7 @@ def _probe_batch(store: CodeStore, examples: RowExamples, loaded: ModelAndTokeni
     splits = [(name, store.split(name)) for name in ("validation", "train")]
     _, rows = probe_rows(splits, examples.rendering)
     probe = RowExamples(rows, examples.prompter, "transcript", examples.rendering)
-    collate = PaddedCollator(pad_id=loaded.config.pad_token_id or 0, stream_eos=loaded.config.audio_stream_eos_id)
+    collate = PaddedCollator.of(loaded.spec)
     return collate([probe[i] for i in range(min(_PROBE_CLIPS, len(probe)))])
 
 

@@ -25,7 +25,6 @@ from higgstune.codec import Codec
 from higgstune.config.expression import LOSS
 from higgstune.environment import to_device_async
 from higgstune.errors import CheckpointError
-from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.files import write_file
 from higgstune.kernels.loss import LossWeights, Sums, add_sums, combine, label_counts, zero_sums
 from higgstune.model.adapter_folder import ADAPTER_WEIGHTS
@@ -89,11 +88,11 @@ class HiggsAudioTrainer(Trainer):
 
         The data sets are map-style and give `Example`s.
         """
-        with_training_forward(loaded.model)
+        loaded.family.pack_forward(loaded.model)
         self.loaded = loaded
         self.weights = weights or LossWeights()
         self.full_learning_rate = full_learning_rate
-        self._eos_id: int = loaded.config.audio_stream_eos_id
+        self._eos_id = loaded.spec.stream_eos
         self._listening = listening
         self._best: dict[str, Tensor] = {}  # weights of the best step that was listened to, by the names they have
         self._window = _Window()
@@ -323,7 +322,7 @@ class HiggsAudioTrainer(Trainer):
         """Of a split, which may have no rows."""
         if not len(examples):
             return {}
-        sums, counts = zero_sums(self.loaded.config.num_codebooks, self.args.device)
+        sums, counts = zero_sums(self.loaded.spec.num_codebooks, self.args.device)
         with torch.no_grad():
             for batch in self._loader(examples, seed=None):
                 inputs = self._prepare_inputs(batch)

@@ -19,15 +19,15 @@ from higgstune.batch.dataset import TARGET
 from higgstune.batch.loader import PackLoader, example_lengths
 from higgstune.batch.packing import PackSize
 from higgstune.codec.base import WhisperFeatures
+from higgstune.config.recipe import Lora
+from higgstune.data.messages import speech_messages
 from higgstune.errors import CheckpointError
-from higgstune.families.base import Example
-from higgstune.families.higgs_v2.extensions import base_of
+from higgstune.families.base import Example, base_of
 from higgstune.families.higgs_v2.packed import with_training_forward
-from higgstune.families.higgs_v2.prompt import speech_messages
 from higgstune.families.higgs_v2.prompter import Prompter
 from higgstune.kernels.fused import linear, linears
 from higgstune.kernels.loss import IGNORE, head_sums, label_counts
-from higgstune.model.adapters import Lora, add_lora
+from higgstune.model.adapters import add_lora
 
 
 def native_loss(model: PeftModel, example: Example) -> Tensor:
