@@ -54,7 +54,8 @@ def save_adapter(base: Path, folder: Path, *, attention: AttentionTraining | Non
     card = {
         "base_shape": family_of(model).spec(model.config).card(),
         "checkpoint": str(base), "revision": None, "codec": str(base / "codec"), "stage": "voice",
-        "codec_revision": MelCodec.from_pretrained(base / "codec").revision, "base_fingerprint": fingerprint, "conditioning": conditioning.model_dump(),
+        "codec_revision": MelCodec.from_pretrained(base / "codec").revision,
+        "base_fingerprint": fingerprint, "conditioning": conditioning.model_dump(),
         "recipe": {"lora": {"r": 4, "alpha": 8.0, "rslora": False, "dora": False}, "stages": [
             {"name": "voice", "text_weight": 1.0, "audio_weight": 1.0}]},
     }  # fmt: skip
