@@ -47,9 +47,9 @@ from higgstune.model.adapter_folder import (
     base_fingerprint,
     find_adapter,
 )
+from higgstune.progress import Progress, silent
 
 _LOG = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
 RECORDINGS, BASE, ADAPTER, CLIPS = "recordings", "base", "adapter", "clips"
 FOLDER = "evaluation"  # in a run's folder, or beside an adapter
 
@@ -188,7 +188,7 @@ def evaluate(
     if guard and not base:
         raise ConfigError("guard needs the base, which tells what was there before: leave out --no-base")
     target = Path(target)
-    show = progress or (lambda what, done, total: None)
+    show = progress or silent
     kind = kind_of(target)
     adapter = find_adapter(target) if kind == ADAPTER else None
     folder = Path(out) if out is not None else target if kind == CLIPS else _folder_of(target, adapter)

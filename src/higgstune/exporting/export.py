@@ -7,13 +7,14 @@ from typing import Literal, get_args
 
 from higgstune.errors import ConfigError, VerificationError
 from higgstune.exporting.card import Made, model_card
-from higgstune.exporting.layouts import LayoutName, licence_files
+from higgstune.exporting.layouts import LayoutName, licence_files, output_folder
 from higgstune.exporting.merge import check_base_bits, load_source, logits_of, merge, summary_of
-from higgstune.exporting.source import Progress, Source, open_source, stored_dtype
+from higgstune.exporting.source import Source, open_source, stored_dtype
 from higgstune.exporting.verify import MOVES, MergeCheck, difference, held_out
-from higgstune.files import check_new, new_folder
+from higgstune.files import check_new
 from higgstune.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_fingerprint, write_card
 from higgstune.model.adapters import load_adapter
+from higgstune.progress import Progress
 
 Format = Literal["native", "boson", "peft"]
 _LAYOUT: dict[str, LayoutName] = {"native": "native", "boson": "original"}
@@ -72,7 +73,7 @@ def export(
     check_new(out)
     source = open_source(run, model=model, revision=revision, codec=codec)
     check_new(out, source.base, source.adapter)
-    with new_folder(out) as folder:
+    with output_folder(out) as folder:
         check = _write_adapter(source, folder, out.name, data, base_bits, device)
     if progress is not None:
         progress("comparing", 1, 1)

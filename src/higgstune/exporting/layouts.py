@@ -1,14 +1,20 @@
 """Write a model as a checkpoint's folder in one of three layouts, with what a checkpoint has beside its weights."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import torch
 
 from higgstune.checkpoint_files import read_json
 from higgstune.codec import CODEC_FOLDER
 from higgstune.codec.whisper_encoder import WhisperTower
+from higgstune.errors import WorkError
 from higgstune.families import load_family
 from higgstune.families.base import Layout
+from higgstune.files import new_folder
 
 LayoutName = Literal["native", "extended", "original"]
 LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
@@ -22,6 +28,16 @@ _COMPANIONS = (
     _GENERATION_CONFIG,
 )  # fmt: skip
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+
+
+@contextmanager
+def output_folder(out: Path) -> Iterator[Path]:
+    """`new_folder` for a checkpoint. Raises WorkError, too, where a device's memory is too small for the model."""
+    try:
+        with new_folder(out) as folder:
+            yield folder
+    except torch.OutOfMemoryError as error:
+        raise WorkError(f"the model does not fit into the device's memory: use --device cpu [{error}]") from error
 
 
 def write_checkpoint(

@@ -20,16 +20,16 @@ from higgstune.codec import DEFAULT_CODEC
 from higgstune.codec.whisper_encoder import load_whisper
 from higgstune.errors import CheckpointError, ConfigError, VerificationError
 from higgstune.exporting.card import Written, describe, public_name
-from higgstune.exporting.layouts import LAYOUTS, LayoutName, copy_codec, write_checkpoint
-from higgstune.exporting.source import Progress, Source, open_source, stored_dtype
+from higgstune.exporting.layouts import LAYOUTS, LayoutName, copy_codec, output_folder, write_checkpoint
+from higgstune.exporting.source import Source, open_source, stored_dtype
 from higgstune.exporting.verify import Logits, MergeCheck, audio_loss, check_merged, held_out
 from higgstune.families import family_of
-from higgstune.files import check_new, new_folder
-from higgstune.files import writing_folder as writing
+from higgstune.files import NOTHING_KEPT, check_new, writing
 from higgstune.hub import fetch
 from higgstune.model.adapter_folder import base_fingerprint
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import ModelAndTokenizers, load_model, load_model_and_tokenizers
+from higgstune.progress import Progress, silent
 from higgstune.training.verify import probe_logits
 
 _PROBES = 4  # random inputs on which a layer is compared before and after its merge
@@ -146,12 +146,12 @@ def merge(
         computed_in="bfloat16" if narrow else "float32",
         whisper=whisper,
         device=device,
-        show=progress or (lambda what, done, total: None),
+        show=progress or silent,
     )
-    with new_folder(out) as folder:
+    with output_folder(out) as folder:
         written = _write(source, folder, wanted, data)
         check, fingerprint = _prove(folder, written, wanted)
-        with writing(out):
+        with writing(out, NOTHING_KEPT):
             describe(source, folder, out.name, written, check, fingerprint, base_bits)
     return MergeResult(out, written.layout, wanted.dtype, check, written.dropped, written.loss)
 
@@ -194,7 +194,7 @@ def _write(source: Source, folder: Path, wanted: _Wanted, data: str | Path | Non
     merged = merge_layers(model, getattr(torch, wanted.dtype), wanted.show)
     codec = _codec_folder(loaded.codec)
     tower = loaded.whisper if wanted.whisper is None else load_whisper(wanted.whisper)
-    with writing(folder):
+    with writing(folder, NOTHING_KEPT):
         write_checkpoint(folder, merged, layout, base=source.layout, tokenizer=loaded.tokenizer, tower=tower)
         if codec is not None:
             copy_codec(codec, folder)

@@ -1,7 +1,6 @@
 """What is merged or exported: an adapter, its base and its codec, found and checked before any weight is read."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,7 +22,6 @@ from higgstune.model.adapter_folder import (
     find_adapter,
 )
 
-Progress = Callable[[str, int, int], None]
 MERGED = "merged"  # key of a folder's higgstune.json: an adapter is in these weights, and which
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from higgstune.checkpoint_files import MALFORMED, read_json, read_weights
+from higgstune.checkpoint_files import malformed_errors, read_json, read_weights
 from higgstune.codec.whisper_encoder import WhisperTower
 from higgstune.errors import CheckpointError
 from higgstune.families.base import Conditioning, Layout, Spec
@@ -51,7 +51,7 @@ def read_config(folder: Path) -> HiggsAudioV2Config:
         inverse_frequencies(config)  # an unknown kind would fail wherever a model is built
     except CheckpointError:
         raise
-    except MALFORMED as error:
+    except malformed_errors() as error:
         raise CheckpointError(
             f"{path} does not describe a model of {INFO.title} ({type(error).__name__}: {error}): copy or download the "
             "checkpoint again"
@@ -176,7 +176,7 @@ def _check_size(layout: Layout, config: HiggsAudioV2Config) -> None:
         if not 0 <= min(ids) <= max(ids) < config.vocab_size:
             raise ValueError(f"a token id is outside of the {config.vocab_size} of the vocabulary")
         values = sum(value.numel() for value in empty_model(config).state_dict().values())
-    except MALFORMED as error:
+    except malformed_errors() as error:
         raise CheckpointError(f"{path} is damaged: {error}; copy or download the checkpoint again") from error
     if values > layout.bytes:
         raise CheckpointError(f"{path} asks for {values} values, which the {layout.bytes} bytes of weights cannot hold")
@@ -200,7 +200,7 @@ def _load_native(
             use_safetensors=True,
             local_files_only=True,
         )
-    except (SafetensorError, *MALFORMED) as error:
+    except malformed_errors(SafetensorError) as error:
         raise CheckpointError(f"{layout.folder} cannot be loaded: {error}") from error
     model, info = loaded
     problems = [*info["missing_keys"], *(str(item) for item in info["mismatched_keys"])]
