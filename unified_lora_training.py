@@ -15,11 +15,10 @@ import torch
 
 from higgstune import prepare
 from higgstune.config.recipe import EvaluationSettings, ModelSettings, Recipe, Stage, parse_recipe
-from higgstune.data.shard_reader import INDEX_NAME
 from higgstune.environment import choose_device
 from higgstune.errors import CheckpointError, HiggstuneError
 from higgstune.hub import fetch
-from higgstune.model.adapter_folder import find_adapter
+from higgstune.inputs import INDEX_NAME, find_adapter
 from higgstune.model.adapters import Lora
 from higgstune.training.distributed import Processes
 from higgstune.training.run import train

@@ -1,4 +1,4 @@
-"""What lies in a checkpoint's folder, found out from its small files before any weight is read."""
+"""The files of a checkpoint's folder: what they say, and whether they are whole, before any weight is read."""
 
 import hashlib
 import json
@@ -6,21 +6,22 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from higgstune.errors import CheckpointError
 from higgstune.files import write_file
+
+if TYPE_CHECKING:
+    from torch import Tensor  # torch is imported when tensors are read: a folder can be refused without it
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS = "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # of weights that may run code when they are loaded
 Kind = Literal["native", "original", "extended"]
-# What configuration classes and models raise for wrong types, sizes and names in a file from elsewhere.
+# What configuration classes and models raise for wrong types, sizes and names in a file of unknown origin.
 MALFORMED = (
     ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError, RuntimeError, OSError,
     StrictDataclassError,
@@ -53,7 +54,7 @@ class Layout:
 
 def read_layout(folder: Path) -> Layout:
     """Check that config and weights are there and whole. Raises CheckpointError naming the file and what to do."""
-    config = read_json(folder / "config.json", "it is no checkpoint folder without it")
+    config = read_json(folder / "config.json", "a checkpoint folder needs it")
     kind = MODEL_TYPES.get(config.get("model_type"))
     if kind is None:
         expected = ", ".join(f"{model_type} ({kind})" for model_type, kind in MODEL_TYPES.items())
@@ -68,7 +69,7 @@ def read_layout(folder: Path) -> Layout:
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError when it is missing (with `why` it matters) or broken."""
+    """A JSON object from a file. Raises CheckpointError when it is missing (`why` says why it matters) or broken."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_JSON + 1)
@@ -118,7 +119,7 @@ def safetensors_keys(path: Path) -> set[str]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not written:
-        raise CheckpointError(f"{path} is truncated or no safetensors file: copy or download it again")
+        raise CheckpointError(f"{path} is truncated or not a safetensors file: copy or download it again")
     try:
         header = json.loads(written)
         header.pop("__metadata__", None)
@@ -158,16 +159,18 @@ def is_pickled(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in PICKLED)
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> "dict[str, Tensor]":
     """The tensors of a safetensors file. Raises CheckpointError naming a file that is missing, truncated or broken."""
-    safetensors_keys(file)  # tells a truncated file with a message of its own
+    from safetensors.torch import load_file
+
+    safetensors_keys(file)  # a truncated file has a message of its own
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}): copy or download it again") from error
 
 
-def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
+def read_weights(files: Sequence[Path]) -> "dict[str, Tensor]":
     """All tensors of a checkpoint's files. Raises CheckpointError naming a file that is missing or truncated."""
     state: dict[str, Tensor] = {}
     for file in files:
@@ -175,7 +178,7 @@ def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
     return state
 
 
-FOLDER_CARD = "higgstune.json"  # what Higgstune notes of a folder that it wrote
+FOLDER_CARD = "higgstune.json"  # Higgstune's notes on a folder that it wrote
 FILES = "files"  # its key: {path from the folder: sha256}
 
 
@@ -189,7 +192,7 @@ def sha256_of(path: Path) -> str:
 
 
 def folder_card(folder: Path) -> dict[str, Any]:
-    """What Higgstune noted of a folder; empty for one from elsewhere. Raises CheckpointError when it is broken."""
+    """Higgstune's notes on a folder; empty for a folder of another origin. Raises CheckpointError when broken."""
     path = folder / FOLDER_CARD
     return read_json(path, "") if path.exists() else {}
 
@@ -214,7 +217,7 @@ def check_checksums(folder: Path) -> None:
             raise CheckpointError(f"{folder / FOLDER_CARD} names a file outside of its folder: {name}; copy it again")
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing: {FOLDER_CARD} says that it belongs here; copy the folder again")
+            raise CheckpointError(f"{path} is missing: {FOLDER_CARD} lists it; copy the folder again")
         found = sha256_of(path)
         if found != recorded:
             raise CheckpointError(

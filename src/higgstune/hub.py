@@ -3,17 +3,6 @@
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from higgstune.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -42,6 +31,18 @@ def fetch(
         raise CheckpointError(f"the {what} {name} is a file: name the folder that holds it")
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"the {what} {name} does not exist: give a folder or a hub id such as owner/name")
+    # Imported here, not above: a wrong path is refused without the hub's client.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     try:
         files = _SMALL_FILES + (_WEIGHTS if weights else [])
         return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=files))
@@ -64,3 +65,9 @@ def fetch(
             f"the {what} {name} is not a folder here, not in the hub's cache, and the hub could not be reached: "
             f"download it where there is a network (`hf download {name}`) and give its folder [{error}]"
         ) from error
+
+
+def check_name(name_or_path: str | Path, *, what: str) -> None:
+    """Raise CheckpointError for a name that is neither a folder nor spelt like a hub id, without asking a hub."""
+    if not _HUB_ID.fullmatch(str(name_or_path)):
+        fetch(name_or_path, what=what)

@@ -25,7 +25,7 @@ from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore, read_feature_index
 from higgstune.errors import CheckpointError, DataError
 from higgstune.families.higgs_v2.extensions import Conditioning
-from higgstune.model.adapter_folder import find_adapter
+from higgstune.inputs import find_adapter
 from higgstune.model.adapters import Lora, add_lora, load_adapter
 from higgstune.model.load import load_model, load_tokenizer
 

@@ -21,8 +21,8 @@ from higgstune.diagnostics.inspect_row import load_prompter
 from higgstune.families.base import Example
 from higgstune.families.higgs_v2.extensions import base_of, conditioning_of
 from higgstune.families.higgs_v2.prompter import Prompter
+from higgstune.inputs import find_adapter
 from higgstune.kernels.loss import IGNORE
-from higgstune.model.adapter_folder import find_adapter
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model
 

@@ -23,8 +23,9 @@ from study_data import SETTINGS, RunSetup, Stores, stores_of
 
 from higgstune.codec import CODEC_FOLDER
 from higgstune.config.recipe import Recipe, parse_recipe
-from higgstune.evaluation.evaluate import ADAPTER, RECORDINGS, evaluate
+from higgstune.evaluation.evaluate import RECORDINGS, evaluate
 from higgstune.families.sampling import Sampling
+from higgstune.inputs import ADAPTER
 from higgstune.training.run import train
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "conditioning"))

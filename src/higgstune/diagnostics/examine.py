@@ -30,13 +30,8 @@ from higgstune.families.higgs_v2.checkpoint import brings_audio_attention, read_
 from higgstune.families.higgs_v2.extensions import conditioning_of
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
 from higgstune.hub import fetch
-from higgstune.model.adapter_folder import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    adapter_card,
-    adapter_conditioning,
-    find_adapter,
-)
+from higgstune.inputs import ADAPTER_CONFIG, find_adapter
+from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, adapter_conditioning
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model, load_tokenizer
 

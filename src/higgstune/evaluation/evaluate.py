@@ -37,20 +37,14 @@ from higgstune.families.sampling import Sampling
 from higgstune.files import alone_in, write_file
 from higgstune.generate.speak import load_base
 from higgstune.generate.speaker import Speaker
+from higgstune.inputs import ADAPTER, ADAPTER_CONFIG, BASE, CLIPS, RUN_STATE, find_adapter, kind_of
 from higgstune.kernels.quantize import Quantize
 from higgstune.metrics import METRICS, SIGNIFICANT, Difference, Evaluation, verdict
-from higgstune.model.adapter_folder import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    RUN_STATE,
-    adapter_card,
-    base_fingerprint,
-    find_adapter,
-)
+from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, base_fingerprint
 
 _LOG = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
-RECORDINGS, BASE, ADAPTER, CLIPS = "recordings", "base", "adapter", "clips"
+RECORDINGS = "recordings"
 FOLDER = "evaluation"  # in a run's folder, or beside an adapter
 
 
@@ -368,13 +362,6 @@ def _is_as_trained(store: CodeStore | None, adapter: Path | None) -> bool | None
         return None
     before = read_json(adapter.parent.parent / RUN_STATE, "").get("trained_on", {}).get("store")
     return None if before is None else before == [shard.sha256 for shard in store.shards]
-
-
-def kind_of(target: Path) -> str:
-    """What is to be evaluated; what is no folder is the name of a base at the hub."""
-    if (target / ADAPTER_CONFIG).exists() or (target / RUN_STATE).exists():
-        return ADAPTER
-    return BASE if not target.is_dir() or (target / "config.json").exists() else CLIPS
 
 
 def _folder_of(target: Path, adapter: Path | None) -> Path:

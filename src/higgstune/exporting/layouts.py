@@ -1,9 +1,9 @@
-"""Write a model as a checkpoint's folder in one of three layouts, with what a checkpoint has beside its weights."""
+"""Write a model as a checkpoint's folder in one of three layouts: weights, config, tokenizer, licences."""
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from huggingface_hub import save_torch_state_dict
 from transformers import GenerationConfig, HiggsAudioV2ForConditionalGeneration
@@ -17,14 +17,13 @@ from higgstune.families.higgs_v2.extensions import CONDITIONING_KEY, conditionin
 from higgstune.families.higgs_v2.prompt import AUDIO_EOS, AUDIO_IN, native_chat_template
 
 LayoutName = Literal["native", "extended", "original"]
-LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
 SHARD_SIZE = "4GB"
 
 _CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
 _CHAT_TEMPLATE = "chat_template.jinja"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-# What belongs to a checkpoint beside weights and config; anything else in its folder stays there.
+# The other files of a checkpoint, which are copied from its base; any other file is not.
 _COMPANIONS = (
     "tokenizer.json", _TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", _CHAT_TEMPLATE, "chat_template.json", "preprocessor_config.json", "processor_config.json",
@@ -43,10 +42,10 @@ def write_checkpoint(
     tokenizer: Any,
     tower: WhisperTower | None = None,
 ) -> None:
-    """Config and weights of `model` in a layout, and beside them tokenizer, template and licences of `base`.
+    """Write config and weights of `model` in a layout, with tokenizer, template and licences of `base`.
 
-    `tower` is the Whisper encoder that the original layout brings along, where it is loaded already.
-    Raises CheckpointError for what a layout cannot say.
+    `tower` is the Whisper encoder that the original layout includes, where it is loaded already.
+    Raises CheckpointError for a model that a layout cannot express.
     """
     if layout == "original":
         _write_original(folder, model, base, tokenizer, tower)
@@ -63,18 +62,18 @@ def licence_files(folder: Path) -> list[Path]:
 
 
 def copy_codec(codec: Path, folder: Path) -> None:
-    """Bring a codec along, with its licence, where loading a checkpoint looks for one."""
+    """Include a codec, with its licence, in the sub-folder where loading a checkpoint looks for one."""
     shutil.copytree(codec, folder / CODEC_FOLDER, ignore=shutil.ignore_patterns(".*"))
 
 
 def _write_native(folder: Path, model: HiggsAudioV2ForConditionalGeneration) -> None:
-    # The base's own generation config is copied afterwards, as it is: saving would refuse some that loading takes.
+    # The base's own generation config is copied afterwards: saving refuses some that loading accepts.
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
 
 
 def _mark_extended(path: Path, model: HiggsAudioV2ForConditionalGeneration) -> None:
-    """What keeps other software from loading this folder without its extensions, of which it would hardly tell."""
+    """Keep other software from loading this folder without its extensions, which it would hardly report."""
     [model_type] = [name for name, kind in MODEL_TYPES.items() if kind == "extended"]
     config = read_json(path, "") | {
         "model_type": model_type,  # unknown to transformers' automatic classes
@@ -110,7 +109,7 @@ def _write_original(
         written=base.config if base.kind == "original" else None,
     )
     if conditioning.whisper is not None:
-        config["encode_audio_in_tokens"] = False  # the original would put codes beside what is heard: untrained here
+        config["encode_audio_in_tokens"] = False  # the original adds codes to Whisper features, which was not trained
     config["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE)
@@ -122,7 +121,7 @@ def _tower(checkpoint: str) -> WhisperTower:
         tower: WhisperTower = load_whisper(checkpoint)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}\n(the original layout brings its Whisper encoder along; the extended one only names it)"
+            f"{error}\n(--format boson includes the Whisper encoder; --format extended only names it)"
         ) from error
     return tower
 

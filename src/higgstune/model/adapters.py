@@ -22,10 +22,10 @@ from higgstune.families.higgs_v2.extensions import (
     conditioning_of,
 )
 from higgstune.families.higgs_v2.lora import _FULL_AND_AUDIO_ATTENTION, _FULL_TARGETS, _PATTERNS, _TEXT_TARGETS
+from higgstune.inputs import ADAPTER_CONFIG
 from higgstune.kernels.quantize import dequantized
 from higgstune.model.adapter_folder import (
     ADAPTER_CARD,
-    ADAPTER_CONFIG,
     _checked_weights,
     adapter_conditioning,
     check_shapes,

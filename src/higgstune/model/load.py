@@ -19,8 +19,9 @@ from higgstune.families.higgs_v2.checkpoint import native_config, read_original
 from higgstune.families.higgs_v2.extensions import CONDITIONING_KEY, Conditioning, add_conditioning
 from higgstune.families.higgs_v2.prompt import AUDIO_OUT, AUDIO_OUT_BOS
 from higgstune.hub import fetch
+from higgstune.inputs import ADAPTER_CONFIG
 from higgstune.kernels.quantize import Quantize, check_quantize, quantize_layers
-from higgstune.model.adapter_folder import ADAPTER_CONFIG, UNQUANTIZED_FINGERPRINT, base_fingerprint
+from higgstune.model.adapter_folder import UNQUANTIZED_FINGERPRINT, base_fingerprint
 
 _TEXT_HEAD = "text_lm_head.weight"
 # What a config.json may say. Other keys can make transformers fetch code (_attn_implementation) or read other files.

@@ -22,7 +22,8 @@ from higgstune.evaluation.judges.base import Judges
 from higgstune.evaluation.report.run_report import write_run_report
 from higgstune.families.higgs_v2.extensions import add_conditioning
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
-from higgstune.model.adapter_folder import adapter_card, adapter_conditioning, find_adapter
+from higgstune.inputs import find_adapter
+from higgstune.model.adapter_folder import adapter_card, adapter_conditioning
 from higgstune.model.adapters import check_directions
 from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
 from higgstune.planning.run_memory import RunMemory

@@ -12,7 +12,7 @@ from higgstune.data.shard_reader import read_index
 from higgstune.environment import versions
 from higgstune.errors import DataError
 from higgstune.evaluation.clips import CLIPS_FILE, SAMPLES, Clip, read_clips
-from higgstune.evaluation.evaluate import ADAPTER, BASE, FOLDER, EvaluationResult, SetResult
+from higgstune.evaluation.evaluate import FOLDER, EvaluationResult, SetResult
 from higgstune.evaluation.report.measures import changes_of
 from higgstune.evaluation.report.page import (
     Candidate,
@@ -26,8 +26,9 @@ from higgstune.evaluation.report.page import (
     write_report,
 )
 from higgstune.evaluation.report.players import badness, complaints, take_of
+from higgstune.inputs import ADAPTER, BASE, RUN_STATE
 from higgstune.metrics import METRICS, Confusion, Evaluation, shown
-from higgstune.model.adapter_folder import RUN_STATE, adapter_card
+from higgstune.model.adapter_folder import adapter_card
 
 REPORT = "report.html"
 _MOST_TEXTS = 40  # of a set with players: a page of hundreds would not open on a phone
