@@ -102,8 +102,8 @@ def speak(
     needs_words = reference is not None and (reference_place or _trained_place(*folders)) == "turn"
     if needs_words != bool(words) and (needs_words or reference is None):
         raise InputError(
-            "a reference needs both the recording (--reference) and its words (--reference-text), where it is an "
-            "earlier turn (--reference-place)"
+            "a reference needs both the recording (--reference) and its transcript (--reference-text), unless the "
+            "adapter was trained with references in the scene"
         )
     texts = [text] if isinstance(text, str) else list(text)
     files = [Path(out)] if isinstance(text, str) else [Path(out) / f"{i:04d}.wav" for i in range(1, len(texts) + 1)]
