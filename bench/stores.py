@@ -87,7 +87,7 @@ def _entries(lengths: np.ndarray, seed: int) -> Iterator[Entry]:
             reference_sha256=None,
             context_sha256=[],
             target_recordings=[sha256],
-            linked_recordings=[],
+            context_recordings=[],
             recording_samples=round(seconds * 24_000),
             recording_rate=24_000,
             recording_sketch=generator.normal(size=16).tolist(),

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from higgstune.errors import CheckpointError
@@ -19,26 +18,34 @@ if TYPE_CHECKING:
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS = "model.safetensors"
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # of weights that may run code when they are loaded
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # weights that may run code when they are loaded
+FOLDER_CARD = "higgstune.json"  # notes of Higgstune about a folder that it wrote
+FILES = "files"  # key of the card: {path from the folder: sha256}
 Kind = Literal["native", "original", "extended"]
-# What configuration classes and models raise for wrong types, sizes and names in a file of unknown origin.
-MALFORMED = (
-    ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError, RuntimeError, OSError,
-    StrictDataclassError,
-)  # fmt: skip
-_MAX_JSON = 64 << 20  # bytes; the index of the largest checkpoint has a few
-_MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
+_MAX_JSON = 64 << 20  # bytes; the index of the largest checkpoint has a few MB
+_MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 _MAX_DEPTH = 64
-# The extended layout is the native one with modules that the native class does not have. It has a name of its own, so
-# that no other software takes it for a native checkpoint and leaves them out.
+# The extended layout is the native one with modules that the native class does not have. It has its own name, so that
+# no other software takes it for a native checkpoint and leaves these modules out.
 MODEL_TYPES: dict[Any, Kind] = {
     "higgs_audio_v2": "native", "higgs_audio": "original", "higgs_audio_v2_extended": "extended",
 }  # fmt: skip
+# What configuration classes and models raise for wrong types, sizes and names in a file of unknown origin.
+_MALFORMED = (
+    ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError, RuntimeError, OSError,
+)  # fmt: skip
+
+
+def malformed_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """The errors to catch, and `others`, where transformers builds something from a file of unknown origin."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (*_MALFORMED, StrictDataclassError, *others)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint's folder: which of the layouts, its config as written, and its weight files."""
+    """A checkpoint's folder: its layout, its config as written, its weight files and the names of their tensors."""
 
     folder: Path
     kind: Kind
@@ -48,12 +55,12 @@ class Layout:
 
     @property
     def bytes(self) -> int:
-        """Of its weight files."""
+        """Size of all weight files."""
         return sum(path.stat().st_size for path in self.weights)
 
 
 def read_layout(folder: Path) -> Layout:
-    """Check that config and weights are there and whole. Raises CheckpointError naming the file and what to do."""
+    """Check that config and weights exist and are whole. Raises CheckpointError naming the file and what to do."""
     config = read_json(folder / "config.json", "a checkpoint folder needs it")
     kind = MODEL_TYPES.get(config.get("model_type"))
     if kind is None:
@@ -78,7 +85,7 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if len(content) > _MAX_JSON:
-        raise CheckpointError(f"{path} is larger than {_MAX_JSON >> 20} MB, which it cannot be: download it again")
+        raise CheckpointError(f"{path} is larger than {_MAX_JSON >> 20} MB, which no such file is: download it again")
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -91,7 +98,7 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether walking through it could exhaust the stack."""
+    """Whether a recursive walk through a value could exhaust the stack."""
     level, depth = [value], 0
     while level and depth <= _MAX_DEPTH:
         level = [
@@ -107,7 +114,7 @@ def _is_deep(value: Any) -> bool:
 def safetensors_keys(path: Path) -> set[str]:
     """The tensor names of a safetensors file, from its header alone.
 
-    Raises CheckpointError when the file is missing, or shorter than its header says (a download that broke off).
+    Raises CheckpointError when the file is missing, or shorter than its header says (an interrupted download).
     """
     try:
         with path.open("rb") as file:
@@ -124,7 +131,7 @@ def safetensors_keys(path: Path) -> set[str]:
         header = json.loads(written)
         header.pop("__metadata__", None)
         needed = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except MALFORMED as error:
+    except _MALFORMED as error:
         raise CheckpointError(f"{path} has a broken header: copy or download it again") from error
     if size < needed:
         raise CheckpointError(f"{path} is truncated ({size} of {needed} bytes): copy or download it again")
@@ -141,14 +148,14 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         names = sorted({str(name) for name in shards.values()})
         if odd := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
             raise CheckpointError(
-                f"{index} names the weight file {odd[0]!r}: it may name safetensors files of its own folder alone"
+                f"{index} names the weight file {odd[0]!r}: it may name only safetensors files in its own folder"
             )
         return tuple(folder / name for name in names)
     if (folder / SAFETENSORS).exists():
         return (folder / SAFETENSORS,)
     if is_pickled(folder):
         raise CheckpointError(
-            f"{folder} has pickled weights (.bin, .pt, ...) only: they can run code when loaded and are not read; "
+            f"{folder} has only pickled weights (.bin, .pt, ...), which can run code when loaded and are never read: "
             "convert them to safetensors"
         )
     raise CheckpointError(f"{folder} has neither {SAFETENSORS} nor {SAFETENSORS_INDEX}: the weights are missing")
@@ -178,10 +185,6 @@ def read_weights(files: Sequence[Path]) -> "dict[str, Tensor]":
     return state
 
 
-FOLDER_CARD = "higgstune.json"  # Higgstune's notes on a folder that it wrote
-FILES = "files"  # its key: {path from the folder: sha256}
-
-
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, 64 hex digits. Raises CheckpointError when the file cannot be read."""
     try:
@@ -198,14 +201,14 @@ def folder_card(folder: Path) -> dict[str, Any]:
 
 
 def write_checksums(folder: Path, **notes: Any) -> None:
-    """Record the sha256 of every weight file below a folder, and `notes` beside them, in `higgstune.json`."""
+    """Record in the folder card the sha256 of every weight file below a folder, and `notes`."""
     files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(folder.rglob("*.safetensors"))}
     card = folder_card(folder) | notes | {FILES: files}
     write_file(folder / FOLDER_CARD, json.dumps(card, indent=2, ensure_ascii=False))
 
 
 def check_checksums(folder: Path) -> None:
-    """Compare each recorded weight file with its checksum. A folder that records none passes.
+    """Compare each recorded weight file with its checksum. A folder without records passes.
 
     Raises CheckpointError naming the file that is missing or has changed.
     """
@@ -214,7 +217,9 @@ def check_checksums(folder: Path) -> None:
         raise CheckpointError(f"{folder / FOLDER_CARD}: {FILES} must map file names to checksums; copy it again")
     for name, recorded in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"{folder / FOLDER_CARD} names a file outside of its folder: {name}; copy it again")
+            raise CheckpointError(
+                f"{folder / FOLDER_CARD} names the file {name}, which is outside of its folder: copy it again"
+            )
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: {FOLDER_CARD} lists it; copy the folder again")
@@ -222,5 +227,5 @@ def check_checksums(folder: Path) -> None:
         if found != recorded:
             raise CheckpointError(
                 f"{path} is not the file that was written: its sha256 is {found[:16]}..., {FOLDER_CARD} records "
-                f"{str(recorded)[:16]}...; copy the folder again, or write it anew"
+                f"{str(recorded)[:16]}...; copy the folder again, or write it again"
             )

@@ -45,7 +45,7 @@ def refusal(path: Path, error: Exception, kept: str, *, again: str = "run it aga
     return f"{path} cannot be written: {reason or error}; {kept}: {advice}"
 
 
-def write_file(path: Path, text: str, *, kept: str = "it is as it was") -> None:
+def write_file(path: Path, text: str, *, kept: str = "the old file is unchanged") -> None:
     """Replace a text file in one step, so that a reader sees the old or the new one. Raises WorkError, with `kept`."""
     temporary = path.with_name(f".{path.name}.new")
     with writing(path, kept):
@@ -136,3 +136,8 @@ def new_folder(out: Path) -> Iterator[Path]:
             os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes for people, in MB below 1 GB: 872 MB, 4.22 GB."""
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

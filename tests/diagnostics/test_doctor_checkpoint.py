@@ -13,7 +13,6 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny_checkpoint import tiny_config, tiny_tokenizer
 from tiny_runs import DEMO_CODEC
 
-from higgstune import hub
 from higgstune.diagnostics import doctor
 from higgstune.diagnostics.checkpoint import check_config
 
@@ -97,7 +96,7 @@ def test_a_checkpoint_that_is_not_there_is_a_finding(monkeypatch: pytest.MonkeyP
     def unreachable(name: str, **options: Any) -> None:
         raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr(hub, "snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     report = doctor(model="owner/name")
     assert failed(report) == {"checkpoint"}
     assert len([f for f in report.findings if f.status == "failed"]) == 1

@@ -75,7 +75,7 @@ class Ears:
     def __init__(self, value: float) -> None:
         self.value = value
 
-    def heard(self, sha256: str) -> WhisperFeatures:
+    def read(self, sha256: str) -> WhisperFeatures:
         return WhisperFeatures(np.full((4, 3), self.value, dtype=np.float16), (4,))
 
 

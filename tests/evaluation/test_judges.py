@@ -464,7 +464,7 @@ def test_models_come_from_the_hubs_cache(hub_cache: Path, wavlm: Path, whisper: 
     assert ", ears " in judges.asr.name
     assert judges.speaker is not None
     assert judges.speaker.similarities(clips[:1], clips[:1]) == {"voices": [pytest.approx(1.0)]}
-    with pytest.raises(CheckpointError, match="owner/nothing is not a folder here, not in the hub's cache"):
+    with pytest.raises(CheckpointError, match="owner/nothing is neither a local folder nor in the hub's cache"):
         load_judges(speaker="owner/nothing")
 
 

@@ -40,7 +40,7 @@ def clip(folder: Path, name: str, seed: int, text: str | None = None, seconds: f
 
 
 class CountingCodec(FakeCodec):
-    """Counts what it is asked for; may be slow."""
+    """Counts the clips that it encodes; may be slow."""
 
     def __init__(self, revision: str = "fake-1", seconds: float = 0.0) -> None:
         super().__init__()

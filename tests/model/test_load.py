@@ -19,7 +19,6 @@ from transformers import (
 )
 
 import higgstune
-from higgstune import hub
 from higgstune.environment import choose_device, choose_dtype
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.model.load import load_model, load_model_and_tokenizers
@@ -211,7 +210,7 @@ def test_errors_of_the_hub_say_what_to_do(monkeypatch: pytest.MonkeyPatch, error
         asked.update(options)
         raise error.__new__(error)
 
-    monkeypatch.setattr(hub, "snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(CheckpointError, match=names):
         load_model("owner/name", revision="abc", cache_dir="somewhere")
     assert asked["revision"] == "abc"

@@ -153,7 +153,7 @@ def test_features_that_are_not_as_their_index_says(tmp_path: Path, tensors: dict
     index["files"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     path.with_name("index.json").write_text(json.dumps(index))
     with pytest.raises(DataError, match="copy or prepare it again"):
-        FeatureStore.open(tmp_path, "x").heard("a" * 64)
+        FeatureStore.open(tmp_path, "x").read("a" * 64)
 
 
 # Checkpoints
@@ -188,10 +188,10 @@ def header(content: bytes, length: int | None = None) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda f: shards(f, "../../outside.safetensors"), "of its own folder alone"),
-        (lambda f: shards(f, "/outside.safetensors"), "of its own folder alone"),
-        (lambda f: shards(f, "pytorch_model.bin"), "of its own folder alone"),
-        (lambda f: shards(f, 5), "of its own folder alone"),
+        (lambda f: shards(f, "../../outside.safetensors"), "in its own folder"),
+        (lambda f: shards(f, "/outside.safetensors"), "in its own folder"),
+        (lambda f: shards(f, "pytorch_model.bin"), "in its own folder"),
+        (lambda f: shards(f, 5), "in its own folder"),
         (header(b"[]"), "broken header"),
         (header(b'{"a": 5}'), "broken header"),
         (header(b'{"a": {"data_offsets": [0]}}'), "broken header"),

@@ -108,7 +108,7 @@ def test_features_are_stored_once_for_what_is_heard(world: Path) -> None:
     assert needed == {sha256 for row in store.contexts() for sha256 in whisper_clips(row, "scene")}
     assert all(sha256 in features for sha256 in needed)
     talk = next(row for row in store.rows() if row.messages is not None and whisper_clips(row, "turn"))
-    kept = features.heard(talk.context_sha256[0])
+    kept = features.read(talk.context_sha256[0])
     waveform, _ = soundfile.read(world / "recordings" / "voice.wav", dtype="float32")
     tower = load_whisper(world / "whisper")
     fresh = tower.encode(higgstune.data.audio.resample(waveform, 24_000, 16_000))  # type: ignore[attr-defined]
@@ -317,7 +317,7 @@ def test_stored_features_that_changed_are_refused(world: Path, tmp_path: Path) -
     clip = next(iter(features.index.files[0].clips))
     flip(features.folder / features.index.files[0].name)
     with pytest.raises(DataError, match="not the file that was written"):
-        features.heard(clip)
+        features.read(clip)
     next((copy / FOLDER).rglob("index.json")).write_text("{")
     with pytest.raises(DataError, match="damaged"):
         FeatureStore.open(copy, str(world / "whisper"))

@@ -5,7 +5,7 @@ Everything comes from the package: the sample recordings, the fitted codec, the 
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
@@ -29,13 +29,13 @@ from higgstune.evaluation.judges.base import Judges
 from higgstune.families.sampling import Sampling
 from higgstune.generate.speak import load_speaker
 from higgstune.generate.speaker import Speaker
+from higgstune.progress import Progress, silent
 from higgstune.training.run import RunResult, train
 
 TARGET_VOICE = "rms"
 CLIPS = 30  # of its recordings, for training and validation: as many as a few minutes of training can take in
 SPOKEN_SENTENCES = 24  # training sentences that are spoken, and measured where judges are at hand
 SAMPLING = Sampling(temperature=0)  # greedy: a miniature has no probability mass to spare
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def run_demo(
         raise ConfigError(f"{out} exists: remove it, or give another --out")
     judges = load_judges(asr, speaker_judge)
     with _one_thread():
-        return _run(out, judges, progress or (lambda what, done, total: None))
+        return _run(out, judges, progress or silent)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import HiggsAudioV2Config
 
 from higgstune.batch.dataset import Rendering, row_example
-from higgstune.checkpoint_files import MALFORMED, read_json
+from higgstune.checkpoint_files import malformed_errors, read_json
 from higgstune.config.recipe import ModelSettings
 from higgstune.data.messages import ReferencePlace
 from higgstune.data.store import CodeStore
@@ -83,7 +83,7 @@ def load_prompter(checkpoint: str | Path) -> Prompter:
         config = native_config(written) if original else HiggsAudioV2Config.from_dict(written)
     except CheckpointError:
         raise
-    except MALFORMED as error:
+    except malformed_errors() as error:
         raise CheckpointError(f"{folder / 'config.json'} is damaged: {error}; copy or download it again") from error
     return Prompter(load_tokenizer(folder, config), SpecialIds.from_config(config))
 

@@ -19,6 +19,7 @@ from higgstune.config.recipe import Recipe
 from higgstune.diagnostics.report import Finding
 from higgstune.families.higgs_v2.checkpoint import empty_model
 from higgstune.families.higgs_v2.extensions import Conditioning, add_conditioning
+from higgstune.files import format_bytes
 from higgstune.planning.dry_run import ADAPTER, GRADIENTS, OPTIMIZER, WEIGHTS
 from higgstune.planning.survey import free_memory, machine_for
 
@@ -82,11 +83,11 @@ def speaking_plan(
 
 def check_memory(plan: Plan, free: int, *, device: str) -> Finding:
     """The plan against what is free."""
-    parts = f"{_size(plan.weights)} weights, {_size(plan.activations)} KV cache"
+    parts = f"{format_bytes(plan.weights)} weights, {format_bytes(plan.activations)} KV cache"
     if plan.trained:
-        rest = f"{_size(plan.activations)} activations and all else"
-        parts = f"{_size(plan.weights)} weights, {_size(plan.trained)} trained, {rest}"
-    text = f"{plan.what} takes about {_size(plan.total)} ({parts}); {_size(free)} are free on {device}"
+        rest = f"{format_bytes(plan.activations)} activations and all else"
+        parts = f"{format_bytes(plan.weights)} weights, {format_bytes(plan.trained)} trained, {rest}"
+    text = f"{plan.what} takes about {format_bytes(plan.total)} ({parts}); {format_bytes(free)} are free on {device}"
     if plan.total > free:
         return Finding(CHECK, "failed", text, _advice(plan))
     if plan.total > (1 - LOW_HEADROOM) * free:
@@ -116,12 +117,6 @@ def _weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 def _longest(config: HiggsAudioV2Config) -> int:
     return round(_SECONDS * 25) + config.num_codebooks + 1 + _PROMPT
-
-
-def _size(size: int) -> str:
-    if size < 1e9:
-        return f"{size / 1e6:.0f} MB"
-    return f"{size / 1e9:.1f} GB"
 
 
 ENVIRONMENT = "environment"
@@ -172,7 +167,7 @@ def check_device() -> Finding:
             "enough for the demo's miniature; for the released checkpoint use a GPU, and a PyTorch and driver that fit",
         )
     name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    text = f"{name}, {total / 1e9:.0f} GB"
+    text = f"{name}, {format_bytes(total)}"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return Finding(ENVIRONMENT, "ok", f"{text}, computes in bfloat16")
     return Finding(
@@ -194,7 +189,7 @@ def check_torchaudio() -> Finding:
 
 def check_disk(free: int, folder: Path | None = None) -> Finding:
     """Free bytes where runs are written."""
-    text = f"{free / 1e9:.1f} GB are free on the disk of {folder or Path.cwd()}"
+    text = f"{format_bytes(free)} are free on the disk of {folder or Path.cwd()}"
     advice = "make room, or work in a folder on another disk: checkpoints and stores are written below it"
     if free < _NO_DISK:
         return Finding(ENVIRONMENT, "failed", text, advice)

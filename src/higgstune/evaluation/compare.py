@@ -13,7 +13,7 @@ from higgstune.environment import choose_device
 from higgstune.errors import ConfigError, DataError
 from higgstune.evaluation.choice import Choice, Rule, choose
 from higgstune.evaluation.clips import Clip
-from higgstune.evaluation.evaluate import RECORDINGS, Progress, SetResult, evaluate
+from higgstune.evaluation.evaluate import RECORDINGS, SetResult, evaluate
 from higgstune.evaluation.judges import AUTO, load_judges
 from higgstune.evaluation.judges.base import OPTIONS, Judges, role_of
 from higgstune.evaluation.report.compare import Comparison, Contender, check_number, write_comparison
@@ -28,6 +28,7 @@ from higgstune.inputs import ADAPTER, BASE, CLIPS, RUN_STATE, find_adapter, kind
 from higgstune.kernels.quantize import Quantize
 from higgstune.metrics import METRICS, SIGNIFICANT, Difference, Evaluation
 from higgstune.model.adapter_folder import adapter_card, adapter_conditioning
+from higgstune.progress import Progress
 
 _MOST_TEXTS = 40  # with players
 _RANK_WITHOUT_JUDGES = "-abs(duration_ratio - 1)"

@@ -41,9 +41,9 @@ from higgstune.inputs import ADAPTER, ADAPTER_CONFIG, BASE, CLIPS, RUN_STATE, fi
 from higgstune.kernels.quantize import Quantize
 from higgstune.metrics import METRICS, SIGNIFICANT, Difference, Evaluation, verdict
 from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, base_fingerprint
+from higgstune.progress import Progress, silent
 
 _LOG = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
 RECORDINGS = "recordings"
 FOLDER = "evaluation"  # in a run's folder, or beside an adapter
 
@@ -182,7 +182,7 @@ def evaluate(
     if guard and not base:
         raise ConfigError("guard needs the base, which tells what was there before: leave out --no-base")
     target = Path(target)
-    show = progress or (lambda what, done, total: None)
+    show = progress or silent
     kind = kind_of(target)
     adapter = find_adapter(target) if kind == ADAPTER else None
     folder = Path(out) if out is not None else target if kind == CLIPS else _folder_of(target, adapter)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE
 from higgstune.families.sampling import Sampling
 from higgstune.files import write_file
 from higgstune.generate.speaker import Request, Speaker, Voice
+from higgstune.progress import Progress
 
 UNNAMED = "unnamed"  # the speaker of rows that name none
 _VOICE_CLIPS = 8  # recordings of a speaker that voices are compared with
@@ -155,7 +156,7 @@ def synthesize_items(
     system: str,
     sampling: Sampling,
     batch_size: int = 8,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     what: str = "speaking",
 ) -> list[Clip]:
     """Speak what is asked into `folder`; what was spoken before by the same system is kept.
@@ -196,7 +197,7 @@ def _item_from_row(row: Row, speaker: Speaker, folder: Path, seed: int, features
         reference = _decoded(row.reference_codes, speaker.codec, place, name)
         voice = Voice(row.reference_text or "", row.reference_codes)
         if speaker.uses_whisper and features is not None and row.reference_sha256 is not None:
-            voice = replace(voice, heard=features.heard(row.reference_sha256))
+            voice = replace(voice, heard=features.read(row.reference_sha256))
         elif speaker.uses_whisper:
             voice = speaker.reference(reference, voice.text)
     own = _seed(seed, row.text)

@@ -4,7 +4,7 @@ clips -> rows (one a clip: columns of `METRICS`) -> sums -> estimates
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from higgstune.evaluation.voices import Voices, add_reference_similarity, add_si
 from higgstune.evaluation.waveform_checks import examine, find_loop, pace
 from higgstune.generate.chunks import expected_seconds
 from higgstune.metrics import METRICS, Confusion, Difference, Estimate, Evaluation, Metric
+from higgstune.progress import Progress, silent
 
-Progress = Callable[[str, int, int], None]  # what is done, how many are done, of how many
 Rows = list[dict[str, Any]]
 MOST_RECORDINGS = 32  # of a speaker, whose prosody is taken as usual
 _NO_ASR = "no ASR was named (--asr)"
@@ -43,7 +43,7 @@ def score(
     `voices` are recordings of the speakers, by name. The same clips, judges and seed give the same numbers. Raises
     DataError for a clip that cannot be read, WorkError where a judge fails.
     """
-    tell = progress or (lambda stage, done, of: None)
+    tell = progress or silent
     voices = dict(voices or {})
     rows: Rows = [_row(clip) for clip in clips]
     _add_sound(clips, rows, voices, tell)

@@ -1,25 +1,22 @@
 """`export`: write a run as other software loads it: transformers and vLLM-Omni, the original engine, peft."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from higgstune.errors import ConfigError, VerificationError, WorkError
+from higgstune.errors import ConfigError, VerificationError
 from higgstune.exporting.card import AudioLoss, CardFacts, model_card
-from higgstune.exporting.layouts import licence_files
+from higgstune.exporting.layouts import licence_files, output_folder
 from higgstune.exporting.merge import MergeOptions, load_source, logits_of, merge_into, summary_of
 from higgstune.exporting.options import Format, check_options
-from higgstune.exporting.source import Progress, Source, open_source, stored_dtype
+from higgstune.exporting.source import Source, open_source, stored_dtype
 from higgstune.exporting.verify import MIN_CHANGE, ExportCheck, difference, held_out
 from higgstune.families.higgs_v2.extensions import conditioning_modules
-from higgstune.files import NOTHING_KEPT, check_new, new_folder, writing
+from higgstune.files import NOTHING_KEPT, check_new, writing
 from higgstune.inputs import ADAPTER_CONFIG
 from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, base_fingerprint, write_card
 from higgstune.model.adapters import load_adapter
+from higgstune.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,8 @@ def export(
     check_new(out)
     source = open_source(run, model=model, revision=revision, codec=codec)
     check_new(out, source.base, source.adapter)
-    show: Progress = progress or (lambda _what, _done, _total: None)
-    with new_folder(out) as folder, _fits_memory():
+    show = progress or silent
+    with output_folder(out) as folder:
         if format == "peft":
             check = _write_adapter(source, folder, out.name, data, base_bits, device)
             show("comparing", 1, 1)
@@ -82,15 +79,6 @@ def export(
         options = MergeOptions(format, drop_modules, dtype, base_bits, whisper, device)
         merged = merge_into(folder, out.name, source, options, data, show)
     return ExportResult(out, merged.format, merged.dtype, merged.check, merged.dropped, merged.loss)
-
-
-@contextmanager
-def _fits_memory() -> Iterator[None]:
-    """Turn a device's lack of memory into a WorkError."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise WorkError(f"the model does not fit into the device's memory: use --device cpu [{error}]") from error
 
 
 def _write_adapter(

@@ -2,19 +2,23 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import GenerationConfig, HiggsAudioV2ForConditionalGeneration
 
 from higgstune.checkpoint_files import MODEL_TYPES, Layout, read_json
 from higgstune.codec import CODEC_FOLDER
 from higgstune.codec.whisper_encoder import WhisperTower, load_whisper
-from higgstune.errors import CheckpointError
+from higgstune.errors import CheckpointError, WorkError
 from higgstune.families.higgs_v2.checkpoint import original_config, original_state
 from higgstune.families.higgs_v2.extensions import CONDITIONING_KEY, conditioning_of
 from higgstune.families.higgs_v2.prompt import AUDIO_EOS, AUDIO_IN, native_chat_template
+from higgstune.files import new_folder
 
 LayoutName = Literal["native", "extended", "original"]
 SHARD_SIZE = "4GB"
@@ -31,6 +35,16 @@ _COMPANIONS = (
 )  # fmt: skip
 _NOT_FOR_OTHERS = "load this folder with higgstune.load_model: the native class has no place for all its modules"
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+
+
+@contextmanager
+def output_folder(out: Path) -> Iterator[Path]:
+    """`new_folder` for a checkpoint. Raises WorkError, too, where a device's memory is too small for the model."""
+    try:
+        with new_folder(out) as folder:
+            yield folder
+    except torch.OutOfMemoryError as error:
+        raise WorkError(f"the model does not fit into the device's memory: use --device cpu [{error}]") from error
 
 
 def write_checkpoint(

@@ -23,7 +23,7 @@ from higgstune.errors import CheckpointError, ConfigError, VerificationError
 from higgstune.exporting.card import AudioLoss, Written, describe, public_name
 from higgstune.exporting.layouts import LayoutName, copy_codec, write_checkpoint
 from higgstune.exporting.options import Format
-from higgstune.exporting.source import Progress, Source, stored_dtype
+from higgstune.exporting.source import Source, stored_dtype
 from higgstune.exporting.verify import ExportCheck, Logits, audio_loss, check_merged, held_out
 from higgstune.families.higgs_v2.extensions import conditioning_modules, conditioning_of, remove_conditioning
 from higgstune.files import NOTHING_KEPT, writing
@@ -31,6 +31,7 @@ from higgstune.hub import fetch
 from higgstune.model.adapter_folder import base_fingerprint
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import ModelAndTokenizers, load_model, load_model_and_tokenizers
+from higgstune.progress import Progress
 from higgstune.training.verify import probe_logits
 
 FORMAT_OF: dict[LayoutName, Format] = {"native": "native", "extended": "extended", "original": "boson"}

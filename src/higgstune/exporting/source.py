@@ -1,7 +1,6 @@
 """The adapter, base and codec of an export, found and checked before any weight is read."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,7 +15,6 @@ from higgstune.hub import fetch
 from higgstune.inputs import ADAPTER_CONFIG, find_adapter
 from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, check_adapter_files
 
-Progress = Callable[[str, int, int], None]
 MERGED = "merged"  # key of a folder's higgstune.json: which adapter is in these weights
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 

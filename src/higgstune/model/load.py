@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-from higgstune.checkpoint_files import MALFORMED, Layout, check_checksums, read_json, read_layout, read_weights
+from higgstune.checkpoint_files import Layout, check_checksums, malformed_errors, read_json, read_layout, read_weights
 from higgstune.codec import Codec, checkpoint_codec, load_codec
 from higgstune.codec.whisper_encoder import WhisperTower
 from higgstune.environment import choose_device, choose_dtype
@@ -169,7 +169,7 @@ def _config(layout: Layout) -> HiggsAudioV2Config:
         values = sum(value.numel() for value in _empty(config, Conditioning()).state_dict().values())
     except CheckpointError:
         raise
-    except MALFORMED as error:
+    except malformed_errors() as error:
         raise CheckpointError(f"{path} is damaged: {error}; copy or download the checkpoint again") from error
     if values > layout.bytes:
         raise CheckpointError(f"{path} asks for {values} values, which the {layout.bytes} bytes of weights cannot hold")
@@ -230,7 +230,7 @@ def _load_native(
             use_safetensors=True,
             local_files_only=True,
         )
-    except (SafetensorError, *MALFORMED) as error:
+    except malformed_errors(SafetensorError) as error:
         raise CheckpointError(f"{layout.folder} cannot be loaded: {error}") from error
     model, info = loaded
     problems = [*info["missing_keys"], *(str(item) for item in info["mismatched_keys"])]

@@ -1,4 +1,4 @@
-"""Any source that people have -> rows: the kind is found out from what is there."""
+"""Any kind of source -> rows; the kind follows from the files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +15,11 @@ _MANIFESTS = ("manifest.jsonl", "metadata.jsonl")
 
 
 def read_source(path: str | Path, *, allow_outside: bool = False) -> Iterator[SourceRow]:
-    """The rows of a source, each with its place and either what it says or why it cannot be used.
+    """The rows of a source, each with its place and either its content or the reason why it cannot be used.
 
-    A row of which a path leaves the folder of the source is refused unless `allow_outside`. Raises DataError at once
-    for a source that is missing, of an unknown kind or ambiguous, and on the way for one that cannot be read or has no
-    row.
+    A row with a path that leaves the source's folder is refused unless `allow_outside`. Raises DataError at once for a
+    source that is missing, of an unknown kind or ambiguous, and during iteration for one that cannot be read or has no
+    rows.
     """
     path = Path(path)
     check_source(path)
@@ -30,7 +30,7 @@ def read_source(path: str | Path, *, allow_outside: bool = False) -> Iterator[So
 
 def _read_folder(folder: Path, allow_outside: bool) -> Iterator[SourceRow]:
     if (folder / INDEX_NAME).is_file():
-        raise DataError(f"{folder} is a prepared code store already: name the recordings it was made from")
+        raise DataError(f"{folder} is a code store, which is prepared already: name the recordings it was made from")
     found = [folder / name for name in (*_MANIFESTS, "metadata.csv") if (folder / name).is_file()]
     metadata = folder / "metadata.json"
     if metadata.is_file() and is_trainer_json(load_json(metadata)):

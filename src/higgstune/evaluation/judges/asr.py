@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from higgstune.checkpoint_files import MALFORMED, read_json, weight_files
+from higgstune.checkpoint_files import malformed_errors, read_json, weight_files
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.evaluation.judges.base import RATE, SHORTEST, check_language, hear, load_weights, model_name
 from higgstune.hub import fetch
@@ -135,7 +135,7 @@ def _processor(folder: Path) -> Any:
         raise CheckpointError(f"the ASR {folder} has no {' or '.join(_VOCABULARIES)}: copy its tokenizer, too")
     try:
         return WhisperProcessor.from_pretrained(folder, local_files_only=True)
-    except MALFORMED as error:
+    except malformed_errors() as error:
         raise CheckpointError(f"the ASR {folder} has no usable tokenizer or preprocessor: {error}") from error
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from higgstune.checkpoint_files import MALFORMED, sha256_of
+from higgstune.checkpoint_files import malformed_errors, sha256_of
 from higgstune.data.audio import read_audio, resample
 from higgstune.errors import CheckpointError, ConfigError, DataError
 
@@ -109,7 +109,7 @@ def load_weights(model_class: Any, folder: Path, what: str, **options: Any) -> A
         model, found = model_class.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, dtype=torch.float32, **options
         )
-    except (*MALFORMED, UnpicklingError) as error:
+    except malformed_errors(UnpicklingError) as error:
         raise CheckpointError(f"the {what} {folder} cannot be loaded: {error}") from error
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from transformers import Wav2Vec2FeatureExtractor, WavLMForXVector
 
 from higgstune import torchaudio_compat
-from higgstune.checkpoint_files import MALFORMED, read_json, weight_files
+from higgstune.checkpoint_files import malformed_errors, read_json, weight_files
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.evaluation.judges.base import (
     NO_REFERENCE,
@@ -56,7 +56,7 @@ class WavLM:
         ).to(self._device)  # fmt: skip
         try:
             self._extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder, local_files_only=True)
-        except MALFORMED as error:
+        except malformed_errors() as error:
             raise CheckpointError(f"the {_WHAT} {folder} has no usable preprocessor_config.json: {error}") from error
         self._known: dict[tuple[str, int, int], torch.Tensor] = {}
 
