@@ -366,7 +366,7 @@ def evaluate(
     """
     from higgstune.evaluation.evaluate import CLIPS, kind_of
     from higgstune.evaluation.evaluate import evaluate as run
-    from higgstune.evaluation.report.run_report import tell
+    from higgstune.evaluation.report.run_report import write_target_report
     from higgstune.families.sampling import Sampling
 
     if kind_of(target) == CLIPS and (texts != "validation" or guard or limit is not None or data is not None):
@@ -397,14 +397,14 @@ def evaluate(
             dtype=None if dtype == "auto" else dtype,
             progress=bar,
         )
-    report = tell(result, target, command_line())
+    report = write_target_report(result, target, command_line())
     if as_json:
         print_result(result.as_json() | {"report": str(report)}, as_json)
     else:
         print_measures(result.texts.systems, result.texts.differences)
         compared = [("against the base", result.texts)] if result.texts.differences else []
         compared += [(f"guard {guarded.name}", guarded) for guarded in result.guard]
-        print_result({**{what: found.told for what, found in compared}, "open": str(report)}, as_json)
+        print_result({**{what: found.conclusion for what, found in compared}, "open": str(report)}, as_json)
 
 
 @app.command(epilog="Example: higgstune compare runs/one runs/two --out comparison --asr large-v3")
@@ -466,7 +466,7 @@ def compare(
     else:
         last = list(result.differences)[-1]
         print_measures(result.evaluations, result.differences[last] if len(result.differences) == 1 else {})
-        print_result({"best": result.told, "open": str(result.page)}, as_json)
+        print_result({"best": result.conclusion, "open": str(result.page)}, as_json)
 
 
 @app.command(epilog="Example: higgstune merge runs/voice --out models/voice")
