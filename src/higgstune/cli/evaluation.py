@@ -78,7 +78,7 @@ def evaluate(
         raise ConfigError("--guard compares with the base: leave out --no-base")
     announce("loading models and judges", as_json)
     from higgstune.evaluation.evaluate import evaluate as run
-    from higgstune.evaluation.report.run_report import tell
+    from higgstune.evaluation.report.run_report import write_target_report
     from higgstune.families.sampling import Sampling
 
     with Bar() as bar:
@@ -103,14 +103,14 @@ def evaluate(
             device=device,
             progress=bar,
         )
-    report = tell(result, target, command_line())
+    report = write_target_report(result, target, command_line())
     if as_json:
         print_result(result.as_json() | {"report": str(report)}, as_json)
     else:
         print_measures(result.texts.systems, result.texts.differences)
         compared = [("against the base", result.texts)] if result.texts.differences else []
         compared += [(f"guard {guarded.name}", guarded) for guarded in result.guard]
-        print_result({**{what: found.told for what, found in compared}, "open": str(report)}, as_json)
+        print_result({**{what: found.conclusion for what, found in compared}, "open": str(report)}, as_json)
 
 
 def compare(
@@ -179,7 +179,7 @@ def compare(
     else:
         last = list(result.differences)[-1]
         print_measures(result.evaluations, result.differences[last] if len(result.differences) == 1 else {})
-        print_result({"best": result.told, "open": str(result.page)}, as_json)
+        print_result({"best": result.conclusion, "open": str(result.page)}, as_json)
 
 
 def _check_names(targets: Sequence[Path], sets: Sequence[str], data: Path | None) -> None:

@@ -240,7 +240,7 @@ class _Examination:
     def _open_store(self) -> list[Finding]:
         assert self.names.data is not None
         self.store = CodeStore.open(self.names.data)
-        self.rows = stores.some_rows(self.store)
+        self.rows = stores.first_rows(self.store)
         return []
 
     def _find_what_is_named(self) -> None:
