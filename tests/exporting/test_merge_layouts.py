@@ -70,6 +70,12 @@ def test_an_encoder_that_has_gone_or_changed_is_told(world: Path, tmp_path: Path
     assert nothing_is_left(tmp_path / "out")
 
 
+def test_extensions_that_only_higgstune_loads_are_not_loaded_in_few_bits(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--base-bits has no effect: only Higgstune"):
+        export(world / "both" / "adapter", tmp_path / "out", base_bits=4, device="cpu")
+    assert nothing_is_left(tmp_path / "out")
+
+
 def test_native_takes_no_extensions_unless_they_are_dropped(world: Path, tmp_path: Path) -> None:
     adapter, out = world / "both" / "adapter", tmp_path / "out"
     with pytest.raises(ConfigError, match=r"model\.layers\.\*\.audio_attn.*audio_encoder_proj.*--drop-modules"):
