@@ -30,7 +30,7 @@ def check_source(path: Path) -> None:
 
 
 def unknown_kind(path: Path) -> DataError:
-    """The error for a source that has no recording and is no manifest."""
+    """The error for a source without recordings or a manifest."""
     what = "holds no recording and no manifest" if path.is_dir() else "is of an unknown kind"
     return DataError(f"{path} {what}. {_UNDERSTOOD}")
 

@@ -106,11 +106,11 @@ def print_measures(evaluations: dict[str, Any], differences: dict[str, Any]) -> 
     for metric in METRICS:
         estimates = [found.summary.get(metric.name) for found in evaluations.values()]
         if any(estimate is not None for estimate in estimates):
-            cells = ["not measured" if e is None else shown(metric, e.value) for e in estimates]
+            columns = ["not measured" if e is None else shown(metric, e.value) for e in estimates]
             if differences:
                 found = differences.get(metric.name)
-                cells += ["", ""] if found is None else [shown(metric, found.value), f"{found.p:.3f}"]
-            table.add_row(metric.label, *cells)
+                columns += ["", ""] if found is None else [shown(metric, found.value), f"{found.p:.3f}"]
+            table.add_row(metric.label, *columns)
     Console().print(table)
     missing = list(evaluations.values())[-1].not_measured  # the first are recordings, which lack recordings
     for reason in dict.fromkeys(missing.values()):

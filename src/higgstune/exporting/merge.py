@@ -211,14 +211,14 @@ def _layout(options: MergeOptions, model: PeftModel) -> LayoutName:
         return chosen or "native"
     if options.drop_modules:
         return "native"
-    if options.base_bits is not None:
-        raise ConfigError("--base-bits has no effect: only Higgstune loads the layout that this adapter needs")
     if chosen == "native":
         raise ConfigError(
             f"the native class has no place for {', '.join(modules)} of this adapter, which would be lost: use "
             "--format extended or --format boson, or add --drop-modules to do without them (the card then says what "
             "that costs)"
         )
+    if chosen is None and options.base_bits is not None:
+        raise ConfigError("--base-bits has no effect: only Higgstune loads the layout that this adapter needs")
     return chosen or "extended"
 
 
