@@ -4,7 +4,7 @@
     python tools/same_numbers.py compare before.json    after it, on the same machine
 
 Both train the demo's two stages with validations that speak (30 steps each, stopped and resumed in the second one), a
-run with audio attention and Whisper, and runs on two processes (DDP and FSDP2); evaluate, merge and export. What is
+run with audio attention and Whisper, and runs on two processes (DDP and FSDP2); evaluate and export. What is
 kept: every logged loss, learning rate and gradient norm, the codes and waveforms of what was spoken, measures, planned
 memory, and a checksum of each tensor that was written. All on one thread; a comparison is bit by bit. About 5 minutes.
 """

@@ -19,12 +19,12 @@ from tiny_runs import recipe
 from torch import Tensor, nn
 from transformers import HiggsAudioV2Config
 
+from higgstune import export
 from higgstune.config.recipe import Lora, Recipe
 from higgstune.diagnostics import doctor, examine
 from higgstune.diagnostics import machine as memory
 from higgstune.diagnostics.checkpoint import check_weights
 from higgstune.errors import ConfigError
-from higgstune.exporting.merge import merge
 from higgstune.families.base import Conditioning
 from higgstune.families.higgs_v2.checkpoint import empty_model
 from higgstune.families.higgs_v2.extensions import add_conditioning, conditioning_of
@@ -57,7 +57,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base` (native), `extended` (with trained audio attention) and `data`."""
     folder = make_world(tmp_path_factory.mktemp("world"))
     adapter = make_adapter(folder, folder / "attention" / "adapter", conditioning=ATTENTION, attention="full")
-    merge(adapter, folder / "extended", device="cpu")
+    export(adapter, folder / "extended", device="cpu")
     return folder
 
 
@@ -312,10 +312,10 @@ def test_its_adapter_belongs_on_the_whole_base(
     moved, apart = ({key: (a[key] - on_whole[key]) for key in a} for a in (before, on_4_bits))
     sizes = [torch.cat([value.flatten() for value in values.values()]).abs().mean().item() for values in (moved, apart)]
     assert 0 < 2 * sizes[1] < sizes[0], sizes
-    merged = merge(run, tmp_path / "merged", device="cpu")
+    merged = export(run, tmp_path / "merged", device="cpu")
     assert gap(logits(whole(merged.folder), world), on_whole) < 5e-4
     assert "base in 4 bits" in (merged.folder / "README.md").read_text()
-    plain = merge(world / "attention" / "adapter", tmp_path / "plain", device="cpu")
+    plain = export(world / "attention" / "adapter", tmp_path / "plain", device="cpu")
     assert "4 bits" not in (plain.folder / "README.md").read_text()
 
 

@@ -27,7 +27,7 @@ from higgstune.data.whisper_features import FeatureStore, read_feature_index
 from higgstune.errors import CheckpointError, DataError
 from higgstune.families.base import Conditioning
 from higgstune.families.higgs_v2.family import FAMILY
-from higgstune.model.adapter_folder import find_adapter
+from higgstune.inputs import find_adapter
 from higgstune.model.adapters import add_lora, load_adapter
 from higgstune.model.load import load_model, load_tokenizer
 

@@ -435,11 +435,11 @@ def test_a_comparison_finds_a_whisper_that_has_moved(world: Path, run: Path, tmp
     moved = shutil.copytree(world / "whisper", tmp_path / "whisper")
     options: dict[str, Any] = {"texts": str(tmp_path / "meta.lst"), "device": "cpu", "whisper": moved}
     found = compare([run, world / "base"], out=tmp_path / "out", quantize="4bit", **options)
-    assert [evaluation.settings["dtype"] for evaluation in found.evaluations.values()] == ["float32-4bit"] * 2
+    assert [settings.dtype for settings in found.settings.values() if settings] == ["float32-4bit"] * 2
     other = save_tiny_whisper(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match="name the right one with --whisper"):
         compare([run, world / "base"], out=tmp_path / "out", **(options | {"whisper": other}))
-    with pytest.raises(InputError, match="no adapter here was trained to hear"):
+    with pytest.raises(InputError, match="no adapter here was trained with Whisper"):
         compare([world / "base", world / "base" / ".." / "base2"], out=tmp_path / "out", **options)
     with pytest.raises(InputError, match="--whisper has no effect"):
         evaluate(world / "base", out=tmp_path / "out", **options)

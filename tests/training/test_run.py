@@ -19,7 +19,7 @@ from higgstune.config.recipe import parse_recipe
 from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError, ConfigError, DataError, VerificationError
 from higgstune.generate.speak import load_speaker, speak
-from higgstune.model.adapter_folder import find_adapter
+from higgstune.inputs import find_adapter
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model
 from higgstune.training.run import train

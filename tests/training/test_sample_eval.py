@@ -170,10 +170,10 @@ def test_two_processes_hear_and_choose_the_same(world: Path, chosen: Path, tmp_p
 def test_a_language_that_the_judge_cannot_hear_is_told_before_training(world: Path, tmp_path: Path) -> None:
     save_tiny_asr(tmp_path / "english", multilingual=False)
     made = listening_recipe(world, texts="de", asr=str(tmp_path / "english"))
-    with pytest.raises(ConfigError, match="cannot hear the language 'de': it knows English only"):
+    with pytest.raises(ConfigError, match="does not support the language 'de', it supports English only"):
         train_unproven(made, tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
-    with pytest.raises(ConfigError, match="cannot hear the language 'de'"):
+    with pytest.raises(ConfigError, match="does not support the language 'de'"):
         evaluate(world / "base", texts="de", asr=str(tmp_path / "english"), out=tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
 

@@ -79,7 +79,7 @@ def check_plain_peft(model: Any, folder: Path) -> list[Finding]:
         f"`PeftModel.from_pretrained` would drop {len(dropped)} tensors on this base, without a word: it has no such "
         f"modules ({naming(dropped)})"
     )
-    advice = "load it with higgstune (speak, load_adapter), or merge it: `higgstune merge`"
+    advice = "load it with higgstune (speak, load_adapter), or merge it: `higgstune export`"
     return [Finding(CHECK, "warning", text, advice)]
 
 

@@ -20,11 +20,11 @@ _NOTHING_HEARD = (
 )
 
 
-def some_rows(store: CodeStore, most: int = ROWS) -> list[Row]:
-    """Up to `most` rows, those for validation first. Raises DataError for a damaged shard."""
+def first_rows(store: CodeStore, limit: int = ROWS) -> list[Row]:
+    """Up to `limit` rows, validation rows first. Raises DataError for a damaged shard."""
     validation, train = store.split("validation"), store.split("train")
-    chosen = list(validation[:most]) if len(validation) else []
-    return chosen + list(train[: most - len(chosen)])
+    chosen = list(validation[:limit]) if len(validation) else []
+    return chosen + list(train[: limit - len(chosen)])
 
 
 def shortened(row: Row, frames: int = MAX_FRAMES) -> Row:

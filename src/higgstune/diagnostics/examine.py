@@ -28,13 +28,8 @@ from higgstune.errors import CheckpointError, ConfigError, HiggstuneError
 from higgstune.families import family_in, load_family, read_layout
 from higgstune.families.base import Family, Layout, Prompter, Spec
 from higgstune.hub import fetch
-from higgstune.model.adapter_folder import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    adapter_card,
-    adapter_conditioning,
-    find_adapter,
-)
+from higgstune.inputs import ADAPTER_CONFIG, find_adapter
+from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, adapter_conditioning
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model, load_tokenizer
 
@@ -245,7 +240,7 @@ class _Examination:
     def _open_store(self) -> list[Finding]:
         assert self.names.data is not None
         self.store = CodeStore.open(self.names.data)
-        self.rows = stores.some_rows(self.store)
+        self.rows = stores.first_rows(self.store)
         return []
 
     def _find_what_is_named(self) -> None:

@@ -1,10 +1,10 @@
-"""Write a model as a checkpoint's folder in one of three layouts, with what a checkpoint has beside its weights."""
+"""Write a model as a checkpoint's folder in one of three layouts: weights, config, tokenizer, licences."""
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -17,11 +17,10 @@ from higgstune.families.base import Layout
 from higgstune.files import new_folder
 
 LayoutName = Literal["native", "extended", "original"]
-LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
 _GENERATION_CONFIG = "generation_config.json"
 _CHAT_TEMPLATE = "chat_template.jinja"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-# What belongs to a checkpoint beside weights and config; anything else in its folder stays there.
+# The other files of a checkpoint, which are copied from its base; any other file is not.
 _COMPANIONS = (
     "tokenizer.json", _TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", _CHAT_TEMPLATE, "chat_template.json", "preprocessor_config.json", "processor_config.json",
@@ -49,10 +48,10 @@ def write_checkpoint(
     tokenizer: Any,
     tower: WhisperTower | None = None,
 ) -> None:
-    """Config and weights of `model` in a layout, and beside them tokenizer, template and licences of `base`.
+    """Write config and weights of `model` in a layout, with tokenizer, template and licences of `base`.
 
-    `tower` is the Whisper encoder that the original layout brings along, where it is loaded already.
-    Raises CheckpointError for what a layout cannot say.
+    `tower` is the Whisper encoder that the original layout includes, where it is loaded already.
+    Raises CheckpointError for a model that a layout cannot express.
     """
     export = load_family(base.family).export
     export.write(folder, model, layout, base=base, tokenizer=tokenizer, tower=tower)
@@ -65,7 +64,7 @@ def licence_files(folder: Path) -> list[Path]:
 
 
 def copy_codec(codec: Path, folder: Path) -> None:
-    """Bring a codec along, with its licence, where loading a checkpoint looks for one."""
+    """Include a codec, with its licence, in the sub-folder where loading a checkpoint looks for one."""
     shutil.copytree(codec, folder / CODEC_FOLDER, ignore=shutil.ignore_patterns(".*"))
 
 

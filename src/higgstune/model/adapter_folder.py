@@ -16,11 +16,10 @@ from higgstune.checkpoint_files import is_pickled, read_json, read_tensors, safe
 from higgstune.errors import CheckpointError
 from higgstune.families import check_family, family_info, family_of, load_family
 from higgstune.families.base import Conditioning, FamilyInfo, base_of
+from higgstune.inputs import ADAPTER_CONFIG
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CARD = "higgstune.json"  # base, codec and recipe of the adapter: what speaking with it needs
-RUN_STATE = "run.json"
 UNQUANTIZED_FINGERPRINT = "unquantized_fingerprint"  # attribute of a base in 4 bits
 _SEAL = "card_sha256"
 _PLACES = (_SEAL, "base_model_name_or_path", "checkpoint", "codec", "store", "whisper", "init_adapter")
@@ -132,26 +131,6 @@ def _without_places(value: Any) -> Any:
         return value
     kept = {key: item for key, item in value.items() if key not in _PLACES or isinstance(item, Mapping)}
     return {key: _without_places(item) for key, item in kept.items()}
-
-
-def find_adapter(path: str | Path) -> Path:
-    """The adapter folder that a user means: it may be a run's folder, whose last finished stage is taken.
-
-    Raises CheckpointError when there is none.
-    """
-    folder = Path(path).expanduser()
-    if (folder / ADAPTER_CONFIG).exists():
-        return folder
-    if (folder / RUN_STATE).exists():
-        last = read_json(folder / RUN_STATE, "").get("adapter")
-        if last is not None:
-            place = Path(str(last))
-            if place.is_absolute() or ".." in place.parts:
-                raise CheckpointError(f"{folder / RUN_STATE} names an adapter outside of its run: {last}")
-            return folder / place
-        raise CheckpointError(f"the run {folder} has no finished stage yet: `higgstune train` it to its end")
-    hint = "; it is a checkpoint, which goes by --model" if (folder / "config.json").exists() else ""
-    raise CheckpointError(f"{folder} is neither an adapter ({ADAPTER_CONFIG}) nor a run ({RUN_STATE}){hint}")
 
 
 def checked_weights(folder: Path, model: Any, *, checksum: bool = True) -> dict[str, Tensor]:

@@ -15,10 +15,10 @@ from higgstune.config.recipe import AttentionTraining, Lora
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.families import family_of
 from higgstune.families.base import Conditioning, Family
+from higgstune.inputs import ADAPTER_CONFIG
 from higgstune.kernels.quantize import dequantized
 from higgstune.model.adapter_folder import (
     ADAPTER_CARD,
-    ADAPTER_CONFIG,
     adapter_conditioning,
     check_shapes,
     checked_weights,

@@ -16,8 +16,9 @@ from higgstune.errors import CheckpointError
 from higgstune.families import family_in, load_family, read_layout
 from higgstune.families.base import Family, Layout, Prompter, Spec
 from higgstune.hub import fetch
+from higgstune.inputs import ADAPTER_CONFIG
 from higgstune.kernels.quantize import check_quantize, quantize_layers
-from higgstune.model.adapter_folder import ADAPTER_CONFIG, UNQUANTIZED_FINGERPRINT, base_fingerprint
+from higgstune.model.adapter_folder import UNQUANTIZED_FINGERPRINT, base_fingerprint
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from higgstune.evaluation.items import only_language
 from higgstune.evaluation.judges import check_languages, load_judges
 from higgstune.evaluation.judges.base import Judges
 from higgstune.evaluation.report.run_report import write_run_report
-from higgstune.model.adapter_folder import adapter_card, adapter_conditioning, find_adapter
+from higgstune.inputs import find_adapter
+from higgstune.model.adapter_folder import adapter_card, adapter_conditioning
 from higgstune.model.adapters import check_directions
 from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
 from higgstune.planning.run_memory import RunMemory
