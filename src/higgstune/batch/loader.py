@@ -190,7 +190,7 @@ def _own_message(error: HiggstuneError) -> str | None:
     return text.rpartition(name)[2].strip() if text.startswith("Caught ") and name in text else None
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def _leave_signals_to_parent(_worker: int) -> None:
     """A terminal sends Ctrl-C to all processes, a scheduler SIGTERM; the parent says when workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # where it can be told who sends a signal

@@ -81,7 +81,7 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _end(number: int, frame: FrameType | None) -> NoReturn:
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
     """What was begun is cleaned up, where a plain SIGTERM would leave it."""
     raise Interrupted(number)
 

@@ -75,7 +75,7 @@ def run_demo(
         raise ConfigError(f"{out} exists: remove it, or give another --out")
     judges = load_judges(asr, speaker_judge)
     with _one_thread():
-        return _run(out, judges, progress or (lambda what, done, total: None))
+        return _run(out, judges, progress or (lambda *_: None))
 
 
 @contextmanager

@@ -188,7 +188,7 @@ def evaluate(
     if guard and not base:
         raise ConfigError("guard needs the base, which tells what was there before: leave out --no-base")
     target = Path(target)
-    show = progress or (lambda what, done, total: None)
+    show = progress or (lambda *_: None)
     kind = kind_of(target)
     adapter = find_adapter(target) if kind == ADAPTER else None
     folder = Path(out) if out is not None else target if kind == CLIPS else _folder_of(target, adapter)

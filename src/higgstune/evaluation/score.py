@@ -43,7 +43,7 @@ def score(
     `voices` are recordings of the speakers, by name. The same clips, judges and seed give the same numbers. Raises
     DataError for a clip that cannot be read, WorkError where a judge fails.
     """
-    tell = progress or (lambda stage, done, of: None)
+    tell = progress or (lambda *_: None)
     voices = dict(voices or {})
     rows: Rows = [_row(clip) for clip in clips]
     _add_sound(clips, rows, voices, tell)

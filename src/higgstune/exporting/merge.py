@@ -148,7 +148,7 @@ def merge(
         computed_in="bfloat16" if narrow else "float32",
         whisper=whisper,
         device=device,
-        show=progress or (lambda what, done, total: None),
+        show=progress or (lambda *_: None),
     )
     with new_folder(out) as folder:
         written = _write(source, folder, wanted, data)

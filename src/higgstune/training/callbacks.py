@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import override
 
 from higgstune.errors import Interrupted
 from higgstune.training.distributed import PendingReduce, Processes
@@ -45,19 +46,19 @@ class StopSignals(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         again = self._received and number == signal.SIGINT and time.monotonic() - self._received_at > _SAME_KEYPRESS
         if not self._received:  # kept: somebody may catch what is raised here, and then training ends after its step
             self._received, self._received_at = number, time.monotonic()
         if not self._training or again:
             raise Interrupted(number)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    @override
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """From now on steps are finished."""
         self._training = True
 
+    @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop where any process was asked to."""
         if self._processes.count == 1:
@@ -104,6 +105,7 @@ class ProgressReport(TrainerCallback):
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
 
+    @override
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -116,11 +118,13 @@ class ProgressReport(TrainerCallback):
             self.bar.start()
             self.task = self.bar.add_task(self.stage, total=state.max_steps, completed=state.global_step, numbers="")
 
+    @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
+    @override
     def on_log(
         self,
         args: TrainingArguments,
@@ -140,9 +144,8 @@ class ProgressReport(TrainerCallback):
                 f"{self.stage} {state.global_step}/{state.max_steps}  {numbers}", highlight=False, soft_wrap=True
             )
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    @override
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Close the bar."""
         self.close()
 

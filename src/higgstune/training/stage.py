@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from typing_extensions import override
 
 from higgstune.batch.collate import Batch, PaddedCollator, pack, tensors_to
 from higgstune.batch.dataset import RowExamples, probe_rows
@@ -79,6 +80,7 @@ class _Compiling(TrainerCallback):
         self.rows = rows
         self.size = size
 
+    @override
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if not is_worth_it(self.wanted, state.max_steps):  # of the whole stage: one that goes on does as it began
             return

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from typing_extensions import override
 
 from higgstune.batch.collate import Packed, positions, tensors_to
 from higgstune.batch.loader import PackLoader, watched
@@ -128,6 +129,7 @@ class HiggsAudioTrainer(Trainer):
         """The codec of the checkpoint."""
         return self.loaded.audio_tokenizer
 
+    @override
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As `Trainer`'s, with groups of their own for modules that are trained in full."""
         if self.optimizer is not None:
@@ -140,6 +142,7 @@ class HiggsAudioTrainer(Trainer):
             _split_groups(optimizer, in_full, self.full_learning_rate)
         return optimizer
 
+    @override
     def get_train_dataloader(self) -> PackLoader:
         """Packs of the training split; each process has its own share of them and no other."""
         loader = self._loader(
@@ -169,13 +172,16 @@ class HiggsAudioTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
         )
 
+    @override
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: the count that `Trainer` makes knows neither pathways nor labelled positions."""
         return 0
 
+    @override
     def _prepare_inputs(self, inputs: Packed) -> Packed:
         return tensors_to(inputs, self.args.device)
 
+    @override
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s. Raises TrainingError as well when no step could be taken."""
         output = super().train(*args, **kwargs)
@@ -205,15 +211,18 @@ class HiggsAudioTrainer(Trainer):
         self._found = None
         self._steps.check_any_taken(of=self.state.global_step)
 
+    @override
     def _init_training_state(self, max_steps: int, *args: Any) -> Any:
         place = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)  # how often is what the arguments say now, not the checkpoint
         return place
 
+    @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s; a loss that is no number stays out of the running sum, which it would spoil for good."""
         return super().training_step(*args, **kwargs).nan_to_num(0.0, 0.0, 0.0)
 
+    @override
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not is_sharded(model):  # which is where it belongs
             super()._move_model_to_device(model, device)
@@ -228,6 +237,7 @@ class HiggsAudioTrainer(Trainer):
         finally:
             model.set_requires_gradient_sync(True)
 
+    @override
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         self._steps.note(norm, self.optimizer, step=self.state.global_step)
@@ -250,6 +260,7 @@ class HiggsAudioTrainer(Trainer):
             whole = [line for line in lines if line.endswith("\n")]  # a kill may have left half a line
             write_file(path, "".join(line for line in whole if json.loads(line)["step"] <= after))
 
+    @override
     def get_batch_samples(  # type: ignore[override]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Sums | None]:
@@ -261,6 +272,7 @@ class HiggsAudioTrainer(Trainer):
         counts = add_sums([label_counts(batch, eos_id=self._eos_id) for batch in samples])
         return samples, self._over_ranks({key: to_device_async(value, device) for key, value in counts.items()})
 
+    @override
     def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
@@ -280,6 +292,7 @@ class HiggsAudioTrainer(Trainer):
             self._window.add(sums, counts | {"tokens": tokens})
         return (loss, sums) if return_outputs else loss
 
+    @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the training window's own numbers to what is logged."""
         if "loss" in logs and self._window.sums:
@@ -294,6 +307,7 @@ class HiggsAudioTrainer(Trainer):
             self._window = _Window()
         super().log(logs, start_time)
 
+    @override
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -374,6 +388,7 @@ class HiggsAudioTrainer(Trainer):
         assert self.args.output_dir is not None
         return Path(self.args.output_dir)
 
+    @override
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Everything that going on exactly needs: see `training.checkpoint`. All processes take part."""
         self._steps.read()
@@ -407,6 +422,7 @@ class HiggsAudioTrainer(Trainer):
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
 
+    @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with _named(resume_from_checkpoint) as folder:
             self._found = read_checkpoint(folder), load_file(folder / _STATE)
@@ -415,6 +431,7 @@ class HiggsAudioTrainer(Trainer):
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
@@ -429,6 +446,7 @@ class HiggsAudioTrainer(Trainer):
                 group["lr"] = rate
             self.lr_scheduler.load_state_dict(notes["scheduler"])
 
+    @override
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Also what the loop keeps beside it, which is made anew between the loading of weights and this."""
         if checkpoint is None:
@@ -451,6 +469,7 @@ class HiggsAudioTrainer(Trainer):
             self._forget_skipped(after=notes["step"])
             self._take_over_best(notes, tensors)
 
+    @override
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter alone, as peft writes it; no pickled training arguments beside it."""
         folder = output_dir or self.args.output_dir

@@ -135,7 +135,11 @@ class ExternalTranscriber:
         self.name = self._command.name
 
     def transcribe(
-        self, files: Sequence[Path], *, language: str | None = None, seconds: float | None = None
+        self,
+        files: Sequence[Path],
+        *,
+        language: str | None = None,  # noqa: ARG002  (of the protocol)
+        seconds: float | None = None,
     ) -> list[str]:
         """One text a file. Raises WorkError for a command that fails or answers otherwise than it should."""
         audible = _audible(files)
