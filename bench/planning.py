@@ -118,7 +118,7 @@ def prepare_run(setting: RunSetup, folder: Path, own: Path) -> Path:
             "checkpoint": str(base), "dtype": "bfloat16" if setting.on_cuda else "float32", "device": setting.device,
             "quantize": setting.quantize,
         },
-        "data": {"store": str(own / "data"), "workers": 2 if setting.on_cuda else 0},
+        "data": {"store": str(own / "data")},
         "lora": {"r": setting.r, "alpha": 2 * setting.r, "dropout": setting.dropout, "dora": setting.dora},
         "stages": [stage],
         "gradient_checkpointing": setting.checkpointing,

@@ -65,7 +65,7 @@ class RunFolder:
         if changed:
             raise ConfigError(
                 f"the run {self.folder} was begun with another recipe ({', '.join(changed)} differ): continue it with "
-                f"{self.folder / RECIPE_FILE}, of which data.workers, {', '.join(FREE)} may change, or give another "
+                f"{self.folder / RECIPE_FILE}, of which {', '.join(FREE)} may change, or give another "
                 "--out"
             )
         self._claim()
@@ -149,9 +149,7 @@ class RunFolder:
 
 
 def _mathematics(recipe: Recipe) -> dict[str, Any]:
-    tree = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in FREE}
-    del tree["data"]["workers"]
-    return tree
+    return {key: value for key, value in recipe.model_dump(mode="json").items() if key not in FREE}
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

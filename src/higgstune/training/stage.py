@@ -253,7 +253,6 @@ def _training_arguments(job: Job, stage: Stage, *, evaluate: bool, evaluate_firs
         use_cpu=job.device.type == "cpu",
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # of rotary embeddings, which nothing changes
-        dataloader_num_workers=recipe.data.workers,
         dataloader_pin_memory=job.device.type == "cuda",
         seed=recipe.seed,
         report_to=[name for name in recipe.report_to if name != "tensorboard"],

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from typing_extensions import override
 
 from higgstune.batch.collate import Packed, positions, tensors_to
-from higgstune.batch.loader import PackLoader, watched
+from higgstune.batch.loader import PackLoader, Prefetched
 from higgstune.batch.packing import PackSize
 from higgstune.codec import Codec
 from higgstune.config.expression import LOSS
@@ -98,6 +98,7 @@ class HiggsAudioTrainer(Trainer):
         self._listening = listening
         self._best: dict[str, Tensor] = {}  # weights of the best step that was listened to, by the names they have
         self._window = _Window()
+        self._resumed: Prefetched | None = None  # the rest of an epoch that was resumed
         self._steps = FiniteSteps(self._note_skipped)
         self._found: tuple[dict[str, Any], dict[str, Tensor]] | None = None  # in the checkpoint that is gone on from
         self._pack_size = PackSize(batch_tokens, args.per_device_train_batch_size)
@@ -145,12 +146,7 @@ class HiggsAudioTrainer(Trainer):
     @override
     def get_train_dataloader(self) -> PackLoader:
         """Packs of the training split; each process has its own share of them and no other."""
-        loader = self._loader(
-            self.train_dataset,
-            seed=self.args.seed,
-            per_step=self.packs_per_step,
-            workers=self.args.dataloader_num_workers,
-        )
+        loader = self._loader(self.train_dataset, seed=self.args.seed, per_step=self.packs_per_step)
         self._packs = loader.packs
         if loader.packs.idle and self.args.should_save:
             _LOG.warning(
@@ -159,7 +155,7 @@ class HiggsAudioTrainer(Trainer):
             )  # fmt: skip
         return loader
 
-    def _loader(self, examples: Any, *, seed: int | None, per_step: int | None = None, workers: int = 0) -> PackLoader:
+    def _loader(self, examples: Any, *, seed: int | None, per_step: int | None = None) -> PackLoader:
         return PackLoader(
             examples,
             self._pack_size,
@@ -168,7 +164,6 @@ class HiggsAudioTrainer(Trainer):
             rank=self.args.process_index,
             processes=self.args.world_size,
             per_step=per_step,
-            workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
 
@@ -265,12 +260,22 @@ class HiggsAudioTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Sums | None]:
         """The micro-batches of one optimizer step, and their labelled cells, summed over all ranks."""
-        # An epoch that is gone on with has an iterator which `Trainer` made from parts of the loader.
-        samples, _ = super().get_batch_samples(watched(epoch_iterator), num_batches, device)
+        samples, _ = super().get_batch_samples(self._ahead(epoch_iterator), num_batches, device)
         if not samples:
             return samples, None
         counts = add_sums([label_counts(batch, eos_id=self._eos_id) for batch in samples])
         return samples, self._over_ranks({key: to_device_async(value, device) for key, value in counts.items()})
+
+    def _ahead(self, packs: Iterator[Any]) -> Iterator[Any]:
+        """The packs, prefetched. Where `Trainer` resumes within an epoch it makes a loader from parts of ours, which
+        skips packs, but has no thread.
+        """
+        if isinstance(packs, Prefetched):
+            self._resumed = None
+            return packs
+        if self._resumed is None or self._resumed.source is not packs:
+            self._resumed = Prefetched(packs)
+        return self._resumed
 
     @override
     def compute_loss(  # type: ignore[override]
