@@ -85,8 +85,8 @@ def measured(recipe: str, out: str, *, on_cuda: bool = False) -> Found:
     import higgstune
 
     stage = higgstune.train(recipe, out).stages["planned"]
-    speeds = [logs["tokens_per_second"] for logs in stage["history"] if "tokens_per_second" in logs]
-    found = {"steps": stage["steps"], "compiled": stage["compiled"], "tokens_per_second": speeds[-1]}
+    speeds = [logs["tokens_per_second"] for logs in stage.history if "tokens_per_second" in logs]
+    found = {"steps": stage.steps, "compiled": stage.compiled, "tokens_per_second": speeds[-1]}
     return found | ({"peak_bytes": torch.cuda.max_memory_allocated()} if on_cuda else {})
 
 
