@@ -91,7 +91,6 @@ class DataSettings(_Strict):
         "turn", description="a row's reference: an earlier turn with its words, or a voice in the scene"
     )
     replay: Replay | None = Field(None, description="rows of another store among them, against forgetting")
-    workers: int = Field(0, ge=0, description="processes that build examples; 0: the training process itself")
 
 
 class EvaluationSettings(_Strict):

@@ -178,10 +178,10 @@ def _changed_by_lora(model: PeftModel, layers: dict[str, nn.Module], batch: Batc
     plain: dict[str, Tensor] = {}
 
     def remember(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: plain.__setitem__(name, output.clone())
+        return lambda _module, _inputs, output: plain.__setitem__(name, output.clone())
 
     def compare(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             if name in plain and not torch.equal(plain.pop(name), output):
                 changed.add(name)
 

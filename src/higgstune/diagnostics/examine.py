@@ -110,7 +110,7 @@ def doctor(
     target = choose_device(device)
     choose_dtype(dtype, target)
     names = Names(*(None if name is None else str(name) for name in (model, adapter, data, codec, recipe, revision)))
-    examination = _Examination(names, dtype, device, progress or (lambda check: None))
+    examination = _Examination(names, dtype, device, progress or (lambda _: None))
     examination.run()
     return in_order(examination.findings)
 

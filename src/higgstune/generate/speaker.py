@@ -194,6 +194,7 @@ class Speaker:
                     max_frames=caps,
                     seeds=[clip.request.seed for clip in pending],
                     sampling=sampling,
+                    sync_logits=sync_logits,
                 )
                 for clip, piece in zip(pending, spoken, strict=True):
                     clip.spoken.append(piece)

@@ -1,4 +1,4 @@
-"""The adapter's folder: what peft loads, and a card that says what else it needs and what it came from."""
+"""The adapter's folder: the files that peft loads, and a card with what else it needs and what it came from."""
 
 import os
 import shutil
@@ -18,6 +18,7 @@ from higgstune.files import sync_files, sync_folder
 from higgstune.model.adapter_folder import write_card
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.metrics import last_metrics
+from higgstune.training.result import TrainedStage
 from higgstune.training.setup import RunSetup
 
 
@@ -37,11 +38,11 @@ def save_adapter(folder: Path, model: PeftModel, card: dict[str, Any], weights: 
 
 
 def adapter_card_of(
-    recipe: Recipe, loaded: ModelAndTokenizers, store: CodeStore, setup: RunSetup, stages: Mapping[str, Any]
+    recipe: Recipe, loaded: ModelAndTokenizers, store: CodeStore, setup: RunSetup, stages: Mapping[str, TrainedStage]
 ) -> dict[str, Any]:
-    """What an adapter says of itself: its base and codec, how it was made, and from what.
+    """The card of an adapter: its base and codec, how it was made, and from what.
 
-    `stages` are the results of all stages so far, by name; the last one's adapter is saved.
+    `stages` are all stages so far, by name; the last one's adapter is saved.
     """
     return {
         "higgstune": higgstune.__version__,
@@ -56,7 +57,7 @@ def adapter_card_of(
         "conditioning": setup.conditioning.model_dump(),
         "stage": list(stages)[-1],
         "stages": [
-            {"name": name, "kind": done["kind"], "steps": done["steps"], "metrics": last_metrics(done["history"])}
+            {"name": name, "kind": done.kind, "steps": done.steps, "metrics": last_metrics(done.history)}
             for name, done in stages.items()
         ],
         "data": {

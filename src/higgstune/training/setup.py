@@ -73,15 +73,15 @@ def check_packs(recipe: Recipe, splits: Sequence[RowExamples]) -> None:
     """Raises ConfigError for a stage whose packs cannot hold the longest row of all splits, and names that row."""
     filled = [examples for examples in splits if len(examples)]
     longest = max(filled, key=lambda examples: int(examples.lengths().max()))
-    positions = int(longest.lengths().max())
+    tokens_needed = int(longest.lengths().max())
     row = longest.rows[int(longest.lengths().argmax())]
     for index, stage in enumerate(recipe.stages):
         tokens = stage.pack_size.tokens
-        if tokens is not None and tokens < positions:
+        if tokens is not None and tokens < tokens_needed:
             raise ConfigError(
                 f"stages.{index}.batch_tokens is {tokens}, but row {row.id} of the {row.split} split alone has "
-                f"{positions} positions (text, and 25 a second of audio): raise it to {positions} or more, or prepare "
-                "with a smaller --max-seconds"
+                f"{tokens_needed} tokens (text, and 25 per second of audio): raise it to {tokens_needed} or more, or "
+                "prepare with a smaller --max-seconds"
             )
 
 
