@@ -23,7 +23,7 @@ from processes import forked_proofs  # noqa: F401
 import higgstune
 from higgstune.cli.main import app
 from higgstune.data.manifest import Utterance, read_manifest
-from higgstune.families.higgs_v2.prompt import speech_messages
+from higgstune.data.messages import speech_messages
 
 ROOT = Path(__file__).parent.parent
 ASSETS = Path(higgstune.__file__).parent / "demo" / "assets"
@@ -36,7 +36,7 @@ MAPPING = {
     "higgstune speak": "--max-seconds 0.5",
     "higgstune doctor": "",
     "higgstune evaluate": "--limit 1",
-    "higgstune merge": "",
+    "higgstune export": "",
     "python unified_lora_training.py": "--base_ckpt base --epochs 1 --lr 5e-3 --warmup 0 --grad_accum 1",
 }
 # What makes the environment that this test runs in: .ci/run types it.
@@ -92,7 +92,7 @@ def test_every_block_of_the_readme_is_run_somewhere() -> None:
     kinds = [sorted({line.split()[1] for line in block}) for block in blocks()]
     assert kinds == [
         ["demo", "test"],
-        [".venv/bin/activate", "doctor", "evaluate", "inspect", "install", "merge", "prepare", "speak", "train"],
+        [".venv/bin/activate", "doctor", "evaluate", "export", "inspect", "install", "prepare", "speak", "train"],
         ["train"],
         ["speak", "unified_lora_training.py"],
     ]

@@ -75,3 +75,9 @@ def fetch(
             f"the {what} {name} is neither a local folder nor in the hub's cache, and the hub could not be reached: "
             f"download it where there is a network (`hf download {name}`) and give its folder [{error}]"
         ) from error
+
+
+def check_name(name_or_path: str | Path, *, what: str) -> None:
+    """Raise CheckpointError for a name that is neither a folder nor spelt like a hub id, without asking a hub."""
+    if not _HUB_ID.fullmatch(str(name_or_path)):
+        fetch(name_or_path, what=what)

@@ -87,7 +87,7 @@ def test_another_codec_is_refused(world: Path, tmp_path: Path) -> None:
     higgstune.prepare(make_recordings(tmp_path / "recordings", clips=2), tmp_path / "foreign", codec=tmp_path / "codec")
     with pytest.raises(DataError, match=r"data\.replay .*foreign was encoded by the codec"):
         train_unproven(replaying(world, store=tmp_path / "foreign"), tmp_path / "run")
-    with pytest.raises(DataError, match="nowhere is no code store"):
+    with pytest.raises(DataError, match="nowhere is not a code store"):
         train_unproven(replaying(world, store=tmp_path / "nowhere"), tmp_path / "run")
 
 
@@ -100,7 +100,7 @@ def test_a_run_does_not_resume_with_another_store(world: Path, tmp_path: Path) -
     (tmp_path / "run" / "run.json").write_text(json.dumps(state | {"status": "running"}))
     shutil.rmtree(tmp_path / "other")
     shutil.copytree(world / "own", tmp_path / "other")
-    with pytest.raises(ConfigError, match="begun on another replay"):
+    with pytest.raises(ConfigError, match="started on another replay"):
         train_unproven(made, tmp_path / "run", resume=True)
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from export_world import heard_through, make_adapter, make_world
 
-from higgstune import merge
-from higgstune.families.higgs_v2.extensions import Conditioning
+from higgstune import export
+from higgstune.families.base import Conditioning
 
 
 @pytest.fixture(scope="session")
@@ -22,4 +22,4 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def merged(world: Path) -> Path:
     """The plain adapter, merged with all defaults."""
-    return merge(world / "plain" / "adapter", world / "merged", device="cpu").folder
+    return export(world / "plain" / "adapter", world / "merged", device="cpu").folder

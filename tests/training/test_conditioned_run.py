@@ -435,11 +435,11 @@ def test_a_comparison_finds_a_whisper_that_has_moved(world: Path, run: Path, tmp
     moved = shutil.copytree(world / "whisper", tmp_path / "whisper")
     options: dict[str, Any] = {"texts": str(tmp_path / "meta.lst"), "device": "cpu", "whisper": moved}
     found = compare([run, world / "base"], out=tmp_path / "out", quantize="4bit", **options)
-    assert [evaluation.settings["dtype"] for evaluation in found.evaluations.values()] == ["float32-4bit"] * 2
+    assert [settings.dtype for settings in found.settings.values() if settings] == ["float32-4bit"] * 2
     other = save_tiny_whisper(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match="name the right one with --whisper"):
         compare([run, world / "base"], out=tmp_path / "out", **(options | {"whisper": other}))
-    with pytest.raises(InputError, match="no adapter here was trained to hear"):
+    with pytest.raises(InputError, match="no adapter here was trained with Whisper"):
         compare([world / "base", world / "base" / ".." / "base2"], out=tmp_path / "out", **options)
     with pytest.raises(InputError, match="--whisper has no effect"):
         evaluate(world / "base", out=tmp_path / "out", **options)
@@ -449,9 +449,9 @@ def test_it_listens_to_voices_that_are_heard_while_it_is_trained(world: Path, tm
     stage = {"name": "voice", "kind": "full", "max_steps": 2, "batch_size": 2}
     made = recipe(world, stages=[stage], eval_steps=2, evaluation={"clips": 2})
     train_unproven(made, tmp_path / "run")
-    spoken = [read_clips(tmp_path / "run" / "voice" / "listening" / f"step-00000{step}") for step in (0, 2)]
+    spoken = [read_clips(tmp_path / "run" / "voice" / "samples" / f"step-00000{step}") for step in (0, 2)]
     assert [len(clips) for clips in spoken] == [1, 1]  # all rows of validation that are utterances
-    evaluation = json.loads((tmp_path / "run" / "voice" / "listening" / "step-000002" / "evaluation.json").read_text())
+    evaluation = json.loads((tmp_path / "run" / "voice" / "samples" / "step-000002" / "evaluation.json").read_text())
     assert evaluation["summary"]["cap_rate"]["clips"] == 1
 
 

@@ -14,7 +14,7 @@ import soundfile
 import soxr
 
 from higgstune.data.rejection import RowError
-from higgstune.errors import InputError
+from higgstune.inputs import check_wav_name
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus")
 MAX_SECONDS = 3600.0  # of one clip in memory, whatever its header claims
@@ -251,14 +251,6 @@ class _Projector:
     def sketch(self) -> tuple[float, ...]:
         """The sums over all samples so far."""
         return tuple(self._sum.astype(np.float32).tolist())
-
-
-def check_wav_name(path: Path) -> None:
-    """Raises InputError when speech cannot be written under this name."""
-    if path.suffix.lower() != ".wav":
-        raise InputError(f"{path}: speech is written as .wav")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a file")
 
 
 def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:

@@ -19,7 +19,7 @@ from higgstune.data.importers import read_source
 from higgstune.data.merge import Merger, Pairing, resolve_references
 from higgstune.data.messages import whisper_clips
 from higgstune.data.rejection import Rejection, RowError, count_reasons
-from higgstune.data.shard_reader import INDEX_NAME, PARTIAL_NAME, REJECTED_NAME, SPLITS, StoreInfo
+from higgstune.data.shard_reader import PARTIAL_NAME, REJECTED_NAME, SPLITS, StoreInfo
 from higgstune.data.shard_writer import write_store
 from higgstune.data.source import SourceRow, rejections_of
 from higgstune.data.splits import RecordingGroups
@@ -28,6 +28,7 @@ from higgstune.data.text import TEXT_NORMALIZATION
 from higgstune.data.whisper_features import WhisperEncoder, store_features
 from higgstune.errors import ConfigError, DataError
 from higgstune.files import alone_in, write_file
+from higgstune.inputs import INDEX_NAME
 from higgstune.progress import Progress, silent
 
 Item = TypeVar("Item")

@@ -27,9 +27,9 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
 from higgstune.errors import DataError
+from higgstune.inputs import INDEX_NAME, check_store
 
 SCHEMA_VERSION = 1
-INDEX_NAME = "store.json"
 _MAX_INDEX = 1 << 28  # bytes: that of a million rows has thirty thousand
 REJECTED_NAME = "rejected.jsonl"
 PARTIAL_NAME = ".partial"
@@ -86,13 +86,11 @@ _STORE_INDEX = TypeAdapter(StoreIndex)
 
 def read_index(folder: Path) -> StoreIndex:
     """The index of the store in a folder. Raises DataError where there is none or it is not one of ours."""
+    check_store(folder)
     path = folder / INDEX_NAME
     try:
         with path.open("rb") as file:
             data = json.loads(file.read(_MAX_INDEX))
-    except FileNotFoundError:
-        lacks = f"has no {INDEX_NAME}" if folder.exists() else "does not exist"
-        raise DataError(f"{folder} is no code store: it {lacks}; make one with `higgstune prepare`") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}): prepare the store again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 
 from higgstune.data.entry import Entry
 from higgstune.data.shard_reader import (
-    INDEX_NAME,
     PARTIAL_NAME,
     ROWS_PER_GROUP,
     ROWS_PER_SHARD,
@@ -28,6 +27,7 @@ from higgstune.data.shard_reader import (
 )
 from higgstune.errors import DataError, WorkError
 from higgstune.files import refusal, sync_folder, write_file, writing
+from higgstune.inputs import INDEX_NAME
 
 CodesOf = Callable[[str], np.ndarray]  # audio hash -> [frames, num_codebooks] uint16
 _UNCHANGED = "the store is unchanged, and the encoded clips are kept"

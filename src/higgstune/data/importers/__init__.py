@@ -7,17 +7,11 @@ from higgstune.data.importers.chatml import is_trainer_json, load_json, read_tra
 from higgstune.data.importers.folder import has_audio, read_folder
 from higgstune.data.importers.table import read_table
 from higgstune.data.manifest import Utterance, read_manifest
-from higgstune.data.shard_reader import INDEX_NAME
 from higgstune.data.source import SourceRow
 from higgstune.errors import DataError
+from higgstune.inputs import INDEX_NAME, check_source, unknown_kind
 
 _MANIFESTS = ("manifest.jsonl", "metadata.jsonl")
-_UNDERSTOOD = """What is understood:
-- a folder of recordings (wav, flac, mp3, ogg, opus), each with a .txt or .lab of the same name
-- a folder with an LJSpeech metadata.csv (id|text|normalised text) and wavs/, or such a table itself
-- a manifest, one JSON object a line: a .jsonl file, or a folder with manifest.jsonl or metadata.jsonl
-- a ChatML list: a .json file with [{"messages": [...]}, ...]
-- a metadata.json with {"samples": [...]}, or its folder"""
 
 
 def read_source(path: str | Path, *, allow_outside: bool = False) -> Iterator[SourceRow]:
@@ -28,10 +22,9 @@ def read_source(path: str | Path, *, allow_outside: bool = False) -> Iterator[So
     rows.
     """
     path = Path(path)
+    check_source(path)
     if path.is_dir():
         return _read_folder(path, allow_outside)
-    if not path.exists():
-        raise DataError(f"there is no {path}. {_UNDERSTOOD}")
     return _read_file(path, allow_outside)
 
 
@@ -48,7 +41,7 @@ def _read_folder(folder: Path, allow_outside: bool) -> Iterator[SourceRow]:
     if found:
         return _read_file(found[0], allow_outside)
     if not has_audio(folder, allow_outside=allow_outside):
-        raise DataError(f"{folder} holds no recording and no manifest. {_UNDERSTOOD}")
+        raise unknown_kind(folder)
     return read_folder(folder, allow_outside=allow_outside)
 
 
@@ -62,7 +55,7 @@ def _read_file(path: Path, allow_outside: bool) -> Iterator[SourceRow]:
         data = load_json(path)
         if is_trainer_json(data):
             return read_trainer_json(path, data, allow_outside=allow_outside)
-    raise DataError(f"{path} is of no known kind. {_UNDERSTOOD}")
+    raise unknown_kind(path)
 
 
 def _manifest_rows(path: Path, allow_outside: bool) -> Iterator[SourceRow]:
