@@ -85,7 +85,7 @@ _STORE_INDEX = TypeAdapter(StoreIndex)
 
 
 def read_index(folder: Path) -> StoreIndex:
-    """The index of the store in a folder. Raises DataError where there is none or it is not one of ours."""
+    """The index of the store in a folder. Raises DataError where it is missing, damaged or of another version."""
     check_store(folder)
     path = folder / INDEX_NAME
     try:
