@@ -25,6 +25,8 @@ from higgstune.cli.main import app
 from higgstune.data.manifest import Utterance, read_manifest
 from higgstune.families.higgs_v2.prompt import speech_messages
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parent.parent
 ASSETS = Path(higgstune.__file__).parent / "demo" / "assets"
 CLIPS = 10

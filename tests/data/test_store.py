@@ -167,6 +167,7 @@ def test_codes_are_typed_columns(folder: Path) -> None:
         assert field.type == pa.list_(pa.list_(pa.uint16(), 8))
 
 
+@pytest.mark.processes
 def test_datasets_opens_it(folder: Path, tmp_path: Path) -> None:
     """In a process of its own, since `datasets` reads its settings when it is imported."""
     pytest.importorskip("datasets")

@@ -22,6 +22,8 @@ from higgstune.batch.packing import PackSize
 from higgstune.errors import DataError, WorkError
 from higgstune.families.base import Example
 
+pytestmark = pytest.mark.processes
+
 
 class Faulty:
     """Examples, of which a worker process cannot build one."""

@@ -31,6 +31,8 @@ from higgstune.evaluation.clips import read_clips
 from higgstune.evaluation.evaluate import evaluate
 from higgstune.evaluation.report.run_report import write_run_report
 
+pytestmark = pytest.mark.processes
+
 STEP = "higgstune.training.trainer:HiggsAudioTrainer.training_step"
 EARLIEST = {"gates": [], "rank": "-step"}  # so that the best is never the last
 
