@@ -39,7 +39,7 @@ def broken_torchaudio(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("rates", RATES)
-def test_agrees_with_torchaudio(rates: str) -> None:
+def test_matches_torchaudio(rates: str) -> None:
     old, new = map(int, rates.split("_"))
     torch.testing.assert_close(resample(GOLDEN[f"in_{rates}"], old, new), GOLDEN[f"out_{rates}"], atol=1e-6, rtol=0)
 

@@ -56,7 +56,7 @@ def test_wav_and_flac_of_the_same_samples_hash_equal(tmp_path: Path, subtype: st
     assert read_recording(wav).sha256 == read_recording(flac).sha256
 
 
-def test_hash_tells_rates_apart_and_zeros_together() -> None:
+def test_the_hash_depends_on_the_rate_and_not_on_the_sign_of_zero() -> None:
     waveform = speech(0.1)
     assert audio_hash(waveform, 16_000) != audio_hash(waveform, 24_000)
     zeros = np.zeros(10, np.float32)
@@ -72,7 +72,7 @@ def test_negative_zero_is_zero(tmp_path: Path) -> None:
     assert read_recording(one).sha256 == read_recording(other).sha256
 
 
-def test_twins_are_found_through_rounding(tmp_path: Path) -> None:
+def test_near_duplicates_are_found_through_rounding(tmp_path: Path) -> None:
     """Float samples that one library writes as WAV and FLAC differ in the last bit."""
     names = ["a.wav", "a.flac", "other.wav", "shorter.wav"]
     contents = [speech(1.0), speech(1.0), speech(1.0, seed=1), speech(0.9)]
@@ -84,7 +84,7 @@ def test_twins_are_found_through_rounding(tmp_path: Path) -> None:
     assert find_twins([wav, flac, other, shorter]) == {wav.sha256: {flac.sha256}, flac.sha256: {wav.sha256}}
 
 
-def test_tones_of_equal_length_are_no_twins(tmp_path: Path) -> None:
+def test_tones_of_equal_length_are_not_near_duplicates(tmp_path: Path) -> None:
     time = np.arange(RATE) / RATE
     tones = [write(tmp_path / f"{f}.wav", 0.3 * np.sin(2 * np.pi * f * time)) for f in range(200, 260, 10)]
     assert find_twins(read_recording(tone) for tone in tones) == {}

@@ -108,7 +108,7 @@ def test_tables_with_a_header(tmp_path: Path, table: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b",", b"id|text\n", b"just,some,numbers\n1,2,3\n"])
-def test_tables_that_are_none(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_tables(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "metadata.csv").write_bytes(content)
     with pytest.raises(DataError, match=r"metadata\.csv"):
         rows(tmp_path)
@@ -244,13 +244,13 @@ def test_reference_speakers_become_turns(trainer_folder: Path) -> None:
         ("a.parquet", "", "no known kind"),
     ],
 )
-def test_files_that_are_no_source(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_files_that_are_not_a_source(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         rows(tmp_path / name)
 
 
-def test_folders_that_are_no_source(tmp_path: Path) -> None:
+def test_folders_that_are_not_a_source(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no"):
         rows(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"no recording and no manifest(.|\n)*LJSpeech"):

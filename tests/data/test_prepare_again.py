@@ -63,7 +63,7 @@ def test_a_corrected_transcript_is_an_update(tmp_path: Path) -> None:
     assert len(ids(out)) == 3
 
 
-def test_a_recording_that_was_made_again_replaces_the_old_one(tmp_path: Path) -> None:
+def test_a_new_recording_replaces_the_old_one(tmp_path: Path) -> None:
     source, out = recordings(tmp_path / "in", 3), tmp_path / "out"
     run(source, out)
     clip(source, "001.wav", 99, "Again.")
@@ -166,7 +166,7 @@ def start_slow_run(source: Path, out: Path) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.processes
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_preparation_resumes(tmp_path: Path) -> None:
     source, out = recordings(tmp_path / "in", 40), tmp_path / "out"
     process = start_slow_run(source, out)
     with pytest.raises(DataError, match="another preparation is writing"):

@@ -215,7 +215,7 @@ def test_folders_that_cannot_be(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_name_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_is_not_unicode_is_refused(tmp_path: Path) -> None:
     recordings(tmp_path / "in", 1)
     os.rename(tmp_path / "in" / "000.wav", os.fsencode(tmp_path / "in") + b"/caf\xe9.wav")
     clip(tmp_path / "in", "001.wav", 1)

@@ -91,7 +91,7 @@ def test_another_codec_is_refused(world: Path, tmp_path: Path) -> None:
         train_unproven(replaying(world, store=tmp_path / "nowhere"), tmp_path / "run")
 
 
-def test_a_run_does_not_go_on_with_another_one(world: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_resume_with_another_one(world: Path, tmp_path: Path) -> None:
     stage = {"name": "voice", "kind": "full", "max_steps": 2, "batch_size": 2}
     shutil.copytree(world / "other", tmp_path / "other")
     made = replaying(world, store=tmp_path / "other", stages=[stage])

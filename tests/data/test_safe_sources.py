@@ -106,7 +106,7 @@ def test_the_command_has_the_option(world: Path, command: Command) -> None:
     assert (code, json.loads(out)["refused"]) == (0, {})
 
 
-def test_a_pipe_is_no_transcript(tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_transcript(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(RowError, match="no transcript"):
         read_transcript(tmp_path / "a.txt")  # would wait for a writer for ever
@@ -347,7 +347,7 @@ def test_an_override_changes_one_stage_of_two_that_an_alias_made(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "CON", "nul.txt", "x" * 65, "run.json", "Recipe.yaml", "a.", ""])
-def test_stage_names_that_are_no_folder(tmp_path: Path, name: str) -> None:
+def test_stage_names_that_are_not_folder_names(tmp_path: Path, name: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(PLAIN.replace("name: a", f"name: {json.dumps(name)}"))
     with pytest.raises(ConfigError, match=r"stages\.0\.name"):

@@ -103,7 +103,7 @@ def test_the_second_recording_is_held_out_when_the_first_was_alone() -> None:
     assert split([entry("second", n) for n in range(9)], [first])["second0"] == "validation"
 
 
-def test_rows_that_listen_to_a_target_share_its_split() -> None:
+def test_rows_that_refer_to_a_target_share_its_split() -> None:
     rows = [entry(n, links=((n + 1) % 300 if n % 3 < 2 else n,)) for n in range(300)]
     splits = split(rows, fraction=0.3)
     assert "validation" in splits.values()
@@ -111,12 +111,12 @@ def test_rows_that_listen_to_a_target_share_its_split() -> None:
         assert len({splits[str(n)], splits[str(n + 1)], splits[str(n + 2)]}) == 1
 
 
-def test_a_voice_that_is_only_heard_binds_nothing() -> None:
+def test_a_voice_that_is_only_a_reference_binds_nothing() -> None:
     splits = split([entry(n, links=("voice",)) for n in range(300)], fraction=0.3)
     assert set(splits.values()) == {"train", "validation"}
 
 
-def test_twins_share_a_split() -> None:
+def test_near_duplicates_share_a_split() -> None:
     """Equal length and nearly equal samples: a WAV and its FLAC."""
     rows = []
     for n in range(200):
@@ -137,12 +137,12 @@ def test_a_row_between_two_splits_may_not_join() -> None:
     assert splits["d"] == "validation"
 
 
-def test_a_heard_voice_of_both_splits_may_not_become_a_target() -> None:
+def test_a_reference_of_both_splits_may_not_become_a_target() -> None:
     stored = [entry("a", split="train", links=("voice",)), entry("b", split="validation", links=("voice",))]
     assert "voice" not in split([entry("voice")], stored)
 
 
-def test_a_twin_that_comes_late_moves_nobody() -> None:
+def test_a_late_near_duplicate_moves_no_row() -> None:
     """A stored row heard a copy of what another stored row learns; then the copy itself comes to be learnt."""
     same = {"recording_samples": 24_000, "recording_sketch": [1.0] * 16}
     stored = [entry("a", split="train", links=("copy",)), entry("b", split="validation", **same)]

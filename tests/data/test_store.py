@@ -99,7 +99,7 @@ def test_lengths_are_known_without_codes(store: CodeStore) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_positions_of_examples_are_known_without_codes(store: CodeStore, split: str) -> None:
+def test_lengths_of_examples_are_known_without_codes(store: CodeStore, split: str) -> None:
     _, prompter = tiny_prompter()
     examples = RowExamples(store.split(split), prompter, "transcript")
     with pytest.MonkeyPatch.context() as patch:
@@ -207,7 +207,7 @@ def shard(folder: Path) -> Path:
     return next(folder.glob("train-*.parquet"))
 
 
-def test_a_folder_that_is_no_store(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="higgstune prepare"):
         CodeStore.open(tmp_path)
 
@@ -250,7 +250,7 @@ def test_a_damaged_index(copied: Path, old: str, new: str, message: str) -> None
         CodeStore.open(copied)
 
 
-def test_other_files_are_no_part_of_it(copied: Path) -> None:
+def test_other_files_are_ignored(copied: Path) -> None:
     (copied / "train-00099-000000000000.parquet").write_bytes(shard(copied).read_bytes())
     assert len(CodeStore.open(copied)) == 151
 
@@ -263,7 +263,7 @@ def test_one_split_may_be_empty(tmp_path: Path) -> None:
     assert store.split("validation").frames.tolist() == []
 
 
-def test_a_codec_that_answers_nonsense_is_named(tmp_path: Path) -> None:
+def test_a_codec_that_returns_nonsense_is_named(tmp_path: Path) -> None:
     class Broken(CountingCodec):
         def __init__(self, codes: np.ndarray) -> None:
             super().__init__()

@@ -95,5 +95,5 @@ def test_a_control_token_can_appear_by_normalisation() -> None:
 
 
 @pytest.mark.parametrize(("text", "speakable"), [("5", True), ("[SPEAKER0]", False), ("你", True), ("—!?", False)])
-def test_what_can_be_said(text: str, speakable: bool) -> None:
+def test_speakable_texts(text: str, speakable: bool) -> None:
     assert is_speakable(text) is speakable

@@ -85,7 +85,7 @@ def training_step(model: PeftModel, batch: Packed) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("again", [0, 2])
-def test_a_rehearsal_takes_what_the_real_step_takes(world: Path, parts: tuple[StepSpec, Packed], again: int) -> None:
+def test_a_dry_run_takes_what_the_real_step_takes(world: Path, parts: tuple[StepSpec, Packed], again: int) -> None:
     spec, batch = parts
     base = load_model(world / "base", dtype="float32", device="cpu")
     with_training_forward(base)
@@ -109,7 +109,7 @@ def test_a_rehearsal_takes_what_the_real_step_takes(world: Path, parts: tuple[St
 
 @pytest.mark.parametrize(("again", "kept"), [(0, 4), (3, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_that_were_not_rehearsed_add_what_the_others_did(
+def test_layers_outside_the_dry_run_add_what_the_others_did(
     parts: tuple[StepSpec, Packed], again: int, kept: int, dtype: torch.dtype
 ) -> None:
     spec, batch = replace(parts[0], dtype=dtype), parts[1]
@@ -147,7 +147,7 @@ def test_four_bits_take_less(parts: tuple[StepSpec, Packed], dora: bool) -> None
 
 
 @pytest.mark.parametrize("again", [1, 2])
-def test_layers_computed_again_change_no_bit(world: Path, parts: tuple[StepSpec, Packed], again: int) -> None:
+def test_recomputed_layers_change_no_bit(world: Path, parts: tuple[StepSpec, Packed], again: int) -> None:
     def gradients(count: int) -> list[torch.Tensor]:
         base = load_model(world / "base", dtype="float32", device="cpu")
         with_training_forward(base)
@@ -164,7 +164,7 @@ def test_layers_computed_again_change_no_bit(world: Path, parts: tuple[StepSpec,
     assert all(torch.equal(a, b) for a, b in zip(kept, computed_again, strict=True))
 
 
-def test_a_signal_is_no_reason_to_go_on_without_a_plan(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_planning_ends_the_run(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_: Any) -> Any:
         raise Interrupted(15)
 
@@ -257,7 +257,7 @@ def test_loading_takes_the_weights_and_on_a_cpu_what_is_copied(world: Path, plan
     assert on_a_gpu == weights + 40_000_000  # cuBLAS
 
 
-def test_a_validation_is_rehearsed_with_its_own_pack(planner: Planner, parts: tuple[StepSpec, Packed]) -> None:
+def test_the_dry_run_of_a_validation_has_its_own_pack(planner: Planner, parts: tuple[StepSpec, Packed]) -> None:
     spec, large = parts
     rows = row_examples(planner.seen, planner.recipe.stages[0], "train")
     small = pack([rows[0], rows[1]])
@@ -329,7 +329,7 @@ def test_out_of_memory_names_what_would_fit(
     assert "will hardly fit" in caplog.text
 
 
-def test_out_of_memory_is_told_of_where_nothing_can_be_planned(
+def test_out_of_memory_is_reported_where_nothing_can_be_planned(
     world: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     memory = RunMemory(large_recipe(world))

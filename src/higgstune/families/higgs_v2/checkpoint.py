@@ -1,7 +1,7 @@
 """The original layout (boson_multimodal, model_type `higgs_audio`) as the native one.
 
 Names and shapes only: no weight is changed. Source of the mapping: boson_multimodal f04f5df and the transformers
-class; proven by tests/test_load.py against the original code's logits.
+class; proven by tests/model/test_load.py against the original code's logits.
 """
 
 import re
