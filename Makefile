@@ -20,6 +20,9 @@ export OMP_NUM_THREADS
 # quarter of the time, so that more than four would only cost memory: about 1 GB each.
 PYTEST_WORKERS ?= logical
 
+# Of the benches in `make proof` (make proof BENCH_OPTIONS=--quick: whether they work, in minutes rather than hours).
+BENCH_OPTIONS ?=
+
 PYTEST := $(BIN)/python -m pytest --numprocesses $(PYTEST_WORKERS) --maxprocesses 4 --dist loadfile \
 	--no-loadscope-reorder
 
@@ -34,12 +37,8 @@ test: $(INSTALLED)
 proof: $(INSTALLED)
 	$(BIN)/python -m pytest -m proof
 	$(BIN)/python tools/faults/random_faults.py --faults 50
-	$(BIN)/python bench/endurance.py
-	$(BIN)/python bench/train_step.py
-	$(BIN)/python bench/data_path.py
-	$(BIN)/python bench/codec.py
-	$(BIN)/python bench/generation.py
-	$(BIN)/python bench/planning.py
+	set -e; for name in endurance train_step data_path codec generation planning; do \
+		echo "== $$name"; $(BIN)/python bench/$$name.py $(BENCH_OPTIONS); done
 
 demo: $(INSTALLED)
 	$(BIN)/higgstune demo --out runs/demo
@@ -55,7 +54,7 @@ install: $(INSTALLED)
 # pip is the last thing that goes into an environment: one without it was cut off, and is completed.
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "$(PYTHON) is no Python 3.11 or newer: name one with PYTHON=..." >&2; exit 2; }
+		|| { echo "$(PYTHON) is not Python 3.11 or newer: name one with PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip

@@ -1,7 +1,9 @@
-"""Where tests lie: folders mirror the package, helpers are apart, and no test imports from another test."""
+"""Where tests and scripts lie and what they import: folders mirror the package, no test imports another test."""
 
 import ast
 import re
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,20 @@ def test_tests_that_docs_and_docstrings_name_exist(name: str) -> None:
         if path.suffix in (".md", ".py"):
             for named in re.findall(r"\btests/[\w/]+\.py\b", path.read_text(encoding="utf-8")):
                 assert (ROOT / named).is_file(), f"{path.relative_to(ROOT)}: {named}"
+
+
+SCRIPTS = [
+    ROOT / "unified_lora_training.py",
+    *(p for d in ("bench", "fuzz", "tools") for p in (ROOT / d).rglob("*.py")),
+]
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_scripts_import_names_that_the_package_has(path: Path) -> None:
+    """Scripts are not imported by tests: some need what is not installed."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "higgstune":
+            for name in node.names:
+                module = import_module(str(node.module))
+                known = hasattr(module, name.name) or find_spec(f"{node.module}.{name.name}")
+                assert known, f"line {node.lineno}: {node.module} has no {name.name}"

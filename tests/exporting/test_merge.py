@@ -24,6 +24,7 @@ from higgstune.model.load import load_model, load_model_and_tokenizers
 from higgstune.training.run import train
 
 
+@pytest.mark.processes
 def test_a_run_is_merged_by_the_command(world: Path, tmp_path: Path, command: Command) -> None:
     stage = {"name": "s", "kind": "full", "max_steps": 4, "learning_rate": 5e-3, "batch_size": 2}
     train(recipe(world, stages=[stage]), tmp_path / "run")

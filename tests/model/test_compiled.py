@@ -26,7 +26,10 @@ from higgstune.model.adapters import Lora
 from higgstune.model.compiled import compile_layers, is_worth_it, packed_loss
 from higgstune.training import stage
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of the compiler about what it does itself
+pytestmark = [
+    pytest.mark.processes,  # a compiler takes minutes
+    pytest.mark.filterwarnings("ignore"),  # those of the compiler about what it does itself
+]
 _POSSIBLE = compiled._possible
 STAGE = {"name": "voice", "kind": "full", "max_steps": 3, "batch_size": 4}
 

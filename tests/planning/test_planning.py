@@ -173,6 +173,7 @@ def test_a_signal_during_planning_ends_the_run(world: Path, monkeypatch: pytest.
         RunMemory(recipe(world))
 
 
+@pytest.mark.processes
 def test_packs_and_steps_are_those_of_the_trainer(
     planner: Planner, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +218,7 @@ def test_options_keep_the_clips_of_a_step_and_the_scaling_of_an_adapter(world: P
     assert {variant.lora.r for variant in variants} == {64, 32, 16, 8, 4}
 
 
+@pytest.mark.processes
 def test_options_fit_and_keep_the_tokens_of_a_step(world: Path, planner: Planner) -> None:
     big = large_recipe(world)
     tight = Planner(big, Machine("cuda", 10**12, at_hand=False), seen=planner.seen)
@@ -279,6 +281,7 @@ def command_recipe(folder: Path, plan: Any) -> Path:
     return path
 
 
+@pytest.mark.processes
 def test_plan_on_the_command_line(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +310,7 @@ def test_plan_on_the_command_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.processes
 def test_out_of_memory_names_what_would_fit(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -361,6 +365,7 @@ def test_rows_are_all_in_packs(planner: Planner) -> None:
     assert sorted(i for indices in packs.packs for i in indices) == list(range(ROWS))
 
 
+@pytest.mark.processes
 def test_no_pack_of_any_epoch_takes_more_than_planned(world: Path) -> None:
     made = recipe(world, stage={"batch_tokens": 1500, "epochs": 4})
     planner, stage = Planner(made, Machine("cpu", 10**12, at_hand=True)), made.stages[0]
