@@ -176,7 +176,7 @@ def test_a_killed_run_resumes(tmp_path: Path) -> None:
     (journal,) = out.glob(".partial/*.bin")
     with open(journal, "ab") as file:
         file.write(b"a record that was cut short")
-    with pytest.raises(DataError, match="no code store"):
+    with pytest.raises(DataError, match="is not a code store"):
         CodeStore.open(out)
     summary = run(source, out)
     assert 0 < summary.encoded < 40
