@@ -56,6 +56,7 @@ class StoreInfo:
     rows: dict[str, int]  # by split
     hours: dict[str, float]  # by split
     settings: dict[str, Any] = field(default_factory=dict)  # of the last preparation
+    model_type: str | None = None  # of the checkpoint that it was prepared for; None: Higgs Audio v2, or not named
 
 
 @dataclass(frozen=True)
