@@ -14,13 +14,14 @@ from report import BENCH
 from higgstune.batch.dataset import TARGET
 from higgstune.codec import load_codec
 from higgstune.data.entry import Entry
-from higgstune.data.shard_reader import INDEX_NAME, StoreInfo
+from higgstune.data.messages import DEFAULT_SCENE, speech_messages
+from higgstune.data.shard_reader import StoreInfo
 from higgstune.data.shard_writer import write_store
 from higgstune.data.store import CodeStore
 from higgstune.data.text import TEXT_NORMALIZATION
 from higgstune.families.base import Example
-from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE, speech_messages
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
+from higgstune.inputs import INDEX_NAME
 from higgstune.kernels.loss import IGNORE
 
 CODEBOOKS, CODES, FRAME_RATE = 8, 1024, 25
@@ -86,7 +87,7 @@ def _entries(lengths: np.ndarray, seed: int) -> Iterator[Entry]:
             reference_sha256=None,
             context_sha256=[],
             target_recordings=[sha256],
-            linked_recordings=[],
+            context_recordings=[],
             recording_samples=round(seconds * 24_000),
             recording_rate=24_000,
             recording_sketch=generator.normal(size=16).tolist(),

@@ -26,14 +26,16 @@ from workload import Shape, clip_seconds, make_examples, random_model
 
 from higgstune.batch.collate import Packed, pack, positions, tensors_to
 from higgstune.batch.packing import PackSampler, PackSize
+from higgstune.config.recipe import Lora
 from higgstune.environment import to_device_async
-from higgstune.families.higgs_v2.extensions import Conditioning, base_of
+from higgstune.families.base import Conditioning, base_of
+from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels.loss import LossWeights, combine, label_counts
 from higgstune.kernels.memory import checkpoint_first
-from higgstune.model.adapters import Lora
+from higgstune.model.adapters import lora_config
 from higgstune.model.compiled import compile_layers
-from higgstune.planning.dry_run import Subject
+from higgstune.planning.dry_run import StepSpec
 from higgstune.planning.plan import Footprint
 from higgstune.training.metrics import FiniteSteps
 
@@ -323,9 +325,9 @@ class Bench:
         if quantized:
             from higgstune.kernels.quantize import quantize_layers
 
-            quantize_layers(base, self.device)
+            quantize_layers(base, FAMILY.four_bits, self.device)
             _empty()
-        config = self.lora.config("full", Conditioning(), "lora")
+        config = lora_config(self.lora, FAMILY, "full", Conditioning(), "lora")
         self.model = get_peft_model(base, config, autocast_adapter_dtype=float32).train()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return self.model, torch.optim.AdamW(trained, lr=1e-4, fused=True)
@@ -356,7 +358,7 @@ class Bench:
 
     def _planned(self, packs: Sequence[Packed], *, quantized: bool = False) -> int:
         """What `--plan` says of the pack with the most hidden states: bytes of tensors."""
-        subject = Subject(
+        spec = StepSpec(
             config=self.config,
             dtype=torch.bfloat16,
             lora=self.lora,
@@ -370,7 +372,7 @@ class Bench:
         )
         again = self.config.num_hidden_layers if quantized else 0
         largest = max(packs, key=lambda batch: len(batch["from_sequence"]))
-        return Footprint(subject, largest).peak(again).total()
+        return Footprint(spec, largest).peak(again).total()
 
     def _pinned(self, batch: dict[str, Any]) -> dict[str, Any]:
         if self.device.type != "cuda":

@@ -24,6 +24,8 @@ from with_parent import with_parent
 import higgstune
 from higgstune.data.store import CodeStore
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "unified_lora_training.py"
 CODEC = Path(higgstune.__file__).parent / "demo" / "assets" / "codec"

@@ -1,4 +1,4 @@
-"""Several processes that train together, started in a moment: they are forked from one that has imported everything."""
+"""Processes that train together. They start at once: each is forked from one that has imported everything."""
 
 import atexit
 import gc
@@ -35,9 +35,9 @@ atexit.register(_kill_all)  # where tests were interrupted: multiprocessing itse
 
 @pytest.fixture(scope="module", autouse=True)
 def forked_proofs() -> Iterator[None]:
-    """Proofs in processes that have nothing of this one, but are forked: to import all anew takes seconds for each.
+    """Verify adapters in forked processes: a new interpreter needs seconds for its imports.
 
-    For every test of a module that imports this.
+    Applies to every test of a module that imports this.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "_run", _forked_proof)
@@ -66,10 +66,10 @@ def _prove(request: Path, environment: dict[str, str]) -> None:
 
 
 class Together:
-    """Processes with ranks, as torchrun starts them. What they print is in `log(rank)`."""
+    """Processes with ranks, as torchrun starts them. `log(rank)` is their output."""
 
     def __init__(self, folder: Path, count: int, work: Callable[..., None], *arguments: Any) -> None:
-        """`work(*arguments)` is a function of a module; `folder` gets the logs."""
+        """Run `work(*arguments)`, a function of a module, in `count` processes; their logs go to `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         port = _free_port()

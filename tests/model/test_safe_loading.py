@@ -21,12 +21,14 @@ from tiny_codec import save_tiny_codec
 import higgstune
 from higgstune.checkpoint_files import read_json, safetensors_keys
 from higgstune.codec import load_codec
+from higgstune.config.recipe import Lora
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore, read_feature_index
 from higgstune.errors import CheckpointError, DataError
-from higgstune.families.higgs_v2.extensions import Conditioning
-from higgstune.model.adapter_folder import find_adapter
-from higgstune.model.adapters import Lora, add_lora, load_adapter
+from higgstune.families.base import Conditioning
+from higgstune.families.higgs_v2.family import FAMILY
+from higgstune.inputs import find_adapter
+from higgstune.model.adapters import add_lora, load_adapter
 from higgstune.model.load import load_model, load_tokenizer
 
 PACKAGE = Path(higgstune.__file__).parent
@@ -153,7 +155,7 @@ def test_features_that_are_not_as_their_index_says(tmp_path: Path, tensors: dict
     index["files"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     path.with_name("index.json").write_text(json.dumps(index))
     with pytest.raises(DataError, match="copy or prepare it again"):
-        FeatureStore.open(tmp_path, "x").heard("a" * 64)
+        FeatureStore.open(tmp_path, "x").read("a" * 64)
 
 
 # Checkpoints
@@ -188,10 +190,10 @@ def header(content: bytes, length: int | None = None) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda f: shards(f, "../../outside.safetensors"), "of its own folder alone"),
-        (lambda f: shards(f, "/outside.safetensors"), "of its own folder alone"),
-        (lambda f: shards(f, "pytorch_model.bin"), "of its own folder alone"),
-        (lambda f: shards(f, 5), "of its own folder alone"),
+        (lambda f: shards(f, "../../outside.safetensors"), "in its own folder"),
+        (lambda f: shards(f, "/outside.safetensors"), "in its own folder"),
+        (lambda f: shards(f, "pytorch_model.bin"), "in its own folder"),
+        (lambda f: shards(f, 5), "in its own folder"),
         (header(b"[]"), "broken header"),
         (header(b'{"a": 5}'), "broken header"),
         (header(b'{"a": {"data_offsets": [0]}}'), "broken header"),
@@ -265,7 +267,7 @@ def test_a_huge_file_of_json_is_not_read(tmp_path: Path) -> None:
 def test_a_tokenizer_of_a_stranger(checkpoint: Path, file: str, content: str, told: str) -> None:
     (checkpoint / file).write_text(content)
     with pytest.raises(CheckpointError, match=told):
-        load_tokenizer(checkpoint, load_model(checkpoint, device="cpu").config)
+        load_tokenizer(checkpoint, FAMILY, load_model(checkpoint, device="cpu").config)
 
 
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "config.json"])
@@ -284,9 +286,9 @@ def test_no_code_of_a_checkpoint_runs(checkpoint: Path, place: str, monkeypatch:
     model = load_model(checkpoint, device="cpu")
     if place == "tokenizer_config.json":
         with pytest.raises(CheckpointError, match="custom code"):
-            load_tokenizer(checkpoint, model.config)
+            load_tokenizer(checkpoint, FAMILY, model.config)
     else:
-        load_tokenizer(checkpoint, model.config)
+        load_tokenizer(checkpoint, FAMILY, model.config)
     assert not ran.exists()
 
 

@@ -40,6 +40,8 @@ from higgstune.training.run import train
 from higgstune.training.trainer import HiggsAudioTrainer
 from higgstune.training.verify import probe_logits, verify_in_fresh_process
 
+pytestmark = pytest.mark.processes
+
 ASSETS = Path(higgstune.__file__).parent / "demo" / "assets"
 
 
@@ -108,7 +110,7 @@ def test_features_are_stored_once_for_what_is_heard(world: Path) -> None:
     assert needed == {sha256 for row in store.contexts() for sha256 in whisper_clips(row, "scene")}
     assert all(sha256 in features for sha256 in needed)
     talk = next(row for row in store.rows() if row.messages is not None and whisper_clips(row, "turn"))
-    kept = features.heard(talk.context_sha256[0])
+    kept = features.read(talk.context_sha256[0])
     waveform, _ = soundfile.read(world / "recordings" / "voice.wav", dtype="float32")
     tower = load_whisper(world / "whisper")
     fresh = tower.encode(higgstune.data.audio.resample(waveform, 24_000, 16_000))  # type: ignore[attr-defined]
@@ -317,7 +319,7 @@ def test_stored_features_that_changed_are_refused(world: Path, tmp_path: Path) -
     clip = next(iter(features.index.files[0].clips))
     flip(features.folder / features.index.files[0].name)
     with pytest.raises(DataError, match="not the file that was written"):
-        features.heard(clip)
+        features.read(clip)
     next((copy / FOLDER).rglob("index.json")).write_text("{")
     with pytest.raises(DataError, match="damaged"):
         FeatureStore.open(copy, str(world / "whisper"))
@@ -435,11 +437,11 @@ def test_a_comparison_finds_a_whisper_that_has_moved(world: Path, run: Path, tmp
     moved = shutil.copytree(world / "whisper", tmp_path / "whisper")
     options: dict[str, Any] = {"texts": str(tmp_path / "meta.lst"), "device": "cpu", "whisper": moved}
     found = compare([run, world / "base"], out=tmp_path / "out", quantize="4bit", **options)
-    assert [evaluation.settings["dtype"] for evaluation in found.evaluations.values()] == ["float32-4bit"] * 2
+    assert [settings.dtype for settings in found.settings.values() if settings] == ["float32-4bit"] * 2
     other = save_tiny_whisper(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match="name the right one with --whisper"):
         compare([run, world / "base"], out=tmp_path / "out", **(options | {"whisper": other}))
-    with pytest.raises(InputError, match="no adapter here was trained to hear"):
+    with pytest.raises(InputError, match="no adapter here was trained with Whisper"):
         compare([world / "base", world / "base" / ".." / "base2"], out=tmp_path / "out", **options)
     with pytest.raises(InputError, match="--whisper has no effect"):
         evaluate(world / "base", out=tmp_path / "out", **options)

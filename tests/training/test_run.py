@@ -19,11 +19,26 @@ from higgstune.config.recipe import parse_recipe
 from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError, ConfigError, DataError, VerificationError
 from higgstune.generate.speak import load_speaker, speak
-from higgstune.model.adapter_folder import find_adapter
+from higgstune.inputs import find_adapter
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model
 from higgstune.training.run import train
 from higgstune.training.verify import verify_in_fresh_process
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint (codec inside) and a prepared store."""
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny_checkpoint(folder / "base")
+    shutil.copytree(DEMO_CODEC, folder / "base" / "codec")
+    higgstune.prepare(
+        make_recordings(folder / "recordings"), folder / "data", codec=folder / "base" / "codec",
+        validation_fraction=0.2,
+    )  # fmt: skip
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -27,16 +27,18 @@ from training_world import (
     train_with_signal,
 )
 
-from higgstune.config.recipe import Recipe
+from higgstune.config.recipe import Lora, Recipe
 from higgstune.errors import ConfigError
 from higgstune.evaluation.clips import read_clips
 from higgstune.evaluation.evaluate import evaluate
 from higgstune.evaluation.report.run_report import write_run_report
+from higgstune.families.higgs_v2.decoder import Decoder
 from higgstune.families.sampling import Sampling
-from higgstune.generate.engine import Decoder
 from higgstune.generate.speaker import Request, Speaker
-from higgstune.model.adapters import Lora, add_lora
+from higgstune.model.adapters import add_lora
 from higgstune.training.distributed import Processes, shard
+
+pytestmark = pytest.mark.processes
 
 STEP = "higgstune.training.trainer:HiggsAudioTrainer.training_step"
 EARLIEST = {"gates": [], "rank": "-step"}  # so that the best is never the last
@@ -205,10 +207,10 @@ def test_a_sharded_model_speaks_the_same_codes_in_all_processes(tmp_path: Path) 
 def test_a_language_that_the_judge_does_not_support_is_refused_before_training(world: Path, tmp_path: Path) -> None:
     save_tiny_asr(tmp_path / "english", multilingual=False)
     made = samples_recipe(world, texts="de", asr=str(tmp_path / "english"))
-    with pytest.raises(ConfigError, match="cannot hear the language 'de': it knows English only"):
+    with pytest.raises(ConfigError, match="does not support the language 'de', it supports English only"):
         train_unproven(made, tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
-    with pytest.raises(ConfigError, match="cannot hear the language 'de'"):
+    with pytest.raises(ConfigError, match="does not support the language 'de'"):
         evaluate(world / "base", texts="de", asr=str(tmp_path / "english"), out=tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
 

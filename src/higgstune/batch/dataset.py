@@ -9,12 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higgstune.codec.base import WhisperFeatures
-from higgstune.data.messages import Message, ReferencePlace, _audio_parts, whisper_clips
+from higgstune.data.messages import (
+    DEFAULT_SCENE,
+    Message,
+    ReferencePlace,
+    conversation_audio,
+    speech_messages,
+    whisper_clips,
+)
 from higgstune.data.store import MixedRows, Row, SplitView
 from higgstune.errors import DataError
-from higgstune.families.base import Audio, Example, TextTargets
-from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE, speech_messages
-from higgstune.families.higgs_v2.prompter import Prompter
+from higgstune.families.base import Audio, Example, Prompter, TextTargets
 
 TARGET: Message = {"role": "assistant", "content": [{"type": "audio", "url": "target"}]}
 _TOKENIZED_AT_ONCE = 1000  # rows
@@ -24,7 +29,7 @@ _LOOKED_AT = 64  # rows of a split, at the most, in search of some that tell
 class Features(Protocol):
     """What Whisper hears in the clips of a store, by their audio hash."""
 
-    def heard(self, sha256: str) -> WhisperFeatures:
+    def read(self, sha256: str) -> WhisperFeatures:
         """Raises DataError for a clip that was not encoded."""
         ...
 
@@ -62,7 +67,7 @@ def row_conversation(row: Row, rendering: Rendering = PLAIN) -> tuple[list[Messa
     voice: Audio = row.reference_codes
     if rendering.features is not None:
         assert row.reference_sha256 is not None
-        voice = rendering.features.heard(row.reference_sha256)
+        voice = rendering.features.read(row.reference_sha256)
     return [*speech_messages(row.text, scene=scene, voice="reference"), TARGET], [voice, row.codes], None
 
 
@@ -146,12 +151,12 @@ class RowExamples:
 def _audio_in_order(row: Row, features: Features | None) -> list[Audio]:
     """Context and target audio as their parts stand in the conversation."""
     assert row.messages is not None
-    parts, target = _audio_parts(row.messages)
+    parts, target = conversation_audio(row.messages)
     context = parts[:target] + parts[target + 1 :]
     audio: list[Audio] = []
     for part, codes, sha256 in zip(context, row.context_codes, row.context_sha256, strict=True):
         if features is None and part.read_as == "whisper":
             raise DataError('an audio part says "as": "whisper", but no Whisper is configured: set model.whisper')
-        audio.append(codes if features is None or not part.heard else features.heard(sha256))
+        audio.append(codes if features is None or not part.uses_whisper else features.read(sha256))
     audio.insert(target, row.codes)
     return audio

@@ -1,4 +1,4 @@
-"""The demo's report: what it did, in words and clips."""
+"""The demo's report: its facts, measures and clips."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ _COLUMNS = {
 _INTRODUCTION = (
     "A 10-million-parameter base with Higgs Audio's architecture, trained on one synthetic voice, was taught another "
     "with LoRA in two stages. It speaks through a codec fitted in a minute, which sounds rough: listen to the round "
-    "trip to hear how good it can get at best. It learns the sentences of its training set, and hardly reads others."
+    "trip, which is the best that it can reach. It learns the sentences of its training set, and hardly reads others."
 )
 
 
@@ -61,7 +61,7 @@ def _facts(run: RunResult, store: CodeStore) -> dict[str, str]:
         facts[name] = f"{stage.kind}: {stage.steps} steps, {parameters}"
         proof = stage.verification
         facts[f"{name}, as saved"] = (
-            f"loaded by a fresh process, {proof.from_trained:.1e} from the trained model's logits and "
+            f"reloaded by a fresh process, {proof.from_trained:.1e} from the trained model's logits and "
             f"{proof.from_base:.1f} from the base's"
         )
     return facts

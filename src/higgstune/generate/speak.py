@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import get_args
 
 from higgstune.checkpoint_files import read_json
-from higgstune.data.audio import check_wav_name, write_wav
-from higgstune.data.messages import ReferencePlace
+from higgstune.config.recipe import Quantize
+from higgstune.data.audio import write_wav
+from higgstune.data.messages import DEFAULT_SCENE, ReferencePlace
 from higgstune.errors import CheckpointError, InputError
-from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE
 from higgstune.families.sampling import Sampling
 from higgstune.generate.speaker import Speaker, _trained_place
-from higgstune.kernels.quantize import Quantize
-from higgstune.model.adapter_folder import adapter_card, find_adapter
+from higgstune.inputs import check_wav_name, find_adapter
+from higgstune.model.adapter_folder import adapter_card
 from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
 
 
@@ -101,8 +101,8 @@ def speak(
     needs_words = reference is not None and (reference_place or _trained_place(*folders)) == "turn"
     if needs_words != bool(words) and (needs_words or reference is None):
         raise InputError(
-            "a reference needs both the recording (--reference) and its words (--reference-text), where it is an "
-            "earlier turn (--reference-place)"
+            "a reference needs both the recording (--reference) and its transcript (--reference-text), unless the "
+            "adapter was trained with references in the scene"
         )
     texts = [text] if isinstance(text, str) else list(text)
     files = [Path(out)] if isinstance(text, str) else [Path(out) / f"{i:04d}.wav" for i in range(1, len(texts) + 1)]

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from higgstune.errors import ConfigError
+from higgstune.families import family_of
 
 Value = TypeVar("Value")
 # Collectives time out after minutes; preparing data, or verifying a large model, may take longer.
@@ -96,7 +97,7 @@ def shard(model: PeftModel, device: torch.device) -> None:
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     base: Any = model.get_base_model()
-    for layer in base.model.layers:
+    for layer in family_of(model).layers(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     base._is_fsdp_managed_module = True  # by which transformers recognises such a model

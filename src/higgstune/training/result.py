@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from higgstune.model.adapters import StageKind
 from higgstune.training.verify import Verification
 
 
@@ -32,7 +31,7 @@ class ChosenStep:
 class TrainedStage:
     """A stage that was trained."""
 
-    kind: StageKind
+    kind: str
     steps: int
     layers: int  # with LoRA
     compiled: bool

@@ -18,9 +18,8 @@ from higgstune.evaluation.items import only_language
 from higgstune.evaluation.judges import check_languages, load_judges
 from higgstune.evaluation.judges.base import Judges
 from higgstune.evaluation.report.run_report import write_run_report
-from higgstune.families.higgs_v2.extensions import add_conditioning
-from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
-from higgstune.model.adapter_folder import adapter_card, adapter_conditioning, find_adapter
+from higgstune.inputs import find_adapter
+from higgstune.model.adapter_folder import adapter_card, adapter_conditioning
 from higgstune.model.adapters import check_directions
 from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
 from higgstune.planning.run_memory import RunMemory
@@ -77,15 +76,15 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
     # 4. Load the base, and check that it fits data, adapter and recipe.
     base = _load(recipe, device, processes)
     check_store(data.store, base)
-    _check_codebook_weights(recipe, base.config.num_codebooks)
+    _check_codebook_weights(recipe, base.spec.num_codebooks)
     adapter = _first_adapter(recipe, base)
     setup = resolve_setup(recipe, data, base)
     _check_same_encoder(adapter, setup)
-    add_conditioning(base.model, setup.conditioning)
+    base.family.extensions.add(base.model, setup.conditioning)
     check_directions(base.model, recipe.lora, setup.conditioning, setup.attention)
 
     # 5. Prepare the prompts, and check that packs can hold them.
-    prompter = Prompter(base.tokenizer, SpecialIds.from_config(base.config))
+    prompter = base.prompter
     examples = {
         name: RowExamples(data.rows(name), prompter, "none", setup.rendering) for name in ("train", "validation")
     }
@@ -122,7 +121,7 @@ def _train_one(job: Job, stage: Stage, bases: list[ModelAndTokenizers], adapter:
     """One stage on the base in `bases`, which holds the only reference to it: one that was sharded is loaded anew."""
     if not bases:
         bases.append(_load(job.recipe, job.device, job.processes))
-        add_conditioning(bases[0].model, job.setup.conditioning)
+        bases[0].family.extensions.add(bases[0].model, job.setup.conditioning)
     result = train_stage(job, stage, bases[0], adapter)
     if job.sharded:  # this process has only a share of it
         bases.clear()

@@ -17,7 +17,7 @@ from higgstune.checkpoint_files import read_json
 from higgstune.config.recipe import Recipe, Stage, load_recipe, save_recipe
 from higgstune.errors import ConfigError, WorkError
 from higgstune.files import lock_file, refusal, write_file, writing
-from higgstune.model.adapter_folder import RUN_STATE
+from higgstune.inputs import RUN_STATE
 from higgstune.training.result import StageResult
 
 RECIPE_FILE = "recipe.yaml"

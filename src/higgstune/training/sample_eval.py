@@ -31,7 +31,7 @@ from higgstune.evaluation.items import (
     items_from_rows,
     items_from_sentences,
     only_language,
-    some_rows,
+    round_robin_rows,
     speaker_of,
     speakers_of,
     write_voices,
@@ -125,7 +125,8 @@ def texts_to_speak(settings: EvaluationSettings, store: CodeStore) -> list[Row] 
     """
     if settings.texts is not None:
         return read_sentences(settings.texts)[: settings.clips]
-    rows = some_rows(store.split("validation"), settings.clips) or some_rows(store.split("train"), settings.clips)
+    rows = round_robin_rows(store.split("validation"), settings.clips)
+    rows = rows or round_robin_rows(store.split("train"), settings.clips)
     if not rows:
         raise ConfigError(
             f"{store.folder} has only conversations, which are not spoken: set evaluation.texts, or evaluation.clips: 0"

@@ -15,7 +15,7 @@ from higgstune.data.shard_reader import SPLITS
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import portable_name
 from higgstune.files import sync_files, sync_folder
-from higgstune.model.adapter_folder import base_shape, write_card
+from higgstune.model.adapter_folder import write_card
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.metrics import last_metrics
 from higgstune.training.result import TrainedStage
@@ -50,7 +50,8 @@ def adapter_card_of(
         "revision": loaded.revision,
         "codec": portable_name(loaded.codec),
         "codec_revision": loaded.audio_tokenizer.revision,
-        "base_shape": base_shape(loaded.config),
+        "family": loaded.family.info.name,
+        "base_shape": loaded.spec.card(),
         "base_fingerprint": setup.base_fingerprint,
         "base_quantized": recipe.model.quantize,  # while it was trained; it belongs on the whole base as well
         "conditioning": setup.conditioning.model_dump(),

@@ -17,18 +17,17 @@ from typing_extensions import override
 from higgstune.batch.collate import Batch, PaddedCollator, pack, tensors_to
 from higgstune.batch.dataset import RowExamples, probe_rows
 from higgstune.batch.packing import PackSize
-from higgstune.config.recipe import Recipe, Stage
+from higgstune.config.recipe import Compile, Recipe, Stage
 from higgstune.data.store import CodeStore
 from higgstune.errors import Interrupted
 from higgstune.evaluation.clips import SAMPLES
 from higgstune.evaluation.judges.base import Judges
 from higgstune.families.base import Example
-from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.files import writing
 from higgstune.kernels.loss import LossWeights
 from higgstune.kernels.memory import checkpoint_first
 from higgstune.model.adapters import adapted_layers, add_lora, continue_lora, unload_adapter
-from higgstune.model.compiled import Compile, compile_layers, is_worth_it
+from higgstune.model.compiled import compile_layers, is_worth_it
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.planning.run_memory import RunMemory
 from higgstune.training.callbacks import ProgressReport, StopSignals
@@ -117,7 +116,7 @@ def train_stage(job: Job, stage: Stage, base: ModelAndTokenizers, start_from: Pa
 
     # 2. Choose the layers to recompute, and spread the weights over the processes.
     recomputed = job.processes.broadcast(job.memory.checkpointed(stage))  # free memory differs between processes
-    checkpoint_first(base.model.model.layers, recomputed)
+    checkpoint_first(base.family.layers(base.model), recomputed)
     if job.sharded:
         shard(model, job.device)
 
@@ -155,7 +154,7 @@ def train_stage(job: Job, stage: Stage, base: ModelAndTokenizers, start_from: Pa
 
 
 def _with_adapter(job: Job, stage: Stage, base: ModelAndTokenizers, start_from: Path | None) -> PeftModel:
-    with_training_forward(base.model)
+    base.family.pack_forward(base.model)
     lora, conditioning, attention = job.recipe.lora, job.setup.conditioning, job.setup.attention
     if start_from is None:
         return add_lora(base.model, lora, stage.kind, conditioning, attention)
@@ -343,7 +342,7 @@ def _probe_batch(job: Job, base: ModelAndTokenizers) -> Batch:
     examples = job.examples["train"]
     _, rows = probe_rows(splits, examples.rendering)
     probe = RowExamples(rows, examples.prompter, "transcript", examples.rendering)
-    collate = PaddedCollator(pad_id=base.config.pad_token_id or 0, stream_eos=base.config.audio_stream_eos_id)
+    collate = PaddedCollator.of(base.spec)
     return collate([probe[i] for i in range(min(_PROBE_CLIPS, len(probe)))])
 
 

@@ -23,7 +23,6 @@ from higgstune.batch.packing import PackSize
 from higgstune.codec import Codec
 from higgstune.config.expression import LOSS
 from higgstune.environment import to_device_async
-from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels.loss import LossWeights, Sums, add_sums, combine, label_counts, zero_sums
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.checkpoint import trained_state
@@ -72,11 +71,11 @@ class HiggsAudioTrainer(ResumableTrainer):
 
         The data sets are map-style and give `Example`s.
         """
-        with_training_forward(loaded.model)
+        loaded.family.pack_forward(loaded.model)
         self.loaded = loaded
         self.weights = weights or LossWeights()
         self.full_learning_rate = full_learning_rate
-        self._eos_id: int = loaded.config.audio_stream_eos_id
+        self._eos_id = loaded.spec.stream_eos
         self._rest: Prefetched | None = None  # of an epoch in which training was resumed
         self._pack_size = PackSize(batch_tokens, args.per_device_train_batch_size)
         packs_per_step = packs_per_step or args.gradient_accumulation_steps * args.world_size
@@ -264,7 +263,7 @@ class HiggsAudioTrainer(ResumableTrainer):
         """Of a split, which may have no rows."""
         if not len(examples):
             return {}
-        sums, counts = zero_sums(self.loaded.config.num_codebooks, self.args.device)
+        sums, counts = zero_sums(self.loaded.spec.num_codebooks, self.args.device)
         with torch.no_grad():
             for batch in self._loader(examples, seed=None):
                 inputs = tensors_to(batch, self.args.device)

@@ -19,15 +19,15 @@ from higgstune.batch.dataset import TARGET
 from higgstune.batch.loader import PackLoader, example_lengths
 from higgstune.batch.packing import PackSize
 from higgstune.codec.base import WhisperFeatures
+from higgstune.config.recipe import Lora
+from higgstune.data.messages import speech_messages
 from higgstune.errors import CheckpointError
-from higgstune.families.base import Example
-from higgstune.families.higgs_v2.extensions import base_of
+from higgstune.families.base import Example, base_of
 from higgstune.families.higgs_v2.packed import with_training_forward
-from higgstune.families.higgs_v2.prompt import speech_messages
 from higgstune.families.higgs_v2.prompter import Prompter
 from higgstune.kernels.fused import linear, linears
 from higgstune.kernels.loss import IGNORE, head_sums, label_counts
-from higgstune.model.adapters import Lora, add_lora
+from higgstune.model.adapters import add_lora
 
 
 def native_loss(model: PeftModel, example: Example) -> Tensor:
@@ -71,7 +71,7 @@ CASES: dict[str, Callable[[], tuple[PeftModel, Prompter]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_packed_losses_and_gradients_are_the_sum_of_the_single_examples(case: str, share_prefix: bool) -> None:
     model, prompter = CASES[case]()
-    made = examples(prompter, listens=case == "conditioned")
+    made = examples(prompter, whisper=case == "conditioned")
     expected_loss, expected = gradients(model, (native_loss(model, example) for example in made))
     with_training_forward(base_of(model))
     batch = pack(made, share_prefix=share_prefix)
@@ -167,7 +167,7 @@ class NothingWaits(TorchDispatchMode):
 def test_nothing_in_forward_and_backward_waits_for_the_device(conditioned: bool) -> None:
     model, prompter = adapted("full", torch.float32, conditioned=conditioned)
     with_training_forward(base_of(model))
-    batch = pack(examples(prompter, listens=conditioned))
+    batch = pack(examples(prompter, whisper=conditioned))
     with NothingWaits():
         sums = model(**batch)
         (sums["audio_loss"].sum() + sums["text_loss"]).backward()

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from jinja2 import Environment
 
+from higgstune.data.messages import speech_messages
 from higgstune.errors import DataError
-from higgstune.families.higgs_v2.prompt import native_chat_template, render, speech_messages
+from higgstune.families.higgs_v2.prompt import native_chat_template, render
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "prompts.json").read_text())
 NATIVE = [case for case in GOLDEN if not case["name"].startswith("boson_chatml/")]
@@ -49,7 +50,7 @@ def test_generation_prompt_is_a_prefix_of_the_training_prompt_also_with_assistan
         assert trained.startswith(asked)
 
 
-def test_audio_that_is_listened_to_is_rendered_as_codes_without_whisper() -> None:
+def test_reference_audio_is_rendered_as_codes_without_whisper() -> None:
     case = next(case for case in CHATML if case["name"].endswith("zero_shot_chatml_of_the_seed"))
     assert "birthday.<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>Please" in render(case["messages"])
 
