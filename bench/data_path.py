@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +58,16 @@ def _loader(examples: Any, kind: str) -> DataLoader[Any]:
     return DataLoader(examples, BATCH_SIZE, shuffle=True, collate_fn=collator)
 
 
-def waiting(folder: str, kind: str, workers: int, steps: int, tokens: int = BATCH_TOKENS, layers: int = 4) -> Found:
+def waiting(folder: str, kind: str, steps: int, tokens: int = BATCH_TOKENS, layers: int = 4) -> Found:
     """Training the miniature for some steps on packs of either data set, and how long it waits for the next one."""
     from miniature import Training, small_config
 
     config = small_config(scale=16, layers=layers)
     prompter = Prompter(demo_prompter().tokenizer, SpecialIds.from_config(config))
-    loader = PackLoader(examples_of(Path(folder), kind, prompter), PackSize(tokens=tokens), seed=0, workers=workers)
+    loader = PackLoader(examples_of(Path(folder), kind, prompter), PackSize(tokens=tokens), seed=0)
     training = Training(config)
     batches = iter(loader)
-    training.step(next(batches))  # starting the workers: once in an epoch, not in every step
+    training.step(next(batches))  # the first pack: once in an epoch, not in every step
     waited = 0.0
     trained = 0
     began = time.perf_counter()
@@ -129,18 +128,12 @@ def measure(folder: Path, size: int, *, repeats: int, threads: int, fresh: bool 
     return rows
 
 
-def wait_rows(
-    folder: Path, workers: Iterable[int], steps: int, *, repeats: int, threads: int, fresh: bool
-) -> list[Row]:
+def wait_row(folder: Path, steps: int, *, repeats: int, threads: int, fresh: bool) -> Row:
     """How long the training of the miniature waits for data."""
-    rows = []
-    for count in workers:
-        more = {"folder": str(folder), "workers": count, "steps": steps}
-        cases = {kind: Case(waiting, {"kind": kind} | more) for kind in ("json", "store")}
-        found = alternate(cases, repeats=repeats, threads=threads, fresh=fresh)
-        waited = [values(found[kind], "waited_percent") for kind in ("json", "store")]
-        rows.append(Row(f"training waits, {count} workers", *waited, "% of the time"))
-    return rows
+    cases = {kind: Case(waiting, {"kind": kind, "folder": str(folder), "steps": steps}) for kind in ("json", "store")}
+    found = alternate(cases, repeats=repeats, threads=threads, fresh=fresh)
+    waited = [values(found[kind], "waited_percent") for kind in ("json", "store")]
+    return Row("training waits", *waited, "% of the time")
 
 
 def encoding_row(folder: Path, *, seconds: float, size: str, repeats: int, threads: int, fresh: bool) -> Row:
@@ -171,7 +164,7 @@ def main() -> None:
         say("encoding")
         size = "small" if given.quick else "full"
         rows.append(encoding_row(folders[sizes[0]], seconds=given.encode_seconds, size=size, **shared, fresh=True))
-        rows += wait_rows(folders[sizes[0]], (0, 2), 3 if given.quick else given.steps, **shared, fresh=True)
+        rows.append(wait_row(folders[sizes[0]], 3 if given.quick else given.steps, **shared, fresh=True))
     finish("data_path", rows, given)
 
 

@@ -8,11 +8,12 @@ from stores import demo_prompter
 from transformers import HiggsAudioV2ForConditionalGeneration
 from workload import random_model
 
+from higgstune.data.messages import DEFAULT_SCENE, speech_messages
 from higgstune.families.base import Example
-from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE, speech_messages
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
+from higgstune.families.padded import left_padded
 from higgstune.families.sampling import Sampling
-from higgstune.generate.engine import generate, left_padded
+from higgstune.generate.engine import generate
 
 EXAMPLE = "python bench/generation.py --batch 1 8 --frames 125 --json generation.json"
 TEXTS = ("The farmer carried a heavy basket to the market.", "My sister painted the old door bright yellow.")

@@ -85,8 +85,8 @@ def measured(recipe: str, out: str, *, on_cuda: bool = False) -> Found:
     import higgstune
 
     stage = higgstune.train(recipe, out).stages["planned"]
-    speeds = [logs["tokens_per_second"] for logs in stage["history"] if "tokens_per_second" in logs]
-    found = {"steps": stage["steps"], "compiled": stage["compiled"], "tokens_per_second": speeds[-1]}
+    speeds = [logs["tokens_per_second"] for logs in stage.history if "tokens_per_second" in logs]
+    found = {"steps": stage.steps, "compiled": stage.compiled, "tokens_per_second": speeds[-1]}
     return found | ({"peak_bytes": torch.cuda.max_memory_allocated()} if on_cuda else {})
 
 
@@ -118,7 +118,7 @@ def prepare_run(setting: RunSetup, folder: Path, own: Path) -> Path:
             "checkpoint": str(base), "dtype": "bfloat16" if setting.on_cuda else "float32", "device": setting.device,
             "quantize": setting.quantize,
         },
-        "data": {"store": str(own / "data"), "workers": 2 if setting.on_cuda else 0},
+        "data": {"store": str(own / "data")},
         "lora": {"r": setting.r, "alpha": 2 * setting.r, "dropout": setting.dropout, "dora": setting.dora},
         "stages": [stage],
         "gradient_checkpointing": setting.checkpointing,

@@ -14,12 +14,12 @@ from report import BENCH
 from higgstune.batch.dataset import TARGET
 from higgstune.codec import load_codec
 from higgstune.data.entry import Entry
+from higgstune.data.messages import DEFAULT_SCENE, speech_messages
 from higgstune.data.shard_reader import StoreInfo
 from higgstune.data.shard_writer import write_store
 from higgstune.data.store import CodeStore
 from higgstune.data.text import TEXT_NORMALIZATION
 from higgstune.families.base import Example
-from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE, speech_messages
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
 from higgstune.inputs import INDEX_NAME
 from higgstune.kernels.loss import IGNORE

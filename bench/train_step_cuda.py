@@ -26,12 +26,14 @@ from workload import Shape, clip_seconds, make_examples, random_model
 
 from higgstune.batch.collate import Packed, pack, positions, tensors_to
 from higgstune.batch.packing import PackSampler, PackSize
+from higgstune.config.recipe import Lora
 from higgstune.environment import to_device_async
-from higgstune.families.higgs_v2.extensions import Conditioning, base_of
+from higgstune.families.base import Conditioning, base_of
+from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels.loss import LossWeights, combine, label_counts
 from higgstune.kernels.memory import checkpoint_first
-from higgstune.model.adapters import Lora
+from higgstune.model.adapters import lora_config
 from higgstune.model.compiled import compile_layers
 from higgstune.planning.dry_run import Subject
 from higgstune.planning.plan import Footprint
@@ -323,9 +325,9 @@ class Bench:
         if quantized:
             from higgstune.kernels.quantize import quantize_layers
 
-            quantize_layers(base, self.device)
+            quantize_layers(base, FAMILY.four_bits, self.device)
             _empty()
-        config = self.lora.config("full", Conditioning(), "lora")
+        config = lora_config(self.lora, FAMILY, "full", Conditioning(), "lora")
         self.model = get_peft_model(base, config, autocast_adapter_dtype=float32).train()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return self.model, torch.optim.AdamW(trained, lr=1e-4, fused=True)

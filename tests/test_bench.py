@@ -130,9 +130,7 @@ def test_data_path(folder: Path) -> None:
 
 def test_training_that_waits_counts_its_own_steps(folder: Path) -> None:
     data_path = bench("data_path")
-    found = [
-        data_path.waiting(str(folder), kind, workers=0, steps=2, tokens=800, layers=1) for kind in ("json", "store")
-    ]
+    found = [data_path.waiting(str(folder), kind, steps=2, tokens=800, layers=1) for kind in ("json", "store")]
     assert found[0]["tokens"] == found[1]["tokens"] > 800
     assert all(0 < one["waited_percent"] < 100 for one in found)
     examples = RowExamples(CodeStore.open(folder).split("train"), bench("stores").demo_prompter(), "transcript")

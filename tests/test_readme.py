@@ -23,7 +23,7 @@ from processes import forked_proofs  # noqa: F401
 import higgstune
 from higgstune.cli.main import app
 from higgstune.data.manifest import Utterance, read_manifest
-from higgstune.families.higgs_v2.prompt import speech_messages
+from higgstune.data.messages import speech_messages
 
 ROOT = Path(__file__).parent.parent
 ASSETS = Path(higgstune.__file__).parent / "demo" / "assets"

@@ -150,7 +150,7 @@ def run_values(run: Path) -> dict[str, Any]:
 
 def speech(run: Path) -> list[Any]:
     """Codes of sentences, greedy and drawn."""
-    from higgstune.families.higgs_v2.prompt import speech_messages
+    from higgstune.data.messages import speech_messages
     from higgstune.families.sampling import Sampling
     from higgstune.generate.engine import generate
     from higgstune.generate.speak import load_speaker

@@ -4,9 +4,8 @@ import hashlib
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -21,15 +20,9 @@ SAFETENSORS = "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # weights that may run code when they are loaded
 FOLDER_CARD = "higgstune.json"  # notes of Higgstune about a folder that it wrote
 FILES = "files"  # key of the card: {path from the folder: sha256}
-Kind = Literal["native", "original", "extended"]
 _MAX_JSON = 64 << 20  # bytes; the index of the largest checkpoint has a few MB
 _MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 _MAX_DEPTH = 64
-# The extended layout is the native one with modules that the native class does not have. It has its own name, so that
-# no other software takes it for a native checkpoint and leaves these modules out.
-MODEL_TYPES: dict[Any, Kind] = {
-    "higgs_audio_v2": "native", "higgs_audio": "original", "higgs_audio_v2_extended": "extended",
-}  # fmt: skip
 # What configuration classes and models raise for wrong types, sizes and names in a file of unknown origin.
 _MALFORMED = (
     ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError, RuntimeError, OSError,
@@ -41,38 +34,6 @@ def malformed_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import StrictDataclassError
 
     return (*_MALFORMED, StrictDataclassError, *others)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A checkpoint's folder: its layout, its config as written, its weight files and the names of their tensors."""
-
-    folder: Path
-    kind: Kind
-    config: dict[str, Any]
-    weights: tuple[Path, ...]
-    keys: frozenset[str]
-
-    @property
-    def bytes(self) -> int:
-        """Size of all weight files."""
-        return sum(path.stat().st_size for path in self.weights)
-
-
-def read_layout(folder: Path) -> Layout:
-    """Check that config and weights exist and are whole. Raises CheckpointError naming the file and what to do."""
-    config = read_json(folder / "config.json", "a checkpoint folder needs it")
-    kind = MODEL_TYPES.get(config.get("model_type"))
-    if kind is None:
-        expected = ", ".join(f"{model_type} ({kind})" for model_type, kind in MODEL_TYPES.items())
-        raise CheckpointError(
-            f"{folder / 'config.json'} has the model_type {config.get('model_type')!r}: expected one of {expected}"
-        )
-    weights = weight_files(folder)
-    keys: set[str] = set()
-    for file in weights:
-        keys |= safetensors_keys(file)
-    return Layout(folder, kind, config, weights, frozenset(keys))
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from higgstune.config.recipe import (
     DataSettings,
     EvaluationSettings,
+    Lora,
     ModelSettings,
     Recipe,
     Replay,
@@ -20,7 +21,6 @@ from higgstune.config.recipe import (
     save_recipe,
 )
 from higgstune.errors import ConfigError
-from higgstune.model.adapters import Lora
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -91,7 +91,7 @@ def test_a_saved_recipe_holds_every_key(tmp_path: Path) -> None:
     [
         (tree(modle={}), r"modle: unknown key; the nearest one is model"),
         (tree(model={"checkpoints": "x"}), r"model\.checkpoints: unknown key; the nearest one is checkpoint"),
-        (tree(data={"store": "x", "worker": 1}), r"data\.worker: unknown key; the nearest one is workers"),
+        (tree(data={"store": "x", "replays": 1}), r"data\.replays: unknown key; the nearest one is replay"),
         (tree(lora={"rank": 8}), r"lora\.rank: unknown key; .* \(of r, alpha, dropout, rslora, dora\)"),
         (
             stage(learning_rates=1),

@@ -100,7 +100,7 @@ def test_a_run_does_not_resume_with_another_store(world: Path, tmp_path: Path) -
     (tmp_path / "run" / "run.json").write_text(json.dumps(state | {"status": "running"}))
     shutil.rmtree(tmp_path / "other")
     shutil.copytree(world / "own", tmp_path / "other")
-    with pytest.raises(ConfigError, match="begun on another replay"):
+    with pytest.raises(ConfigError, match="started on another replay"):
         train_unproven(made, tmp_path / "run", resume=True)
 
 

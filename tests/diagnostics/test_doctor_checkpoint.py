@@ -15,6 +15,7 @@ from tiny_runs import DEMO_CODEC
 
 from higgstune.diagnostics import doctor
 from higgstune.diagnostics.checkpoint import check_config
+from higgstune.families.higgs_v2.family import FAMILY
 
 
 def flip_recorded_byte(base: Path) -> None:
@@ -116,6 +117,6 @@ def test_default_frequencies_are_warned_of(base: Path) -> None:
 
 def test_special_ids_that_are_the_same_are_found() -> None:
     config = tiny_config(tiny_tokenizer())
-    assert check_config(config)[0].status == "ok"
+    assert check_config(FAMILY, config)[0].status == "ok"
     config.audio_delay_token_id = config.audio_token_id
-    assert "are the same" in check_config(config)[0].message
+    assert "are the same" in check_config(FAMILY, config)[0].message

@@ -21,7 +21,7 @@ from higgstune.diagnostics import doctor
 from higgstune.diagnostics.data import find_features
 from higgstune.diagnostics.loss import DataLoss, judge_loss, never_trained
 from higgstune.errors import DataError
-from higgstune.families.higgs_v2.extensions import WhisperSpec
+from higgstune.families.base import WhisperSpec
 from higgstune.model.load import load_model
 
 CHANCE = math.log(1026)

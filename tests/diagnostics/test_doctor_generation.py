@@ -9,8 +9,10 @@ from doctor_world import examined, failed, rows, told
 from tiny_checkpoint import tiny_prompter
 from transformers import DynamicCache
 
-from higgstune.diagnostics import doctor, examine
+from higgstune.diagnostics import doctor
 from higgstune.diagnostics.generation import check_generation
+from higgstune.families.higgs_v2.decoder import Decoder
+from higgstune.families.higgs_v2.family import HiggsV2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -19,12 +21,12 @@ def test_generation_is_compared_in_every_dtype(monkeypatch: pytest.MonkeyPatch, 
     model = model.to(dtype)
     assert check_generation(model, prompter, rows(), "base")[0].status == "ok"
 
-    class Shifted(examine.generation.Decoder):
+    class Shifted(Decoder):
         def __init__(self, model: Any, prompts: Any) -> None:
             super().__init__(model, prompts)
             self.lengths = self.lengths + 1  # positions one too far
 
-    monkeypatch.setattr(examine.generation, "Decoder", Shifted)
+    monkeypatch.setattr(HiggsV2, "decoder", Shifted)
     assert check_generation(model, prompter, rows(), "base")[0].status == "failed"
 
 

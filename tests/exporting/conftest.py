@@ -6,7 +6,7 @@ import pytest
 from export_world import heard_through, make_adapter, make_world
 
 from higgstune import export
-from higgstune.families.higgs_v2.extensions import Conditioning
+from higgstune.families.base import Conditioning
 
 
 @pytest.fixture(scope="session")

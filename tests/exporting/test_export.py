@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgstune import export
-from higgstune.checkpoint_files import read_layout
 from higgstune.errors import CheckpointError, ConfigError, VerificationError
-from higgstune.families.higgs_v2.checkpoint import native_config, original_config, original_state, read_original
-from higgstune.families.higgs_v2.extensions import Conditioning
+from higgstune.families import read_layout
+from higgstune.families.base import Conditioning
+from higgstune.families.higgs_v2.original import native_config, original_config, original_state, read_original
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model
 

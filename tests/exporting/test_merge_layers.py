@@ -15,8 +15,9 @@ from higgstune import export
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.exporting import verify as check
 from higgstune.exporting.merge import merge_layers
-from higgstune.families.higgs_v2.checkpoint import original_config, original_state
-from higgstune.families.higgs_v2.extensions import Conditioning
+from higgstune.families.base import Conditioning
+from higgstune.families.higgs_v2.family import FAMILY
+from higgstune.families.higgs_v2.original import original_config, original_state
 from higgstune.families.higgs_v2.prompt import AUDIO_EOS, AUDIO_IN
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model, load_tokenizer
@@ -103,7 +104,7 @@ def test_a_base_in_the_original_layout_is_the_same_base(world: Path, merged: Pat
     base = shutil.copytree(world / "base", tmp_path / "base")
     model = load_model(world / "base", device="cpu", dtype="float32")
     save_file(original_state(model.state_dict()), base / "model.safetensors")
-    tokenizer = load_tokenizer(world / "base", model.config)
+    tokenizer = load_tokenizer(world / "base", FAMILY, model.config)
     tokens = {token: tokenizer.convert_tokens_to_ids(token) for token in (AUDIO_IN, AUDIO_EOS)}
     (base / "config.json").write_text(json.dumps(original_config(model.config, tokens=tokens)))
     for format in ("native", "boson"):

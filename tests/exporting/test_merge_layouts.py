@@ -12,7 +12,8 @@ from transformers import AutoModel, HiggsAudioV2ForConditionalGeneration
 
 from higgstune import export
 from higgstune.errors import CheckpointError, ConfigError
-from higgstune.families.higgs_v2.extensions import Conditioning, conditioning_of
+from higgstune.families.base import Conditioning
+from higgstune.families.higgs_v2.extensions import conditioning_of
 from higgstune.generate.speak import load_speaker
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model, load_model_and_tokenizers

@@ -166,7 +166,7 @@ SAMPLES: list[Any] = [
 ]
 RECIPE: dict[str, Any] = {
     "model": {"checkpoint": "base", "dtype": "auto", "audio_attention": True, "whisper": None},
-    "data": {"store": "data", "reference": "turn", "workers": 2},
+    "data": {"store": "data", "reference": "turn"},
     "lora": {"r": 16, "alpha": 32.0, "dropout": 0.05, "dora": False},
     "stages": [
         {"name": "text", "kind": "text", "max_steps": 5, "learning_rate": "1e-4", "text_targets": "transcript"},

@@ -9,11 +9,12 @@ from tiny_checkpoint import random_codes, tiny_prompter
 
 from higgstune.batch.dataset import TARGET
 from higgstune.codec.base import WhisperFeatures
-from higgstune.families.base import Example
-from higgstune.families.higgs_v2.extensions import Conditioning, WhisperSpec, add_conditioning
-from higgstune.families.higgs_v2.prompt import speech_messages
+from higgstune.config.recipe import Lora
+from higgstune.data.messages import speech_messages
+from higgstune.families.base import Conditioning, Example, WhisperSpec
+from higgstune.families.higgs_v2.extensions import add_conditioning
 from higgstune.families.higgs_v2.prompter import Prompter
-from higgstune.model.adapters import Lora, StageKind, add_lora
+from higgstune.model.adapters import add_lora
 
 CODES = 32
 D_MODEL = 6
@@ -36,7 +37,7 @@ def examples(prompter: Prompter, *, listens: bool = False) -> list[Example]:
 
 
 def adapted(
-    kind: StageKind, dtype: torch.dtype, *, conditioned: bool = False, lora: Lora | None = None
+    kind: str, dtype: torch.dtype, *, conditioned: bool = False, lora: Lora | None = None
 ) -> tuple[PeftModel, Prompter]:
     """A model whose LoRA, and whose extensions, are already something."""
     model, prompter = tiny_prompter(codes=CODES)

@@ -10,10 +10,11 @@ from tiny_checkpoint import random_codes, tiny_prompter
 from transformers import TrainingArguments
 
 from higgstune.batch.dataset import TARGET
+from higgstune.config.recipe import Lora
+from higgstune.data.messages import speech_messages
 from higgstune.families.base import Example
-from higgstune.families.higgs_v2.prompt import speech_messages
 from higgstune.families.higgs_v2.prompter import Prompter
-from higgstune.model.adapters import Lora, StageKind, add_lora
+from higgstune.model.adapters import add_lora
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.trainer import HiggsAudioTrainer
 
@@ -40,9 +41,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(**(settings | changes))
 
 
-def trainer(
-    folder: Path, kind: StageKind | None = "full", data: Sequence[Example] | None = None, **changes: Any
-) -> Any:
+def trainer(folder: Path, kind: str | None = "full", data: Sequence[Example] | None = None, **changes: Any) -> Any:
     loaded, prompter = loaded_and_prompter()
     torch.manual_seed(0)
     adapted = add_lora(loaded.model, Lora(r=4), kind) if kind else None

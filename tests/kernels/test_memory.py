@@ -11,11 +11,11 @@ from packs import adapted, examples
 from torch import nn
 
 from higgstune.batch.collate import pack
-from higgstune.families.higgs_v2.extensions import base_of
+from higgstune.config.recipe import Lora
+from higgstune.families.base import base_of
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels import memory as heap
 from higgstune.kernels.memory import checkpoint_first
-from higgstune.model.adapters import Lora
 from higgstune.model.compiled import packed_loss
 
 

@@ -16,13 +16,13 @@ from torch._dynamo.utils import counters
 from training_world import history, make_world, train_unproven
 
 from higgstune.batch.collate import pack
+from higgstune.config.recipe import Lora
+from higgstune.families.base import base_of
 from higgstune.families.higgs_v2 import packed
-from higgstune.families.higgs_v2.extensions import base_of
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels import fused
 from higgstune.kernels.attention import Segments
 from higgstune.model import compiled
-from higgstune.model.adapters import Lora
 from higgstune.model.compiled import compile_layers, is_worth_it, packed_loss
 from higgstune.training import stage
 

@@ -21,12 +21,14 @@ from tiny_codec import save_tiny_codec
 import higgstune
 from higgstune.checkpoint_files import read_json, safetensors_keys
 from higgstune.codec import load_codec
+from higgstune.config.recipe import Lora
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore, read_feature_index
 from higgstune.errors import CheckpointError, DataError
-from higgstune.families.higgs_v2.extensions import Conditioning
+from higgstune.families.base import Conditioning
+from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.inputs import find_adapter
-from higgstune.model.adapters import Lora, add_lora, load_adapter
+from higgstune.model.adapters import add_lora, load_adapter
 from higgstune.model.load import load_model, load_tokenizer
 
 PACKAGE = Path(higgstune.__file__).parent
@@ -112,7 +114,7 @@ FEATURES = {
     ("change", "told"),
     [
         (lambda index: index.update(revision="../../elsewhere"), "not that of its folder"),
-        (lambda index: index["files"][0].update(name="../../../secret.safetensors"), "no file of features"),
+        (lambda index: index["files"][0].update(name="../../../secret.safetensors"), "not a file of features"),
         (lambda index: index["files"][0].update(clips=["../x"]), "than its hash"),
         (lambda index: index["files"][0].update(clips=5), "is damaged"),
         (lambda index: index["files"][0].update(name=None), "is damaged"),
@@ -197,7 +199,7 @@ def header(content: bytes, length: int | None = None) -> Callable[[Path], None]:
         (header(b'{"a": {"data_offsets": [0]}}'), "broken header"),
         (header(b'{"a": {"data_offsets": [0, "x"]}}'), "broken header"),
         (header(b"[" * 100_000), "broken header"),
-        (header(b"{}", length=1 << 62), "truncated or no safetensors"),
+        (header(b"{}", length=1 << 62), "truncated or not a safetensors"),
         (config(num_hidden_layers=10**9), "layers of"),
         (config(num_hidden_layers=-1), "layers of"),
         (config(num_hidden_layers="2"), "is damaged"),
@@ -241,7 +243,7 @@ def test_a_huge_file_of_json_is_not_read(tmp_path: Path) -> None:
         file.truncate(1 << 36)  # 64 GB, of which the disk has none
     with pytest.raises(CheckpointError, match="larger than 64 MB"):
         read_json(path, "")
-    with pytest.raises(CheckpointError, match="truncated or no safetensors"):
+    with pytest.raises(CheckpointError, match="truncated or not a safetensors"):
         safetensors_keys(path)
 
 
@@ -265,7 +267,7 @@ def test_a_huge_file_of_json_is_not_read(tmp_path: Path) -> None:
 def test_a_tokenizer_of_a_stranger(checkpoint: Path, file: str, content: str, told: str) -> None:
     (checkpoint / file).write_text(content)
     with pytest.raises(CheckpointError, match=told):
-        load_tokenizer(checkpoint, load_model(checkpoint, device="cpu").config)
+        load_tokenizer(checkpoint, FAMILY, load_model(checkpoint, device="cpu").config)
 
 
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "config.json"])
@@ -284,9 +286,9 @@ def test_no_code_of_a_checkpoint_runs(checkpoint: Path, place: str, monkeypatch:
     model = load_model(checkpoint, device="cpu")
     if place == "tokenizer_config.json":
         with pytest.raises(CheckpointError, match="custom code"):
-            load_tokenizer(checkpoint, model.config)
+            load_tokenizer(checkpoint, FAMILY, model.config)
     else:
-        load_tokenizer(checkpoint, model.config)
+        load_tokenizer(checkpoint, FAMILY, model.config)
     assert not ran.exists()
 
 
@@ -401,7 +403,7 @@ def test_a_codec_cannot_name_code_for_its_attention(codec: Path, part: str) -> N
         (written[part] if part else written)["_attn_implementation"] = "owner/kernel"
 
     edited(codec / "config.json", change)
-    with pytest.raises(CheckpointError, match="brings _attn_implementation"):
+    with pytest.raises(CheckpointError, match="has _attn_implementation"):
         load_codec(codec)
 
 

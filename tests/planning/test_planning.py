@@ -17,13 +17,14 @@ from tiny_checkpoint import tiny_config, tiny_model, tiny_tokenizer
 import higgstune
 from higgstune.batch.collate import Packed, pack
 from higgstune.batch.packing import PackSampler
-from higgstune.config.recipe import Recipe
+from higgstune.config.recipe import Lora, Recipe
 from higgstune.errors import ConfigError, Interrupted, TrainingError
-from higgstune.families.higgs_v2.extensions import Conditioning, add_conditioning
+from higgstune.families.base import Conditioning
+from higgstune.families.higgs_v2.extensions import add_conditioning
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels.loss import LossWeights, combine, label_counts
 from higgstune.kernels.memory import checkpoint_first
-from higgstune.model.adapters import Lora, add_lora
+from higgstune.model.adapters import add_lora
 from higgstune.model.load import load_model
 from higgstune.planning.dry_run import ADAPTER, StepSpec, Tracker, dry_run
 from higgstune.planning.plan import Footprint, Planner, fewest

@@ -96,7 +96,7 @@ def test_where_none_is_whole_it_is_said(tmp_path: Path, caplog: pytest.LogCaptur
     (write(tmp_path, 2) / "weights").unlink()
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint(tmp_path) is None
-    assert "the stage begins anew" in caplog.text
+    assert "the stage starts over" in caplog.text
     caplog.clear()
     assert newest_checkpoint(tmp_path / "nothing") is None
     assert not caplog.text
@@ -121,7 +121,7 @@ def test_names_that_leave_the_folder_are_refused(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_full_leaves_those_before(tmp_path: Path) -> None:
     older = write(tmp_path, 1)
-    told = r"checkpoint-2 cannot be written.*before it are as they were.*go on with --resume"
+    told = r"checkpoint-2 cannot be written.*before it are unchanged.*resume with --resume"
     with pytest.raises(WorkError, match=told), largest_file(4096):
         write(tmp_path, 2)
     assert names(tmp_path) == ["checkpoint-1"]

@@ -449,9 +449,9 @@ def test_it_listens_to_voices_that_are_heard_while_it_is_trained(world: Path, tm
     stage = {"name": "voice", "kind": "full", "max_steps": 2, "batch_size": 2}
     made = recipe(world, stages=[stage], eval_steps=2, evaluation={"clips": 2})
     train_unproven(made, tmp_path / "run")
-    spoken = [read_clips(tmp_path / "run" / "voice" / "listening" / f"step-00000{step}") for step in (0, 2)]
+    spoken = [read_clips(tmp_path / "run" / "voice" / "samples" / f"step-00000{step}") for step in (0, 2)]
     assert [len(clips) for clips in spoken] == [1, 1]  # all rows of validation that are utterances
-    evaluation = json.loads((tmp_path / "run" / "voice" / "listening" / "step-000002" / "evaluation.json").read_text())
+    evaluation = json.loads((tmp_path / "run" / "voice" / "samples" / "step-000002" / "evaluation.json").read_text())
     assert evaluation["summary"]["cap_rate"]["clips"] == 1
 
 

@@ -210,7 +210,7 @@ def test_launchers_take_the_commands_in_the_docs(line: str) -> None:
 
 def test_the_docs_name_what_may_change_when_a_run_goes_on() -> None:
     text = (DOCS / "cluster.md").read_text(encoding="utf-8")
-    assert all(f"`{key}`" in text for key in ("data.workers", *FREE))
+    assert all(f"`{key}`" in text for key in FREE)
 
 
 def test_the_job_for_kubernetes_is_one() -> None:

@@ -27,6 +27,19 @@ from higgstune.training.verify import verify_in_fresh_process
 
 
 @pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint (codec inside) and a prepared store."""
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny_checkpoint(folder / "base")
+    shutil.copytree(DEMO_CODEC, folder / "base" / "codec")
+    higgstune.prepare(
+        make_recordings(folder / "recordings"), folder / "data", codec=folder / "base" / "codec",
+        validation_fraction=0.2,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
 def finished(world: Path) -> Path:
     """A finished two-stage run."""
     train(recipe(world), world / "run")
@@ -69,7 +82,7 @@ def test_a_finished_run_is_not_overwritten_nor_a_strange_folder_used(
             train(recipe(world), finished, resume=resume)
     assert (finished / "stage2" / "adapter" / "adapter_model.safetensors").read_bytes() == before
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="is no run"):
+    with pytest.raises(ConfigError, match="is not a run"):
         train(recipe(world), tmp_path)
 
 
@@ -112,7 +125,7 @@ def test_a_run_that_was_begun_is_gone_on_with_only_on_request_and_with_its_recip
     for name in ("store", "base"):
         other = state["trained_on"] | {name: "another"}
         (tmp_path / "run" / "run.json").write_text(json.dumps(state | {"trained_on": other}))
-        with pytest.raises(ConfigError, match=f"was begun on another {name}"):
+        with pytest.raises(ConfigError, match=f"was started on another {name}"):
             train(recipe(world), tmp_path / "run", resume=True)
 
 
@@ -166,14 +179,14 @@ def test_an_adapter_is_continued_or_refused(world: Path, finished: Path, tmp_pat
 def test_lora_variants_pass_the_same_proof(world: Path, tmp_path: Path, shape: dict[str, Any]) -> None:
     stages = [{"name": "s", "kind": "full", "max_steps": 6, "learning_rate": 5e-3, "batch_size": 2}]
     result = train(recipe(world, lora=shape, stages=stages), tmp_path / "run")
-    assert result.stages["s"]["verification"]["from_trained"] <= 1e-5
+    assert result.stages["s"].verification.from_trained <= 1e-5
 
 
 def test_bfloat16_weights_pass_with_their_own_tolerance(world: Path, tmp_path: Path) -> None:
     model = {"checkpoint": str(world / "base"), "device": "cpu", "dtype": "bfloat16"}
     stages = [{"name": "s", "kind": "full", "max_steps": 30, "learning_rate": 2e-2, "batch_size": 4}]
     result = train(recipe(world, model=model, stages=stages), tmp_path / "run")
-    assert result.stages["s"]["verification"]["tolerance"] == 5e-4
+    assert result.stages["s"].verification.tolerance == 5e-4
 
 
 def test_a_store_of_another_codec_is_refused(world: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from judging import answering
@@ -14,6 +15,7 @@ from processes import Together
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_judges import save_tiny_asr
+from trainers import loaded_and_prompter
 from training_world import (
     adapter,
     assert_identical,
@@ -25,11 +27,16 @@ from training_world import (
     train_with_signal,
 )
 
-from higgstune.config.recipe import Recipe
+from higgstune.config.recipe import Lora, Recipe
 from higgstune.errors import ConfigError
 from higgstune.evaluation.clips import read_clips
 from higgstune.evaluation.evaluate import evaluate
 from higgstune.evaluation.report.run_report import write_run_report
+from higgstune.families.higgs_v2.decoder import Decoder
+from higgstune.families.sampling import Sampling
+from higgstune.generate.speaker import Request, Speaker
+from higgstune.model.adapters import add_lora
+from higgstune.training.distributed import Processes, shard
 
 STEP = "higgstune.training.trainer:HiggsAudioTrainer.training_step"
 EARLIEST = {"gates": [], "rank": "-step"}  # so that the best is never the last
@@ -60,7 +67,7 @@ def chosen(world: Path) -> Path:
 
 
 def test_every_validation_leaves_clips_with_measures(chosen: Path) -> None:
-    places = sorted((chosen / "stage2" / "listening").glob("step-*"))
+    places = sorted((chosen / "stage2" / "samples").glob("step-*"))
     assert [place.name for place in places] == ["step-000000", "step-000002", "step-000004", "step-000006"]
     for place in places:
         clips = read_clips(place)
@@ -73,12 +80,12 @@ def test_every_validation_leaves_clips_with_measures(chosen: Path) -> None:
         assert [row["id"] for row in rows] == [clip.id for clip in clips]
     measured = [entry for entry in history(chosen) if "eval_cap_rate" in entry]
     assert [entry["step"] for entry in measured] == [0, 2, 4, 6]
-    assert all(entry["eval_listening_seconds"] > 0 and "eval_audio_loss_7" in entry for entry in measured)
+    assert all(entry["eval_sample_seconds"] > 0 and "eval_audio_loss_7" in entry for entry in measured)
 
 
 def test_what_is_spoken_changes_with_the_adapter_alone(chosen: Path) -> None:
     first, again, later = (
-        (chosen / stage / "listening" / step / "01.wav").read_bytes()
+        (chosen / stage / "samples" / step / "01.wav").read_bytes()
         for stage, step in (("stage1", "step-000002"), ("stage2", "step-000000"), ("stage2", "step-000006"))
     )
     assert first == again  # stage 2 goes on from the step that stage 1 has chosen
@@ -167,6 +174,32 @@ def test_two_processes_hear_and_choose_the_same(world: Path, chosen: Path, tmp_p
     assert_same(tmp_path / "run", chosen)
 
 
+def speak_with_unequal_logits(out: Path) -> None:
+    """One sharded model, of which the second process sees other logits than the first."""
+    processes = Processes(cpu=True)
+    loaded, _ = loaded_and_prompter()
+    model = add_lora(loaded.model, Lora(r=4), "full")
+    shard(model, torch.device("cpu"))
+    plain = Decoder.step
+
+    def perturbed(self: Decoder, rows: torch.Tensor) -> torch.Tensor:
+        logits = plain(self, rows)
+        return logits.flip(-1) if processes.rank else logits
+
+    Decoder.step = perturbed  # type: ignore[method-assign]
+    [speech] = Speaker(loaded, model=model.eval()).say_each(
+        [Request("Hi.")], sampling=Sampling(temperature=1.0), max_seconds=0.4, sync_logits=processes.broadcast
+    )
+    np.save(out / f"{processes.rank}.npy", speech.waveform)
+
+
+def test_a_sharded_model_speaks_the_same_codes_in_all_processes(tmp_path: Path) -> None:
+    Together(tmp_path / "logs", 2, speak_with_unequal_logits, tmp_path).succeeded()
+    first, second = (np.load(tmp_path / f"{rank}.npy") for rank in range(2))
+    assert len(first) > 0
+    assert np.array_equal(first, second)
+
+
 def test_a_language_that_the_judge_cannot_hear_is_told_before_training(world: Path, tmp_path: Path) -> None:
     save_tiny_asr(tmp_path / "english", multilingual=False)
     made = listening_recipe(world, texts="de", asr=str(tmp_path / "english"))
@@ -200,7 +233,7 @@ def test_a_judge_that_fails_does_not_end_training(world: Path, tmp_path: Path) -
     made = listening_recipe(world, asr=f"{sys.executable} {script}")
     Together(tmp_path / "logs", 1, train_unproven, made, tmp_path / "run").succeeded()
     log = (tmp_path / "logs" / "0.log").read_text()
-    assert "what was spoken is not measured" in log
+    assert "the samples were not measured" in log
     assert "out of memory" in log
 
 
@@ -214,7 +247,7 @@ def test_without_validation_rows_training_texts_are_spoken(world: Path, tmp_path
     made = listening_recipe(world, texts=None).model_dump(mode="json")
     made["data"]["store"] = str(data)
     Together(tmp_path / "logs", 1, train_unproven, Recipe.model_validate(made), tmp_path / "run").succeeded()
-    assert len(read_clips(tmp_path / "run" / "stage2" / "listening" / "step-000006")) == 2
+    assert len(read_clips(tmp_path / "run" / "stage2" / "samples" / "step-000006")) == 2
 
 
 @pytest.mark.parametrize(

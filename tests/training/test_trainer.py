@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import CODES, arguments, example, loaded_and_prompter, trainer
 
 from higgstune.batch.collate import pack, shifted_targets
+from higgstune.config.recipe import Lora
 from higgstune.errors import TrainingError
 from higgstune.families.base import Example
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels.loss import IGNORE, LossWeights, add_sums, combine, head_sums, label_counts
-from higgstune.model.adapters import Lora, StageKind, adapted_layers, add_lora
+from higgstune.model.adapters import adapted_layers, add_lora
 from higgstune.training.trainer import HiggsAudioTrainer
 
 EOS = CODES + 1
@@ -203,9 +204,7 @@ def test_checkpoints_hold_nothing_pickled_and_the_newest_stay(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["full", None])
-def test_a_checkpoint_is_gone_on_from_exactly_with_an_adapter_and_without(
-    tmp_path: Path, kind: StageKind | None
-) -> None:
+def test_a_checkpoint_is_gone_on_from_exactly_with_an_adapter_and_without(tmp_path: Path, kind: str | None) -> None:
     whole = trainer(tmp_path / "a", kind=kind, save_strategy="steps", save_steps=2)
     whole.train()
     resumed = trainer(tmp_path / "b", kind=kind, save_strategy="steps", save_steps=2)

@@ -29,11 +29,10 @@ from higgstune.data.manifest import Utterance, read_manifest, write_manifest
 from higgstune.data.prepare import prepare
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore
-from higgstune.diagnostics.inspect_row import load_prompter
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels.loss import LossWeights, add_sums, label_counts
 from higgstune.model.adapters import load_adapter
-from higgstune.model.load import load_model
+from higgstune.model.load import load_model, load_prompter
 from higgstune.training.metrics import loss_metrics
 from higgstune.training.run import train
 

@@ -32,9 +32,10 @@ from transformers import (
 )
 
 from higgstune.batch.collate import Packed, pack, positions
+from higgstune.data.messages import DEFAULT_SCENE, DEFAULT_SYSTEM, speech_messages
 from higgstune.families.base import Example
 from higgstune.families.higgs_v2.packed import with_training_forward
-from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE, DEFAULT_SYSTEM, native_chat_template, speech_messages
+from higgstune.families.higgs_v2.prompt import native_chat_template
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
 from higgstune.kernels.loss import LossWeights, combine, label_counts
 

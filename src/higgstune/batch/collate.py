@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from higgstune.families.base import Example
+from higgstune.families.base import Example, Spec
+from higgstune.families.padded import feature_tensors
 from higgstune.kernels.loss import IGNORE
 
 Batch = dict[str, Tensor]
@@ -36,6 +37,11 @@ class PaddedCollator:
 
     pad_id: int
     stream_eos: int
+
+    @classmethod
+    def of(cls, spec: Spec) -> "PaddedCollator":
+        """For the models of a checkpoint."""
+        return cls(pad_id=spec.pad_id, stream_eos=spec.stream_eos)
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         length = max(len(example) for example in examples)
@@ -59,12 +65,6 @@ class PaddedCollator:
             **{key: torch.from_numpy(np.concatenate([t[key] for t in targets])) for key in targets[0]},
             **feature_tensors(examples),
         }
-
-
-def feature_tensors(examples: Sequence[Example]) -> Batch:
-    """`whisper_features` of a batch, or nothing where no example hears any audio."""
-    heard = [example.whisper_features for example in examples if example.whisper_features is not None]
-    return {"whisper_features": torch.from_numpy(np.concatenate(heard))} if heard else {}
 
 
 def shifted_targets(example: Example, *, offset: int = 0) -> dict[str, np.ndarray]:

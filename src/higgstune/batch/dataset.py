@@ -9,12 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higgstune.codec.base import WhisperFeatures
-from higgstune.data.messages import Message, ReferencePlace, conversation_audio, whisper_clips
+from higgstune.data.messages import (
+    DEFAULT_SCENE,
+    Message,
+    ReferencePlace,
+    conversation_audio,
+    speech_messages,
+    whisper_clips,
+)
 from higgstune.data.store import MixedRows, Row, SplitView
 from higgstune.errors import DataError
-from higgstune.families.base import Audio, Example, TextTargets
-from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE, speech_messages
-from higgstune.families.higgs_v2.prompter import Prompter
+from higgstune.families.base import Audio, Example, Prompter, TextTargets
 
 TARGET: Message = {"role": "assistant", "content": [{"type": "audio", "url": "target"}]}
 _TOKENIZED_AT_ONCE = 1000  # rows

@@ -89,7 +89,7 @@ def speak(
     said = text if file is None else _lines(file)
     _check_names(out if file is None else None, adapter, model, codec, reference, reference_text)
     announce("loading the model", as_json)
-    from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE
+    from higgstune.data.messages import DEFAULT_SCENE
     from higgstune.families.sampling import Sampling
     from higgstune.generate.speak import speak as run
 

@@ -57,7 +57,8 @@ def train(
 
     result = run(loaded, out, resume=resume)
     stages = {
-        name: {key: value for key, value in stage.items() if key != "history"} for name, stage in result.stages.items()
+        name: {key: value for key, value in stage.as_json().items() if key != "history"}
+        for name, stage in result.stages.items()
     }
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

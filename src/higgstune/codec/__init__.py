@@ -1,17 +1,17 @@
 """Codecs: waveform <-> codes, and which codec a checkpoint uses."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from higgstune.checkpoint_files import read_json
-from higgstune.codec import mel
 from higgstune.codec.base import Codec
-from higgstune.codec.mel import MelCodec
 from higgstune.errors import CheckpointError
 from higgstune.hub import fetch
 
 if TYPE_CHECKING:
     from higgstune.codec.higgs import HiggsCodec as HiggsCodec
+    from higgstune.codec.mel import MelCodec as MelCodec
 
 __all__ = ["CODEC_FOLDER", "DEFAULT_CODEC", "Codec", "HiggsCodec", "MelCodec", "checkpoint_codec", "load_codec"]
 
@@ -31,8 +31,10 @@ def load_codec(
 
     `revision` and `cache_dir` are the hub's. Raises CheckpointError for what is not a codec of these kinds.
     """
+    from higgstune.codec import mel  # brings scipy
+
     folder = fetch(name_or_path, what="codec", revision=revision, cache_dir=cache_dir)
-    model_type = read_json(folder / mel.CONFIG, f"{folder} a codec's folder needs it").get("model_type")
+    model_type = read_json(folder / mel.CONFIG, "a codec's folder needs it").get("model_type")
     if model_type == mel.MODEL_TYPE:
         return mel.MelCodec.from_pretrained(folder)
     if model_type == HIGGS_MODEL_TYPE:
@@ -59,9 +61,8 @@ def checkpoint_codec(checkpoint: str | Path | None, codec: str | Path | None = N
 
 
 def __getattr__(name: str) -> Any:
-    """Import `HiggsCodec` on first use: it imports torch and transformers."""
-    if name != "HiggsCodec":
+    """The codecs bring scipy, or torch and transformers, so each is imported when it is asked for."""
+    home = {"HiggsCodec": "higgstune.codec.higgs", "MelCodec": "higgstune.codec.mel"}.get(name)
+    if home is None:
         raise AttributeError(f"module 'higgstune.codec' has no attribute {name!r}")
-    from higgstune.codec.higgs import HiggsCodec
-
-    return HiggsCodec
+    return getattr(import_module(home), name)

@@ -8,12 +8,14 @@ system message, as `<|scene_desc_start|> ... <|scene_desc_end|>`, becomes a mess
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from higgstune.data.rejection import RowError, did_you_mean, shown
-from higgstune.data.store import Context, Row
 from higgstune.data.text import clean_text, find_control_tokens, normalize_text
 from higgstune.errors import DataError
+
+if TYPE_CHECKING:
+    from higgstune.data.store import Context, Row
 
 Part = dict[str, Any]
 Message = Mapping[str, Any]
@@ -24,7 +26,9 @@ _MESSAGE_KEYS = ("role", "content", "recipient")
 _TEXT_KEYS = ("type", "text")
 _AUDIO_KEYS = ("type", "url", "audio_url", "audio", "offset", "duration", "raw_audio", "row_id", "as")
 _READ_AS = ("codes", "whisper")  # the two ways in which the model reads context audio
-_DEFAULT_SYSTEM = "Generate audio following instruction."
+DEFAULT_SYSTEM = "Generate audio following instruction."
+DEFAULT_SCENE = "Audio is recorded from a quiet room."
+VOICE_LABEL = "SPEAKER0:"  # what the prompts of the released model have before a voice in the scene
 _SCENE_MARK = re.compile(r"(<\|scene_desc_start\|>|<\|scene_desc_end\|>)")
 
 
@@ -131,7 +135,7 @@ def conversation_audio(messages: Sequence[Message]) -> tuple[list[AudioPart], in
     return parts, max(i for i, part in enumerate(parts) if part.role == "assistant")
 
 
-def whisper_clips(row: Row | Context, reference: ReferencePlace) -> list[str]:
+def whisper_clips(row: "Row | Context", reference: ReferencePlace) -> list[str]:
     """Audio hashes of the clips of a row that Whisper encodes."""
     if row.messages is None:
         return [row.reference_sha256] if reference == "scene" and row.reference_sha256 is not None else []
@@ -140,7 +144,7 @@ def whisper_clips(row: Row | Context, reference: ReferencePlace) -> list[str]:
     return [sha256 for part, sha256 in zip(context, row.context_sha256, strict=True) if part.uses_whisper]
 
 
-def requests_whisper(row: Row | Context) -> bool:
+def requests_whisper(row: "Row | Context") -> bool:
     """Whether a part of a conversation requests Whisper (`"as": "whisper"`)."""
     return row.messages is not None and any(part.read_as == "whisper" for part in conversation_audio(row.messages)[0])
 
@@ -254,7 +258,7 @@ def _check_keys(given: dict[str, Any], valid: Iterable[str], where: str) -> None
 
 def _default_system() -> Message:
     """The templates write a scene inside a system turn, so a scene cannot be alone."""
-    return {"role": "system", "content": [{"type": "text", "text": _DEFAULT_SYSTEM}]}
+    return {"role": "system", "content": [{"type": "text", "text": DEFAULT_SYSTEM}]}
 
 
 def _split_system(parts: list[Part], where: str) -> list[Message]:
@@ -311,3 +315,32 @@ def _check_order(messages: Sequence[Message]) -> None:
         raise RowError(
             "no_target", "the conversation does not end with an assistant's audio: there is nothing to train on"
         )
+
+
+def speech_messages(
+    text: str,
+    *,
+    scene: str | None = DEFAULT_SCENE,
+    system: str = DEFAULT_SYSTEM,
+    context: Sequence[tuple[str, str]] = (),
+    voice: str | None = None,
+) -> list[Message]:
+    """The conversation that asks for `text`, ending with the user's turn.
+
+    `context` holds earlier (text, name of its audio) turns: a reference voice, or what was spoken before. `voice` is
+    the name of an audio in the scene instead: the speaker's voice, without its words.
+    """
+    messages: list[Message] = [_say("system", system)]
+    described = [{"type": "text", "text": scene}] if scene else []
+    if voice is not None:
+        described += [{"type": "text", "text": VOICE_LABEL}, {"type": "audio", "url": voice}]
+    if described:
+        messages.append({"role": "scene", "content": described})
+    for spoken, audio in context:
+        messages.append(_say("user", spoken))
+        messages.append({"role": "assistant", "content": [{"type": "audio", "url": audio}]})
+    return [*messages, _say("user", text)]
+
+
+def _say(role: str, text: str) -> Message:
+    return {"role": role, "content": [{"type": "text", "text": text}]}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self, overload
 
 import numpy as np
@@ -30,6 +31,7 @@ _METADATA_FIELDS = (
 )
 _VALUES = (*_METADATA_FIELDS, "messages", "frames", "context_frames")
 _CACHED_GROUPS = 256  # about 0.3 MB each for clips of ten seconds
+_READING = Lock()  # loaders read in threads of their own, and a file has one position
 
 
 @dataclass(frozen=True)
@@ -241,17 +243,17 @@ class CodeStore(SplitView):
 
     def _group(self, shard: int, group: int) -> pa.Table:
         key = (shard, group)
-        if key not in self._groups:
-            if shard not in self._files:
-                self._files[shard] = open_shard(self.folder, self.shards[shard])
-            # One thread: a data loader's workers are forked, which a pool of threads does not survive.
-            with named_in_errors(self.folder, self.shards[shard]):
-                table = self._files[shard].read_row_group(group, list(CODE_COLUMNS), use_threads=False)
-            self._groups[key] = table.combine_chunks()
-        self._groups.move_to_end(key)
-        while len(self._groups) > _CACHED_GROUPS:
-            self._groups.popitem(last=False)
-        return self._groups[key]
+        with _READING:
+            if key not in self._groups:
+                if shard not in self._files:
+                    self._files[shard] = open_shard(self.folder, self.shards[shard])
+                with named_in_errors(self.folder, self.shards[shard]):
+                    table = self._files[shard].read_row_group(group, list(CODE_COLUMNS), use_threads=False)
+                self._groups[key] = table.combine_chunks()
+            self._groups.move_to_end(key)
+            while len(self._groups) > _CACHED_GROUPS:
+                self._groups.popitem(last=False)
+            return self._groups[key]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files and what was read from them, when a store is pickled for another process."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +31,7 @@ from higgstune.files import refusal, write_file
 
 FOLDER = "whisper"
 _INDEX = "index.json"
+_READING = Lock()  # loaders read in threads of their own, and a file has one position
 _TEMPORARY = "features.tmp"
 _CLIPS_PER_FILE = 256
 _MAX_INDEX = 1 << 28  # bytes: the index of a million clips has 70 million
@@ -109,10 +111,10 @@ class FeatureStore:
         if sha256 not in self._places:
             raise DataError(f"{self.folder} has no features of the clip {sha256[:16]}: prepare it with --whisper")
         file = self._places[sha256]
-        if file.name not in self._files:
-            self._files[file.name] = self._opened(file)
-        opened = self._files[file.name]
-        with self._named_in_errors(file):
+        with _READING, self._named_in_errors(file):
+            if file.name not in self._files:
+                self._files[file.name] = _Tensors(CheckedFile(self.folder / file.name, file.bytes, file.sha256))
+            opened = self._files[file.name]
             features, chunks = opened.tensor(sha256), opened.tensor(f"{sha256}.chunks")
         fits = features.shape == (chunks.sum(), self.index.d_model) and chunks.ndim == 1
         if not fits or (features.dtype, chunks.dtype) != (np.float16, np.int32):
@@ -121,10 +123,6 @@ class FeatureStore:
                 "copy or prepare it again"
             )
         return WhisperFeatures(features, tuple(chunks.tolist()))
-
-    def _opened(self, file: FeatureFile) -> "_Tensors":
-        with self._named_in_errors(file):
-            return _Tensors(CheckedFile(self.folder / file.name, file.bytes, file.sha256))
 
     @contextmanager
     def _named_in_errors(self, file: FeatureFile) -> Iterator[None]:
@@ -250,6 +248,17 @@ def store_features(
     return len(wanted) - len(missing), missing
 
 
+def portable_name(name: str) -> str:
+    """A hub id as it is, a folder as an absolute path."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two names stand for the same checkpoint."""
+    return portable_name(one) == portable_name(other)
+
+
 def _indices(store: Path) -> Iterator[FeatureIndex]:
     for path in sorted((store / FOLDER).glob(f"*/{_INDEX}")):
         yield read_feature_index(path)
@@ -265,17 +274,6 @@ def _take_name(store: Path, index: FeatureIndex) -> None:
 
 def _to_json(index: FeatureIndex) -> str:
     return json.dumps(asdict(index), indent=1, ensure_ascii=False)
-
-
-def portable_name(name: str) -> str:
-    """A hub id as it is, a folder as an absolute path."""
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else name
-
-
-def same_name(one: str, other: str) -> bool:
-    """Whether two names stand for the same checkpoint."""
-    return portable_name(one) == portable_name(other)
 
 
 def _empty_index(encoder: WhisperEncoder) -> FeatureIndex:

@@ -30,7 +30,8 @@ from higgstune.families.sampling import Sampling
 from higgstune.generate.speak import load_speaker
 from higgstune.generate.speaker import Speaker
 from higgstune.progress import Progress, silent
-from higgstune.training.run import RunResult, train
+from higgstune.training.result import RunResult
+from higgstune.training.run import train
 
 TARGET_VOICE = "rms"
 CLIPS = 30  # of its recordings, for training and validation: as many as it can learn in a few minutes

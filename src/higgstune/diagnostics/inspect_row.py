@@ -5,21 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import HiggsAudioV2Config
 
 from higgstune.batch.dataset import Rendering, row_example
-from higgstune.checkpoint_files import malformed_errors, read_json
 from higgstune.config.recipe import ModelSettings
 from higgstune.data.messages import ReferencePlace
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore
 from higgstune.errors import CheckpointError, ConfigError, DataError
-from higgstune.families.base import Example, TextTargets
-from higgstune.families.higgs_v2.checkpoint import native_config
-from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
-from higgstune.hub import fetch
+from higgstune.families.base import Example, Prompter, TextTargets
 from higgstune.kernels.loss import IGNORE
-from higgstune.model.load import load_tokenizer
+from higgstune.model.load import load_prompter
 
 
 @dataclass(frozen=True)
@@ -72,20 +67,6 @@ def inspect_row(
     except DataError as error:
         raise DataError(f"{store}, row {index} ({found.id}): {error}") from error
     return _inspection(found.id, found.split, found.duration, len(found.codes), example, prompter)
-
-
-def load_prompter(checkpoint: str | Path) -> Prompter:
-    """The prompter of a checkpoint, without its weights. Raises CheckpointError."""
-    folder = fetch(checkpoint, what="checkpoint", weights=False)
-    written = read_json(folder / "config.json", "it is no checkpoint folder without it")
-    original = written.get("model_type") == "higgs_audio"
-    try:
-        config = native_config(written) if original else HiggsAudioV2Config.from_dict(written)
-    except CheckpointError:
-        raise
-    except malformed_errors() as error:
-        raise CheckpointError(f"{folder / 'config.json'} is damaged: {error}; copy or download it again") from error
-    return Prompter(load_tokenizer(folder, config), SpecialIds.from_config(config))
 
 
 def _inspection(

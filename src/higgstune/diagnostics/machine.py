@@ -7,18 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from torch import nn
-from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgstune import torchaudio_compat
 from higgstune.config.recipe import Recipe
 from higgstune.diagnostics.report import Finding
-from higgstune.families.higgs_v2.checkpoint import empty_model
-from higgstune.families.higgs_v2.extensions import Conditioning, add_conditioning
+from higgstune.families.base import Conditioning, Family, Spec
 from higgstune.files import format_bytes
 from higgstune.planning.dry_run import ADAPTER, GRADIENTS, OPTIMIZER, WEIGHTS
 from higgstune.planning.survey import free_memory, machine_for
@@ -66,18 +65,19 @@ def training_plan(recipe: Recipe, device: torch.device) -> Plan:
 
 
 def speaking_plan(
-    config: HiggsAudioV2Config, dtype: torch.dtype, adapter_bytes: int = 0, *, audio_attention: bool = False
+    family: Family, config: Any, dtype: torch.dtype, adapter_bytes: int = 0, *, audio_attention: bool = False
 ) -> Plan:
     """Memory of speaking one clip of 30 s; `adapter_bytes` is the size of the adapter's file."""
-    heads = config.num_key_value_heads or config.num_attention_heads
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    per_position = 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+    base = family.spec(config)
+    per_position = 2 * base.layers * base.key_value_heads * base.head_dim * dtype.itemsize
+    with torch.device("meta"):
+        model = family.build(config)
+        family.extensions.add(model, Conditioning(audio_attention=audio_attention))
     return Plan(
         f"speaking a clip of {_SECONDS:g} s",
-        weights=_weight_bytes(_empty_model(config, Conditioning(audio_attention=audio_attention)), dtype)
-        + adapter_bytes,
+        weights=_weight_bytes(model, dtype) + adapter_bytes,
         trained=0,
-        activations=per_position * _longest(config),
+        activations=per_position * _longest(base),
     )
 
 
@@ -105,18 +105,12 @@ def _advice(plan: Plan) -> str:
     )
 
 
-def _empty_model(config: HiggsAudioV2Config, conditioning: Conditioning) -> HiggsAudioV2ForConditionalGeneration:
-    model = empty_model(config)
-    add_conditioning(model, conditioning)
-    return model
-
-
 def _weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     return dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
 
 
-def _longest(config: HiggsAudioV2Config) -> int:
-    return round(_SECONDS * 25) + config.num_codebooks + 1 + _PROMPT
+def _longest(base: Spec) -> int:
+    return round(_SECONDS * 25) + base.extra_rows + _PROMPT
 
 
 ENVIRONMENT = "environment"

@@ -9,6 +9,7 @@ from typing import Any
 
 from higgstune.checkpoint_files import read_json
 from higgstune.config.expression import LOSS, STEP, Expression
+from higgstune.config.recipe import Quantize
 from higgstune.environment import choose_device
 from higgstune.errors import ConfigError, DataError
 from higgstune.evaluation.choice import Choice, Rule, choose
@@ -25,7 +26,6 @@ from higgstune.evaluation.test_sets import VALIDATION
 from higgstune.families.sampling import Sampling
 from higgstune.files import write_file
 from higgstune.inputs import ADAPTER, BASE, CLIPS, RUN_STATE, find_adapter, kind_of
-from higgstune.kernels.quantize import Quantize
 from higgstune.metrics import METRICS, SIGNIFICANT, Difference, Evaluation
 from higgstune.model.adapter_folder import adapter_card, adapter_conditioning
 from higgstune.progress import Progress

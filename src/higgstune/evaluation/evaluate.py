@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from higgstune.checkpoint_files import read_json, sha256_of
+from higgstune.config.recipe import Quantize
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore
 from higgstune.environment import choose_device
@@ -38,7 +39,6 @@ from higgstune.files import alone_in, write_file
 from higgstune.generate.speak import load_base
 from higgstune.generate.speaker import Speaker
 from higgstune.inputs import ADAPTER, ADAPTER_CONFIG, BASE, CLIPS, RUN_STATE, find_adapter, kind_of
-from higgstune.kernels.quantize import Quantize
 from higgstune.metrics import METRICS, SIGNIFICANT, Difference, Evaluation, verdict
 from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, base_fingerprint
 from higgstune.model.load import ModelAndTokenizers

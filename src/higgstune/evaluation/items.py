@@ -13,11 +13,11 @@ import numpy as np
 from higgstune.batch.dataset import Features
 from higgstune.codec import Codec
 from higgstune.data.audio import write_wav
+from higgstune.data.messages import DEFAULT_SCENE
 from higgstune.data.store import CodeStore, Row, SplitView
 from higgstune.errors import DataError
 from higgstune.evaluation.clips import VOICES_FOLDER, Clip
 from higgstune.evaluation.test_sets import Sentence
-from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE
 from higgstune.families.sampling import Sampling
 from higgstune.files import write_file
 from higgstune.generate.speaker import Request, Speaker, Voice

@@ -14,30 +14,16 @@ from higgstune.codec import CODEC_FOLDER
 from higgstune.exporting.layouts import LayoutName, licence_files
 from higgstune.exporting.source import MERGED, Source
 from higgstune.exporting.verify import ExportCheck, HeldOut, Logits
+from higgstune.families import load_family
+from higgstune.families.base import Family
 
 Kind = Literal["native", "extended", "original", "peft"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_LIBRARY = {"native": "transformers", "extended": "higgstune", "original": "boson_multimodal", "peft": "peft"}
-_WHAT = {
-    "native": "A checkpoint in the layout of transformers (`HiggsAudioV2ForConditionalGeneration`), which vLLM-Omni "
-    "reads, too",
-    "extended": "A checkpoint in Higgstune's extended layout: the native one with modules for which the native class "
-    "has no place, so that only Higgstune loads it",
-    "original": "A checkpoint in the original layout (`higgs_audio`), as boson_multimodal loads it",
-    "peft": "A LoRA adapter that peft loads on its base",
-}
 _CONSENT = (
     "A voice belongs to a person. The speakers of the recordings must have consented to this use; whoever passes this "
     "folder on answers for that, and writes here who consented, to what and when: *(to be filled in)*. Do not pass the "
     "model's speech off as a person's own words, and say that it is synthetic where people could take it for real."
 )
-_LICENCE = (
-    "The released Higgs Audio v2 model and its codec come under Boson AI's community licence, which is built on Meta's "
-    "Llama 3 licence, and so do models made from them. Its duties are in the LICENSE file in your copy of the "
-    "base and of the codec: read both before you use or pass on this folder. Higgstune's own Apache-2.0 licence is "
-    "that of the software alone, not of these weights."
-)
-
 _TRAINED_IN_4_BITS = (
     "It was trained on a base in 4 bits (QLoRA: nf4, double quantisation). The comparison below is of the same adapter "
     "on the unquantised base, which speaks slightly differently."
@@ -79,7 +65,7 @@ def model_card(source: Source, facts: CardFacts) -> str:
     """The whole README.md."""
     sections = [
         f"# {_plain(facts.title)}",
-        f"{_WHAT[facts.kind]}. Made with Higgstune {higgstune.__version__} from "
+        f"{_family(source).export.descriptions[facts.kind]}. Made with Higgstune {higgstune.__version__} from "
         f"`{_code(public_name(source.checkpoint))}`.",
         *_notes(facts),
         "## Speaking",
@@ -93,7 +79,7 @@ def model_card(source: Source, facts: CardFacts) -> str:
         "## Check",
         _check(facts),
         "## Licence",
-        _licence(facts),
+        _licence(source, facts),
         "## Consent",
         _CONSENT,
     ]
@@ -104,11 +90,11 @@ def _front_matter(source: Source, facts: CardFacts) -> str:
     matter: dict[str, Any] = {
         "base_model": public_name(source.checkpoint),
         "base_model_relation": "adapter" if facts.kind == "peft" else "finetune",
-        "library_name": _LIBRARY[facts.kind],
+        "library_name": _family(source).export.libraries[facts.kind],
         "pipeline_tag": "text-to-speech",
         "license": "other",
         "license_name": "see-the-license-file",
-        "tags": ["text-to-speech", "higgs-audio-v2", "higgstune", "lora"],
+        "tags": ["text-to-speech", source.layout.family.title.lower().replace(" ", "-"), "higgstune", "lora"],
     }
     if facts.licences:
         matter["license_link"] = facts.licences[0]
@@ -132,22 +118,20 @@ def _notes(facts: CardFacts) -> list[str]:
 def _speaking(source: Source, facts: CardFacts) -> str:
     own = "--adapter" if facts.kind == "peft" else "--model"
     lines = [f'```sh\nhiggstune speak "Good morning." {own} THIS_FOLDER --out morning.wav\n```']
-    if ((source.card.get("recipe") or {}).get("data") or {}).get("reference") == "scene":
+    if _recipe_of(source)["data"].get("reference") == "scene":
         lines.append(
             "It was trained with references in the scene"
             + (
                 ", which are encoded by a module that was left out: without it the model reads their codes, untrained."
-                if any("audio_encoder_proj" in name for name in facts.dropped)
+                if facts.dropped and _recipe_of(source)["model"].get("whisper")
                 else ": a reference needs no words. `higgstune speak` knows that."
             )
         )
-    if facts.kind in ("native", "peft"):
-        lines.append(f"In Python:\n\n```python\n{_python(source, facts)}\n```")
-    if facts.kind == "original":
-        lines.append(
-            "With the original engine:\n\n```python\nfrom boson_multimodal.serve.serve_engine import "
-            'HiggsAudioServeEngine\n\nengine = HiggsAudioServeEngine("THIS_FOLDER", "CODEC")\n```'
-        )
+    usage = _family(source).export.usage(
+        facts.kind, base=public_name(source.checkpoint), dtype=facts.dtype, bits=facts.base_bits
+    )
+    if usage is not None:
+        lines.append(usage)
     if facts.base_bits is not None:
         lines.append(
             "The weights are stored unquantised. With these settings bitsandbytes quantises the linear layers, "
@@ -156,28 +140,14 @@ def _speaking(source: Source, facts: CardFacts) -> str:
     return "\n\n".join(lines)
 
 
-def _python(source: Source, facts: CardFacts) -> str:
-    loaded = public_name(source.checkpoint) if facts.kind == "peft" else "THIS_FOLDER"
-    imports, options = ["HiggsAudioV2ForConditionalGeneration"], ["use_text_head=True"]
-    setup = []
-    if facts.base_bits is not None:
-        imports.insert(0, "BitsAndBytesConfig")
-        options += ["quantization_config=quantization", 'device_map="auto"']
-        bits = ["load_in_8bit=True"]
-        if facts.base_bits == 4:
-            bits = ["load_in_4bit=True", 'bnb_4bit_quant_type="nf4"', "bnb_4bit_compute_dtype=torch.bfloat16"]
-        skipped = 'llm_int8_skip_modules=["audio_lm_head", "text_lm_head"]'
-        setup = ["quantization = BitsAndBytesConfig(", f"    {', '.join(bits)},", f"    {skipped},", ")"]
-    else:
-        options.append(f"dtype=torch.{facts.dtype}")
-    lines = ["import torch"] if facts.base_bits != 8 else []
-    if facts.kind == "peft":
-        lines.append("from peft import PeftModel")
-    lines += [f"from transformers import {', '.join(imports)}", "", *setup]
-    lines.append(f'model = HiggsAudioV2ForConditionalGeneration.from_pretrained("{loaded}", {", ".join(options)})')
-    if facts.kind == "peft":
-        lines.append('model = PeftModel.from_pretrained(model, "THIS_FOLDER")')
-    return "\n".join(lines)
+def _family(source: Source) -> Family:
+    return load_family(source.layout.family)
+
+
+def _recipe_of(source: Source) -> dict[str, dict[str, Any]]:
+    """The parts of the adapter's recipe, empty where its card has none."""
+    recipe = source.card.get("recipe") or {}
+    return {key: recipe.get(key) or {} for key in ("model", "data")}
 
 
 def _base(source: Source, facts: CardFacts) -> str:
@@ -241,11 +211,12 @@ def _check(facts: CardFacts) -> str:
     )
 
 
-def _licence(facts: CardFacts) -> str:
+def _licence(source: Source, facts: CardFacts) -> str:
+    note = _family(source).export.licence_note
     if facts.licences:
         files = ", ".join(f"[{name}]({name})" for name in facts.licences)
-        return f"{_LICENCE}\n\nCopied along: {files}."
-    return f"{_LICENCE}\n\nThe base's folder had no LICENSE file to copy along: get it from the base model's page."
+        return f"{note}\n\nCopied along: {files}."
+    return f"{note}\n\nThe base's folder had no LICENSE file to copy along: get it from the base model's page."
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -11,7 +11,6 @@ from higgstune.exporting.merge import MergeOptions, load_source, logits_of, merg
 from higgstune.exporting.options import Format, check_options
 from higgstune.exporting.source import Source, open_source, stored_dtype
 from higgstune.exporting.verify import MIN_CHANGE, ExportCheck, difference, held_out
-from higgstune.families.higgs_v2.extensions import conditioning_modules
 from higgstune.files import NOTHING_KEPT, check_new, writing
 from higgstune.inputs import ADAPTER_CONFIG
 from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, base_fingerprint, write_card
@@ -95,7 +94,7 @@ def _write_adapter(
     clips = held_out(source, loaded, data)
     fingerprint, base = base_fingerprint(loaded.model), logits_of(loaded.model, clips.batch)
     adapted = load_adapter(loaded.model, folder)
-    if modules := summary_of(conditioning_modules(adapted)):
+    if modules := summary_of(loaded.family.extensions.modules(adapted)):
         raise ConfigError(
             f"plain peft would load this adapter without {', '.join(modules)}, which its native base does not have: "
             "--format extended and --format boson keep them"

@@ -14,7 +14,6 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgstune.batch.collate import Batch
 from higgstune.codec import DEFAULT_CODEC
@@ -25,7 +24,7 @@ from higgstune.exporting.layouts import LayoutName, copy_codec, write_checkpoint
 from higgstune.exporting.options import Format
 from higgstune.exporting.source import Source, stored_dtype
 from higgstune.exporting.verify import ExportCheck, Logits, audio_loss, check_merged, held_out
-from higgstune.families.higgs_v2.extensions import conditioning_modules, conditioning_of, remove_conditioning
+from higgstune.families import family_of
 from higgstune.files import NOTHING_KEPT, writing
 from higgstune.hub import fetch
 from higgstune.model.adapter_folder import base_fingerprint
@@ -39,7 +38,7 @@ _PROBES = 4  # random inputs on which a layer is compared before and after its m
 _SAME = 1e-4  # of the largest output: a thousand times float32's rounding, a thousandth of a lost update's effect
 
 
-def merge_layers(model: PeftModel, dtype: torch.dtype, show: Progress) -> HiggsAudioV2ForConditionalGeneration:
+def merge_layers(model: PeftModel, dtype: torch.dtype, show: Progress) -> Any:
     """The base with the adapter in its weights, in place, in `dtype`.
 
     Each layer is merged in float32, whatever the base's dtype, and rounded once; one layer at a time, so that the model
@@ -54,8 +53,7 @@ def merge_layers(model: PeftModel, dtype: torch.dtype, show: Progress) -> HiggsA
             _merge_layer(name.removeprefix("base_model.model."), layer, generator)
             layer.get_base_layer().to(dtype)
             show("merging layers", index + 1, len(layers))
-    base = model.unload()  # not `merge_and_unload`: the layers are merged already
-    assert isinstance(base, HiggsAudioV2ForConditionalGeneration)
+    base: Any = model.unload()  # not `merge_and_unload`: the layers are merged already
     for parameter in base.parameters():
         parameter.data = parameter.data.to(dtype)
     return base
@@ -144,8 +142,8 @@ def _write(
     dropped: tuple[str, ...] = ()
     loss = None
     if options.drop_modules:
-        dropped, with_modules = summary_of(conditioning_modules(model)), audio_loss(adapted, clips.batch)
-        remove_conditioning(loaded.model)
+        dropped, with_modules = summary_of(family_of(model).extensions.modules(model)), audio_loss(adapted, clips.batch)
+        loaded.family.extensions.remove(loaded.model)
         clips = held_out(source, loaded, data, with_whisper=False)  # as the native class sees prompts
         adapted = logits_of(model, clips.batch)
         with model.disable_adapter():
@@ -190,7 +188,7 @@ def load_source(source: Source, dtype: str, device: str | None) -> ModelAndToken
 
 def logits_of(model: Any, batch: Batch) -> Logits:
     """The model's logits at the labelled positions; a model without a projector does not get Whisper features."""
-    uses_whisper = conditioning_of(model).whisper is not None
+    uses_whisper = family_of(model).extensions.of(model).whisper is not None
     inputs = {key: value for key, value in batch.items() if uses_whisper or key != "whisper_features"}
     return probe_logits(model, inputs)
 
@@ -203,7 +201,7 @@ def summary_of(modules: list[str]) -> tuple[str, ...]:
 def _layout(options: MergeOptions, model: PeftModel) -> LayoutName:
     """The layout of the merged model. Raises ConfigError when modules would be lost, or an option has no effect."""
     chosen = next((layout for layout, format in FORMAT_OF.items() if format == options.format), None)
-    modules = summary_of(conditioning_modules(model))
+    modules = summary_of(family_of(model).extensions.modules(model))
     if not modules:
         if options.drop_modules or chosen == "extended":
             option = "--drop-modules" if options.drop_modules else "--format extended"
@@ -222,9 +220,9 @@ def _layout(options: MergeOptions, model: PeftModel) -> LayoutName:
     return chosen or "extended"
 
 
-def _extensions(model: HiggsAudioV2ForConditionalGeneration) -> tuple[str, ...]:
+def _extensions(model: Any) -> tuple[str, ...]:
     """In words, for the card."""
-    has = conditioning_of(model)
+    has = family_of(model).extensions.of(model)
     names = ["audio self-attention"] if has.audio_attention else []
     if has.whisper is not None:
         names.append(f"a projector for features of the Whisper encoder {public_name(has.whisper.checkpoint)}")

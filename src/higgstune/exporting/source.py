@@ -8,9 +8,11 @@ from typing import Any
 
 from safetensors import safe_open
 
-from higgstune.checkpoint_files import Layout, folder_card, read_json, read_layout, sha256_of
+from higgstune.checkpoint_files import folder_card, read_json, sha256_of
 from higgstune.codec import CODEC_FOLDER, checkpoint_codec
 from higgstune.errors import CheckpointError
+from higgstune.families import read_layout
+from higgstune.families.base import Layout
 from higgstune.hub import fetch
 from higgstune.inputs import ADAPTER_CONFIG, find_adapter
 from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, check_adapter_files

@@ -17,7 +17,6 @@ from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore
 from higgstune.errors import CheckpointError, DataError, VerificationError
 from higgstune.exporting.source import Source
-from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
 from higgstune.inputs import INDEX_NAME
 from higgstune.kernels.loss import IGNORE
 from higgstune.model.adapter_folder import adapter_conditioning
@@ -78,9 +77,9 @@ def _from_store(folder: Path, source: Source, loaded: ModelAndTokenizers, with_w
     what, rows = probe_rows(splits, rendering)
     if not rows:
         raise DataError(f"{folder} has no rows to compare on: name another store with --data")
-    prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
+    prompter = loaded.prompter
     examples = RowExamples(rows, prompter, "transcript", rendering)
-    collate = PaddedCollator(pad_id=loaded.config.pad_token_id or 0, stream_eos=loaded.config.audio_stream_eos_id)
+    collate = PaddedCollator.of(loaded.spec)
     clips = min(CLIPS, len(examples))
     return HeldOut(
         _spread(collate([examples[i] for i in range(clips)])), clips, f"{what} clips of the store {folder.name}"

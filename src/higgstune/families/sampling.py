@@ -31,7 +31,7 @@ class Sampling:
                 raise ConfigError(f"{name} cannot be {value}")
 
 
-def _filtered(scores: Tensor, sampling: Sampling) -> Tensor:
+def filtered(scores: Tensor, sampling: Sampling) -> Tensor:
     """Scores [K, V] with what top-k and top-p leave out at -inf."""
     if sampling.top_k and sampling.top_k < scores.shape[-1]:
         smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import get_args
 
 from higgstune.checkpoint_files import read_json
+from higgstune.config.recipe import Quantize
 from higgstune.data.audio import write_wav
-from higgstune.data.messages import ReferencePlace
+from higgstune.data.messages import DEFAULT_SCENE, ReferencePlace
 from higgstune.errors import CheckpointError, InputError
-from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE
 from higgstune.families.sampling import Sampling
 from higgstune.generate.speaker import Speaker, _trained_place
 from higgstune.inputs import check_wav_name, find_adapter
-from higgstune.kernels.quantize import Quantize
 from higgstune.model.adapter_folder import adapter_card
 from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
 

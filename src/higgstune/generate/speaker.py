@@ -13,13 +13,10 @@ from higgstune.checkpoint_files import folder_card
 from higgstune.codec.base import WhisperFeatures
 from higgstune.codec.whisper_encoder import WhisperTower, load_whisper
 from higgstune.data.audio import read_audio, resample
-from higgstune.data.messages import ReferencePlace
+from higgstune.data.messages import DEFAULT_SCENE, ReferencePlace, speech_messages
 from higgstune.data.text import normalize_text
 from higgstune.errors import CheckpointError, InputError
-from higgstune.families.base import Audio, Example
-from higgstune.families.higgs_v2.extensions import WhisperSpec, conditioning_of
-from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE, speech_messages
-from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
+from higgstune.families.base import Audio, Example, WhisperSpec
 from higgstune.families.sampling import Sampling
 from higgstune.generate.chunks import frame_cap, join, split_text
 from higgstune.generate.engine import Generated, generate
@@ -84,12 +81,12 @@ class Speaker:
         """
         self.loaded = loaded
         self.codec = loaded.audio_tokenizer
-        self.prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
+        self.prompter = loaded.prompter
         if adapter is not None:
             model = load_adapter(loaded.model, adapter)
         self.model = loaded.model if model is None else model
         self.reference_place: ReferencePlace = reference_place or _trained_place(adapter, loaded.folder)
-        self._whisper_spec = conditioning_of(self.model).whisper
+        self._whisper_spec = loaded.family.extensions.of(self.model).whisper
         if adapter is not None:  # a base may listen, and the adapter have been trained to read codes
             self._whisper_spec = adapter_conditioning(adapter).whisper
         if whisper is not None and self._whisper_spec is None:
@@ -197,6 +194,7 @@ class Speaker:
                     max_frames=caps,
                     seeds=[clip.request.seed for clip in pending],
                     sampling=sampling,
+                    sync_logits=sync_logits,
                 )
                 for clip, piece in zip(pending, spoken, strict=True):
                     clip.spoken.append(piece)

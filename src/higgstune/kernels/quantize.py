@@ -1,27 +1,24 @@
 """A base in 4 bits (QLoRA): the linear weights of the decoder layers as nf4 with double quantisation, by bitsandbytes.
 
-These are 4.9 of the released model's 5.8 billion parameters. Embeddings, heads, norms and the projector of Whisper
-features stay as they are, and so does what is added to the model afterwards: LoRA, and audio attention that begins as
-an identity. Source of the format: Dettmers et al., QLoRA (arXiv 2305.14314), sections 3 and 4.
+These are 4.9 of the 5.8 billion parameters of Higgs Audio v2. Embeddings, heads and norms stay as they are, and so does
+what is added to the model afterwards, such as LoRA. Source of the format: Dettmers et al., QLoRA (arXiv 2305.14314),
+sections 3 and 4.
 """
 
 import logging
 import re
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from higgstune.errors import ConfigError
 
-Quantize = Literal["4bit"]
-
 _BLOCK = 64  # values that share a scale; scales are 8 bits, in blocks of 256 that share a float32
 _SCALE_BLOCK = 256
 _LEVELS = 16 * 4  # bytes of each weight's own table of levels
 _OFFSET = 4  # and of the mean of its scales
 _LOG = logging.getLogger(__name__)
-_IN_4_BITS = re.compile(r"model\.layers\.\d+\.(self_attn|mlp|audio_mlp|audio_attn)\.\w+_proj")
 
 
 def check_quantize(quantize: str | None, dtype: torch.dtype) -> None:
@@ -35,21 +32,21 @@ def check_quantize(quantize: str | None, dtype: torch.dtype) -> None:
     _bitsandbytes()
 
 
-def quantize_layers(model: nn.Module, device: torch.device) -> None:
-    """Put the decoder layers' linear weights into 4 bits on `device`, in place; the rest of the model stays.
+def quantize_layers(model: nn.Module, pattern: str, device: torch.device) -> None:
+    """Put the linear layers whose full paths match `pattern` into 4 bits on `device`, in place; the rest stays.
 
     The model comes on the CPU, in the dtype that it will compute in. One weight at a time goes to the device, so that
     there the most is all weights in 4 bits and one in its dtype (50 MB of bfloat16 in the released model, beside
     2.5 GB); the CPU holds the whole base once (11.6 GB), which shrinks with every layer.
     """
     odd: list[str] = []
-    for name, part in list(model.named_modules()):
-        if _IN_4_BITS.fullmatch(name):
-            assert isinstance(part, nn.Linear)
-            layer = _in_4_bits(part, device)
-            if device.type == "cpu" and part.in_features % _BLOCK and _is_far_off(layer.weight, part.weight):
-                odd.append(name)
-            model.set_submodule(name, layer)
+    for name in layers_in_4_bits(model, pattern):
+        part = model.get_submodule(name)
+        assert isinstance(part, nn.Linear)
+        layer = _in_4_bits(part, device)
+        if device.type == "cpu" and part.in_features % _BLOCK and _is_far_off(layer.weight, part.weight):
+            odd.append(name)
+        model.set_submodule(name, layer)
     if odd:
         _LOG.warning(
             "bitsandbytes computes %d layers wrongly on this CPU, such as %s: a row of their weights is no multiple of "
@@ -76,21 +73,15 @@ def compute_dtype(linear: Any) -> torch.dtype:
     return linear.weight.dtype if state is None else state.dtype
 
 
-def quantized_bytes(model: nn.Module, dtype: torch.dtype, *, audio_attention: bool = False) -> int:
-    """What a model's parameters take with the decoder layers in 4 bits and the rest in `dtype`; nothing is computed.
+def layers_in_4_bits(model: nn.Module, pattern: str) -> list[str]:
+    """Full paths of the layers that `quantize_layers` replaces."""
+    return [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
 
-    `model` is not quantised; it may be on the meta device. Audio attention counts as in 4 bits only where
-    `audio_attention` says that the checkpoint brings it: what is added to a base stays whole.
-    """
-    total = 0
-    for name, weight in model.named_parameters():
-        match = _IN_4_BITS.fullmatch(name.removesuffix(".weight"))
-        if match is None or (match[1] == "audio_attn" and not audio_attention):
-            total += weight.numel() * dtype.itemsize
-            continue
-        scales = -(-weight.numel() // _BLOCK)
-        total += -(-weight.numel() // 2) + scales + 4 * -(-scales // _SCALE_BLOCK) + _LEVELS + _OFFSET
-    return total
+
+def bytes_in_4_bits(weight: Tensor) -> int:
+    """What a weight takes in 4 bits. Nothing is computed: it may be on the meta device."""
+    scales = -(-weight.numel() // _BLOCK)
+    return -(-weight.numel() // 2) + scales + 4 * -(-scales // _SCALE_BLOCK) + _LEVELS + _OFFSET
 
 
 def _in_4_bits(linear: nn.Linear, device: torch.device) -> Any:

@@ -11,11 +11,11 @@ import torch
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 from torch import Tensor, nn
-from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgstune.checkpoint_files import is_pickled, read_json, read_tensors, safetensors_keys, sha256_of
 from higgstune.errors import CheckpointError
-from higgstune.families.higgs_v2.extensions import Conditioning, base_of, is_conditioning_key, own_conditioning
+from higgstune.families import check_family, family_info, family_of, load_family
+from higgstune.families.base import Conditioning, FamilyInfo, base_of
 from higgstune.inputs import ADAPTER_CONFIG
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -23,7 +23,14 @@ ADAPTER_CARD = "higgstune.json"  # base, codec and recipe of the adapter: what s
 UNQUANTIZED_FINGERPRINT = "unquantized_fingerprint"  # attribute of a base in 4 bits
 _SEAL = "card_sha256"
 _PLACES = (_SEAL, "base_model_name_or_path", "checkpoint", "codec", "store", "whisper", "init_adapter")
-_NAMES = ("checkpoint", "revision", "codec", "codec_revision", "base_fingerprint")  # keys of the card that are texts
+_NAMES = (
+    "checkpoint",
+    "revision",
+    "codec",
+    "codec_revision",
+    "base_fingerprint",
+    "family",
+)  # keys of the card that are texts
 _SAMPLED = 4096  # values of a weight that its fingerprint looks at
 
 
@@ -42,11 +49,12 @@ def base_fingerprint(model: Any) -> str:
     whose weights follow from the base. A base in 4 bits has that of the weights it was made from.
     """
     digest = hashlib.sha256()
-    base, own = base_of(model), own_conditioning(model)
+    base, extensions = base_of(model), family_of(model).extensions
+    builtin = extensions.builtin(model)
     if (recorded := getattr(base, UNQUANTIZED_FINGERPRINT, None)) is not None:
         return recorded
     for name, value in sorted(base.named_parameters()):
-        added = is_conditioning_key(name) and not is_conditioning_key(name, own)
+        added = extensions.owns(name) and not extensions.owns(name, builtin)
         if ".lora_" in name or ".modules_to_save." in name or added:
             continue
         plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
@@ -57,15 +65,17 @@ def base_fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_base(folder: Path, model: HiggsAudioV2ForConditionalGeneration) -> None:
+def check_base(folder: Path, model: Any) -> None:
     """Raises CheckpointError when the adapter's card says that it was trained on another base."""
     config = read_json(folder / ADAPTER_CONFIG, "it is no adapter folder without it")
     card, trained_on = adapter_card(folder), config.get("base_model_name_or_path")
+    family = family_of(model)
+    check_adapter_family(folder, family.info)
+    shape = family.spec(base_of(model).config).card()
     for key, value in card.get("base_shape", {}).items():
-        found = getattr(model.config, key, None)
-        if found != value:
+        if (actual := shape.get(key)) != value:
             raise CheckpointError(
-                f"the adapter {folder} was trained on {trained_on} with {key} {value}; this base has {found}"
+                f"the adapter {folder} was trained on {trained_on} with {key} {value}; this base has {actual}"
             )
     expected = card.get("base_fingerprint")
     if expected is not None and (found := base_fingerprint(model)) != expected:
@@ -76,10 +86,9 @@ def check_base(folder: Path, model: HiggsAudioV2ForConditionalGeneration) -> Non
         )
 
 
-def base_shape(config: Any) -> dict[str, int]:
-    """What an adapter's card keeps of its base, to tell a wrong one before peft fails on a tensor."""
-    keys = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "num_codebooks", "codebook_size")
-    return {key: getattr(config, key) for key in keys}
+def check_adapter_family(folder: Path, base: FamilyInfo) -> None:
+    """Raises CheckpointError when an adapter's card names another model family than that of the base."""
+    check_family(f"the adapter {folder}", adapter_card(folder).get("family"), base)
 
 
 def adapter_card(folder: Path) -> dict[str, Any]:
@@ -124,9 +133,7 @@ def _without_places(value: Any) -> Any:
     return {key: _without_places(item) for key, item in kept.items()}
 
 
-def _checked_weights(
-    folder: Path, model: HiggsAudioV2ForConditionalGeneration, *, checksum: bool = True
-) -> dict[str, Tensor]:
+def checked_weights(folder: Path, model: Any, *, checksum: bool = True) -> dict[str, Tensor]:
     """The adapter's tensors, once nothing speaks against them. Raises CheckpointError."""
     check_adapter_files(folder, checksum=checksum)
     check_base(folder, model)
@@ -152,7 +159,8 @@ def check_adapter_files(folder: Path, *, checksum: bool = True) -> None:
             raise CheckpointError(
                 f"{folder / name} is not the file that was saved (its checksum differs): copy the adapter again"
             )
-    if not card and (extra := sorted(filter(is_conditioning_key, keys))):
+    owns = load_family(family_info(card.get("family"))).extensions.owns
+    if not card and (extra := sorted(filter(owns, keys))):
         raise CheckpointError(
             f"{folder / ADAPTER_CARD} is missing: it says how to add the modules of {len(extra)} tensors, such as "
             f"{extra[0]}; copy the whole adapter folder"

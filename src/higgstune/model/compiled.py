@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
 from higgstune.batch.collate import Packed
-from higgstune.families.higgs_v2.extensions import base_of
+from higgstune.config.recipe import Compile
+from higgstune.families import family_of
+from higgstune.families.base import base_of
 from higgstune.kernels.fused import is_plain
 from higgstune.kernels.loss import LossWeights, combine, label_counts
 
@@ -29,11 +31,10 @@ def packed_loss(model: nn.Module, batch: Packed) -> Tensor:
     base = base_of(model)
     with torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
         sums = model(**batch)
-    return combine(sums, label_counts(batch, eos_id=base.config.audio_stream_eos_id), LossWeights())
+    return combine(sums, label_counts(batch, eos_id=family_of(base).spec(base.config).stream_eos), LossWeights())
 
 
 _LOG = logging.getLogger(__name__)
-Compile = bool | Literal["auto"]
 MIN_STEPS_TO_COMPILE = 1000  # steps: on an H100 compiling took a minute and more, and saved 0.1 s of each
 _TOLERANCE = 0.2  # relative, of all gradients of a kind; rounding to bfloat16 gave 0.01 with two layers, 0.07 with 28
 _KINDS = ("lora_A", "lora_B", "")  # by a part of the name, the first that fits
@@ -103,7 +104,7 @@ def _moved(model: nn.Module) -> Iterator[None]:
 
 
 def _possible(base: Any) -> bool:
-    return base.device.type == "cuda" and base.dtype == torch.bfloat16 and is_plain(base.model.layers)
+    return base.device.type == "cuda" and base.dtype == torch.bfloat16 and is_plain(family_of(base).layers(base))
 
 
 def _has_compiler() -> bool:

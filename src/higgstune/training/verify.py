@@ -20,7 +20,7 @@ from torch import Tensor
 
 from higgstune.batch.collate import Batch
 from higgstune.errors import HiggstuneError, VerificationError
-from higgstune.families.higgs_v2.extensions import check_features
+from higgstune.families import family_of
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model
 from higgstune.training.distributed import Processes, embedding_and_heads, shard
@@ -50,15 +50,9 @@ class Verification:
 def probe_logits(model: Any, batch: Batch) -> dict[str, Tensor]:
     """Audio logits [M, K * V] and text logits [N, vocab] at labelled positions of a batch, float32 on the CPU."""
     model.eval()
-    check_features(model, batch)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    device = next(model.parameters()).device
-    inputs = {key: value.to(device) for key, value in batch.items() if not key.endswith(("_positions", "_targets"))}
-    with torch.no_grad(), embedding_and_heads(model):
-        hidden = base.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        audio = base.audio_lm_head(hidden[batch["audio_positions"][:_POSITIONS].to(device)])
-        text = base.text_lm_head(hidden[batch["text_positions"][:_POSITIONS].to(device)])
-    return {"audio_logits": audio.float().cpu(), "text_logits": text.float().cpu()}
+    with torch.no_grad():
+        logits = family_of(model).label_logits(model, batch, _POSITIONS, embedding_and_heads(model))
+    return {key: value.float().cpu() for key, value in logits.items()}
 
 
 def write_probe(batch: Batch, logits: dict[str, Tensor], path: Path) -> None:

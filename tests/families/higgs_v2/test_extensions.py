@@ -13,31 +13,31 @@ from tiny_checkpoint import random_codes, tiny_prompter
 from torch import Tensor
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2Model
 
-from higgstune.batch.collate import PaddedCollator, feature_tensors, pack
+from higgstune.batch.collate import PaddedCollator, pack
 from higgstune.batch.dataset import TARGET
-from higgstune.checkpoint_files import read_layout
 from higgstune.codec.base import WhisperFeatures
+from higgstune.config.recipe import Lora
+from higgstune.data.messages import speech_messages
 from higgstune.errors import ConfigError, DataError
-from higgstune.families.base import Example
+from higgstune.families import read_layout
+from higgstune.families.base import Conditioning, Example, WhisperSpec
 from higgstune.families.higgs_v2.audio_attention import find_audio_rows
-from higgstune.families.higgs_v2.checkpoint import read_original
+from higgstune.families.higgs_v2.decoder import Decoder
 from higgstune.families.higgs_v2.delay import build_frames
 from higgstune.families.higgs_v2.extensions import (
-    Conditioning,
-    WhisperSpec,
     add_conditioning,
     check_features,
     conditioning_modules,
     conditioning_of,
     remove_conditioning,
 )
+from higgstune.families.higgs_v2.original import read_original
 from higgstune.families.higgs_v2.packed import with_training_forward
-from higgstune.families.higgs_v2.prompt import speech_messages
 from higgstune.families.higgs_v2.prompter import Prompter
-from higgstune.generate.engine import Decoder
+from higgstune.families.padded import feature_tensors
 from higgstune.kernels.loss import IGNORE, head_sums
 from higgstune.model.adapter_folder import base_fingerprint
-from higgstune.model.adapters import Lora, add_lora
+from higgstune.model.adapters import add_lora
 from higgstune.model.load import load_model
 
 CODES = 64

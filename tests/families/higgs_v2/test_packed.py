@@ -19,15 +19,15 @@ from higgstune.batch.dataset import TARGET
 from higgstune.batch.loader import PackLoader, example_lengths
 from higgstune.batch.packing import PackSize
 from higgstune.codec.base import WhisperFeatures
+from higgstune.config.recipe import Lora
+from higgstune.data.messages import speech_messages
 from higgstune.errors import CheckpointError
-from higgstune.families.base import Example
-from higgstune.families.higgs_v2.extensions import base_of
+from higgstune.families.base import Example, base_of
 from higgstune.families.higgs_v2.packed import with_training_forward
-from higgstune.families.higgs_v2.prompt import speech_messages
 from higgstune.families.higgs_v2.prompter import Prompter
 from higgstune.kernels.fused import linear, linears
 from higgstune.kernels.loss import IGNORE, head_sums, label_counts
-from higgstune.model.adapters import Lora, add_lora
+from higgstune.model.adapters import add_lora
 
 
 def native_loss(model: PeftModel, example: Example) -> Tensor:
@@ -235,14 +235,13 @@ def test_an_architecture_that_is_not_computed_is_refused(change: dict[str, Any])
         with_training_forward(model)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_gives_every_example_once_and_mutes_what_fills_up(workers: int) -> None:
+def test_the_loader_gives_every_example_once_and_mutes_what_fills_up() -> None:
     _, prompter = tiny_prompter(codes=CODES)
     made = examples(prompter)
     expected = label_counts(pack(made), eos_id=CODES + 1)
     counts, batches = None, 0
     for rank in range(2):
-        loader = PackLoader(made, PackSize(clips=1), seed=3, rank=rank, processes=2, workers=workers)
+        loader = PackLoader(made, PackSize(clips=1), seed=3, rank=rank, processes=2)
         for batch in loader:
             found = label_counts(batch, eos_id=CODES + 1)
             counts = found if counts is None else {key: counts[key] + found[key] for key in found}
@@ -256,8 +255,7 @@ def test_a_loader_takes_no_random_number_from_training() -> None:
     """Dropout would be another one after each validation."""
     _, prompter = tiny_prompter(codes=CODES)
     before = torch.get_rng_state()
-    for workers in (0, 1):
-        assert len(list(PackLoader(examples(prompter)[:2], PackSize(clips=1), seed=0, workers=workers))) == 2
+    assert len(list(PackLoader(examples(prompter)[:2], PackSize(clips=1), seed=0))) == 2
     assert torch.equal(torch.get_rng_state(), before)
 
 

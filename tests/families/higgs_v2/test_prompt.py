@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from jinja2 import Environment
 
+from higgstune.data.messages import speech_messages
 from higgstune.errors import DataError
-from higgstune.families.higgs_v2.prompt import native_chat_template, render, speech_messages
+from higgstune.families.higgs_v2.prompt import native_chat_template, render
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "prompts.json").read_text())
 NATIVE = [case for case in GOLDEN if not case["name"].startswith("boson_chatml/")]

@@ -12,10 +12,10 @@ from tiny_checkpoint import random_codes, tiny_prompter, tiny_tokenizer
 
 from higgstune.batch.collate import PaddedCollator
 from higgstune.batch.dataset import TARGET
+from higgstune.data.messages import speech_messages
 from higgstune.errors import DataError
 from higgstune.families.base import Example
 from higgstune.families.higgs_v2.delay import build_frames
-from higgstune.families.higgs_v2.prompt import speech_messages
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
 from higgstune.kernels.loss import IGNORE
 

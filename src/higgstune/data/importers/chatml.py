@@ -79,7 +79,7 @@ def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def _from_chatml(row: SourceRow, item: dict[str, Any]) -> Utterance:
+def _from_chatml(row: SourceRow, item: dict[str, Any]) -> Utterance:  # noqa: ARG001  (as `_from_sample`)
     _check_spelling(item, _CHATML_KEYS)
     misc = item.get("misc")
     misc = misc if isinstance(misc, dict) else {}

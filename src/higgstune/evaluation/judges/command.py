@@ -134,7 +134,11 @@ class ExternalTranscriber:
         self.name = self._command.name
 
     def transcribe(
-        self, files: Sequence[Path], *, language: str | None = None, seconds: float | None = None
+        self,
+        files: Sequence[Path],
+        *,
+        language: str | None = None,  # noqa: ARG002  (of the protocol)
+        seconds: float | None = None,
     ) -> list[str]:
         """One transcript per file. Raises WorkError if the command fails or its answers are wrong."""
         audible = _audible(files)

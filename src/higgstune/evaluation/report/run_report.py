@@ -148,7 +148,7 @@ def _choice(stages: Mapping[str, Any]) -> Choice | None:
         Candidate(
             name,
             entry[STEP],
-            {key: entry[key] for key in (*_IMPORTANT, *in_rule) if key in entry},
+            {key: entry["measures"][key] for key in (*_IMPORTANT, *in_rule) if key in entry["measures"]},
             entry["broken"],
             entry[STEP] == chosen["step"],
         )

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformers import DynamicCache, HiggsAudioV2ForConditionalGeneration
 from transformers.masking_utils import create_causal_mask
@@ -17,34 +16,11 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudi
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
 from higgstune.codec.whisper_encoder import WhisperTower
+from higgstune.families.base import Conditioning, WhisperSpec, base_of
 from higgstune.families.higgs_v2 import audio_attention as attention
 
 PROJECTOR = "audio_encoder_proj"
 CONDITIONING_KEY = "higgstune_conditioning"  # of the extended layout's config.json
-
-
-class WhisperSpec(BaseModel):
-    """The Whisper encoder whose features the projector takes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    checkpoint: str  # as named by the user
-    revision: str  # of the encoder's weights: equal revisions give equal features
-    d_model: int
-    chunk_frames: int  # positions that a whole chunk expands to: 750 for 30 s
-    token_id: int  # of <|AUDIO|>
-
-
-class Conditioning(BaseModel):
-    """Which extensions a model carries; a plain native one has none and is false."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    audio_attention: bool = False
-    whisper: WhisperSpec | None = None
-
-    def __bool__(self) -> bool:
-        return self.audio_attention or self.whisper is not None
 
 
 def whisper_spec(tower: WhisperTower, token_id: int) -> WhisperSpec:
@@ -75,7 +51,7 @@ class ConditionedModel(HiggsAudioV2Model):
 
     conditioning: Conditioning
     audio_encoder_proj: FeatureProjector  # with Whisper conditioning only
-    own: Conditioning = Conditioning()  # the extensions that the checkpoint brought, with their weights
+    builtin: Conditioning = Conditioning()  # the extensions that the checkpoint brought, with their weights
 
     @capture_outputs
     def forward(
@@ -86,7 +62,7 @@ class ConditionedModel(HiggsAudioV2Model):
         audio_input_ids_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,  # noqa: ARG002  (of the native signature)
         use_cache: bool | None = None,
         whisper_features: Tensor | None = None,
         **kwargs: Any,
@@ -166,26 +142,21 @@ def conditioning_of(model: Any) -> Conditioning:
     return getattr(base_of(model).model, "conditioning", Conditioning())
 
 
-def own_conditioning(model: Any) -> Conditioning:
+def builtin_conditioning(model: Any) -> Conditioning:
     """The extensions that came with the checkpoint, trained; the weights of others follow from the base."""
-    return getattr(base_of(model).model, "own", Conditioning())
+    return getattr(base_of(model).model, "builtin", Conditioning())
 
 
 def check_features(model: Any, batch: Mapping[str, Tensor]) -> None:
     """Raises ValueError unless a batch's Whisper features are as many as its `<|AUDIO|>` positions, or not there."""
-    features, shape = batch.get("whisper_features"), conditioning_of(model).whisper
+    features, spec = batch.get("whisper_features"), conditioning_of(model).whisper
     if features is None:
         return
-    if shape is None:
+    if spec is None:
         raise ValueError("whisper_features need a model with a projector for them: add_conditioning first")
-    positions = int((batch["input_ids"] == shape.token_id).sum())
+    positions = int((batch["input_ids"] == spec.token_id).sum())
     if len(features) != positions:
         raise ValueError(f"{len(features)} Whisper features for {positions} <|AUDIO|> positions")
-
-
-def base_of(model: Any) -> HiggsAudioV2ForConditionalGeneration:
-    """The model itself, or the one inside a peft model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def add_conditioning(model: HiggsAudioV2ForConditionalGeneration, wanted: Conditioning) -> None:
@@ -218,7 +189,7 @@ def remove_conditioning(model: HiggsAudioV2ForConditionalGeneration) -> None:
         delattr(inner, PROJECTOR)
     if has:
         del inner.conditioning
-        inner.__dict__.pop("own", None)
+        inner.__dict__.pop("builtin", None)
         inner.__class__ = HiggsAudioV2Model
 
 
@@ -235,10 +206,10 @@ def is_conditioning_key(key: str, of: Conditioning | None = None) -> bool:
     return any(f".{name}." in f".{key}" for name in names)
 
 
-def _neutral_projector(inner: HiggsAudioV2Model, shape: WhisperSpec) -> FeatureProjector:
+def _neutral_projector(inner: HiggsAudioV2Model, spec: WhisperSpec) -> FeatureProjector:
     with torch.device("meta"):
-        projector = FeatureProjector(shape.d_model, inner.config.hidden_size)
-    bias = inner.embed_tokens.weight[shape.token_id].detach().clone()
-    weight = bias.new_zeros((len(bias), shape.d_model))
+        projector = FeatureProjector(spec.d_model, inner.config.hidden_size)
+    bias = inner.embed_tokens.weight[spec.token_id].detach().clone()
+    weight = bias.new_zeros((len(bias), spec.d_model))
     projector.load_state_dict({"linear.weight": weight, "linear.bias": bias}, assign=True)
     return projector.train(inner.training)

@@ -9,12 +9,12 @@ A message is {"role": "system" | "scene" | "user" | "assistant", "content": [par
 {"type": "text", "text": ...} or {"type": "audio", ...}; a content that is a plain string is one text part.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
 
-from higgstune.data.messages import Message, content_parts
+from higgstune.data.messages import ROLES, Message, content_parts
 from higgstune.data.text import find_control_tokens
 from higgstune.errors import DataError
 
@@ -29,11 +29,6 @@ AUDIO_OUT = "<|AUDIO_OUT|>"
 AUDIO_BOS = "<|audio_bos|>"
 AUDIO_IN = "<|AUDIO|>"
 AUDIO_EOS = "<|audio_eos|>"
-
-DEFAULT_SYSTEM = "Generate audio following instruction."
-DEFAULT_SCENE = "Audio is recorded from a quiet room."
-VOICE_LABEL = "SPEAKER0:"  # what the released model's prompts write before a voice in the scene
-ROLES = ("system", "scene", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -172,42 +167,6 @@ def _scene_separator(parts: Sequence[Mapping[str, Any]], index: int) -> str:
     if index == 0:
         return "\n\n"
     return "" if parts[index + 1]["type"] == "audio" else "\n"
-
-
-def speech_messages(
-    text: str,
-    *,
-    scene: str | None = DEFAULT_SCENE,
-    system: str = DEFAULT_SYSTEM,
-    context: Sequence[tuple[str, str]] = (),
-    voice: str | None = None,
-) -> list[Message]:
-    """The conversation that asks for `text`, ending with the user's turn.
-
-    `context` holds earlier (text, name of its audio) turns: a reference voice, or what was spoken before. `voice` is
-    the name of an audio in the scene instead: the speaker's voice, without its words.
-    """
-    messages: list[Message] = [_say("system", system)]
-    described = [{"type": "text", "text": scene}] if scene else []
-    if voice is not None:
-        described += [{"type": "text", "text": VOICE_LABEL}, {"type": "audio", "url": voice}]
-    if described:
-        messages.append({"role": "scene", "content": described})
-    for spoken, audio in context:
-        messages.append(_say("user", spoken))
-        messages.append({"role": "assistant", "content": [{"type": "audio", "url": audio}]})
-    return [*messages, _say("user", text)]
-
-
-def _say(role: str, text: str) -> Message:
-    return {"role": role, "content": [{"type": "text", "text": text}]}
-
-
-def audio_turns(messages: Sequence[Message]) -> Iterator[int]:
-    """The message index of every audio part, in the order of the prompt."""
-    for piece in pieces(messages):
-        if piece.kind == "audio":
-            yield piece.turn
 
 
 def native_chat_template() -> str:

@@ -53,7 +53,8 @@ class Prompter:
             )
         self.tokenizer = tokenizer
         self.ids = ids
-        self.whisper_token_id: int = tokenizer.convert_tokens_to_ids(AUDIO_IN)
+        token_id = tokenizer.convert_tokens_to_ids(AUDIO_IN)
+        self.whisper_token_id: int | None = token_id if isinstance(token_id, int) else None
 
     def example(
         self,

@@ -1,9 +1,13 @@
 """The rows of a clip, drawn one after the other: delay pattern, start and stop."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from higgstune.families.sampling import Sampling, _filtered
+from higgstune.families.base import Spec
+from higgstune.families.higgs_v2.delay import codes_from_frames
+from higgstune.families.sampling import Sampling, filtered
 
 
 class RowSampler:
@@ -14,16 +18,14 @@ class RowSampler:
     ends it one row later.
     """
 
-    def __init__(
-        self, sampling: Sampling, *, num_codebooks: int, bos_id: int, eos_id: int, max_frames: int, seed: int
-    ) -> None:
+    def __init__(self, spec: Spec, sampling: Sampling, *, max_frames: int, seed: int) -> None:
         self.sampling = sampling
-        self.num_codebooks = num_codebooks
-        self.bos_id = bos_id
-        self.eos_id = eos_id
+        self.num_codebooks = spec.num_codebooks
+        self.bos_id = spec.stream_bos
+        self.eos_id = spec.stream_eos
         self.max_frames = max_frames
         self.generator = torch.Generator().manual_seed(seed)
-        self.rows = [[bos_id] * num_codebooks]
+        self.rows = [[self.bos_id] * self.num_codebooks]
         self.frames: int | None = None  # T, once it is known
         self.hit_cap = False
 
@@ -46,6 +48,10 @@ class RowSampler:
         self.rows.append(row)
         return row
 
+    def codes(self) -> NDArray[np.int64]:
+        """The clip [T, K]."""
+        return codes_from_frames(self.rows, eos_id=self.eos_id)
+
     def _forced(self, k: int, row_index: int, code: int) -> int:
         if row_index <= k:
             return self.bos_id
@@ -62,7 +68,7 @@ class RowSampler:
         scores[~may_end, self.eos_id] = -torch.inf
         if self.sampling.temperature == 0:
             return scores.argmax(dim=-1).tolist()
-        drawn = self._multinomial(_filtered(scores / self.sampling.temperature, self.sampling))
+        drawn = self._multinomial(filtered(scores / self.sampling.temperature, self.sampling))
         repeated = self._repeated(drawn)
         if repeated.any():
             drawn[repeated] = self._multinomial(codes_only[repeated])
