@@ -35,7 +35,7 @@ from higgstune.kernels.loss import LossWeights, combine, label_counts
 from higgstune.kernels.memory import checkpoint_first
 from higgstune.model.adapters import lora_config
 from higgstune.model.compiled import compile_layers
-from higgstune.planning.dry_run import Subject
+from higgstune.planning.dry_run import StepSpec
 from higgstune.planning.plan import Footprint
 from higgstune.training.metrics import FiniteSteps
 
@@ -358,7 +358,7 @@ class Bench:
 
     def _planned(self, packs: Sequence[Packed], *, quantized: bool = False) -> int:
         """What `--plan` says of the pack with the most hidden states: bytes of tensors."""
-        subject = Subject(
+        spec = StepSpec(
             config=self.config,
             dtype=torch.bfloat16,
             lora=self.lora,
@@ -372,7 +372,7 @@ class Bench:
         )
         again = self.config.num_hidden_layers if quantized else 0
         largest = max(packs, key=lambda batch: len(batch["from_sequence"]))
-        return Footprint(subject, largest).peak(again).total()
+        return Footprint(spec, largest).peak(again).total()
 
     def _pinned(self, batch: dict[str, Any]) -> dict[str, Any]:
         if self.device.type != "cuda":

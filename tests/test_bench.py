@@ -58,6 +58,7 @@ def test_json_has_all_repeats_the_settings_and_the_machine(tmp_path: Path, capsy
     assert written["machine"]["torch"]
 
 
+@pytest.mark.processes
 def test_a_fresh_process_has_a_memory_of_its_own_and_its_threads_are_set(tmp_path: Path) -> None:
     report = bench("report")
     ballast = np.ones(60_000_000)  # 480 MB, which a child's getrusage would begin with
@@ -300,6 +301,7 @@ def test_a_small_card_computes_all_layers_again_on_a_4_bit_base(
     assert {type(layer.mlp.up_proj.base_layer).__name__ for layer in layers} == {"Linear4bit"}
 
 
+@pytest.mark.processes
 def test_a_plan_is_near_to_what_training_takes(tmp_path: Path) -> None:
     planning = bench("planning")
     setting = planning.RunSetup(16, 2, 512, 4, accumulation=2)

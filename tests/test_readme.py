@@ -104,6 +104,7 @@ def test_every_block_of_the_readme_is_run_somewhere() -> None:
     assert re.search(r"^install: \$\(INSTALLED\)$", makefile, re.MULTILINE)
 
 
+@pytest.mark.processes
 def test_the_real_thing(clone: Path, type_in: Callable[[str], str]) -> None:
     said = {line.split()[1]: type_in(line) for line in blocks()[1] if line not in ELSEWHERE}
     assert "<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>" in said["inspect"]
@@ -115,7 +116,8 @@ def test_the_real_thing(clone: Path, type_in: Callable[[str], str]) -> None:
     assert len(waveform) > 0
 
 
-def test_going_on_with_an_interrupted_run(clone: Path, type_in: Callable[[str], str]) -> None:
+@pytest.mark.processes
+def test_resuming_an_interrupted_run(clone: Path, type_in: Callable[[str], str]) -> None:
     prepare, train = (line for line in blocks()[1] if line.startswith(("higgstune prepare", "higgstune train")))
     [resume] = blocks()[2]
     type_in(prepare)
@@ -133,6 +135,7 @@ def test_going_on_with_an_interrupted_run(clone: Path, type_in: Callable[[str], 
     assert (clone / "runs/voice/voice/adapter").is_dir()
 
 
+@pytest.mark.processes
 def test_two_stages_with_plain_flags(clone: Path, type_in: Callable[[str], str]) -> None:
     for line in blocks()[3]:
         type_in(line)
@@ -166,8 +169,8 @@ def test_the_prompt_in_the_docs_is_the_one_that_is_rendered() -> None:
 def test_every_fault_has_its_test() -> None:
     """What docs/reliability.md names; `::name` is of the file named before it, or of the faults of training."""
     for line in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").splitlines():
-        file = "tests/test_faults_of_training.py"
-        for named, test in re.findall(r"`((?:tests/\w+\.py)?)(?:::(\w+))?`", line):
+        file = "tests/training/test_faults_of_training.py"
+        for named, test in re.findall(r"`((?:tests/[\w/]+\.py)?)(?:::(\w+))?`", line):
             file = named or file
             text = (ROOT / file).read_text(encoding="utf-8")
             assert not test or f"\ndef {test}(" in text, f"{file}::{test}"

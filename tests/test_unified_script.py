@@ -23,6 +23,8 @@ from tiny_checkpoint import SENTENCES, save_tiny_checkpoint
 import higgstune
 from higgstune.data.store import CodeStore
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "unified_lora_training.py"
 CODEC = Path(higgstune.__file__).parent / "demo" / "assets" / "codec"

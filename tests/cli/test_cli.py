@@ -57,6 +57,7 @@ def test_help_fits_80_columns_and_shows_no_ranges(command: Command, monkeypatch:
     assert len(out.splitlines()) < 65
 
 
+@pytest.mark.processes
 def test_help_and_import_do_not_bring_torch() -> None:
     check = "import sys, higgstune, higgstune.cli.main; assert 'torch' not in sys.modules; print(higgstune.__version__)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
@@ -70,6 +71,7 @@ def test_the_public_names_are_there() -> None:
         _ = higgstune.no_such
 
 
+@pytest.mark.processes
 def test_from_recordings_to_speech(world: Path, command: Command) -> None:
     store, run = world / "data", world / "run"
     code, out, _ = command(
@@ -257,5 +259,6 @@ for name in ("prepare", "train", "speak", "render"):
 """
 
 
+@pytest.mark.processes
 def test_verbs_stay_functions_whatever_was_imported() -> None:
     subprocess.run([sys.executable, "-c", EACH_FIRST], check=True)

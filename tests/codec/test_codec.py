@@ -153,9 +153,12 @@ def test_an_unknown_name_is_refused() -> None:
 def test_a_codec_has_one_revision_wherever_it_comes_from(
     codec: Codec, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    snapshot = shutil.copytree(folder, tmp_path / "0a1b2c")
-    monkeypatch.setattr("higgstune.codec.fetch", lambda name, **options: snapshot)
-    assert load_codec("owner/codec").revision == codec.revision
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached, commit = tmp_path / "models--owner--codec", "0a1b2c3d4e5f60718293a4b5c6d7e8f901234567"
+    shutil.copytree(folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    assert load_codec("owner/codec", cache_dir=tmp_path).revision == codec.revision
 
 
 def test_transformers_gives_the_real_class_afterwards(codec: Codec) -> None:

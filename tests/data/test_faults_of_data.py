@@ -70,8 +70,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from fake_whisper_encoder import FakeWhisperEncoder
 from preparing import run
-from higgstune.data import encode, whisper_features
-from higgstune.data import shard_writer as shards
+from higgstune.data import encode, shard_writer, whisper_features
 from higgstune.data.clips import Checker
 
 world, out = Path(sys.argv[2]), Path(sys.argv[3])
@@ -102,13 +101,13 @@ def half_a_feature_file(tensors, path):
     die()
 
 
-write_record, write_table = encode.CodeJournal._write, shards.pq.ParquetWriter.write_table
+write_record, write_table = encode.CodeJournal._write, shard_writer.pq.ParquetWriter.write_table
 save_file = whisper_features.save_file
 MOMENTS = {
     "reading": (Checker, "check", die),
     "encoding": (encode, "encode_clip", die),
     "half a record": (encode.CodeJournal, "_write", half_a_record),
-    "half a shard": (shards.pq.ParquetWriter, "write_table", half_a_shard),
+    "half a shard": (shard_writer.pq.ParquetWriter, "write_table", half_a_shard),
     "half a feature file": (whisper_features, "save_file", half_a_feature_file),
 }
 
@@ -143,20 +142,26 @@ def killed(moment):
 
 prepare(out / "imports everything", None)
 shutil.rmtree(out / "imports everything")
-assert all(killed(moment) for moment in MOMENTS)
-change = 1
-while killed(change):
-    change += 1
-print(change - 1)
+if sys.argv[4] == "named":
+    count = sum(killed(moment) for moment in MOMENTS)
+else:
+    count = 0
+    while killed(count + 1):
+        count += 1
+print(count)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed processes are forked, so that they import nothing")
-def test_a_preparation_that_is_killed_at_any_moment(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """Before each change of the file system, and in the midst of a record, a shard and a file of features."""
-    arguments = [Path(__file__).parents[1] / "helpers", world, tmp_path]
+@pytest.mark.parametrize(("moments", "kills"), [("named", 5), pytest.param("all", 21, marks=pytest.mark.proof)])
+def test_a_preparation_that_is_killed_at_any_moment(
+    world: Path, tmp_path: Path, monkeypatch: Any, moments: str, kills: int
+) -> None:
+    """Named: in the midst of a record, a shard and a file of features. All: before each change of the file system."""
+    arguments = [Path(__file__).parents[1] / "helpers", world, tmp_path, moments]
     done = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=True, capture_output=True, text=True)
-    assert int(done.stdout) > 20
+    assert int(done.stdout) >= kills
     monkeypatch.setattr(whisper_features, "_CLIPS_PER_FILE", 2)
     old, new, expected = rows_of(world / "old"), rows_of(world / "expected"), content(world / "expected")
     seen = []

@@ -165,6 +165,7 @@ def start_slow_run(source: Path, out: Path) -> subprocess.Popen[bytes]:
     raise AssertionError("the preparation did not begin to encode")
 
 
+@pytest.mark.processes
 def test_a_killed_run_resumes(tmp_path: Path) -> None:
     source, out = recordings(tmp_path / "in", 40), tmp_path / "out"
     process = start_slow_run(source, out)

@@ -188,6 +188,7 @@ def claiming(path: Path, samples: int) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.processes
 def test_headers_that_lie_are_refused_before_any_memory_is_taken(tmp_path: Path) -> None:
     """In a process of its own, whose peak of memory and time is known."""
     for name, content in LIES.items():

@@ -100,7 +100,7 @@ def test_lengths_are_known_without_codes(store: CodeStore) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_positions_of_examples_are_known_without_codes(store: CodeStore, split: str) -> None:
+def test_lengths_of_examples_are_known_without_codes(store: CodeStore, split: str) -> None:
     _, prompter = tiny_prompter()
     examples = RowExamples(store.split(split), prompter, "transcript")
     with pytest.MonkeyPatch.context() as patch:
@@ -176,6 +176,7 @@ def test_columns_keep_their_names(folder: Path) -> None:
     assert (len(rows["7"]), len(rows["talk"]), rows["8"]) == (1, 2, [])
 
 
+@pytest.mark.processes
 def test_datasets_opens_it(folder: Path, tmp_path: Path) -> None:
     """In a process of its own, since `datasets` reads its settings when it is imported."""
     pytest.importorskip("datasets")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from doctor_world import failed, told
+from doctor_world import failed, messages_of
 from fake_codec import FakeCodec
 from tiny_checkpoint import tiny_prompter
 from tiny_codec import tiny_codec
@@ -26,8 +26,8 @@ def test_a_codec_in_train_mode_is_found(world: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(examine, "load_codec", load)
     report = doctor(model=world / "base")
     assert failed(report) == {"codec"}
-    assert "in train mode" in told(report, "codec")
-    assert "gives other codes" in told(report, "codec")
+    assert "in train mode" in messages_of(report, "codec")
+    assert "gives other codes" in messages_of(report, "codec")
 
 
 def test_the_real_codec_class_passes() -> None:

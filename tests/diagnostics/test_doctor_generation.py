@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from doctor_world import examined, failed, rows, told
+from doctor_world import examined, failed, messages_of, rows
 from tiny_checkpoint import tiny_prompter
 from transformers import DynamicCache
 
@@ -40,7 +40,7 @@ def test_a_broken_cache_is_found(world: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(DynamicCache, "update", forgets)
     report = examined(world, data=None)
     assert failed(report) == {"generation"}
-    assert "KV cache" in told(report, "generation")
+    assert "KV cache" in messages_of(report, "generation")
 
     def breaks(self: DynamicCache, *arguments: Any) -> None:
         raise RuntimeError("no cache today")
@@ -48,4 +48,4 @@ def test_a_broken_cache_is_found(world: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(DynamicCache, "update", breaks)
     report = doctor(model=world / "base")
     assert failed(report) == {"generation"}
-    assert "no cache today" in told(report, "generation")
+    assert "no cache today" in messages_of(report, "generation")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from doctor_world import examined, failed, told
+from doctor_world import examined, failed, messages_of
 from tiny_checkpoint import random_codes, tiny_prompter, tiny_tokenizer
 
 from higgstune.batch.dataset import Rendering
@@ -25,7 +25,7 @@ def test_a_changed_chat_template_is_found(world: Path, base: Path) -> None:
     template.write_text(template.read_text().replace("<|eot_id|>", "<|eot_id|>\n"))
     report = examined(world, model=base, data=None)
     assert failed(report) == {"prompt"}
-    assert "writes a training row otherwise" in told(report, "prompt")
+    assert "writes a training row otherwise" in messages_of(report, "prompt")
     template.write_text(template.read_text().replace("<|eot_id|>\n", "<|eot_id|>").replace("{%- endmacro -%}", ""))
     assert failed(doctor(model=base)) == {"prompt"}
 
@@ -80,7 +80,7 @@ class Ears:
         return WhisperFeatures(np.full((4, 3), self.value, dtype=np.float16), (4,))
 
 
-def test_what_is_heard_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whisper_features_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     _, prompter = tiny_prompter()
     row = conversation(built_in_row(8, 1024))
     assert check_same_prompt(prompter, row, FAMILY.checks, Rendering(features=Ears(1.0)))[0].status == "ok"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from export_world import heard_through, make_adapter, make_world
+from export_world import make_adapter, make_world, whisper_spec_of
 
 from higgstune import export
 from higgstune.families.base import Conditioning
@@ -14,7 +14,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a store with Whisper features, a plain adapter and one with both extensions."""
     folder = make_world(tmp_path_factory.mktemp("merge"), whisper=True)
     make_adapter(folder, folder / "plain" / "adapter")
-    both = Conditioning(audio_attention=True, whisper=heard_through(folder))
+    both = Conditioning(audio_attention=True, whisper=whisper_spec_of(folder))
     make_adapter(folder, folder / "both" / "adapter", conditioning=both)
     return folder
 

@@ -13,11 +13,11 @@ from export_world import (
     adapted_logits,
     flip_byte,
     gap,
-    heard_through,
     logits,
     make_adapter,
     nothing_is_left,
     tree,
+    whisper_spec_of,
 )
 from golden_values import Golden
 from peft import PeftModel
@@ -92,7 +92,7 @@ def test_boson_has_the_names_and_shapes_of_the_reference(world: Path, tmp_path: 
 @pytest.mark.parametrize("name", GOLDEN[1:])
 def test_boson_has_the_names_of_the_references_extensions(world: Path, tmp_path: Path, name: str) -> None:
     has = Conditioning(
-        audio_attention="audio_attention" in name, whisper=heard_through(world) if "whisper" in name else None
+        audio_attention="audio_attention" in name, whisper=whisper_spec_of(world) if "whisper" in name else None
     )
     adapter = make_adapter(world, tmp_path / "adapter", conditioning=has)
     result = export(adapter, tmp_path / "out", format="boson", device="cpu")

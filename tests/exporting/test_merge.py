@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import soundfile
 import yaml
+from adapter_folders import card, copy_of
 from commands import Command
 from export_world import adapted_logits, flip_byte, gap, logits, nothing_is_left, save_base, tree
-from exporting_world import card, copy_of
 from tiny_runs import recipe
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -24,6 +24,7 @@ from higgstune.model.load import load_model, load_model_and_tokenizers
 from higgstune.training.run import train
 
 
+@pytest.mark.processes
 def test_a_run_is_merged_by_the_command(world: Path, tmp_path: Path, command: Command) -> None:
     stage = {"name": "s", "kind": "full", "max_steps": 4, "learning_rate": 5e-3, "batch_size": 2}
     train(recipe(world, stages=[stage]), tmp_path / "run")
@@ -89,7 +90,7 @@ def test_large_weights_are_written_in_shards(world: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("damaged", ["model.safetensors", "codec/model.safetensors"])
-def test_a_flipped_byte_is_told_where_it_is_loaded(merged: Path, tmp_path: Path, damaged: str) -> None:
+def test_a_flipped_byte_is_reported_on_loading(merged: Path, tmp_path: Path, damaged: str) -> None:
     copy = shutil.copytree(merged, tmp_path / "copy")
     load_model_and_tokenizers(copy, device="cpu")
     flip_byte(copy / damaged)
@@ -112,7 +113,7 @@ def test_the_folder_says_what_was_merged(world: Path, merged: Path) -> None:
         assert str(world) not in (merged / name).read_text()
 
 
-def test_the_card_tells_what_a_stranger_must_know(world: Path, merged: Path) -> None:
+def test_the_card_says_what_a_stranger_must_know(world: Path, merged: Path) -> None:
     _, front, text = (merged / "README.md").read_text().split("---\n", 2)
     matter = yaml.safe_load(front)
     assert matter["base_model"] == "base"
@@ -154,7 +155,7 @@ def test_a_codec_that_has_moved_with_its_base_is_found(world: Path, tmp_path: Pa
     assert (result.folder / "codec" / "model.safetensors").exists()
 
 
-def test_the_command_tells_input_from_work(
+def test_the_command_exits_with_2_for_wrong_input_and_1_for_failed_work(
     world: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, out, _ = command("export", "--help")

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_folders import copy_of
 from export_world import batch_of, make_adapter, nothing_is_left
-from exporting_world import copy_of
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
@@ -115,7 +115,7 @@ def test_where_the_store_has_gone_the_runs_probe_is_compared_on(world: Path, tmp
     assert nothing_is_left(tmp_path / "out")
 
 
-def test_every_clip_is_looked_at(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_clip_is_compared(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("higgstune.exporting.verify._POSITIONS", 9)
     source = open_source(world / "plain" / "adapter")
     loaded = load_model_and_tokenizers(world / "base", device="cpu")

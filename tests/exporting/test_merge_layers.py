@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_folders import card
 from export_world import adapted_logits, gap, logits, make_adapter
-from exporting_world import card
 from safetensors.torch import load_file, save_file
 
 from higgstune import export
@@ -79,7 +79,7 @@ def test_the_dtype_of_what_is_written_can_be_chosen(world: Path, merged: Path, t
         export(world / "plain" / "adapter", tmp_path / "other", dtype="int8")
 
 
-def test_a_half_precision_base_asks_for_a_dtype(world: Path, tmp_path: Path) -> None:
+def test_a_half_precision_base_needs_a_dtype(world: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(world / "base", base)
     weights = {key: value.half() for key, value in load_file(base / "model.safetensors").items()}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from export_world import adapted_logits, batch_of, gap, heard_through, logits, make_adapter, nothing_is_left
-from exporting_world import copy_of
+from adapter_folders import copy_of
+from export_world import adapted_logits, batch_of, gap, logits, make_adapter, nothing_is_left, whisper_spec_of
 from tiny_whisper import save_tiny_whisper
 from transformers import AutoModel, HiggsAudioV2ForConditionalGeneration
 
@@ -45,7 +45,7 @@ def test_extensions_go_to_the_original_layout_with_their_encoder(world: Path, tm
     loaded = load_model_and_tokenizers(result.folder, device="cpu")
     assert gap(logits(loaded.model, world), adapted_logits(world, adapter)) < 5e-5
     assert loaded.whisper is not None
-    assert loaded.whisper.revision == heard_through(world).revision
+    assert loaded.whisper.revision == whisper_spec_of(world).revision
     # A merged original checkpoint can be the base of another run, and of another merge.
     further = make_adapter(world, tmp_path / "further", base=result.folder)
     again = export(further, tmp_path / "again", format="boson", device="cpu")
@@ -57,7 +57,7 @@ def test_extensions_go_to_the_original_layout_with_their_encoder(world: Path, tm
 )
 def test_an_encoder_that_has_gone_or_changed_is_told(world: Path, tmp_path: Path, encoder: str, message: str) -> None:
     save_tiny_whisper(tmp_path / "other", seed=3)
-    shape = heard_through(world).model_copy(update={"checkpoint": str(tmp_path / encoder)})
+    shape = whisper_spec_of(world).model_copy(update={"checkpoint": str(tmp_path / encoder)})
     has = Conditioning(audio_attention=True, whisper=shape)
     changes = {"conditioning": has.model_dump(), "data": {}, "recipe": {}}  # no store: compared on the probe
     adapter = copy_of(world / "both" / "adapter", tmp_path / "s" / "adapter", **changes)

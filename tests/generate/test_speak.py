@@ -70,7 +70,9 @@ def test_pieces_are_joined_without_a_click() -> None:
     assert joined[-1] == 0
 
 
-def test_each_piece_of_a_long_text_hears_the_one_before_and_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_a_long_text_get_the_previous_one_and_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     speaker = make_speaker()
     prompts: list[str] = []
     plain = speaker.prompter.prompt

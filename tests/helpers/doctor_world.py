@@ -32,8 +32,8 @@ def failed(report: Report) -> set[str]:
     return {finding.check for finding in report.findings if finding.status == "failed"}
 
 
-def told(report: Report, check: str, status: str = "failed") -> str:
-    """What a check said."""
+def messages_of(report: Report, check: str, status: str = "failed") -> str:
+    """Messages and advice of a check's findings, joined."""
     return " | ".join(f"{f.message} -> {f.advice}" for f in report.of(check, status))  # type: ignore[arg-type]
 
 
@@ -90,7 +90,7 @@ def prepare(world: Path, out: Path, codec: Any) -> Path:
 
 
 def examined(world: Path, **changes: Any) -> Report:
-    """What the doctor says of the healthy setup, or of one with another part."""
+    """The report on the healthy setup, or on one with some parts replaced."""
     return doctor(**({"model": world / "base", "adapter": world / "adapter", "data": world / "data"} | changes))
 
 

@@ -58,7 +58,7 @@ def make_world(folder: Path, *, whisper: bool = False) -> Path:
     return folder
 
 
-def heard_through(world: Path) -> WhisperSpec:
+def whisper_spec_of(world: Path) -> WhisperSpec:
     """The shape of the world's Whisper encoder."""
     config = load_model(world / "base", device="cpu").config
     tokenizer = load_tokenizer(world / "base", FAMILY, config)

@@ -95,7 +95,7 @@ def _check_refusal(row: SourceRow, error: RowError) -> None:
 
 
 def check_recipe(folder: Path, content: bytes, overrides: list[str]) -> bool:
-    """Read a recipe, save it, read it again -> whether it is one."""
+    """Read a recipe, save it, and read the copy -> whether it is valid."""
     from higgstune.config.recipe import load_recipe, save_recipe  # brings torch
 
     path = folder / "recipe.yaml"
@@ -113,7 +113,7 @@ def check_recipe(folder: Path, content: bytes, overrides: list[str]) -> bool:
 
 
 def check_audio(folder: Path, content: bytes, start: float | None = None, end: float | None = None) -> bool:
-    """Read a recording as a whole, and a part of it -> whether it is one."""
+    """Read a recording as a whole, and a part of it -> whether it is valid."""
     path = folder / "clip.wav"
     path.write_bytes(content)
     recording = None
@@ -227,7 +227,7 @@ def wav(
     data_size: int | None = None,
     extra: bytes = b"",
 ) -> bytes:
-    """A WAV whose header says what it likes; sizes that are not given are true."""
+    """A WAV with any header; sizes that are not given are correct."""
     align = channels * bits // 8
     form = struct.pack("<HHIIHH", tag, channels, rate, rate * align & 0xFFFFFFFF, align & 0xFFFF, bits)
     size = len(data) if data_size is None else data_size

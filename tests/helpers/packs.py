@@ -21,18 +21,18 @@ D_MODEL = 6
 TEXTS = ["Hello.", "Good morning to you all.", "Sun.", "The sun rises in the east, as it does.", "Hello."]
 
 
-def examples(prompter: Prompter, *, listens: bool = False) -> list[Example]:
-    """Unequal lengths; a reference as a turn, a voice in the scene (heard or by its codes), two without any."""
+def examples(prompter: Prompter, *, whisper: bool = False) -> list[Example]:
+    """Unequal lengths; a reference as a turn, a voice in the scene (Whisper features or codes), two without any."""
     made = []
     for index, text in enumerate(TEXTS):
         target, reference = (random_codes(n, seed=9 * index + n, codes=CODES) for n in (3 + 5 * index, 4))
         turn, scene = index == 1, index == 3
         features = np.random.default_rng(index).normal(size=(7, D_MODEL)).astype(np.float16)
         audio: list[Any] = (
-            [reference] if turn else [WhisperFeatures(features, (7,)) if listens else reference] if scene else []
+            [reference] if turn else [WhisperFeatures(features, (7,)) if whisper else reference] if scene else []
         )
-        asked = speech_messages(text, context=[("Hi.", "r")] if turn else [], voice="r" if scene else None)
-        made.append(prompter.example([*asked, TARGET], [*audio, target], text_targets="transcript"))
+        request = speech_messages(text, context=[("Hi.", "r")] if turn else [], voice="r" if scene else None)
+        made.append(prompter.example([*request, TARGET], [*audio, target], text_targets="transcript"))
     return made
 
 

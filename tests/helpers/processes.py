@@ -1,4 +1,4 @@
-"""Several processes that train together, started in a moment: they are forked from one that has imported everything."""
+"""Processes that train together. They start at once: each is forked from one that has imported everything."""
 
 import gc
 import multiprocessing
@@ -24,9 +24,9 @@ _CONTEXT.set_forkserver_preload(["higgstune.training.run", "bitsandbytes"])
 
 @pytest.fixture(scope="module", autouse=True)
 def forked_proofs() -> Iterator[None]:
-    """Proofs in processes that have nothing of this one, but are forked: to import all anew takes seconds for each.
+    """Verify adapters in forked processes: a new interpreter needs seconds for its imports.
 
-    For every test of a module that imports this.
+    Applies to every test of a module that imports this.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "_run", _forked_proof)
@@ -37,8 +37,8 @@ def _forked_proof(request: Path, environment: Mapping[str, str]) -> "subprocess.
     process = _CONTEXT.Process(target=_prove, args=(request, dict(environment)))
     process.start()
     process.join()
-    told = [request.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".out", ".err")]
-    return subprocess.CompletedProcess([], process.exitcode or 0, *told)
+    output = [request.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".out", ".err")]
+    return subprocess.CompletedProcess([], process.exitcode or 0, *output)
 
 
 def _prove(request: Path, environment: dict[str, str]) -> None:
@@ -54,10 +54,10 @@ def _prove(request: Path, environment: dict[str, str]) -> None:
 
 
 class Together:
-    """Processes with ranks, as torchrun starts them. What they print is in `log(rank)`."""
+    """Processes with ranks, as torchrun starts them. `log(rank)` is their output."""
 
     def __init__(self, folder: Path, count: int, work: Callable[..., None], *arguments: Any) -> None:
-        """`work(*arguments)` is a function of a module; `folder` gets the logs."""
+        """Run `work(*arguments)`, a function of a module, in `count` processes; their logs go to `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         port = _free_port()
@@ -71,7 +71,7 @@ class Together:
         return _log_of(self.folder, rank).read_text(encoding="utf-8")
 
     def exit_codes(self, seconds: float = 120.0) -> list[int | None]:
-        """Once all have ended; None for one that has not in this time, and is killed then."""
+        """Exit codes once all have ended; None for a process that was killed because it took longer."""
         codes = []
         for process in self.all:
             process.join(seconds)
@@ -89,9 +89,9 @@ def _log_of(folder: Path, rank: int) -> Path:
 
 
 def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("", 0))
-        return int(listening.getsockname()[1])
+    with socket.socket() as server:
+        server.bind(("", 0))
+        return int(server.getsockname()[1])
 
 
 def _run(rank: int, count: int, port: int, folder: Path, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -112,6 +112,6 @@ def _run(rank: int, count: int, port: int, folder: Path, work: Callable[..., Non
         log.write(f"{type(error).__name__}: {error}\n")
         os._exit(error.exit_code)
     finally:
-        # What is raised is told here: a forked process must not go on with its parent's clean-up.
+        # Print the exception here: a forked process must not run its parent's clean-up.
         traceback.print_exc(file=log)
         os._exit(1)

@@ -232,7 +232,7 @@ def test_devices_and_dtypes_are_chosen_or_refused() -> None:
             choose_device("cuda")
 
 
-def test_a_whisper_processor_is_loaded_where_it_is_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_whisper_processor_is_loaded_on_request(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "<|endoftext|>": 2}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = WhisperTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))

@@ -44,6 +44,8 @@ from higgstune.model.load import load_model, load_model_and_tokenizers
 from higgstune.training import verify
 from higgstune.training.run import train
 
+pytestmark = pytest.mark.processes
+
 ATTENTION = Conditioning(audio_attention=True)
 LINEAR = [
     f"{part}.{name}_proj"

@@ -13,6 +13,8 @@ from full_disk import largest_file
 from higgstune.errors import CheckpointError, WorkError
 from higgstune.training.checkpoint import SEAL, new_checkpoint, newest_checkpoint, read_checkpoint
 
+pytestmark = pytest.mark.processes
+
 
 def write(parent: Path, step: int, *, keep: int | None = None, content: bytes = b"weights" * 1000) -> Path:
     with new_checkpoint(parent, step, {"step": step}, keep=keep) as folder:

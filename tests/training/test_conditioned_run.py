@@ -40,6 +40,8 @@ from higgstune.training.run import train
 from higgstune.training.trainer import HiggsAudioTrainer
 from higgstune.training.verify import probe_logits, verify_in_fresh_process
 
+pytestmark = pytest.mark.processes
+
 ASSETS = Path(higgstune.__file__).parent / "demo" / "assets"
 
 

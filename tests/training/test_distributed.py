@@ -12,6 +12,8 @@ from training_world import RATE, assert_same, history, make_world, shared_recipe
 import higgstune
 from higgstune.training.run import train
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:

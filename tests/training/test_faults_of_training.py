@@ -32,6 +32,8 @@ from higgstune.training import stage
 from higgstune.training.run import train
 from higgstune.training.run_dir import FREE
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:

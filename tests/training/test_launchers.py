@@ -30,6 +30,8 @@ from higgstune.training import run, stage
 from higgstune.training.distributed import Processes
 from higgstune.training.run_dir import FREE
 
+pytestmark = pytest.mark.processes
+
 DOCS = Path(__file__).parents[2] / "docs"
 CLUSTER = DOCS / "cluster"
 FAULTY = Path(__file__).parents[1] / "helpers" / "faulty_rank.py"

@@ -25,6 +25,8 @@ from higgstune.model.load import load_model
 from higgstune.training.run import train
 from higgstune.training.verify import verify_in_fresh_process
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:

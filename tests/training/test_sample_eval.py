@@ -38,6 +38,8 @@ from higgstune.generate.speaker import Request, Speaker
 from higgstune.model.adapters import add_lora
 from higgstune.training.distributed import Processes, shard
 
+pytestmark = pytest.mark.processes
+
 STEP = "higgstune.training.trainer:HiggsAudioTrainer.training_step"
 EARLIEST = {"gates": [], "rank": "-step"}  # so that the best is never the last
 

@@ -117,14 +117,14 @@ def test_the_references_logits_need_every_part(part: str, tmp_path: Path) -> Non
     assert (moved - audio)[rows].abs().max() > 1e-3
 
 
-def examples(prompter: Prompter, *, listens: bool) -> list[Example]:
+def examples(prompter: Prompter, *, whisper: bool) -> list[Example]:
     """Unequal lengths: with a reference as an earlier turn, without any, with a voice in the scene."""
     made = []
     for index, (text, frames, place) in enumerate(
         [("Hello.", 9, "turn"), ("Good morning.", 5, None), ("Sun.", 7, "scene")]
     ):
         target, reference = (random_codes(n, seed=index + n, codes=CODES) for n in (frames, 4))
-        audio: list[Any] = [] if place is None else [heard(6, index) if place == "scene" and listens else reference]
+        audio: list[Any] = [] if place is None else [heard(6, index) if place == "scene" and whisper else reference]
         asked = speech_messages(
             text, context=[("Hi.", "r")] if place == "turn" else [], voice="r" if place == "scene" else None
         )
@@ -142,7 +142,7 @@ def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def test_extensions_start_as_an_exact_identity_and_follow_from_the_base() -> None:
     model, prompter = tiny_prompter(codes=CODES)
-    batch = inputs_of(collate(examples(prompter, listens=True)))
+    batch = inputs_of(collate(examples(prompter, whisper=True)))
     features = batch.pop("whisper_features")
     fingerprint = base_fingerprint(model)
     with torch.no_grad():
@@ -214,24 +214,24 @@ def trained_like(model: Any, prompter: Prompter) -> Any:
 def test_every_gradient_of_the_extensions_flows() -> None:
     model, prompter = tiny_prompter(codes=CODES)
     with_training_forward(trained_like(model, prompter))
-    sums = model(**pack(examples(prompter, listens=True)))
+    sums = model(**pack(examples(prompter, whisper=True)))
     (sums["audio_loss"].sum() + sums["text_loss"]).backward()
     added = [p for name, p in model.named_parameters() if "audio_attn" in name or "audio_encoder_proj" in name]
     assert added
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in added)
 
 
-def test_a_batch_that_hears_nothing_still_reaches_the_projector() -> None:
+def test_a_batch_without_whisper_features_still_reaches_the_projector() -> None:
     model, prompter = tiny_prompter(codes=CODES)
     with_training_forward(trained_like(model, prompter))
-    model(**pack(examples(prompter, listens=False)))["audio_loss"].sum().backward()
+    model(**pack(examples(prompter, whisper=False)))["audio_loss"].sum().backward()
     assert torch.equal(model.model.audio_encoder_proj.linear.weight.grad, torch.zeros(64, D_MODEL))
 
 
 def test_attentions_and_hidden_states_can_be_looked_at() -> None:
     model, prompter = tiny_prompter(codes=CODES)
     trained_like(model, prompter).set_attn_implementation("eager")
-    batch = inputs_of(collate(examples(prompter, listens=True)))
+    batch = inputs_of(collate(examples(prompter, whisper=True)))
     with torch.no_grad():
         seen = model.model(**batch, output_attentions=True, output_hidden_states=True)
     rows, positions = batch["audio_input_ids"].shape[1], batch["input_ids"].shape[1]
@@ -254,7 +254,7 @@ def test_a_cache_that_went_another_way_is_refused() -> None:
 def test_autocast_over_a_float32_base_works_as_in_the_native_class() -> None:
     model, prompter = tiny_prompter(codes=CODES)
     add_conditioning(model, Conditioning(audio_attention=True))
-    batch = inputs_of(collate(examples(prompter, listens=False)))
+    batch = inputs_of(collate(examples(prompter, whisper=False)))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.isfinite(model(**batch).logits).all()
 
@@ -267,7 +267,7 @@ def test_flash_attention_is_refused() -> None:
         find_audio_rows(model.config, torch.zeros(1, 1, 64), None, 1, torch.zeros(1, 1), (torch.zeros(1),) * 2, None)
 
 
-def test_as_many_features_as_positions() -> None:
+def test_feature_counts_match_their_tokens() -> None:
     model, prompter = tiny_prompter(codes=CODES)
     asked = speech_messages("Sun.", voice="r")
     with pytest.raises(ValueError, match="a projector"):
@@ -275,7 +275,7 @@ def test_as_many_features_as_positions() -> None:
     add_conditioning(model, both(prompter))
     with pytest.raises(DataError, match="6 Whisper features"):
         heard(6, 1, 5)
-    batch = inputs_of(collate(examples(prompter, listens=True)))
+    batch = inputs_of(collate(examples(prompter, whisper=True)))
     check_features(model, batch)
     with pytest.raises(ValueError, match="12 Whisper features for 6"):
         check_features(model, batch | {"whisper_features": batch["whisper_features"].repeat(2, 1)})
@@ -284,14 +284,14 @@ def test_as_many_features_as_positions() -> None:
 def test_features_without_a_projector_are_refused() -> None:
     model, prompter = tiny_prompter(codes=CODES)
     with pytest.raises(ValueError, match="a projector"):
-        with_training_forward(model)(**pack(examples(prompter, listens=True)))
+        with_training_forward(model)(**pack(examples(prompter, whisper=True)))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_examples_equal_padded_ones_and_single_ones(attention: str) -> None:
     model, prompter = tiny_prompter(codes=CODES)
     trained_like(model, prompter).set_attn_implementation(attention)
-    made = examples(prompter, listens=True)
+    made = examples(prompter, whisper=True)
     with torch.no_grad():
         padded = model(**inputs_of(collate(made))).logits
         single = [model(**inputs_of(collate([example]))).logits[0] for example in made]
@@ -320,7 +320,7 @@ def test_audio_sees_earlier_audio_of_its_own_example_only() -> None:
     # All that is left is audio attention: the shared one gives nothing on.
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
-    made = examples(prompter, listens=False)[:2]
+    made = examples(prompter, whisper=False)[:2]
     batch = in_one_sequence([*made[:1], *made[:1]])
     changed = {**batch, "audio_input_ids": batch["audio_input_ids"].clone()}
     row = 3

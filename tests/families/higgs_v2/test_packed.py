@@ -71,7 +71,7 @@ CASES: dict[str, Callable[[], tuple[PeftModel, Prompter]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_packed_losses_and_gradients_are_the_sum_of_the_single_examples(case: str, share_prefix: bool) -> None:
     model, prompter = CASES[case]()
-    made = examples(prompter, listens=case == "conditioned")
+    made = examples(prompter, whisper=case == "conditioned")
     expected_loss, expected = gradients(model, (native_loss(model, example) for example in made))
     with_training_forward(base_of(model))
     batch = pack(made, share_prefix=share_prefix)
@@ -167,7 +167,7 @@ class NothingWaits(TorchDispatchMode):
 def test_nothing_in_forward_and_backward_waits_for_the_device(conditioned: bool) -> None:
     model, prompter = adapted("full", torch.float32, conditioned=conditioned)
     with_training_forward(base_of(model))
-    batch = pack(examples(prompter, listens=conditioned))
+    batch = pack(examples(prompter, whisper=conditioned))
     with NothingWaits():
         sums = model(**batch)
         (sums["audio_loss"].sum() + sums["text_loss"]).backward()

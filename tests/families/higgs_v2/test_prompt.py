@@ -50,7 +50,7 @@ def test_generation_prompt_is_a_prefix_of_the_training_prompt_also_with_assistan
         assert trained.startswith(asked)
 
 
-def test_audio_that_is_listened_to_is_rendered_as_codes_without_whisper() -> None:
+def test_reference_audio_is_rendered_as_codes_without_whisper() -> None:
     case = next(case for case in CHATML if case["name"].endswith("zero_shot_chatml_of_the_seed"))
     assert "birthday.<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>Please" in render(case["messages"])
 

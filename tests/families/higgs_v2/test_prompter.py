@@ -110,7 +110,7 @@ def test_the_generation_prompt_is_the_beginning_of_the_training_example() -> Non
     st.text(st.characters(codec="utf-8", exclude_characters="<|"), min_size=1, max_size=30).filter(str.strip),
 )
 @settings(deadline=None, max_examples=40)
-def test_labelled_cells_are_what_arithmetic_says(frames: list[int], text: str) -> None:
+def test_label_entries_are_what_arithmetic_says(frames: list[int], text: str) -> None:
     examples = [
         PROMPTER.example([*speech_messages(text), TARGET], [random_codes(t, seed=t)], text_targets="transcript")
         for t in frames
