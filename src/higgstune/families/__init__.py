@@ -66,8 +66,11 @@ def read_layout(folder: Path) -> Layout:
 def check_family(what: str, name: str | None, base: FamilyInfo) -> None:
     """Raises CheckpointError when an artefact (`what`, such as "the adapter runs/a") is not of its base's family.
 
-    `name` is the family that it keeps; None: it is from before families, and of the default one.
+    `name` is the family that it keeps, or a model type of that family; None: the default one.
     """
     kept = DEFAULT_FAMILY if name is None else name
-    if kept != base.name:
-        raise CheckpointError(f"{what} belongs to the family {kept}, the base is {base.title} ({base.name})")
+    if kept != base.name and kept not in base.model_types:
+        raise CheckpointError(
+            f"{what} belongs to the model family {kept}, the base to {base.title} ({base.name}): use the base that it "
+            "was made for"
+        )
