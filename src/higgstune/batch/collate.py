@@ -32,7 +32,7 @@ class PaddedCollator:
     audio_input_ids                    [B, A, K], audio_input_ids_mask [B, A]
     audio_positions [M], audio_targets [M, K]    flat positions (b * S + s) and what they predict
     text_positions [N],  text_targets [N]
-    whisper_features [W, d_model]                of all <|AUDIO|> positions in order; only where anything is heard
+    whisper_features [W, d_model]                in order; only where an example has some
     """
 
     pad_id: int
@@ -97,7 +97,7 @@ def pack(examples: Sequence[Example], *, share_prefix: bool = True) -> Packed:
     lengths, audio_lengths           of the examples: positions, and rows of audio (tuples of int)
     audio_positions [M], audio_targets [M, K]    rows of hidden states, and what they predict
     text_positions [N],  text_targets [N]
-    feature_positions [W], whisper_features [W, d_model]    of all <|AUDIO|>; only where anything is heard
+    feature_positions [W], whisper_features [W, d_model]    only where an example has some
     """
     shared = _common_prefix(examples) if share_prefix else 0
     lengths = tuple(len(example) for example in examples)
