@@ -151,7 +151,7 @@ def _write_original(
         written=base.config if base.kind == "original" else None,
     )
     if conditioning.whisper is not None:
-        config["encode_audio_in_tokens"] = False  # the original would put codes beside what is heard: untrained here
+        config["encode_audio_in_tokens"] = False  # the original adds codes to Whisper features, which was not trained
     config["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE)
@@ -163,6 +163,6 @@ def _tower(checkpoint: str) -> WhisperTower:
         tower: WhisperTower = load_whisper(checkpoint)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}\n(the original layout brings its Whisper encoder along; the extended one only names it)"
+            f"{error}\n(--format boson includes the Whisper encoder; --format extended only names it)"
         ) from error
     return tower
