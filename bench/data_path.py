@@ -10,7 +10,7 @@ from report import Case, Found, Meter, Row, alternate, finish, parser, rates, sa
 from stores import ManifestExamples, demo_prompter, labelled_cells, make_store, write_as_earlier_trainers
 from torch.utils.data import DataLoader
 
-from higgstune.batch.collate import PaddedCollator, positions
+from higgstune.batch.collate import PaddedCollator, count_tokens
 from higgstune.batch.dataset import RowExamples
 from higgstune.batch.loader import PackLoader, example_lengths
 from higgstune.batch.packing import PackSize
@@ -44,7 +44,7 @@ def passage(folder: str, kind: str, *, with_lengths: bool = True) -> Found:
     tokens = cells = 0
     with epoch:
         for batch in loader:
-            tokens += positions(batch) if kind == "store" else int(batch["attention_mask"].sum())
+            tokens += count_tokens(batch) if kind == "store" else int(batch["attention_mask"].sum())
             cells += labelled_cells(batch)
     assert not with_lengths or lengths.sum() == tokens
     parts = {"opening": opening, "lengths": measuring, "epoch": epoch}
@@ -76,7 +76,7 @@ def waiting(folder: str, kind: str, steps: int, tokens: int = BATCH_TOKENS, laye
         batch = next(batches)
         waited += time.perf_counter() - asked
         training.step(batch)
-        trained += positions(batch)
+        trained += count_tokens(batch)
     total = time.perf_counter() - began
     return {"waited_percent": 100 * waited / total, "tokens": trained}
 

@@ -24,7 +24,7 @@ from peft import PeftModel, get_peft_model
 from report import Found, Row, say, table, write_json
 from workload import Shape, clip_seconds, make_examples, random_model
 
-from higgstune.batch.collate import Packed, pack, positions, tensors_to
+from higgstune.batch.collate import Packed, count_tokens, pack, tensors_to
 from higgstune.batch.packing import PackSampler, PackSize
 from higgstune.config.recipe import Lora
 from higgstune.environment import to_device_async
@@ -188,10 +188,10 @@ class Bench:
         for tokens in budgets:
             packs = self._packs(tokens, _STEPS)
             made = [self._pinned(pack([self.examples[i] for i in chosen])) for chosen in packs]
-            measured = self._measured(f"packs of {tokens}", step, made, [positions(batch) for batch in made])
+            measured = self._measured(f"packs of {tokens}", step, made, [count_tokens(batch) for batch in made])
             if measured is None:
                 break
-            of_tokens = 4 * sum(matrix_products(model, batch, positions(batch)) for batch in made)
+            of_tokens = 4 * sum(matrix_products(model, batch, count_tokens(batch)) for batch in made)
             of_rows = 4 * sum(matrix_products(model, batch, len(batch["from_sequence"])) for batch in made)
             measured |= {"flops": of_tokens, "flops_of_rows": of_rows, "planned_bytes": self._planned(made)}
             compiles = base_of(model).compiler_stance is not None
@@ -267,7 +267,7 @@ class Bench:
             _, step = self._packed_step(quantized=True)
             checkpoint_first(self._layers(), self.config.num_hidden_layers)
             made = [self._pinned(pack(examples[i : i + 4])) for i in (0, 4)] * 3
-            found = self._measured("4 bits", step, made, [positions(batch) for batch in made])
+            found = self._measured("4 bits", step, made, [count_tokens(batch) for batch in made])
             if found is None:
                 raise torch.OutOfMemoryError(f"a 4-bit base does not fit {_SMALL_CARD / 1e9:.0f} GB")
             return found | {"planned_bytes": self._planned(made, quantized=True)}

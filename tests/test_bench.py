@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import HiggsAudioV2ForConditionalGeneration
 
-from higgstune.batch.collate import positions
+from higgstune.batch.collate import count_tokens
 from higgstune.batch.dataset import RowExamples
 from higgstune.batch.packing import PackSize
 from higgstune.data.store import CodeStore
@@ -136,7 +136,7 @@ def test_training_that_waits_counts_its_own_steps(folder: Path) -> None:
     assert all(0 < one["waited_percent"] < 100 for one in found)
     examples = RowExamples(CodeStore.open(folder).split("train"), bench("stores").demo_prompter(), "transcript")
     packs = list(data_path.PackLoader(examples, PackSize(tokens=800), seed=0))
-    assert found[0]["tokens"] == sum(positions(pack) for pack in packs[1:3])
+    assert found[0]["tokens"] == sum(count_tokens(pack) for pack in packs[1:3])
 
 
 def test_codec() -> None:

@@ -130,7 +130,7 @@ def test_a_row_is_inspected_as_it_is_trained_on(world: Path) -> None:
             world / "data", index, model=world / "base", reference="scene", whisper=str(world / "whisper")
         )
         prompts[row.text] = found
-        assert found.positions == found.text_tokens + found.feature_positions + found.audio_rows
+        assert found.tokens == found.text_tokens + found.feature_positions + found.audio_rows
     heard = "<|audio_bos|><|AUDIO|><|audio_eos|>"
     assert prompts["Say sentence 7."].prompt.count(heard) == prompts["Say sentence 9."].prompt.count(heard) == 2
     assert prompts["Say sentence 7."].feature_positions == 75
@@ -225,8 +225,8 @@ def test_a_voice_in_the_scene_is_heard_when_speaking(world: Path, run: Path, tmp
     speaker = load_speaker(adapter=run, device="cpu")
     assert speaker.reference_place == "scene"
     voice = speaker.reference(reference, "Whatever.")
-    assert voice.heard is not None
-    assert voice.heard.chunks == (50, 25)
+    assert voice.whisper_features is not None
+    assert voice.whisper_features.chunks == (50, 25)
     other = save_tiny_whisper(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match="name the right one with --whisper"):
         speak("Hello there.", tmp_path / "b.wav", adapter=run, whisper=other, **settings)
@@ -235,7 +235,7 @@ def test_a_voice_in_the_scene_is_heard_when_speaking(world: Path, run: Path, tmp
     with pytest.raises(InputError, match="--whisper has no effect"):
         load_speaker(world / "base", device="cpu", whisper=other)
     by_codes = load_speaker(adapter=run, device="cpu", reference_place="turn").reference(reference, "Whatever.")
-    assert by_codes.heard is None
+    assert by_codes.whisper_features is None
 
 
 def flip(path: Path, at: float = 0.9) -> None:

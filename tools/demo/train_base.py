@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from higgstune.batch.collate import Packed, pack, positions
+from higgstune.batch.collate import Packed, count_tokens, pack
 from higgstune.data.messages import DEFAULT_SCENE, DEFAULT_SYSTEM, speech_messages
 from higgstune.families.base import Example
 from higgstune.families.higgs_v2.packed import with_training_forward
@@ -217,7 +217,7 @@ def main() -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        step, seen = step + 1, seen + positions(batch)
+        step, seen = step + 1, seen + count_tokens(batch)
         if time.monotonic() - reported > 60:
             reported = time.monotonic()
             report(model, tokenizer, args.out, held_out, step, seen, float(loss.detach()), progress)

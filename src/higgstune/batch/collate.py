@@ -152,7 +152,7 @@ def _plain_until(example: Example) -> int:
     return min(first_audio, first_heard, len(example) - 1)
 
 
-def positions(batch: Packed) -> int:
+def count_tokens(batch: Packed) -> int:
     """How many positions a packed batch has."""
     return sum(batch["lengths"])
 

@@ -24,7 +24,7 @@ class RowInspection:
     id: str
     split: str
     prompt: str  # exactly as it is tokenized; each audio is one placeholder
-    positions: int
+    tokens: int
     text_tokens: int
     feature_positions: int  # filled with Whisper features
     audio_rows: int  # of all audio in the prompt, delay rows included
@@ -32,7 +32,7 @@ class RowInspection:
     seconds: float
     text_labels: list[tuple[int, int, str]]  # position, token id, token
     audio_labels: list[tuple[int, list[int | None]]]  # position of a row of audio, its labels (None: ignored)
-    audio_label_cells: int
+    audio_label_entries: int
 
 
 def inspect_row(
@@ -85,7 +85,7 @@ def _inspection(
         id=row_id,
         split=split,
         prompt=example.prompt,
-        positions=len(example),
+        tokens=len(example),
         text_tokens=int((~example.audio_mask).sum()) - heard,
         feature_positions=heard,
         audio_rows=len(rows),
@@ -93,7 +93,7 @@ def _inspection(
         seconds=seconds,
         text_labels=[(position, token, prompter.tokenizer.decode([token])) for position, token in tokens],
         audio_labels=labelled,
-        audio_label_cells=int((example.audio_labels != IGNORE).sum()),
+        audio_label_entries=int((example.audio_labels != IGNORE).sum()),
     )
 
 

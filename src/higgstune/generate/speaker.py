@@ -33,7 +33,7 @@ class Voice:
 
     text: str
     codes: np.ndarray
-    heard: WhisperFeatures | None = None
+    whisper_features: WhisperFeatures | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,13 @@ class Speaker:
         that is not there or is another one than it was trained with.
         """
         waveform, rate = read_audio(path)
-        heard = None
+        features = None
         if self._whisper_spec is not None and self.uses_whisper:
             tower = self._tower(self._whisper_spec)
-            heard = tower.encode(resample(waveform, rate, tower.sample_rate))
-        return Voice(normalize_text(text), self.codec.encode(resample(waveform, rate, self.codec.sample_rate)), heard)
+            features = tower.encode(resample(waveform, rate, tower.sample_rate))
+        return Voice(
+            normalize_text(text), self.codec.encode(resample(waveform, rate, self.codec.sample_rate)), features
+        )
 
     def _tower(self, shape: WhisperSpec) -> WhisperTower:
         if self._loaded_tower is not None:
@@ -216,7 +218,7 @@ class Speaker:
         )
         audio: list[Audio] = [voice.codes for voice in context]
         if reference is not None and in_scene:
-            audio.insert(0, reference.codes if reference.heard is None else reference.heard)
+            audio.insert(0, reference.codes if reference.whisper_features is None else reference.whisper_features)
         return self.prompter.prompt(messages, audio)
 
     def _cap(self, text: str, max_seconds: float | None) -> int:

@@ -18,7 +18,7 @@ from torch.nn.attention.varlen import varlen_attn
 from higgstune.environment import to_device_async
 from higgstune.kernels.fused import as_autocast, rotate
 
-SHORT_RUN = 512  # positions, 17 s of speech: in longer segments, what is kept for the backward pass would weigh
+SHORT_SEGMENT = 512  # positions, 17 s of speech: in longer segments, what is kept for the backward pass would weigh
 _BLOCK = 64  # positions whose queries are taken together
 # torch 2.11 takes fewer heads of keys without being told.
 _GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
@@ -52,15 +52,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float) 
         attended = varlen_attn(q, k, v, *ends, scale=scaling, window_size=(-1, 0), **_GROUPED)
         assert isinstance(attended, Tensor)
         return attended
-    return _attend_by_run(q, k, v, segments, scaling)
+    return _attend_by_segment(q, k, v, segments, scaling)
 
 
 @torch.compiler.disable  # by its examples' lengths each pack would be compiled anew
-def _attend_by_run(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float) -> Tensor:
+def _attend_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float) -> Tensor:
     exact = q.dtype in (torch.float32, torch.float64)
     stretches = [
         (_attend_short if short else _attend_long, tuple(lengths))
-        for short, lengths in groupby(segments.lengths, lambda length: exact and length <= SHORT_RUN)
+        for short, lengths in groupby(segments.lengths, lambda length: exact and length <= SHORT_SEGMENT)
     ]
     if len(stretches) == 1:
         return stretches[0][0](q, k, v, segments.lengths, scaling)
@@ -70,10 +70,10 @@ def _attend_by_run(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling:
 
 
 def _attend_long(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scaling: float) -> Tensor:
-    by_run = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
+    by_segment = (x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v))
     attended = [
         F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        for query, key, value in zip(*by_run, strict=True)
+        for query, key, value in zip(*by_segment, strict=True)
     ]
     return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1)
 
@@ -81,7 +81,7 @@ def _attend_long(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scal
 def _attend_short(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scaling: float) -> Tensor:
     groups, heads = k.shape[1], q.shape[1] // k.shape[1]
     rows = (q * scaling).unflatten(1, (groups, heads)).transpose(0, 1).flatten(1, 2)
-    attended = _ShortRuns.apply(rows, k.transpose(0, 1), v.transpose(0, 1), lengths, heads)
+    attended = _ShortSegments.apply(rows, k.transpose(0, 1), v.transpose(0, 1), lengths, heads)
     return attended.unflatten(1, (len(q), heads)).transpose(0, 1).flatten(1, 2)
 
 
@@ -102,7 +102,7 @@ def _blocks(lengths: tuple[int, ...], heads: int) -> Iterator[_Block]:
             yield _Block(slice(first * heads, stop * heads), slice(start, stop), stop - first)
 
 
-class _ShortRuns(Function):
+class _ShortSegments(Function):
     """PyTorch's kernel for a CPU takes 32 or 64 rows of one head at a time, and its time is twice that of the products.
 
     Here query heads of the same keys stand in one matrix, what causality hides is left out by blocks, and the

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from higgstune.kernels.fused import is_plain
 
 _LAYERS = 8  # between two calls: in 28 layers they cost 8 % of a step; with 4 a process took 2 to 6 % less, for 20 %
-_LAYERS_AGAIN = 4  # of those that are computed again, where memory counts and a step takes longer anyway
+_LAYERS_RECOMPUTED = 4  # of those that are computed again, where memory counts and a step takes longer anyway
 MIN_BYTES_TO_TRIM = 1_000_000  # bytes of hidden states: those of fewer leave small holes
 
 
@@ -33,7 +33,7 @@ def trim_heap(layers: nn.ModuleList, done: int) -> None:
     """After so many of the layers: after some, and after the last, before the heads need most."""
     trim = _malloc_trim()
     layer: Any = layers[done - 1]
-    every = _LAYERS_AGAIN if layer.gradient_checkpointing else _LAYERS
+    every = _LAYERS_RECOMPUTED if layer.gradient_checkpointing else _LAYERS
     if trim is not None and (done % every == 0 or done == len(layers)):
         trim(0)
 

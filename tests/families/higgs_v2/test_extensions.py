@@ -21,7 +21,7 @@ from higgstune.data.messages import speech_messages
 from higgstune.errors import ConfigError, DataError
 from higgstune.families import read_layout
 from higgstune.families.base import Conditioning, Example, WhisperSpec
-from higgstune.families.higgs_v2.audio_attention import find_audio_rows
+from higgstune.families.higgs_v2.audio_attention import find_audio_frames
 from higgstune.families.higgs_v2.decoder import Decoder
 from higgstune.families.higgs_v2.delay import build_frames
 from higgstune.families.higgs_v2.extensions import (
@@ -264,7 +264,7 @@ def test_flash_attention_is_refused() -> None:
     add_conditioning(model, Conditioning(audio_attention=True))
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match="cannot tell examples apart"):
-        find_audio_rows(model.config, torch.zeros(1, 1, 64), None, 1, torch.zeros(1, 1), (torch.zeros(1),) * 2, None)
+        find_audio_frames(model.config, torch.zeros(1, 1, 64), None, 1, torch.zeros(1, 1), (torch.zeros(1),) * 2, None)
 
 
 def test_feature_counts_match_their_tokens() -> None:

@@ -62,7 +62,7 @@ class AudioCache:
 
 
 @dataclass(frozen=True)
-class AudioRows:
+class AudioFrames:
     """Where the rows of audio of a batch stand, and who sees whom among them; the same for every layer."""
 
     positions: Tensor | None  # [B, A] in the sequence; None: every position is a row of audio
@@ -83,18 +83,18 @@ class AudioRows:
         return hidden.scatter_add(1, self.positions[..., None].expand_as(rows), rows)
 
 
-def find_audio_rows(
+def find_audio_frames(
     config: HiggsAudioV2Config,
     hidden: Tensor,
     audio_mask: Tensor | None,
-    most_rows: int,
+    max_frames: int,
     position_ids: Tensor,
     rotary: tuple[Tensor, Tensor],
     past: Cache | None,
-) -> AudioRows | None:
+) -> AudioFrames | None:
     """The rows of audio of a forward pass; None where there is none.
 
-    hidden [B, S, D]; audio_mask [B, S], None when decoding rows of audio alone; at most `most_rows` in an example;
+    hidden [B, S, D]; audio_mask [B, S], None when decoding rows of audio alone; at most `max_frames` in an example;
     position_ids [1 or B, S], which jump at every example of a packed sequence; rotary 2 x [1 or B, S, H].
     """
     if "flash" in (config._attn_implementation or ""):
@@ -107,21 +107,21 @@ def find_audio_rows(
         cache.follow(int(past.get_seq_length()), hidden.shape[1])
     if audio_mask is None:
         positions, valid = None, torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    elif most_rows == 0:
+    elif max_frames == 0:
         return None
     else:
         # A stable sort puts the audio of each example first, in its order: no loop, and no wait for the device.
-        positions = (~audio_mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :most_rows]
+        positions = (~audio_mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :max_frames]
         valid = audio_mask.gather(1, positions)
         rotary = tuple(_take(part.expand(len(hidden), -1, -1), positions) for part in rotary)  # type: ignore[assignment]
     rows = hidden[:, : valid.shape[1]]  # only its shape and type matter to a mask
     if cache is not None:
         seen = cache.grow(valid)
         mask = create_causal_mask(config, inputs_embeds=rows, attention_mask=seen, past_key_values=cache.entries)
-        return AudioRows(positions, valid, rotary, mask, cache.entries)
+        return AudioFrames(positions, valid, rotary, mask, cache.entries)
     chain = _chain(position_ids.expand(len(hidden), -1), positions, valid)
     mask = create_causal_mask(config, inputs_embeds=rows, attention_mask=None, past_key_values=None, position_ids=chain)
-    return AudioRows(positions, valid, rotary, mask, None)
+    return AudioFrames(positions, valid, rotary, mask, None)
 
 
 class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
@@ -136,12 +136,14 @@ class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
         position_embeddings: tuple[Tensor, Tensor] | None,
         attention_mask: Any = None,
         audio_token_mask: Tensor | None = None,
-        audio_rows: AudioRows | None = None,
+        audio_frames: AudioFrames | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """[B, S, D] -> [B, S, D], as the native layer, whose arithmetic it repeats to the bit where o_proj is zero."""
-        if audio_rows is not None:
-            hidden_states = audio_rows.add(hidden_states, self._attend(audio_rows.gather(hidden_states), audio_rows))
+        if audio_frames is not None:
+            hidden_states = audio_frames.add(
+                hidden_states, self._attend(audio_frames.gather(hidden_states), audio_frames)
+            )
         normed = self._by_pathway(
             hidden_states, audio_token_mask, self.input_layernorm, self.audio_post_audio_attn_layer_norm
         )
@@ -154,7 +156,7 @@ class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
         hidden_states = hidden_states + attended
         return hidden_states + self._by_pathway(hidden_states, audio_token_mask, self._text_ffn, self._audio_ffn)
 
-    def _attend(self, rows: Tensor, audio: AudioRows) -> Tensor:
+    def _attend(self, rows: Tensor, audio: AudioFrames) -> Tensor:
         normed = self.audio_input_layernorm(rows)
         # Modules that are trained in full are kept in float32 beside a bfloat16 base.
         own_dtype = compute_dtype(self.audio_attn.q_proj)

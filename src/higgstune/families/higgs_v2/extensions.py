@@ -90,7 +90,7 @@ class ConditionedModel(HiggsAudioV2Model):
         rotary = self.rotary_emb(hidden, position_ids)
         if self.conditioning.audio_attention:
             most = 0 if audio_input_ids is None else audio_input_ids.shape[1]
-            kwargs["audio_rows"] = attention.find_audio_rows(
+            kwargs["audio_frames"] = attention.find_audio_frames(
                 self.config, hidden, audio_mask, most, position_ids, rotary, past_key_values
             )
         for layer in self.layers:

@@ -33,8 +33,8 @@ class PackedLayout:
 
     text: int  # the first T rows are text, the others audio
     order: Order
-    whole: Segments
-    audio: Segments  # rows of audio alone, for audio self-attention
+    segments: Segments
+    audio_segments: Segments  # audio frames alone, for audio self-attention
     compiler: Stance | None = None  # None: layers are not compiled
 
 
@@ -59,7 +59,9 @@ class PackedAudioAttentionLayer(AudioAttentionLayer):
         own_dtype = compute_dtype(self.audio_attn.q_proj)  # of modules trained in full: float32 beside bfloat16
         normed = rms_norm(rows, self.audio_input_layernorm).to(own_dtype)
         q, k, v = _queries_keys_values(self.audio_attn, normed)
-        attended = linear(attend(q, k, v, layout.audio, self.audio_attn.scaling).flatten(1), self.audio_attn.o_proj)
+        attended = linear(
+            attend(q, k, v, layout.audio_segments, self.audio_attn.scaling).flatten(1), self.audio_attn.o_proj
+        )
         hidden_states = torch.cat((text, rows + attended.to(rows.dtype)))
         return _run(self, hidden_states, layout, self.audio_post_audio_attn_layer_norm)
 
@@ -95,7 +97,7 @@ def _packed_layer(layer: Any, hidden: Tensor, layout: PackedLayout, audio_norm: 
         hidden, layout, lambda x: rms_norm(x, layer.input_layernorm), lambda x: rms_norm(x, audio_norm)
     )
     q, k, v = [scatter(x, layout.order) for x in _queries_keys_values(layer.self_attn, normed)]
-    attended = gather(attend(q, k, v, layout.whole, layer.self_attn.scaling), layout.order)
+    attended = gather(attend(q, k, v, layout.segments, layer.self_attn.scaling), layout.order)
     hidden = hidden + linear(attended.flatten(1), layer.self_attn.o_proj)
     return hidden + _by_pathway(
         hidden,
@@ -178,8 +180,8 @@ class HiggsAudioForTraining(HiggsAudioV2ForConditionalGeneration):
         layout = PackedLayout(
             len(text_ids),
             Order(to_sequence, from_sequence, shared_at),
-            whole=Segments.of(lengths, (cos, sin)),
-            audio=Segments.of(audio_lengths, (cos[of_audio], sin[of_audio])),
+            segments=Segments.of(lengths, (cos, sin)),
+            audio_segments=Segments.of(audio_lengths, (cos[of_audio], sin[of_audio])),
             compiler=self.compiler_stance,
         )
         with_holes = leaves_holes(hidden, inner.layers)

@@ -36,7 +36,7 @@ class Piece:
     """A stretch of the prompt: control tokens, a person's text, or the placeholder of an audio (of a chunk of it)."""
 
     text: str
-    kind: Literal["control", "text", "audio", "heard"]  # audio: filled with codes; heard: with Whisper features
+    kind: Literal["control", "text", "audio", "whisper"]  # audio: filled with codes; heard: with Whisper features
     turn: int  # index of the message it came from; -1 before the first
 
 
@@ -109,7 +109,7 @@ class _Writer:
             raise DataError(f"the audio of message {turn} is the assistant's own: it is read by its codes, not heard")
         for _ in range(chunks):
             self.control(turn, AUDIO_BOS)
-            self.pieces.append(Piece(AUDIO_IN, "heard", turn))
+            self.pieces.append(Piece(AUDIO_IN, "whisper", turn))
             self.control(turn, AUDIO_EOS)
         if not chunks:
             self.control(turn, AUDIO_OUT_BOS)

@@ -91,19 +91,19 @@ class Prompter:
         rendered = [pieces(messages, chunks=_chunks(audio)) for messages, audio in conversations]
         encoded = self.tokenizer(["".join(part.text for part in parts) for parts in rendered], add_special_tokens=False)
         return [
-            len(tokens) - sum(part.kind in ("audio", "heard") for part in parts) + sum(map(self._positions, audio))
+            len(tokens) - sum(part.kind in ("audio", "whisper") for part in parts) + sum(map(self._token_count, audio))
             for tokens, parts, (_, audio) in zip(encoded["input_ids"], rendered, conversations, strict=True)
         ]
 
-    def _positions(self, audio: Audio) -> int:
+    def _token_count(self, audio: Audio) -> int:
         return len(audio.features) if isinstance(audio, WhisperFeatures) else len(audio) + self.ids.num_codebooks + 1
 
     def _expand(self, parts: list[Piece], audio: Sequence[Audio], labelled: set[int], targets: set[int]) -> Example:
         coded = [part for part in parts if part.kind == "audio"]
         codes = [item for item in audio if not isinstance(item, WhisperFeatures)]
-        heard = [item for item in audio if isinstance(item, WhisperFeatures)]
-        chunks = [count for item in heard for count in item.chunks]
-        if len(coded) != len(codes) or len(chunks) != sum(part.kind == "heard" for part in parts):
+        features = [item for item in audio if isinstance(item, WhisperFeatures)]
+        chunks = [count for item in features for count in item.chunks]
+        if len(coded) != len(codes) or len(chunks) != sum(part.kind == "whisper" for part in parts):
             raise DataError(f"the conversation has {_audio_parts(parts)} audio parts and got codes for {len(audio)}")
         tokens, owners = self._tokenize(parts)
         frames = iter([self._frames(c, labelled=p.turn in targets) for p, c in zip(coded, codes, strict=True)])
@@ -113,13 +113,13 @@ class Prompter:
         rows: list[NDArray[np.int64]] = []
         row_labels: list[NDArray[np.int64]] = []
         start = 0
-        for position in [i for i, o in enumerate(owners) if parts[o].kind in ("audio", "heard")] + [len(tokens)]:
+        for position in [i for i, o in enumerate(owners) if parts[o].kind in ("audio", "whisper")] + [len(tokens)]:
             ids.append(tokens[start:position])
             text_labels.append(_text_labels(tokens[start:position], owners[start:position], labelled))
             start = position + 1
             if position == len(tokens):
                 break
-            if parts[owners[position]].kind == "heard":
+            if parts[owners[position]].kind == "whisper":
                 ids.append(np.full(next(positions), self.whisper_token_id, dtype=np.int64))
             else:
                 row, label = next(frames)
@@ -136,8 +136,8 @@ class Prompter:
             audio_input_ids=np.concatenate([empty, *rows]),
             text_labels=np.concatenate(text_labels),
             audio_labels=np.concatenate([empty, *row_labels]),
-            whisper_features=np.concatenate([item.features for item in heard]) if heard else None,
-            feature_positions=np.flatnonzero(input_ids == self.whisper_token_id) if heard else None,
+            whisper_features=np.concatenate([item.features for item in features]) if features else None,
+            feature_positions=np.flatnonzero(input_ids == self.whisper_token_id) if features else None,
         )
 
     def _tokenize(self, parts: list[Piece]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -167,7 +167,7 @@ def _chunks(audio: Sequence[Audio]) -> list[int]:
 
 
 def _audio_parts(parts: list[Piece]) -> int:
-    return sum(part.kind in ("audio", "heard") for part in parts)
+    return sum(part.kind in ("audio", "whisper") for part in parts)
 
 
 def _target_turns(messages: Sequence[Message], target_from: int | None) -> list[int]:
