@@ -123,5 +123,5 @@ def test_a_number_of_clips() -> None:
 
 
 def test_a_clip_that_is_longer_than_a_pack_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"batch_tokens is 100, but clip 1 .*has 101 positions.*raise batch_tokens"):
+    with pytest.raises(ConfigError, match=r"batch_tokens is 100, but clip 1 .*has 101 tokens.*raise batch_tokens"):
         pack_indices(np.array([20, 101, 7]), PackSize(tokens=100), seed=0)

@@ -105,7 +105,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     ("change", "names"),
     [
         ({"use_audio_out_self_attention": True}, r"tensors missing.*audio_attn"),
-        ({"encode_whisper_embed": True}, "brings no encoder"),
+        ({"encode_whisper_embed": True}, "its encoder is missing"),
         ({"skip_audio_tower": False}, "Whisper encoder in .* does not fit"),
         ({"audio_decoder_proj_num_layers": 1}, "extra decoder layers"),
         ({"use_delay_pattern": False}, "delay pattern"),

@@ -393,6 +393,6 @@ def test_4_bits_are_not_trained_in_full(world: Path, tmp_path: Path) -> None:
 def test_dora_is_refused_on_what_begins_with_zero_only(world: Path) -> None:
     dora, added = Lora(dora=True), load(world / "base")
     add_conditioning(added, ATTENTION)
-    with pytest.raises(ConfigError, match=r"lora\.dora has no direction"):
+    with pytest.raises(ConfigError, match=r"lora\.dora cannot start from"):
         check_directions(added, dora, ATTENTION, "lora")
     check_directions(load(world / "extended"), dora, ATTENTION, "lora")

@@ -263,7 +263,7 @@ def test_flash_attention_is_refused() -> None:
     model, _ = tiny_prompter(codes=CODES)
     add_conditioning(model, Conditioning(audio_attention=True))
     model.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(ValueError, match="cannot tell examples apart"):
+    with pytest.raises(ValueError, match="cannot separate examples"):
         find_audio_frames(model.config, torch.zeros(1, 1, 64), None, 1, torch.zeros(1, 1), (torch.zeros(1),) * 2, None)
 
 

@@ -132,7 +132,7 @@ def test_label_entries_are_what_arithmetic_says(frames: list[int], text: str) ->
     ("messages", "codes", "targets", "names"),
     [
         ("no_scene", 0, "none", "1 audio parts and got codes for 0"),
-        ("audio_understanding", 1, "none", "nothing to learn to say"),
+        ("audio_understanding", 1, "none", "no target to train on"),
         ("no_scene", 1, "assistant", "use text_targets: transcript"),
     ],
 )
