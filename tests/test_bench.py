@@ -119,7 +119,7 @@ def test_both_data_sets_give_the_same_examples(folder: Path) -> None:
 def test_data_path(folder: Path) -> None:
     data_path = bench("data_path")
     found = {kind: data_path.passage(str(folder), kind) for kind in data_path.KINDS}
-    assert len({(one["rows"], one["tokens"], one["cells"]) for one in found.values()}) == 1
+    assert len({(one["rows"], one["tokens"], one["labels"]) for one in found.values()}) == 1
     examples = RowExamples(CodeStore.open(folder).split("train"), bench("stores").demo_prompter(), "transcript")
     assert found["store"]["tokens"] == sum(len(examples[i]) for i in range(30)) == examples.lengths().sum()
     rows = data_path.measure(folder, 30, **HERE)

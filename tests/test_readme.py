@@ -19,6 +19,7 @@ import soundfile
 import typer.main
 from commands import Command, run_script
 from processes import forked_proofs  # noqa: F401
+from with_parent import with_parent
 
 import higgstune
 from higgstune.cli.main import app
@@ -122,7 +123,7 @@ def test_resuming_an_interrupted_run(clone: Path, type_in: Callable[[str], str])
     [resume] = blocks()[2]
     type_in(prepare)
     process = subprocess.Popen(
-        [sys.executable, "-m", *words(train)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        with_parent([sys.executable, "-m", *words(train)]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 300
     while not (clone / "runs/voice/voice/checkpoints/checkpoint-2").exists():

@@ -19,6 +19,7 @@ from commands import run_script
 from processes import forked_proofs  # noqa: F401
 from safetensors.torch import load_file
 from tiny_checkpoint import SENTENCES, save_tiny_checkpoint
+from with_parent import with_parent
 
 import higgstune
 from higgstune.data.store import CodeStore
@@ -65,7 +66,7 @@ def start(arguments: list[str], *, processes: int = 0) -> subprocess.Popen[str]:
     """The script in a process of its own, or in several under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(torchrun if processes else []), str(SCRIPT), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(with_parent(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def run(arguments: list[str], *, processes: int = 0) -> tuple[int, str]:

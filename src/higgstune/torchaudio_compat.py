@@ -1,10 +1,11 @@
 """A stand-in for the one torchaudio function that the Higgs codec of transformers calls.
 
-`transformers.models.higgs_audio_v2_tokenizer` imports torchaudio for `functional.resample`, and torchaudio does not
-load beside current builds of torch. If it cannot be imported, `install()` registers a module with that one function.
-Nothing else mistakes it for torchaudio: transformers checks for torchaudio before, and remembers that it is missing;
-the stand-in has no distribution and no version, and other names raise. So `transformers.HiggsAudioV2TokenizerModel`
-stays a placeholder: take the class from `higgstune.codec.higgs`.
+`transformers.models.higgs_audio_v2_tokenizer` imports torchaudio for `functional.resample`, and
+torchaudio does not load beside current builds of torch. `install()` puts a module with that one function
+in its place, where the real one cannot be imported. Nothing else mistakes it for torchaudio: transformers
+looks for torchaudio before, and remembers that it is missing; the stand-in has no distribution and no
+version, and other names raise. So `transformers.HiggsAudioV2TokenizerModel` stays the placeholder that it
+is without torchaudio: take the class from `higgstune.codec.higgs`.
 """
 
 import importlib
@@ -21,7 +22,7 @@ _ROLLOFF = 0.99  # cut-off as a part of the lower Nyquist frequency
 
 
 def install() -> None:
-    """Make `import torchaudio` give the real module if it loads, else the stand-in. Repeated calls do nothing."""
+    """Make `import torchaudio` import the real one if it loads, else the stand-in. May be called repeatedly."""
     if sys.modules.get(_NAME) is None and not _real_one_loads():
         _hide_from_transformers()
         functional = _StandIn(f"{_NAME}.functional", resample=resample)
@@ -31,7 +32,7 @@ def install() -> None:
 def resample(waveform: torch.Tensor, orig_freq: int, new_freq: int) -> torch.Tensor:
     """[..., samples] at `orig_freq` Hz -> [..., ceil(samples * new_freq / orig_freq)], Hann-windowed sinc.
 
-    Equal to torchaudio 2.11's `functional.resample` with its defaults. Any floating dtype, any device.
+    Equals torchaudio 2.11's `functional.resample` with its default options. Any floating dtype, any device.
     Raises ValueError for rates that are not positive integers and TypeError for integer samples.
     """
     if min(orig_freq, new_freq) <= 0 or int(orig_freq) != orig_freq or int(new_freq) != new_freq:
@@ -51,7 +52,7 @@ def resample(waveform: torch.Tensor, orig_freq: int, new_freq: int) -> torch.Ten
 
 
 def _filters(old: int, new: int, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
-    """A windowed sinc for each of the `new` phases: [new, 1, taps], and the number of taps before the centre."""
+    """One windowed sinc for each of the `new` phases: [new, 1, taps], and the taps before the centre."""
     cutoff = min(old, new) * _ROLLOFF
     width = math.ceil(_ZEROS * old / cutoff)
     taps = torch.arange(-width, width + old, dtype=dtype) / old
@@ -79,15 +80,15 @@ def _real_one_loads() -> bool:
         importlib.import_module(_NAME)
     except (ImportError, OSError, RuntimeError):
         for name in [name for name in sys.modules if name.partition(".")[0] == _NAME]:
-            del sys.modules[name]  # left behind by the failed import
+            del sys.modules[name]  # what a failed import left behind
         return False
     return True
 
 
 def _hide_from_transformers() -> None:
-    """Let transformers find, and remember, that torchaudio is missing; otherwise it would import kaldi features."""
-    sys.modules[_NAME] = None  # type: ignore[assignment]  # the import system's mark for a missing module
-    # A late import: transformers checks for torchaudio first when it is imported itself.
+    """Let transformers find, and remember, that torchaudio is missing: it would import kaldi features."""
+    sys.modules[_NAME] = None  # type: ignore[assignment]  # marks a module as missing for the import system
+    # Imported only now: transformers looks for torchaudio when it is imported itself.
     from transformers.utils import is_torchaudio_available
 
     is_torchaudio_available()

@@ -114,7 +114,7 @@ FEATURES = {
     ("change", "told"),
     [
         (lambda index: index.update(revision="../../elsewhere"), "not that of its folder"),
-        (lambda index: index["files"][0].update(name="../../../secret.safetensors"), "no file of features"),
+        (lambda index: index["files"][0].update(name="../../../secret.safetensors"), "not a file of features"),
         (lambda index: index["files"][0].update(clips=["../x"]), "than its hash"),
         (lambda index: index["files"][0].update(clips=5), "is damaged"),
         (lambda index: index["files"][0].update(name=None), "is damaged"),
@@ -199,7 +199,7 @@ def header(content: bytes, length: int | None = None) -> Callable[[Path], None]:
         (header(b'{"a": {"data_offsets": [0]}}'), "broken header"),
         (header(b'{"a": {"data_offsets": [0, "x"]}}'), "broken header"),
         (header(b"[" * 100_000), "broken header"),
-        (header(b"{}", length=1 << 62), "truncated or no safetensors"),
+        (header(b"{}", length=1 << 62), "truncated or not a safetensors"),
         (config(num_hidden_layers=10**9), "layers of"),
         (config(num_hidden_layers=-1), "layers of"),
         (config(num_hidden_layers="2"), "is damaged"),
@@ -243,7 +243,7 @@ def test_a_huge_file_of_json_is_not_read(tmp_path: Path) -> None:
         file.truncate(1 << 36)  # 64 GB, of which the disk has none
     with pytest.raises(CheckpointError, match="larger than 64 MB"):
         read_json(path, "")
-    with pytest.raises(CheckpointError, match="truncated or no safetensors"):
+    with pytest.raises(CheckpointError, match="truncated or not a safetensors"):
         safetensors_keys(path)
 
 
@@ -403,7 +403,7 @@ def test_a_codec_cannot_name_code_for_its_attention(codec: Path, part: str) -> N
         (written[part] if part else written)["_attn_implementation"] = "owner/kernel"
 
     edited(codec / "config.json", change)
-    with pytest.raises(CheckpointError, match="brings _attn_implementation"):
+    with pytest.raises(CheckpointError, match="has _attn_implementation"):
         load_codec(codec)
 
 

@@ -15,7 +15,7 @@ from higgstune.families import read_layout
 from higgstune.families.base import Layout
 from higgstune.hub import fetch
 from higgstune.inputs import ADAPTER_CONFIG, find_adapter
-from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, check_adapter_files
+from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, check_adapter_family, check_adapter_files
 
 MERGED = "merged"  # key of a folder's higgstune.json: which adapter is in these weights
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
@@ -64,6 +64,7 @@ def open_source(
         raise CheckpointError(
             f"{error}\n(the adapter {adapter} names its base; name it with --model if it has moved)"
         ) from error
+    check_adapter_family(adapter, layout.family)
     sha256 = sha256_of(adapter / ADAPTER_WEIGHTS)
     _refuse_merged_base(layout.folder, card, sha256)
     return Source(

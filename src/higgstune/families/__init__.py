@@ -66,8 +66,11 @@ def read_layout(folder: Path) -> Layout:
 def check_family(what: str, name: str | None, base: FamilyInfo) -> None:
     """Raises CheckpointError if an artefact (`what`, such as "the adapter runs/a") is not of its base's family.
 
-    `name` is the family that the artefact records; None means the default one.
+    `name` is the family that the artefact records, or a model type of that family; None means the default one.
     """
     recorded = DEFAULT_FAMILY if name is None else name
-    if recorded != base.name:
-        raise CheckpointError(f"{what} belongs to the family {recorded}, the base is {base.title} ({base.name})")
+    if recorded != base.name and recorded not in base.model_types:
+        raise CheckpointError(
+            f"{what} belongs to the model family {recorded}, the base to {base.title} ({base.name}): use the base that "
+            "it was made for"
+        )

@@ -9,10 +9,12 @@ from higgstune.config.recipe import Quantize
 from higgstune.data.audio import write_wav
 from higgstune.data.messages import DEFAULT_SCENE, ReferencePlace
 from higgstune.errors import CheckpointError, InputError
+from higgstune.families import family_in
 from higgstune.families.sampling import Sampling
 from higgstune.generate.speaker import Speaker, _trained_place
+from higgstune.hub import fetch
 from higgstune.inputs import check_wav_name, find_adapter
-from higgstune.model.adapter_folder import adapter_card
+from higgstune.model.adapter_folder import adapter_card, check_adapter_family
 from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
 
 
@@ -36,6 +38,9 @@ def load_base(
     if model is None:
         raise InputError("name a base (--model) or an adapter (--adapter)")
     try:
+        if adapter is not None:
+            folder = fetch(model, what="checkpoint", revision=revision, weights=False)
+            check_adapter_family(adapter, family_in(folder)[0])
         return load_model_and_tokenizers(
             model, codec=codec, dtype=dtype, device=device, revision=revision, quantize=quantize
         )

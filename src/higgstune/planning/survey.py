@@ -27,7 +27,7 @@ from higgstune.families.base import Conditioning, Family, Prompter, Spec, Whispe
 from higgstune.hub import fetch
 from higgstune.kernels.attention import SHORT_SEGMENT
 from higgstune.model.load import load_tokenizer
-from higgstune.planning.training_data import TrainingData
+from higgstune.planning.training_data import TrainingData, check_families
 
 _CLIPS = 200_000  # of all epochs together whose packs are made, the first epoch apart
 
@@ -84,6 +84,7 @@ def survey(recipe: Recipe) -> Survey:
     family = load_family(info)
     config = family.read_config(folder)
     data = TrainingData.open(recipe)
+    check_families(recipe, data.stores)
     prompter = family.prompter(load_tokenizer(folder, family, config), config)
     features = shape = None
     if recipe.model.whisper is not None:

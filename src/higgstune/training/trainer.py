@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with what is special about Higgs Audio: data, loss, evaluation, whole checkpoints.
+"""`transformers.Trainer` with what is special about Higgs Audio: data, loss, evaluation.
 
 Overrides were checked with transformers 5.23.0; those of private methods say why they are needed.
 """
