@@ -1,4 +1,4 @@
-"""The way of the data: from a prepared store to batches, against a manifest that is read and padded by Python."""
+"""The data path: from a prepared store to batches, against a manifest that Python reads and pads."""
 
 import tempfile
 import time
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from report import Case, Found, Meter, Row, alternate, finish, parser, rates, same_work, say, values
-from stores import ManifestExamples, demo_prompter, labelled_cells, make_store, write_as_earlier_trainers
+from stores import ManifestExamples, demo_prompter, label_entries, make_store, write_as_earlier_trainers
 from torch.utils.data import DataLoader
 
 from higgstune.batch.collate import PaddedCollator, count_tokens
@@ -45,7 +45,7 @@ def passage(folder: str, kind: str, *, with_lengths: bool = True) -> Found:
     with epoch:
         for batch in loader:
             tokens += count_tokens(batch) if kind == "store" else int(batch["attention_mask"].sum())
-            labels += labelled_cells(batch)
+            labels += label_entries(batch)
     assert not with_lengths or lengths.sum() == tokens
     parts = {"opening": opening, "lengths": measuring, "epoch": epoch}
     return {"rows": len(examples), "tokens": tokens, "labels": labels} | {k: m.cpu_seconds for k, m in parts.items()}

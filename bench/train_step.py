@@ -68,7 +68,7 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--scale", type=int, default=16, help="mini: width, vocabulary and codebooks divided by this")
     made.add_argument("--layers", type=int, default=28)
     made.add_argument("--clips", type=int, help="clips to train on (default: 64; 24 with --quick; 2048 with full)")
-    made.add_argument("--batch-tokens", type=int, default=4096, help="mini: ours, positions in a pack")
+    made.add_argument("--batch-tokens", type=int, default=4096, help="mini: ours, tokens in a pack")
     made.add_argument("--low", type=float, default=1.0, help="seconds of the shortest clip")
     made.add_argument("--high", type=float, default=15.0, help="seconds of the longest clip")
     made.add_argument("--median", type=float, default=4.0, help="seconds; of the lognormal that is cut to low..high")

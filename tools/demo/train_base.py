@@ -61,7 +61,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The words that every prompt has become one token each: a third of a short example's positions.
+    # The words of every prompt become one token each: a third of a short example's tokens.
     tokenizer.train_from_iterator([*texts, *[_EVERY_PROMPT] * len(texts)], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -149,7 +149,7 @@ class Corpus:
         return self.prompter.example(messages, codes, text_targets="transcript")
 
     def batches(self, clips: range, tokens: int, generator: np.random.Generator) -> Iterator[list[Example]]:
-        """Endless batches of about `tokens` positions, of clips that are about equally long."""
+        """Endless batches of about `tokens` tokens, of clips of about equal lengths."""
         while True:
             order = generator.permutation(np.array(clips))
             for window in np.array_split(order, max(1, len(order) // 512)):

@@ -178,7 +178,7 @@ def test_what_a_checkpoint_brings_stays_its_own(tmp_path: Path) -> None:
 def test_dora_has_no_direction_in_a_zero_weight() -> None:
     model, _ = tiny_prompter(codes=CODES)
     add_conditioning(model, Conditioning(audio_attention=True))
-    with pytest.raises(ConfigError, match="no direction to start from"):
+    with pytest.raises(ConfigError, match="lora.dora cannot start from"):
         add_lora(model, Lora(r=2, dora=True), "full")
     add_lora(model, Lora(r=2, dora=True), "full", attention="full")
 
