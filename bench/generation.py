@@ -104,9 +104,7 @@ def main() -> None:
     options = parser(__doc__ or "", EXAMPLE)
     options.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="clips (default: 1 8)")
     options.add_argument("--frames", type=int, metavar="N", help="of each clip, 25 a second (default: 125)")
-    options.add_argument(
-        "--scale", type=int, metavar="N", help="how much narrower than the released model (default: 8)"
-    )
+    options.add_argument("--scale", type=int, metavar="N", help="narrower by, against the released model (default: 8)")
     options.add_argument("--layers", type=int, default=4, metavar="N", help="of the model (default: 4)")
     options.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     given = options.parse_args()

@@ -143,9 +143,7 @@ def main() -> None:
     options.add_argument(
         "--figure", type=Path, help="draw there (default: docs/figures/growth.png, and not with --quick)"
     )
-    options.add_argument(
-        "--with", dest="earlier", type=Path, help="JSON of a run with --only: take its half from there"
-    )
+    options.add_argument("--with", dest="earlier", type=Path, help="JSON of a run with --only, for its half")
     options.add_argument("--folder", type=Path, help="keep the stores there, and use those of an earlier run")
     given = options.parse_args()
     shared = {"repeats": given.repeats, "threads": given.threads}

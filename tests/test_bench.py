@@ -197,7 +197,7 @@ def small(gpu: Any) -> Any:
     return gpu.Bench(arguments, bench("workload").Shape(64, 2), torch.device("cpu"))
 
 
-def test_the_bench_for_a_gpu_measures_and_tells_what_failed(
+def test_the_bench_for_a_gpu_measures_and_reports_failures(
     gpu: Any, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(small, "waits", lambda: {"plain": 0})
@@ -240,7 +240,7 @@ def test_both_sides_on_a_gpu_train_on_each_batch_once_in_a_repeat(
             return forward(self, *args, **kwargs)
 
         monkeypatch.setattr(model, "forward", counted)
-    monkeypatch.setattr(small, "_planned", lambda _: 0)  # it rehearses, by the same forward pass
+    monkeypatch.setattr(small, "_planned", lambda _: 0)  # its dry run has the same forward pass
     ran_before_and_measured = 1 + small.repeats
     (ours,) = small.ours([400], compiled=False)
     assert len(calls) == ran_before_and_measured

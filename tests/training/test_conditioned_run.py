@@ -65,8 +65,8 @@ def write_manifest(recordings: Path) -> None:
         {"audio": f"clip{i}.wav", "text": f"Sentence number {i}.", "speaker": "anna"} for i in range(7)
     ]
     for i, read_as in ((7, None), (8, "codes"), (9, "whisper")):
-        asked: dict[str, Any] = {"type": "audio", "url": "voice.wav"} | ({"as": read_as} if read_as else {})
-        user = {"role": "user", "content": [asked, {"type": "text", "text": f"Say sentence {i}."}]}
+        part: dict[str, Any] = {"type": "audio", "url": "voice.wav"} | ({"as": read_as} if read_as else {})
+        user = {"role": "user", "content": [part, {"type": "text", "text": f"Say sentence {i}."}]}
         said = {"role": "assistant", "content": [{"type": "audio", "url": f"clip{i}.wav"}]}
         rows.append({"messages": [user, said]})
     (recordings / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -102,7 +102,7 @@ def run(request: pytest.FixtureRequest, world: Path) -> Path:
     return world / request.param
 
 
-def test_features_are_stored_once_for_what_is_heard(world: Path) -> None:
+def test_features_are_stored_once_for_each_clip(world: Path) -> None:
     store = CodeStore.open(world / "data")
     features = FeatureStore.open(world / "data", str(world / "whisper"))
     needed = {sha256 for row in store.rows() for sha256 in whisper_clips(row, "scene")}
@@ -131,11 +131,11 @@ def test_a_row_is_inspected_as_it_is_trained_on(world: Path) -> None:
         )
         prompts[row.text] = found
         assert found.tokens == found.text_tokens + found.feature_positions + found.audio_rows
-    heard = "<|audio_bos|><|AUDIO|><|audio_eos|>"
-    assert prompts["Say sentence 7."].prompt.count(heard) == prompts["Say sentence 9."].prompt.count(heard) == 2
+    chunk = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+    assert prompts["Say sentence 7."].prompt.count(chunk) == prompts["Say sentence 9."].prompt.count(chunk) == 2
     assert prompts["Say sentence 7."].feature_positions == 75
-    assert heard not in prompts["Say sentence 8."].prompt  # "as": "codes"
-    assert f"SPEAKER0: {heard}" in prompts["Sentence number 1."].prompt.replace("\n", "")
+    assert chunk not in prompts["Say sentence 8."].prompt  # "as": "codes"
+    assert f"SPEAKER0: {chunk}" in prompts["Sentence number 1."].prompt.replace("\n", "")
 
 
 def test_both_stages_train_on_from_the_base_and_from_each_other(world: Path, run: Path) -> None:
@@ -212,7 +212,7 @@ def test_another_encoder_is_refused_wherever_it_comes_in(world: Path, run: Path,
         load_whisper(renamed)
 
 
-def test_a_voice_in_the_scene_is_heard_when_speaking(world: Path, run: Path, tmp_path: Path) -> None:
+def test_speaking_encodes_a_voice_in_the_scene(world: Path, run: Path, tmp_path: Path) -> None:
     reference = world / "recordings" / "voice.wav"
     settings: dict[str, Any] = {
         "reference": reference,
@@ -254,7 +254,7 @@ def drop_tensor(folder: Path) -> None:
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any], *, seals: bool = True) -> None:
-    """Change a JSON file; with `seals`, take away the checksums that would tell, to see what tells without them."""
+    """Change a JSON file; with `seals`, remove the checksums, to see what else detects the change."""
     content = json.loads(path.read_text())
     before = dict(content)
     change(content)
@@ -354,7 +354,7 @@ def test_what_cannot_be_is_said_before_anything_is_trained(
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("*.safetensors"))
 
 
-def test_whisper_without_anything_to_hear_has_no_effect(world: Path, tmp_path: Path) -> None:
+def test_whisper_without_clips_has_no_effect(world: Path, tmp_path: Path) -> None:
     higgstune.prepare(
         make_recordings(tmp_path / "recordings", clips=4), tmp_path / "data", codec=world / "base" / "codec",
         whisper=str(world / "whisper"), validation_fraction=0,
@@ -371,7 +371,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(world: Path, run: Path, tmp_pat
     assert_identical(out, run)
 
 
-def test_sharded_it_goes_on_as_on_one_process(world: Path, run: Path, tmp_path: Path) -> None:
+def test_sharded_it_continues_as_on_one_process(world: Path, run: Path, tmp_path: Path) -> None:
     """Also the projector, which stands outside of the layers: its moments are saved after a validation."""
     tree = recipe(world, attention=run.name, parallel="fsdp").model_dump(mode="json")
     for stage in tree["stages"]:
@@ -383,7 +383,7 @@ def test_sharded_it_goes_on_as_on_one_process(world: Path, run: Path, tmp_path: 
     assert_same(out, run, atol=1e-4)  # at ten times the usual rate
 
 
-def test_the_demos_miniature_hears_and_attends_and_moves_house(world: Path, tmp_path: Path) -> None:
+def test_the_demos_miniature_with_both_extensions_can_be_moved(world: Path, tmp_path: Path) -> None:
     shutil.copytree(ASSETS / "base", tmp_path / "base")
     shutil.copytree(DEMO_CODEC, tmp_path / "base" / "codec")
     shutil.copytree(ASSETS / "voices", tmp_path / "voices")
@@ -430,7 +430,7 @@ def test_what_is_trained_in_full_learns_at_its_own_rate(
 
 
 def test_a_comparison_finds_a_whisper_that_has_moved(world: Path, run: Path, tmp_path: Path) -> None:
-    """An adapter that listens beside a base that does not, both in 4 bits."""
+    """An adapter with Whisper and a base without, both in 4 bits."""
     recording = world / "recordings" / "voice.wav"
     shutil.copy(recording, tmp_path / "voice.wav")
     (tmp_path / "meta.lst").write_text("a|Whatever.|voice.wav|Oh.\n")
@@ -447,7 +447,7 @@ def test_a_comparison_finds_a_whisper_that_has_moved(world: Path, run: Path, tmp
         evaluate(world / "base", out=tmp_path / "out", **options)
 
 
-def test_it_listens_to_voices_that_are_heard_while_it_is_trained(world: Path, tmp_path: Path) -> None:
+def test_sample_evaluation_encodes_voices_during_training(world: Path, tmp_path: Path) -> None:
     stage = {"name": "voice", "kind": "full", "max_steps": 2, "batch_size": 2}
     made = recipe(world, stages=[stage], eval_steps=2, evaluation={"clips": 2})
     train_unproven(made, tmp_path / "run")
