@@ -39,7 +39,7 @@ def pack(examples: Sequence[Example], *, share_prefix: bool = True) -> Packed:
     lengths, audio_lengths           of the examples: tokens, and audio frames (tuples of int)
     audio_positions [M], audio_targets [M, K]    rows of hidden states, and what they predict
     text_positions [N],  text_targets [N]
-    feature_positions [W], whisper_features [W, d_model]    of all <|AUDIO|>; absent without Whisper features
+    feature_positions [W], whisper_features [W, d_model]    of all examples; absent without Whisper features
     """
     shared = _common_prefix(examples) if share_prefix else 0
     lengths = tuple(len(example) for example in examples)
@@ -98,7 +98,7 @@ class PaddedCollator:
     audio_input_ids                    [B, A, K], audio_input_ids_mask [B, A]
     audio_positions [M], audio_targets [M, K]    flat positions (b * S + s) and what they predict
     text_positions [N],  text_targets [N]
-    whisper_features [W, d_model]                of all <|AUDIO|> tokens in order; absent without Whisper features
+    whisper_features [W, d_model]                of all examples in order; absent without Whisper features
     """
 
     pad_id: int

@@ -163,6 +163,6 @@ def _tower(checkpoint: str) -> WhisperTower:
         tower: WhisperTower = load_whisper(checkpoint)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}\n(the original layout includes the Whisper encoder; the extended one only names it)"
+            f"{error}\n(--format boson includes the Whisper encoder; --format extended only names it)"
         ) from error
     return tower
