@@ -1,4 +1,4 @@
-"""The way of the data: from a prepared store to batches, against a manifest that is read and padded by Python."""
+"""The data path: from a prepared store to batches, against a manifest that Python reads and pads."""
 
 import tempfile
 import time
@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from report import Case, Found, Meter, Row, alternate, finish, parser, rates, same_work, say, values
-from stores import ManifestExamples, demo_prompter, labelled_cells, make_store, write_as_earlier_trainers
+from stores import ManifestExamples, demo_prompter, label_entries, make_store, write_as_earlier_trainers
 from torch.utils.data import DataLoader
 
-from higgstune.batch.collate import PaddedCollator, positions
+from higgstune.batch.collate import PaddedCollator, count_tokens
 from higgstune.batch.dataset import RowExamples
 from higgstune.batch.loader import PackLoader, example_lengths
 from higgstune.batch.packing import PackSize
@@ -44,8 +44,8 @@ def passage(folder: str, kind: str, *, with_lengths: bool = True) -> Found:
     tokens = labels = 0
     with epoch:
         for batch in loader:
-            tokens += positions(batch) if kind == "store" else int(batch["attention_mask"].sum())
-            labels += labelled_cells(batch)
+            tokens += count_tokens(batch) if kind == "store" else int(batch["attention_mask"].sum())
+            labels += label_entries(batch)
     assert not with_lengths or lengths.sum() == tokens
     parts = {"opening": opening, "lengths": measuring, "epoch": epoch}
     return {"rows": len(examples), "tokens": tokens, "labels": labels} | {k: m.cpu_seconds for k, m in parts.items()}
@@ -76,7 +76,7 @@ def waiting(folder: str, kind: str, steps: int, tokens: int = BATCH_TOKENS, laye
         batch = next(batches)
         waited += time.perf_counter() - waits_since
         training.step(batch)
-        trained += positions(batch)
+        trained += count_tokens(batch)
     total = time.perf_counter() - began
     return {"waited_percent": 100 * waited / total, "tokens": trained}
 

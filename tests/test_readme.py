@@ -1,4 +1,4 @@
-"""What README, docs and recipes tell people to type: run for real where it is the README's, parsed where it is not.
+"""The commands of README, docs and recipes: those of README are run, the others parsed.
 
 The released checkpoint, a hub and a GPU stand no test, so each command gets the options in `MAPPING` on top: the demo's
 base in place of the released one, and a few steps in place of some epochs.

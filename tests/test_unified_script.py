@@ -117,7 +117,7 @@ def stage2(world: Path, out: Path) -> Path:
     return out / "stage2"
 
 
-def test_stage2_goes_on_from_stage1(out: Path, stage2: Path) -> None:
+def test_stage2_continues_stage1(out: Path, stage2: Path) -> None:
     recipe = yaml.safe_load((stage2 / "recipe.yaml").read_text())
     assert recipe["init_adapter"] == str(out / "stage1")
     assert adapter(out / "stage1").keys() < adapter(stage2).keys()
@@ -155,7 +155,7 @@ def test_stage2_from_the_base(world: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"training_stage": "stage3"}, "invalid choice: 'stage3'"),
         ({"batch_size": "many"}, "invalid int value"),
@@ -165,13 +165,13 @@ def test_stage2_from_the_base(world: Path, tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_wrong_flags_end_with_2_and_a_message(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], told: str
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
 ) -> None:
     assert run_script(SCRIPT, flags(world, tmp_path, **changes)) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_killed_stage_goes_on_where_it_was(world: Path, out: Path) -> None:
+def test_a_killed_stage_resumes(world: Path, out: Path) -> None:
     again = world / "again"
     arguments = flags(world, again, train_manifest=out / "data")
     process = start(arguments)

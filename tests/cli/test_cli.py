@@ -87,7 +87,7 @@ def test_from_recordings_to_speech(world: Path, command: Command) -> None:
     row = json.loads(out)
     assert code == 0
     assert row["prompt"].endswith("<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>")
-    assert row["audio_label_cells"] == 8 * (row["frames"] + 1)
+    assert row["audio_label_entries"] == 8 * (row["frames"] + 1)
     assert row["audio_rows"] == row["frames"] + 9
     code, out, _ = command("inspect", store, "--row", row["id"])
     assert code == 0

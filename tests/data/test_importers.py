@@ -264,7 +264,7 @@ def test_folders_that_are_not_sources(tmp_path: Path) -> None:
         rows(tmp_path)
 
 
-@pytest.mark.skipif(not SPEECH.is_dir(), reason=f"the real recordings are not there: {SPEECH.name}")
+@pytest.mark.skipif(not SPEECH.is_dir(), reason=f"the real recordings are missing: {SPEECH.name}")
 @pytest.mark.parametrize(("name", "count"), [("ljspeech", 35), ("librivox_austen", 5), ("librispeech", 100)])
 def test_real_speech_is_imported_whole(name: str, count: int) -> None:
     found = list(read_source(SPEECH / name))

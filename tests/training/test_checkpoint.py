@@ -1,4 +1,4 @@
-"""The folder of a checkpoint, which is complete or does not exist, and is told from a damaged one."""
+"""The folder of a checkpoint, which is complete or does not exist; damage is detected."""
 
 import json
 import logging

@@ -224,7 +224,7 @@ class _Examination:
     def _read_card(self) -> list[Finding]:
         assert self.names.adapter is not None
         folder = find_adapter(self.names.adapter)
-        config = read_json(folder / ADAPTER_CONFIG, "it is no adapter folder without it")
+        config = read_json(folder / ADAPTER_CONFIG, "an adapter folder needs it")
         try:
             card = adapter_card(folder)
             adapter_conditioning(folder)

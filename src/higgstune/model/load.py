@@ -1,4 +1,4 @@
-"""Load a checkpoint: the model of its family, and everything that belongs to it."""
+"""Loads checkpoints: the model of a family, its tokenizer and its codec."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from higgstune.model.adapter_folder import UNQUANTIZED_FINGERPRINT, base_fingerp
 
 @dataclass(frozen=True)
 class ModelAndTokenizers:
-    """A checkpoint with all that training and speaking need. The codec is not part of the model's module tree."""
+    """A checkpoint with everything that training and speaking need. The codec is outside the model's module tree."""
 
     model: Any  # of its family's class
     tokenizer: Any
@@ -33,8 +33,8 @@ class ModelAndTokenizers:
     revision: str | None
     codec: str  # as named by the user or found
     family: Family
-    whisper: WhisperTower | None = None  # the encoder that an original-format checkpoint brings
-    folder: Path | None = None  # where the checkpoint lies on this disk
+    whisper: WhisperTower | None = None  # the encoder of an original-format checkpoint
+    folder: Path | None = None  # of the checkpoint on this disk
 
     @property
     def spec(self) -> Spec:
@@ -43,7 +43,7 @@ class ModelAndTokenizers:
 
     @property
     def prompter(self) -> Prompter:
-        """What turns conversations into examples for it."""
+        """The prompter of the checkpoint, which turns conversations into examples."""
         return self.family.prompter(self.tokenizer, self.config)
 
 
@@ -59,9 +59,9 @@ def load_model(
     """The model of a checkpoint's family (for Higgs Audio v2 the native class, with text head), in eval mode, from a
     folder in any of the family's layouts or a hub id.
 
-    `dtype` and `device` are chosen where not given: see `choose_device`, `choose_dtype`. `quantize` ("4bit") puts the
-    linear weights of the decoder layers into 4 bits, see `quantize_layers`; `dtype` is then what they compute in.
-    Raises CheckpointError, or ConfigError where 4 bits need what is not installed.
+    `dtype` and `device` default to those of `choose_device` and `choose_dtype`. `quantize` ("4bit") quantizes the
+    linear weights of the decoder layers, see `quantize_layers`; they then compute in `dtype`. Raises CheckpointError,
+    or ConfigError if bitsandbytes is missing for 4 bits.
     """
     layout = read_layout(fetch(path, what="checkpoint", revision=revision, cache_dir=cache_dir))
     family = load_family(layout.family)
@@ -111,11 +111,11 @@ def load_model_and_tokenizers(
 
 
 def load_tokenizer(folder: Path, family: Family, config: Any) -> Any:
-    """The checkpoint's own tokenizer. Raises CheckpointError when it is missing or does not fit the config."""
+    """The checkpoint's own tokenizer. Raises CheckpointError if it is missing or does not fit the config."""
     if not (folder / "tokenizer.json").exists():
         raise CheckpointError(f"{folder / 'tokenizer.json'} is missing: the tokenizer belongs to the checkpoint")
     settings = read_json(folder / "tokenizer_config.json", "") if (folder / "tokenizer_config.json").exists() else {}
-    # A name here would be read instead of the folder's own file. That of special_tokens_map_file never is.
+    # transformers would read a file named here instead of the folder's own. It never reads special_tokens_map_file.
     files = [key for key in settings if key.endswith("_file") and key != "special_tokens_map_file"]
     if named := [key for key in files if settings[key] is not None]:
         raise CheckpointError(f"{folder / 'tokenizer_config.json'} names a file by {named[0]}: remove the key")
@@ -136,7 +136,7 @@ def load_prompter(checkpoint: str | Path) -> Prompter:
 
 
 def check_codec(codec: Codec, spec: Spec, name: str) -> None:
-    """Raises CheckpointError unless the codec's codes are what the model predicts."""
+    """Raises CheckpointError unless the codec's codes are those that the model predicts."""
     if codec.num_codebooks != spec.num_codebooks or codec.codebook_size != spec.codes:
         raise CheckpointError(
             f"the codec {name} has {codec.num_codebooks} codebooks of {codec.codebook_size}, the checkpoint expects "
@@ -155,13 +155,13 @@ def _load(
     chosen = choose_dtype(dtype, device)
     check_quantize(quantize, chosen)
     check_checksums(layout.folder)
-    if (layout.folder / ADAPTER_CONFIG).exists():  # transformers would put it on the base, unasked
+    if (layout.folder / ADAPTER_CONFIG).exists():  # transformers would silently load it onto the base
         raise CheckpointError(
             f"{layout.folder} is a checkpoint with an adapter in it: keep them in folders of their own"
         )
     model, tower = family.load(layout, config, chosen)
     if quantize is not None:
-        setattr(model, UNQUANTIZED_FINGERPRINT, base_fingerprint(model))  # how adapters know the base, whole or not
+        setattr(model, UNQUANTIZED_FINGERPRINT, base_fingerprint(model))  # adapters know the base by it
         quantize_layers(model, family.four_bits, device)
-    torch.nn.Module.to(model, device)  # transformers wraps its own `to` in a way that no type checker follows
+    torch.nn.Module.to(model, device)  # type checkers do not understand the `to` of transformers
     return model.eval(), tower
