@@ -36,7 +36,7 @@ def make_speaker(codec: FakeCodec | None = None) -> Speaker:
             revision=None,
             codec="fake",
             family=FAMILY,
-        )  # fmt: skip
+        )
     )
 
 
