@@ -3,7 +3,7 @@
     python unified_lora_training.py --training_stage stage1 --train_manifest clips.jsonl --output_dir runs/me
     python unified_lora_training.py --training_stage stage2 --train_manifest clips.jsonl --output_dir runs/me
 
-OUTPUT_DIR/stage1 and stage2 are run folders; the same command goes on with one that was interrupted.
+OUTPUT_DIR/stage1 and stage2 are run folders; the same command resumes one that was interrupted.
 """
 
 import argparse
@@ -11,18 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from higgstune import prepare
-from higgstune.config.recipe import EvaluationSettings, ModelSettings, Recipe, Stage, parse_recipe
-from higgstune.data.shard_reader import INDEX_NAME
-from higgstune.environment import choose_device
+from higgstune.cli.output import mute_libraries
+from higgstune.config.recipe import EvaluationSettings, Lora, ModelSettings, Recipe, Stage, parse_recipe
 from higgstune.errors import CheckpointError, HiggstuneError
-from higgstune.hub import fetch
-from higgstune.model.adapter_folder import find_adapter
-from higgstune.model.adapters import Lora
-from higgstune.training.distributed import Processes
-from higgstune.training.run import train
+from higgstune.inputs import INDEX_NAME, check_source, find_adapter
 
 FLAGS: dict[str, tuple[Any, str, float]] = {  # part of the recipe, its key there, default for a GPU of 24 GB
     "batch_size": (Stage, "batch_size", 2), "lr": (Stage, "learning_rate", 1e-4),
@@ -39,8 +31,13 @@ def main() -> int:
     args = arguments()
     is_store = (args.train_manifest / INDEX_NAME).exists()
     store = args.train_manifest if is_store else args.output_dir / "data"
+    mute_libraries()
     try:
         recipe = as_recipe(args, store)
+        if not is_store:
+            check_source(args.train_manifest)
+        from higgstune.training.run import train  # imports torch: not for a wrong flag
+
         if not is_store:
             prepare_once(args, store)
         train(recipe, args.output_dir / args.training_stage, resume=True)
@@ -63,9 +60,9 @@ def arguments() -> argparse.Namespace:
     add(
         "--audio_attention",
         action="store_true",
-        help="stage2 also trains audio self-attention, which starts as nothing",
+        help="stage2 also trains audio self-attention, which starts without effect",
     )
-    add("--whisper", help="Whisper checkpoint that hears each clip's reference (another clip of its speaker)")
+    add("--whisper", help="Whisper checkpoint that encodes each clip's reference (another clip of its speaker)")
     for flag, (part, key, default) in FLAGS.items():
         text = f"{part.model_fields[key].description or key} (default: {default})"
         add(f"--{flag}", type=type(default), default=default, help=text)
@@ -100,10 +97,17 @@ def as_recipe(args: argparse.Namespace, store: Path) -> Recipe:
 
 
 def prepare_once(args: argparse.Namespace, store: Path) -> None:
-    """The first process prepares while the others wait."""
+    """Prepare in the first process, while the others wait."""
+    import torch
+
+    from higgstune import prepare
+    from higgstune.environment import choose_device
+    from higgstune.hub import fetch
+    from higgstune.training.distributed import Processes
+
     processes = Processes(cpu=not torch.cuda.is_available())
     if processes.is_main:
-        fetch(args.base_ckpt, what="checkpoint", weights=False)  # a wrong name is told before hours of encoding
+        fetch(args.base_ckpt, what="checkpoint", weights=False)  # a wrong name is an error before hours of encoding
         prepare(
             args.train_manifest,
             store,

@@ -1,4 +1,4 @@
-"""A small model of the real proportions that trains on a CPU, for benches of what stands around the training step."""
+"""A small model of the real proportions that trains on a CPU, for benches of the code around the training step."""
 
 from typing import Any
 
@@ -7,9 +7,10 @@ from transformers import HiggsAudioV2Config
 from workload import Shape, random_model
 
 from higgstune.batch.collate import Packed
+from higgstune.config.recipe import Lora
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels.loss import LossWeights, combine, label_counts
-from higgstune.model.adapters import Lora, add_lora
+from higgstune.model.adapters import add_lora
 
 
 def small_config(*, codes: int = 1024, scale: int = 8, layers: int = 4) -> HiggsAudioV2Config:

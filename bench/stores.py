@@ -1,4 +1,4 @@
-"""Prepared data for the benches: a store with random codes, and the same rows as earlier trainers keep them."""
+"""Prepared data for the benches: a store with random codes, and the same rows in the formats of earlier trainers."""
 
 import argparse
 import hashlib
@@ -14,13 +14,14 @@ from report import BENCH
 from higgstune.batch.dataset import TARGET
 from higgstune.codec import load_codec
 from higgstune.data.entry import Entry
-from higgstune.data.shard_reader import INDEX_NAME, StoreInfo
+from higgstune.data.messages import DEFAULT_SCENE, speech_messages
+from higgstune.data.shard_reader import StoreInfo
 from higgstune.data.shard_writer import write_store
 from higgstune.data.store import CodeStore
 from higgstune.data.text import TEXT_NORMALIZATION
 from higgstune.families.base import Example
-from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE, speech_messages
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
+from higgstune.inputs import INDEX_NAME
 from higgstune.kernels.loss import IGNORE
 
 CODEBOOKS, CODES, FRAME_RATE = 8, 1024, 25
@@ -86,7 +87,7 @@ def _entries(lengths: np.ndarray, seed: int) -> Iterator[Entry]:
             reference_sha256=None,
             context_sha256=[],
             target_recordings=[sha256],
-            linked_recordings=[],
+            context_recordings=[],
             recording_samples=round(seconds * 24_000),
             recording_rate=24_000,
             recording_sketch=generator.normal(size=16).tolist(),
@@ -145,14 +146,14 @@ class ManifestExamples:
         return self.prompter.example(messages, [codes], text_targets="transcript")
 
 
-def labelled_cells(batch: dict[str, Any]) -> int:
-    """Labels of a batch, of text and audio: that both sides learn the same is seen by their number."""
+def label_entries(batch: dict[str, Any]) -> int:
+    """The number of label entries of a batch, of text and audio, which must be equal on both sides."""
     return int((batch["audio_targets"] != IGNORE).sum()) + len(batch["text_targets"])
 
 
 if __name__ == "__main__":
-    asked = argparse.ArgumentParser(description="Make a store with random codes, to look at or to measure with.")
-    asked.add_argument("folder", type=Path)
-    asked.add_argument("rows", type=int)
-    given = asked.parse_args()
+    options = argparse.ArgumentParser(description="Make a store with random codes, to look at or to measure with.")
+    options.add_argument("folder", type=Path)
+    options.add_argument("rows", type=int)
+    given = options.parse_args()
     sys.stdout.write(f"{len(make_store(given.folder, given.rows))} rows in {given.folder}\n")

@@ -13,19 +13,19 @@ from commands import Command
 # processes none is left alone with one of them at the end.
 LONGEST = (
     "test_launchers.py", "test_faults_of_training.py", "test_faults_of_data.py", "test_conditioned_run.py",
-    "test_sample_eval.py", "test_run.py", "test_readme.py", "test_unified_script.py", "test_distributed.py",
-    "test_quantize.py",
+    "test_sample_eval.py", "test_run.py", "test_planning.py", "test_compiled.py", "test_readme.py",
+    "test_unified_script.py", "test_bench.py", "test_distributed.py", "test_quantize.py", "test_evaluate.py",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; within a file, and among the others, the order stays."""
+    """Put the longest files first; within a file, and among the others, the order stays."""
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 def pytest_collection_finish() -> None:
-    """All that is imported is left alone by `gc.collect()`, which a training run calls: 0.3 s each time otherwise."""
+    """Keep `gc.collect()`, which a training run calls, from looking at all that is imported: 0.3 s each time."""
     gc.freeze()
 
 

@@ -1,4 +1,4 @@
-"""What README, docs and recipes tell people to type: run for real where it is the README's, parsed where it is not.
+"""The commands of README, docs and recipes: those of README are run, the others parsed.
 
 The released checkpoint, a hub and a GPU stand no test, so each command gets the options in `MAPPING` on top: the demo's
 base in place of the released one, and a few steps in place of some epochs.
@@ -19,11 +19,12 @@ import soundfile
 import typer.main
 from commands import Command, run_script
 from processes import forked_proofs  # noqa: F401
+from with_parent import with_parent
 
 import higgstune
 from higgstune.cli.main import app
 from higgstune.data.manifest import Utterance, read_manifest
-from higgstune.families.higgs_v2.prompt import speech_messages
+from higgstune.data.messages import speech_messages
 
 ROOT = Path(__file__).parent.parent
 ASSETS = Path(higgstune.__file__).parent / "demo" / "assets"
@@ -36,7 +37,7 @@ MAPPING = {
     "higgstune speak": "--max-seconds 0.5",
     "higgstune doctor": "",
     "higgstune evaluate": "--limit 1",
-    "higgstune merge": "",
+    "higgstune export": "",
     "python unified_lora_training.py": "--base_ckpt base --epochs 1 --lr 5e-3 --warmup 0 --grad_accum 1",
 }
 # What makes the environment that this test runs in: .ci/run types it.
@@ -92,7 +93,7 @@ def test_every_block_of_the_readme_is_run_somewhere() -> None:
     kinds = [sorted({line.split()[1] for line in block}) for block in blocks()]
     assert kinds == [
         ["demo", "test"],
-        [".venv/bin/activate", "doctor", "evaluate", "inspect", "install", "merge", "prepare", "speak", "train"],
+        [".venv/bin/activate", "doctor", "evaluate", "export", "inspect", "install", "prepare", "speak", "train"],
         ["train"],
         ["speak", "unified_lora_training.py"],
     ]
@@ -104,6 +105,7 @@ def test_every_block_of_the_readme_is_run_somewhere() -> None:
     assert re.search(r"^install: \$\(INSTALLED\)$", makefile, re.MULTILINE)
 
 
+@pytest.mark.processes
 def test_the_real_thing(clone: Path, type_in: Callable[[str], str]) -> None:
     said = {line.split()[1]: type_in(line) for line in blocks()[1] if line not in ELSEWHERE}
     assert "<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>" in said["inspect"]
@@ -115,12 +117,13 @@ def test_the_real_thing(clone: Path, type_in: Callable[[str], str]) -> None:
     assert len(waveform) > 0
 
 
-def test_going_on_with_an_interrupted_run(clone: Path, type_in: Callable[[str], str]) -> None:
+@pytest.mark.processes
+def test_resuming_an_interrupted_run(clone: Path, type_in: Callable[[str], str]) -> None:
     prepare, train = (line for line in blocks()[1] if line.startswith(("higgstune prepare", "higgstune train")))
     [resume] = blocks()[2]
     type_in(prepare)
     process = subprocess.Popen(
-        [sys.executable, "-m", *words(train)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        with_parent([sys.executable, "-m", *words(train)]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 300
     while not (clone / "runs/voice/voice/checkpoints/checkpoint-2").exists():
@@ -133,6 +136,7 @@ def test_going_on_with_an_interrupted_run(clone: Path, type_in: Callable[[str], 
     assert (clone / "runs/voice/voice/adapter").is_dir()
 
 
+@pytest.mark.processes
 def test_two_stages_with_plain_flags(clone: Path, type_in: Callable[[str], str]) -> None:
     for line in blocks()[3]:
         type_in(line)
@@ -166,8 +170,8 @@ def test_the_prompt_in_the_docs_is_the_one_that_is_rendered() -> None:
 def test_every_fault_has_its_test() -> None:
     """What docs/reliability.md names; `::name` is of the file named before it, or of the faults of training."""
     for line in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").splitlines():
-        file = "tests/test_faults_of_training.py"
-        for named, test in re.findall(r"`((?:tests/\w+\.py)?)(?:::(\w+))?`", line):
+        file = "tests/training/test_faults_of_training.py"
+        for named, test in re.findall(r"`((?:tests/[\w/]+\.py)?)(?:::(\w+))?`", line):
             file = named or file
             text = (ROOT / file).read_text(encoding="utf-8")
             assert not test or f"\ndef {test}(" in text, f"{file}::{test}"

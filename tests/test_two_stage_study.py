@@ -1,4 +1,4 @@
-"""The study of two stages compares what it says: equal steps, other losses; the same sentences, other systems."""
+"""The study of two stages compares what it claims to: equal steps, other losses; the same sentences, other systems."""
 
 import importlib
 import json
@@ -46,7 +46,7 @@ def test_arms_have_the_same_steps_and_differ_in_what_stage_1_learns(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["few", "many", "real"])
-def test_what_is_unseen_and_the_voice_are_in_no_training_data(name: str, tmp_path: Path) -> None:
+def test_unseen_sentences_and_the_voice_are_not_in_the_training_data(name: str, tmp_path: Path) -> None:
     if name == "real" and not SPEECH.exists():
         pytest.skip(f"no real speech at {SPEECH}")
     recordings = tool("study_data")
@@ -91,19 +91,19 @@ def test_results_are_means_over_seeds_and_paired_differences_over_sentences(tmp_
     results.write_results(tmp_path)
     control, arm = json.loads((tmp_path / "results.json").read_text())["arms"]
     assert (control["arm"], control["differences"]) == ("full-full", {})
-    assert control["heard"][0]["wer"] == [0, 3 / 12]
-    assert arm["heard"][0]["wer"] == [6 / 12, 7 / 12]
+    assert control["speech"][0]["wer"] == [0, 3 / 12]
+    assert arm["speech"][0]["wer"] == [6 / 12, 7 / 12]
     assert arm["last"] == [5.5, 5.7]
     apart = arm["differences"]["trained"]
     assert apart["wer"]["value"] == pytest.approx(10 / 24)
-    assert apart["wer"]["p"] == 2 / 2**3  # every sentence is worse: the least that three can show
+    assert apart["wer"]["p"] == 2 / 2**3  # every sentence is worse: the smallest p of three pairs
     assert apart["ill"]["value"] == pytest.approx(1 / 3)
     assert arm["differences"]["unseen"]["wer"] == {"value": 0, "low": 0, "high": 0, "p": 1}
     text = (tmp_path / "results.md").read_text()
     assert "| many | 30% | text-full | 6.000 (6.000 to 6.000) | 5.600 (5.500 to 5.700) |" in text
     assert "| many | 30% | 3 trained | text-full | 54 (50 to 58) |" in text
     assert "| many | - | 3 trained | base | 100 |" in text
-    assert all((tmp_path / f"two_stage_{name}.png").stat().st_size > 5000 for name in ("curves", "heard", "share"))
+    assert all((tmp_path / f"two_stage_{name}.png").stat().st_size > 5000 for name in ("curves", "speech", "share"))
 
 
 def test_runs_that_spoke_other_sentences_are_not_paired() -> None:

@@ -4,7 +4,7 @@
     python tools/same_numbers.py compare before.json    after it, on the same machine
 
 Both train the demo's two stages with validations that speak (30 steps each, stopped and resumed in the second one), a
-run with audio attention and Whisper, and runs on two processes (DDP and FSDP2); evaluate, merge and export. What is
+run with audio attention and Whisper, and runs on two processes (DDP and FSDP2); evaluate and export. What is
 kept: every logged loss, learning rate and gradient norm, the codes and waveforms of what was spoken, measures, planned
 memory, and a checksum of each tensor that was written. All on one thread; a comparison is bit by bit. About 5 minutes.
 """
@@ -150,7 +150,7 @@ def run_values(run: Path) -> dict[str, Any]:
 
 def speech(run: Path) -> list[Any]:
     """Codes of sentences, greedy and drawn."""
-    from higgstune.families.higgs_v2.prompt import speech_messages
+    from higgstune.data.messages import speech_messages
     from higgstune.families.sampling import Sampling
     from higgstune.generate.engine import generate
     from higgstune.generate.speak import load_speaker
@@ -166,8 +166,8 @@ def speech(run: Path) -> list[Any]:
 
 def evaluation(world: Path) -> dict[str, Any]:
     out = world / "evaluation"
-    told = higgstune_verb("evaluate", world / "voice", "--out", out, "--limit", "3", "--json")
-    systems = json.loads(told)["systems"]
+    summary = higgstune_verb("evaluate", world / "voice", "--out", out, "--limit", "3", "--json")
+    systems = json.loads(summary)["systems"]
     waveforms = sorted(out.rglob("*.wav"), key=lambda path: digest(path.read_bytes()))
     return {
         "spoken": [digest(path.read_bytes()) for path in waveforms],

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from higgstune.evaluation.compare import compare as compare
     from higgstune.evaluation.evaluate import evaluate as evaluate
     from higgstune.exporting.export import export as export
-    from higgstune.exporting.merge import merge as merge
     from higgstune.families.higgs_v2.delay import build_frames as build_frames
     from higgstune.families.higgs_v2.prompt import render as render
     from higgstune.generate.speak import speak as speak
@@ -42,7 +41,6 @@ _HOME = {
     "load_model_and_tokenizers": "higgstune.model.load",
     "load_recipe": "higgstune.config.recipe",
     "load_whisper": "higgstune.codec.whisper_encoder",
-    "merge": "higgstune.exporting.merge",
     "plan": "higgstune.planning.report",
     "prepare": "higgstune.data.prepare",
     "render": "higgstune.families.higgs_v2.prompt",

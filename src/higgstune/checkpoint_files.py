@@ -1,74 +1,43 @@
-"""What lies in a checkpoint's folder, found out from its small files before any weight is read."""
+"""The files of a checkpoint's folder: what they say, and whether they are whole, before any weight is read."""
 
 import hashlib
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from higgstune.errors import CheckpointError
 from higgstune.files import write_file
 
+if TYPE_CHECKING:
+    from torch import Tensor  # torch is imported when tensors are read: a folder can be refused without it
+
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS = "model.safetensors"
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # of weights that may run code when they are loaded
-Kind = Literal["native", "original", "extended"]
-# What configuration classes and models raise for wrong types, sizes and names in a file from elsewhere.
-MALFORMED = (
-    ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError, RuntimeError, OSError,
-    StrictDataclassError,
-)  # fmt: skip
-_MAX_JSON = 64 << 20  # bytes; the index of the largest checkpoint has a few
-_MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # weights that may run code when they are loaded
+FOLDER_CARD = "higgstune.json"  # notes of Higgstune about a folder that it wrote
+FILES = "files"  # key of the card: {path from the folder: sha256}
+_MAX_JSON = 64 << 20  # bytes; the index of the largest checkpoint has a few MB
+_MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 _MAX_DEPTH = 64
-# The extended layout is the native one with modules that the native class does not have. It has a name of its own, so
-# that no other software takes it for a native checkpoint and leaves them out.
-MODEL_TYPES: dict[Any, Kind] = {
-    "higgs_audio_v2": "native", "higgs_audio": "original", "higgs_audio_v2_extended": "extended",
-}  # fmt: skip
+# What configuration classes and models raise for wrong types, sizes and names in a file of unknown origin.
+_MALFORMED = (
+    ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError, RuntimeError, OSError,
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A checkpoint's folder: which of the layouts, its config as written, and its weight files."""
+def malformed_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """The errors to catch, and `others`, where transformers builds something from a file of unknown origin."""
+    from huggingface_hub.errors import StrictDataclassError
 
-    folder: Path
-    kind: Kind
-    config: dict[str, Any]
-    weights: tuple[Path, ...]
-    keys: frozenset[str]
-
-    @property
-    def bytes(self) -> int:
-        """Of its weight files."""
-        return sum(path.stat().st_size for path in self.weights)
-
-
-def read_layout(folder: Path) -> Layout:
-    """Check that config and weights are there and whole. Raises CheckpointError naming the file and what to do."""
-    config = read_json(folder / "config.json", "it is no checkpoint folder without it")
-    kind = MODEL_TYPES.get(config.get("model_type"))
-    if kind is None:
-        expected = ", ".join(f"{model_type} ({kind})" for model_type, kind in MODEL_TYPES.items())
-        raise CheckpointError(
-            f"{folder / 'config.json'} has the model_type {config.get('model_type')!r}: expected one of {expected}"
-        )
-    weights = weight_files(folder)
-    keys: set[str] = set()
-    for file in weights:
-        keys |= safetensors_keys(file)
-    return Layout(folder, kind, config, weights, frozenset(keys))
+    return (*_MALFORMED, StrictDataclassError, *others)
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError when it is missing (with `why` it matters) or broken."""
+    """A JSON object from a file. Raises CheckpointError when it is missing (`why` says why it matters) or broken."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_JSON + 1)
@@ -77,7 +46,7 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if len(content) > _MAX_JSON:
-        raise CheckpointError(f"{path} is larger than {_MAX_JSON >> 20} MB, which it cannot be: download it again")
+        raise CheckpointError(f"{path} is larger than {_MAX_JSON >> 20} MB, which no such file is: download it again")
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -90,7 +59,7 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether walking through it could exhaust the stack."""
+    """Whether a recursive walk through a value could exhaust the stack."""
     level, depth = [value], 0
     while level and depth <= _MAX_DEPTH:
         level = [
@@ -106,7 +75,7 @@ def _is_deep(value: Any) -> bool:
 def safetensors_keys(path: Path) -> set[str]:
     """The tensor names of a safetensors file, from its header alone.
 
-    Raises CheckpointError when the file is missing, or shorter than its header says (a download that broke off).
+    Raises CheckpointError when the file is missing, or shorter than its header says (an interrupted download).
     """
     try:
         with path.open("rb") as file:
@@ -118,12 +87,12 @@ def safetensors_keys(path: Path) -> set[str]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not written:
-        raise CheckpointError(f"{path} is truncated or no safetensors file: copy or download it again")
+        raise CheckpointError(f"{path} is truncated or not a safetensors file: copy or download it again")
     try:
         header = json.loads(written)
         header.pop("__metadata__", None)
         needed = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except MALFORMED as error:
+    except _MALFORMED as error:
         raise CheckpointError(f"{path} has a broken header: copy or download it again") from error
     if size < needed:
         raise CheckpointError(f"{path} is truncated ({size} of {needed} bytes): copy or download it again")
@@ -140,14 +109,14 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         names = sorted({str(name) for name in shards.values()})
         if odd := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
             raise CheckpointError(
-                f"{index} names the weight file {odd[0]!r}: it may name safetensors files of its own folder alone"
+                f"{index} names the weight file {odd[0]!r}: it may name only safetensors files in its own folder"
             )
         return tuple(folder / name for name in names)
     if (folder / SAFETENSORS).exists():
         return (folder / SAFETENSORS,)
     if is_pickled(folder):
         raise CheckpointError(
-            f"{folder} has pickled weights (.bin, .pt, ...) only: they can run code when loaded and are not read; "
+            f"{folder} has only pickled weights (.bin, .pt, ...), which can run code when loaded and are never read: "
             "convert them to safetensors"
         )
     raise CheckpointError(f"{folder} has neither {SAFETENSORS} nor {SAFETENSORS_INDEX}: the weights are missing")
@@ -158,25 +127,23 @@ def is_pickled(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in PICKLED)
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> "dict[str, Tensor]":
     """The tensors of a safetensors file. Raises CheckpointError naming a file that is missing, truncated or broken."""
-    safetensors_keys(file)  # tells a truncated file with a message of its own
+    from safetensors.torch import load_file
+
+    safetensors_keys(file)  # a truncated file has a message of its own
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}): copy or download it again") from error
 
 
-def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
+def read_weights(files: Sequence[Path]) -> "dict[str, Tensor]":
     """All tensors of a checkpoint's files. Raises CheckpointError naming a file that is missing or truncated."""
     state: dict[str, Tensor] = {}
     for file in files:
         state |= read_tensors(file)
     return state
-
-
-FOLDER_CARD = "higgstune.json"  # what Higgstune notes of a folder that it wrote
-FILES = "files"  # its key: {path from the folder: sha256}
 
 
 def sha256_of(path: Path) -> str:
@@ -189,20 +156,20 @@ def sha256_of(path: Path) -> str:
 
 
 def folder_card(folder: Path) -> dict[str, Any]:
-    """What Higgstune noted of a folder; empty for one from elsewhere. Raises CheckpointError when it is broken."""
+    """Higgstune's notes on a folder; empty for a folder of another origin. Raises CheckpointError when broken."""
     path = folder / FOLDER_CARD
     return read_json(path, "") if path.exists() else {}
 
 
 def write_checksums(folder: Path, **notes: Any) -> None:
-    """Record the sha256 of every weight file below a folder, and `notes` beside them, in `higgstune.json`."""
+    """Record in the folder card the sha256 of every weight file below a folder, and `notes`."""
     files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(folder.rglob("*.safetensors"))}
     card = folder_card(folder) | notes | {FILES: files}
     write_file(folder / FOLDER_CARD, json.dumps(card, indent=2, ensure_ascii=False))
 
 
 def check_checksums(folder: Path) -> None:
-    """Compare each recorded weight file with its checksum. A folder that records none passes.
+    """Compare each recorded weight file with its checksum. A folder without records passes.
 
     Raises CheckpointError naming the file that is missing or has changed.
     """
@@ -211,13 +178,15 @@ def check_checksums(folder: Path) -> None:
         raise CheckpointError(f"{folder / FOLDER_CARD}: {FILES} must map file names to checksums; copy it again")
     for name, recorded in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"{folder / FOLDER_CARD} names a file outside of its folder: {name}; copy it again")
+            raise CheckpointError(
+                f"{folder / FOLDER_CARD} names the file {name}, which is outside of its folder: copy it again"
+            )
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing: {FOLDER_CARD} says that it belongs here; copy the folder again")
+            raise CheckpointError(f"{path} is missing: {FOLDER_CARD} lists it; copy the folder again")
         found = sha256_of(path)
         if found != recorded:
             raise CheckpointError(
                 f"{path} is not the file that was written: its sha256 is {found[:16]}..., {FOLDER_CARD} records "
-                f"{str(recorded)[:16]}...; copy the folder again, or write it anew"
+                f"{str(recorded)[:16]}...; copy the folder again, or write it again"
             )

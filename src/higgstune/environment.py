@@ -1,18 +1,22 @@
-"""What something was made with: versions of Python and packages, the machine, the device."""
+"""The environment of a run: versions of Python and packages, the machine, the device and the dtype."""
 
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from higgstune.errors import ConfigError
 
+if TYPE_CHECKING:  # torch is imported where it is needed: a misspelt device is refused without it
+    import torch
+    from torch import Tensor
+
+_DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")
 _PACKAGES = ("higgstune", "torch", "transformers", "peft", "bitsandbytes", "numpy", "jiwer", "faster-whisper")
 
 
-def versions(device: torch.device | None = None) -> dict[str, str]:
-    """By name; of packages those that are installed."""
+def versions(device: "torch.device | None" = None) -> dict[str, str]:
+    """The versions of Python and of the installed packages, the machine and, if given, the device, by name."""
     found = {"Python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
     for name in _PACKAGES:
         try:
@@ -20,12 +24,22 @@ def versions(device: torch.device | None = None) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     if device is not None:
+        import torch
+
         found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return found
 
 
-def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """The given device, else CUDA where there is one, else the CPU. Raises ConfigError for one that is not there."""
+def check_device_name(device: str | None) -> None:
+    """Raise ConfigError for a name of no possible device, without importing PyTorch."""
+    if device is not None and not _DEVICE.fullmatch(device):
+        raise ConfigError(f"unknown device {device!r}: auto, cpu, cuda or cuda:N")
+
+
+def choose_device(device: "str | torch.device | None" = None) -> "torch.device":
+    """The given device, else CUDA if available, else the CPU. Raises ConfigError for an unavailable device."""
+    import torch
+
     if device is None or str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -33,12 +47,14 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"unknown device {device!r}: cpu, cuda or cuda:N") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {device} was asked for, but PyTorch {torch.__version__} sees no CUDA device here")
+        raise ConfigError(f"device {device} is not available: PyTorch {torch.__version__} sees no CUDA device here")
     return chosen
 
 
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The given dtype, else bf16 where the device computes in it natively, else float32. Raises ConfigError."""
+def choose_dtype(dtype: "str | torch.dtype | None", device: "torch.device") -> "torch.dtype":
+    """The given dtype, else bfloat16 if the device computes in it natively, else float32. Raises ConfigError."""
+    import torch
+
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is None or dtype == "auto":
@@ -50,6 +66,6 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     return named[dtype]
 
 
-def to_device_async(value: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device: from pinned memory, so that a GPU's queue of work goes on."""
+def to_device_async(value: "Tensor", device: "torch.device") -> "Tensor":
+    """Copy a CPU tensor to a device, from pinned memory, so that the copy does not block a GPU's queue."""
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)

@@ -7,7 +7,7 @@
     │   └── CheckpointError   a checkpoint, an adapter, a tokenizer, a codec
     └── WorkError             the input was fine and the work failed        (exit code 1)
         ├── Interrupted       a signal ended it                         (exit code 128 + the signal)
-        ├── TrainingError     a run that must not go on
+        ├── TrainingError     a run that must stop
         └── VerificationError what was saved is not what was trained
 
 A message says what is wrong, where, and what to do.
@@ -45,16 +45,16 @@ class WorkError(HiggstuneError, RuntimeError):
 
 
 class Interrupted(WorkError):
-    """A signal ended the work; what is needed to go on is kept."""
+    """A signal ended the work; everything needed to resume it is kept."""
 
     def __init__(self, number: int, message: str = "nothing is lost") -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}: {message}")
         self.number = number
-        self.exit_code = 128 + number  # as shells say it
+        self.exit_code = 128 + number  # as in shells
 
 
 class TrainingError(WorkError):
-    """A training run must not go on."""
+    """A training run must stop."""
 
 
 class VerificationError(WorkError):

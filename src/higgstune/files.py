@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what is said where the disk refuses them."""
+"""Files that are written whole or not at all, and the errors of a disk that refuses them."""
 
 import errno
 import os
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
@@ -25,11 +24,12 @@ _ADVICE = {
     errno.ENOLCK: "name a folder on a file system that can lock files (flock)",
     errno.EOPNOTSUPP: "name a folder on a file system that can lock files (flock)",
 }
+NOTHING_KEPT = "nothing of it was kept"
 
 
 @contextmanager
 def writing(path: Path, kept: str, *, again: str = "run it again") -> Iterator[None]:
-    """Raises WorkError, in place of what the disk refuses inside of it: see `refusal`."""
+    """Turn what the disk refuses into a WorkError: see `refusal`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -38,12 +38,12 @@ def writing(path: Path, kept: str, *, again: str = "run it again") -> Iterator[N
 
 def refusal(path: Path, error: Exception, kept: str, *, again: str = "run it again") -> str:
     """Why a file cannot be written, what is kept (a clause), and what to do."""
-    number, said = (error.errno or 0, error.strerror) if isinstance(error, OSError) else (0, None)
+    number, reason = (error.errno or 0, error.strerror) if isinstance(error, OSError) else (0, None)
     advice = ", and ".join(filter(None, [_ADVICE.get(number), again]))
-    return f"{path} cannot be written: {said or error}; {kept}: {advice}"
+    return f"{path} cannot be written: {reason or error}; {kept}: {advice}"
 
 
-def write_file(path: Path, text: str, *, kept: str = "it is as it was") -> None:
+def write_file(path: Path, text: str, *, kept: str = "the old file is unchanged") -> None:
     """Replace a text file in one step, so that a reader sees the old or the new one. Raises WorkError, with `kept`."""
     temporary = path.with_name(f".{path.name}.new")
     with writing(path, kept):
@@ -61,7 +61,7 @@ def write_file(path: Path, text: str, *, kept: str = "it is as it was") -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Let the files of a folder, and their names, reach the disk."""
+    """Flush the files of a folder, and their names, to the disk."""
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -69,8 +69,8 @@ def sync_files(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Let the names in a folder reach the disk."""
-    if not hasattr(os, "O_DIRECTORY"):  # Windows has no handle of a folder to sync
+    """Flush the names in a folder to the disk."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot sync a folder
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -81,18 +81,18 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def alone_in(folder: Path, what: str, kept: str) -> Iterator[None]:
-    """Keep a second one of `what` (a preparation) away from a folder, which is made; one that was killed lets go.
+    """Hold a folder, made if needed, for one `what` (a preparation) at a time; a killed process lets go of it.
 
-    Raises DataError where there is another one, or the folder is none; WorkError, with `kept`, where the disk refuses.
+    Raises DataError when another one holds it or it is not a folder; WorkError, with `kept`, when the disk refuses.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_file(folder / f".{what}.lock")
         lock.acquire(timeout=0)
     except Timeout:
-        raise DataError(f"another {what} is writing to {folder}: wait for its end, or name another folder") from None
+        raise DataError(f"another {what} is writing to {folder}: wait for it to end, or name another folder") from None
     except (FileExistsError, NotADirectoryError) as error:
-        raise DataError(f"{folder} is no folder: name one for the {what}") from error
+        raise DataError(f"{folder} is not a folder: name one for the {what}") from error
     except OSError as error:
         raise WorkError(refusal(folder, error, kept)) from error
     try:
@@ -102,46 +102,40 @@ def alone_in(folder: Path, what: str, kept: str) -> Iterator[None]:
 
 
 def lock_file(path: Path) -> FileLock:
-    """A lock that its process lets go of however it ends.
+    """A lock that is released however its process ends.
 
-    Taking it raises OSError where the file system cannot: a mere file would outlive a job that was killed.
+    Acquiring it raises OSError where the file system has no locks: a plain file would outlive a killed job.
     """
     return FileLock(path, fallback_to_soft=False)
 
 
 def check_new(out: Path, *untouched: Path) -> None:
-    """Raises ConfigError when `out` exists, or would lie inside a folder that is left as it is."""
+    """Raise ConfigError when `out` exists, or would lie inside a folder that must not change."""
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out} exists and is not overwritten: remove it, or give another --out")
     for folder in untouched:
         if out.resolve().is_relative_to(folder.resolve()):
-            raise ConfigError(f"{out} would lie inside {folder}, which is left as it is: give another --out")
+            raise ConfigError(f"{out} would lie inside {folder}, which is not changed: give another --out")
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` to write into; it gets the name `out` at the end, and is removed on any error.
+    """An empty folder beside `out` to write into; it is renamed to `out` at the end, and removed on any error.
 
-    Raises WorkError where the disk refuses, or a device's memory is too small.
+    Raises WorkError where the disk refuses.
     """
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        with writing_folder(out):
+        with writing(out, NOTHING_KEPT):
             temporary.mkdir(parents=True)
         yield temporary
         check_new(out)
-        with writing_folder(out):
+        with writing(out, NOTHING_KEPT):
             os.replace(temporary, out)
-    except torch.OutOfMemoryError as error:
-        raise WorkError(f"the model does not fit into the device's memory: use --device cpu [{error}]") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextmanager
-def writing_folder(out: Path) -> Iterator[None]:
-    """Raises WorkError where the disk refuses."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise WorkError(f"{out} cannot be written: {error}; make room, or give another --out") from error
+def format_bytes(count: float) -> str:
+    """A number of bytes for people, in MB below 1 GB: 872 MB, 4.22 GB."""
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

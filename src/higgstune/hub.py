@@ -3,23 +3,27 @@
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from higgstune.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Weights as safetensors only: a pickle from a stranger runs code when it is loaded.
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
 _WEIGHTS = ["*.safetensors"]
+
+
+def local_folder(name_or_path: str | Path, *, what: str) -> Path | None:
+    """The folder of a checkpoint, an adapter or a codec on this disk; None for what can only be a hub id.
+
+    Raises CheckpointError when it is a file, or neither a folder nor spelt like a hub id.
+    """
+    folder, name = Path(name_or_path).expanduser(), str(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"the {what} {name} is a file: name the folder that holds it")
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"the {what} {name} does not exist: give a folder or a hub id such as owner/name")
+    return None
 
 
 def fetch(
@@ -32,16 +36,23 @@ def fetch(
 ) -> Path:
     """The folder of a checkpoint, an adapter or a codec (`what` names it in errors), with or without its weights.
 
-    Raises CheckpointError when it is neither a folder here nor a repository that can be fetched, with what to do.
+    Raises CheckpointError, with what to do, when it is neither a local folder nor a repository that can be fetched.
     """
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
+    folder, name = local_folder(name_or_path, what=what), str(name_or_path)
+    if folder is not None:
         return folder
-    name = str(name_or_path)
-    if folder.exists():
-        raise CheckpointError(f"the {what} {name} is a file: name the folder that holds it")
-    if not _HUB_ID.fullmatch(name):
-        raise CheckpointError(f"the {what} {name} does not exist: give a folder or a hub id such as owner/name")
+    # Imported here, not above: a wrong path is refused without the hub's client.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     try:
         files = _SMALL_FILES + (_WEIGHTS if weights else [])
         return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=files))
@@ -54,13 +65,19 @@ def fetch(
         raise CheckpointError(f"the {what} {name} has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"the {what} {name} is neither a folder here nor a repository at the hub that this login can see: "
+            f"the {what} {name} is neither a local folder nor a repository at the hub that this login can see: "
             "check the spelling; a private one needs `hf auth login`"
         ) from error
     except HFValidationError as error:
-        raise CheckpointError(f"the {what} {name} is neither a folder here nor a valid hub id: {error}") from error
+        raise CheckpointError(f"the {what} {name} is neither a local folder nor a valid hub id: {error}") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"the {what} {name} is not a folder here, not in the hub's cache, and the hub could not be reached: "
+            f"the {what} {name} is neither a local folder nor in the hub's cache, and the hub could not be reached: "
             f"download it where there is a network (`hf download {name}`) and give its folder [{error}]"
         ) from error
+
+
+def check_name(name_or_path: str | Path, *, what: str) -> None:
+    """Raise CheckpointError for a name that is neither a folder nor spelt like a hub id; the hub is not contacted."""
+    if not _HUB_ID.fullmatch(str(name_or_path)):
+        fetch(name_or_path, what=what)

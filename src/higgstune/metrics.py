@@ -1,32 +1,36 @@
-"""The metrics of an evaluation, and what an evaluation is.
+"""The metrics of an evaluation, and the `Evaluation` that holds their values.
 
 Every metric is a ratio of two sums over clips, so that all have the same interval and the same paired comparison: a
-word error rate is the sum of `word_errors` over that of `words`, a mean has 1 for each clip below.
+word error rate is the sum of `word_errors` over that of `words`; the denominator of a mean is 1 for each clip.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
 
 Better = Literal["lower", "higher", "one", "zero", "none"]  # "one", "zero": the nearer the better
+ClipRow = Mapping[str, str | float]  # a clip's id, text, transcript, ... and its columns of `METRICS`
+NOT_MEASURED = "not measured"
+SIGNIFICANT = 0.05
+Verdict = Literal["better", "worse", "no clear difference", NOT_MEASURED]  # type: ignore[valid-type]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured: the sum of a column of the clips' rows over that of another, or over their number."""
+    """The sum of a column of the clips' rows over that of another column, or over the number of clips."""
 
     name: str  # in results and in rules
     label: str  # for people
     better: Better
     column: str
     per: str | None = None
-    unit: str = ""  # of what is shown: s, semitones
+    unit: str = ""  # of the displayed value: s, semitones
     percent: bool = False
 
 
-# Rows of clips have these columns, each a number, or nothing where it was not measured.
+# Rows of clips have these columns, each a number; a row lacks those that were not measured.
 METRICS = (
     Metric("wer", "word error rate", "lower", "word_errors", "words", percent=True),
     Metric("cer", "character error rate", "lower", "char_errors", "chars", percent=True),
@@ -56,7 +60,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric's value over clips, with its 95 % bootstrap interval; of one clip, that is the value itself."""
+    """A metric's value over clips, with its 95 % bootstrap interval; for a single clip, that is the value itself."""
 
     value: float
     low: float
@@ -66,10 +70,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of one system minus that of another on the same clips; `p` of a paired permutation test.
+    """A metric of one system minus that of another on the same clips; `p` is from a paired permutation test.
 
-    Where 0 or 1 is best, `p` is of the clips' distances from it. `p_holm` is that of all metrics of a comparison
-    together, but for those that are the same in every clip.
+    If 0 or 1 is best, the test compares the clips' distances from it. `p_holm` corrects for all metrics of a
+    comparison, except those that are equal in every clip.
     """
 
     value: float
@@ -94,14 +98,17 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of a set of clips, by whom, and what was not."""
+    """The measurements of a set of clips, the judges behind them, and what was not measured."""
 
     judges: dict[str, str]  # by role (asr, speaker, naturalness, pitch): name and version
     summary: dict[str, Estimate]  # by metric
     not_measured: dict[str, str]  # by metric: why
-    clips: list[dict[str, Any]]  # one a clip: id, text, heard, and columns of `METRICS`
+    clips: Sequence[ClipRow]
     confusion: Confusion | None = None
-    settings: dict[str, Any] = field(default_factory=dict)  # how the clips were made
+
+    def without_clips(self) -> dict[str, Any]:
+        """As JSON, without the rows of the clips."""
+        return {key: value for key, value in asdict(replace(self, clips=[])).items() if key != "clips"}
 
     def to_json(self) -> str:
         """As it is written beside the clips."""
@@ -112,14 +119,14 @@ class Evaluation:
         """From what `to_json` wrote. Raises KeyError, TypeError for anything else."""
         confusion = values["confusion"]
         return cls(
-            **{key: values[key] for key in ("judges", "not_measured", "clips", "settings")},
+            **{key: values[key] for key in ("judges", "not_measured", "clips")},
             summary={name: Estimate(**estimate) for name, estimate in values["summary"].items()},
             confusion=None if confusion is None else Confusion(**confusion),
         )
 
 
 def shown(metric: Metric, value: float) -> str:
-    """A value for people."""
+    """A value as text, with its unit."""
     if metric.percent:
         return f"{round(100 * value, 1) + 0.0:.1f} %"  # + 0: no minus before a zero
     return f"{round(value, 2) + 0.0:.2f} {metric.unit}".strip()
@@ -130,14 +137,9 @@ def by_name(names: Sequence[str]) -> list[Metric]:
     return [metric for metric in METRICS if metric.name in names]
 
 
-NOT_MEASURED = "not measured"
-SIGNIFICANT = 0.05
-Verdict = Literal["better", "worse", "no clear difference", NOT_MEASURED]  # type: ignore[valid-type]
-
-
 def verdict(metric: Metric, before: Estimate | None, after: Estimate | None, difference: Difference | None) -> Verdict:
-    """Better or worse; neither where p of all metrics together is 0.05 or more, or none of both is better."""
-    if difference is None or before is None or after is None or not _finite(difference.value, difference.p_holm):
+    """Better or worse; neither if the corrected p (`p_holm`) is 0.05 or more, or if the metric has no better side."""
+    if difference is None or before is None or after is None or not is_finite(difference.value, difference.p_holm):
         return NOT_MEASURED
     if difference.p_holm >= SIGNIFICANT or metric.better == "none":
         return "no clear difference"
@@ -150,5 +152,6 @@ def verdict(metric: Metric, before: Estimate | None, after: Estimate | None, dif
     return "better" if gain > 0 else "worse"
 
 
-def _finite(*values: float) -> bool:
+def is_finite(*values: float) -> bool:
+    """Whether no value is NaN or infinite."""
     return all(math.isfinite(value) for value in values)

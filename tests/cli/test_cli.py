@@ -1,6 +1,7 @@
 """The command: every verb, its help, its JSON, its exit codes."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -16,9 +17,12 @@ from tiny_checkpoint import save_tiny_checkpoint
 from tiny_runs import DEMO_CODEC, make_recordings
 
 import higgstune
+from higgstune.cli.output import mute_libraries
 from higgstune.errors import Interrupted
 
-VERBS = ("prepare", "inspect", "train", "speak", "merge", "export", "doctor", "demo")
+VERBS = ("prepare", "inspect", "train", "speak", "evaluate", "compare", "export", "doctor", "demo")
+
+RECIPE = "data: {store: store}\nmodel: {checkpoint: x/y}\nstages: [{name: a, kind: full, epochs: 1}]\n"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(DEMO_CODEC, folder / "base" / "codec")
     make_recordings(folder / "recordings")
     (folder / "recordings" / "broken.wav").write_bytes(b"RIFF")
-    (folder / "recordings" / "broken.txt").write_text("Not to be heard.")
+    (folder / "recordings" / "broken.txt").write_text("Not to be used.")
     return folder
 
 
@@ -44,6 +48,16 @@ def test_every_verb_has_help_with_an_example(command: Command) -> None:
         assert "--json" in out
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_fits_80_columns_and_shows_no_ranges(command: Command, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = command(verb, "--help")
+    assert max(map(len, out.splitlines())) <= 80
+    assert "<=" not in out.replace('"wer <= 0.1"', "")  # but for an example of a rule
+    assert len(out.splitlines()) < 65
+
+
+@pytest.mark.processes
 def test_help_and_import_do_not_bring_torch() -> None:
     check = "import sys, higgstune, higgstune.cli.main; assert 'torch' not in sys.modules; print(higgstune.__version__)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
@@ -57,6 +71,7 @@ def test_the_public_names_are_there() -> None:
         _ = higgstune.no_such
 
 
+@pytest.mark.processes
 def test_from_recordings_to_speech(world: Path, command: Command) -> None:
     store, run = world / "data", world / "run"
     code, out, _ = command(
@@ -72,7 +87,7 @@ def test_from_recordings_to_speech(world: Path, command: Command) -> None:
     row = json.loads(out)
     assert code == 0
     assert row["prompt"].endswith("<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>")
-    assert row["audio_label_cells"] == 8 * (row["frames"] + 1)
+    assert row["audio_label_entries"] == 8 * (row["frames"] + 1)
     assert row["audio_rows"] == row["frames"] + 9
     code, out, _ = command("inspect", store, "--row", row["id"])
     assert code == 0
@@ -109,34 +124,111 @@ def test_from_recordings_to_speech(world: Path, command: Command) -> None:
     assert len(list((world / "lines").glob("*.wav"))) == 2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "names"),
-    [
-        (("prepare", "nowhere", "--out", "x"), "nowhere"),
-        (("inspect", "nowhere"), "nowhere"),
-        (("train", "nowhere.yaml", "--out", "x"), "nowhere.yaml"),
-        (("speak", "Hello.", "--model", "/no/where"), "/no/where"),
-        (("speak",), "a text or --file"),
-        (("speak", "--file", "nowhere.txt", "--model", "x"), "nowhere.txt"),
-        (("speak", "Hello.", "--model", "x", "--temperature", "-1"), "temperature"),
-        (("speak", "Hello.", "--adapter", "/no/where"), "neither an adapter"),
-        (("no-such-verb",), "No such command"),
-    ],
+# Wrong in a way that needs no model to be seen: arguments, and what the error names. `run` is a run, `store` a store.
+WRONG = (
+    (("prepare", "nowhere", "--out", "x"), "nowhere"),
+    (("prepare", "notes.txt", "--out", "x"), "notes.txt is of an unknown kind"),
+    (("prepare", "store", "--out", "x", "--max-seconds", "0"), "must be above 0"),
+    (("inspect", "nowhere"), "nowhere is not a code store"),
+    (("speak",), "a text or --file"),
+    (("speak", "Hello."), "--adapter"),
+    (("speak", "Hello.", "--model", "/no/where"), "/no/where"),
+    (("speak", "Hello.", "--adapter", "/no/where"), "neither an adapter"),
+    (("speak", "Hello.", "--adapter", "run", "--out", "x.mp3"), "speech is written as .wav"),
+    (("speak", "Hello.", "--adapter", "run", "--device", "gpu"), "unknown device"),
+    (("speak", "Hello.", "--adapter", "run", "--reference", "nowhere.wav"), "nowhere.wav"),
+    (("speak", "Hello.", "--adapter", "run", "--reference-text", "Hello."), "--reference"),
+    (("speak", "--file", "nowhere.txt", "--model", "x/y"), "nowhere.txt"),
+    (("speak", "Hello.", "--model", "x/y", "--temperature", "-1"), "temperature"),
+    (("speak", "Hello.", "--model", "x/y", "--top-p", "0"), "must be above 0 and at most 1"),
+    (("evaluate", "/no/where"), "/no/where"),
+    (("evaluate", "run", "--set", "nowhere.txt"), "nowhere.txt"),
+    (("evaluate", "run", "--data", "nowhere"), "nowhere is not a code store"),
+    (("evaluate", "run", "--guard", "en", "--no-base"), "--no-base"),
+    (("compare", "run", "--out", "x"), "two or more"),
+    (("export", "nowhere", "--out", "x"), "nowhere"),
+    (("export", "run", "--out", "run"), "is not overwritten"),
+    (("export", "run", "--out", "x", "--format", "gguf"), "'native', 'extended', 'boson', 'peft'"),
+    (("export", "run", "--out", "x", "--format", "peft", "--dtype", "float32"), "--dtype has no effect"),
+    (("export", "run"), "Missing option '--out'"),
+    (("doctor", "--device", "gpu"), "unknown device"),
+    (("demo", "--out", "run"), "remove it"),
+    (("no-such-verb",), "No such command"),
+    (("train", "nowhere.yaml", "--out", "x"), "nowhere.yaml"),
+    (("train", "recipe.yaml", "--out", "x", "--set", "seeed=1"), "seeed"),
+    (("train", "recipe.yaml", "--out", "x", "--set", "data.store=nowhere"), "nowhere is not a code store"),
+    (("train", "recipe.yaml"), "--out"),
 )
-def test_wrong_input_exits_with_2_and_says_what_is_wrong(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], names: str
+HEAVY = {"torch", "transformers", "peft", "pyarrow", "scipy", "bitsandbytes"}
+REFUSE_ALL = """
+import json, sys
+from higgstune.cli.main import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["higgstune", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        print(json.dumps([ended.code, sorted(set(HEAVY) & sys.modules.keys())]))
+    sys.stderr.write("\\0")
+"""
+
+
+@pytest.fixture
+def wrong_inputs(tmp_path: Path) -> Path:
+    """A working folder with something of the right kind where an error is to be about something else."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "adapter_config.json").write_text("{}")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "store.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("A note.")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def test_wrong_input_is_refused_in_one_layout_before_heavy_imports(wrong_inputs: Path) -> None:
+    script = REFUSE_ALL.replace("HEAVY", repr(sorted(HEAVY)))
+    words = json.dumps([arguments for arguments, _ in WRONG])
+    done = subprocess.run(
+        [sys.executable, "-c", script, words], capture_output=True, text=True, cwd=wrong_inputs, check=True
+    )
+    before = sorted(path.name for path in wrong_inputs.iterdir())
+    for (arguments, names), line, said in zip(WRONG, done.stdout.splitlines(), done.stderr.split("\0"), strict=False):
+        code, heavy = json.loads(line)
+        assert code == 2, arguments
+        assert heavy == [], arguments
+        assert said.startswith("error: "), arguments
+        assert names in said, arguments
+        assert not set(said) & set("╭│╰"), arguments
+    assert sorted(path.name for path in wrong_inputs.iterdir()) == before
+
+
+@pytest.mark.parametrize(("option", "announced"), [((), True), (("--json",), False)])
+def test_what_takes_time_is_announced_on_stderr(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...], announced: bool
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, _, err = command(*arguments)
-    assert code == 2
-    assert names in err
-    assert "Traceback" not in err
-    assert not list(tmp_path.glob("*.wav"))
+    monkeypatch.setattr("higgstune.generate.speak.speak", lambda *_, **__: [tmp_path / "x.wav"])
+    code, out, err = command("speak", "Hello.", "--model", "x/y", "--out", tmp_path / "x.wav", *option)
+    assert code == 0
+    assert "x.wav" in out
+    assert ("loading the model ..." in err) == announced
+
+
+def test_a_warning_that_nobody_can_act_on_is_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+    mute_libraries()
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no kernels")
+    logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
 
 
 @pytest.mark.parametrize(("ends", "code"), [(signal.SIGTERM, 143), (Interrupted(signal.SIGINT, "kept"), 130)])
 def test_signals_have_the_exit_codes_of_shells(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: int | Interrupted, code: int
+    command: Command,
+    wrong_inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ends: int | Interrupted,
+    code: int,
 ) -> None:
     def stopped(*_: Any, **__: Any) -> None:
         if isinstance(ends, Interrupted):
@@ -145,18 +237,10 @@ def test_signals_have_the_exit_codes_of_shells(
         time.sleep(10)
 
     monkeypatch.setattr("higgstune.training.run.train", stopped)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("data: {store: x}\nstages: [{name: a, kind: full, epochs: 1}]\n")
-    found, _, said = command("train", recipe, "--out", tmp_path / "run")
+    monkeypatch.chdir(wrong_inputs)
+    found, _, said = command("train", "recipe.yaml", "--out", tmp_path / "new")
     assert found == code
     assert f"stopped by {signal.Signals(code - 128).name}" in said
-
-
-def test_the_demo_does_not_write_over_anything(command: Command, tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
-    code, _, err = command("demo", "--out", tmp_path)
-    assert code == 2
-    assert "remove it" in err
 
 
 # Where the public names live: each module is the first of ours that is imported; torch and others stay loaded.
@@ -175,5 +259,6 @@ for name in ("prepare", "train", "speak", "render"):
 """
 
 
+@pytest.mark.processes
 def test_verbs_stay_functions_whatever_was_imported() -> None:
     subprocess.run([sys.executable, "-c", EACH_FIRST], check=True)

@@ -60,7 +60,7 @@ def test_codes_follow_the_input_and_nothing_else(codec: Codec, folder: Path) -> 
     np.testing.assert_array_equal(load_codec(folder).encode(clip), codes)
 
 
-def test_agrees_with_the_model_called_directly(codec: Codec) -> None:
+def test_equals_the_model_called_directly(codec: Codec) -> None:
     clip, model = noise(9_600), codec._model
     with torch.no_grad():
         codes = model.encode(torch.from_numpy(clip)[None, None], return_dict=False)
@@ -93,7 +93,7 @@ def test_decodes_any_integer_type(codec: Codec, integers: type) -> None:
         (np.zeros((3, 8)), "float64"),
     ],
 )
-def test_what_no_codebook_holds_is_refused(codec: Codec, codes: np.ndarray, message: str) -> None:
+def test_codes_that_no_codebook_has_are_refused(codec: Codec, codes: np.ndarray, message: str) -> None:
     with pytest.raises(DataError, match=message):
         codec.decode(codes)
 
@@ -138,14 +138,14 @@ def test_broken_weights_are_an_error(folder: Path, tmp_path: Path) -> None:
         (json.dumps({"n_filters": 32}), r"\"model_type\" is None.*model\.pth"),
     ],
 )
-def test_a_folder_that_is_no_codec_is_refused(tmp_path: Path, config: str | None, message: str) -> None:
+def test_a_folder_without_a_codec_is_refused(tmp_path: Path, config: str | None, message: str) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(CheckpointError, match=message):
         load_codec(tmp_path)
 
 
-def test_a_name_that_is_nothing_is_refused() -> None:
+def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(CheckpointError, match="give a folder or a hub id"):
         load_codec("no/such/folder")
 
@@ -153,9 +153,12 @@ def test_a_name_that_is_nothing_is_refused() -> None:
 def test_a_codec_has_one_revision_wherever_it_comes_from(
     codec: Codec, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    snapshot = shutil.copytree(folder, tmp_path / "0a1b2c")
-    monkeypatch.setattr("higgstune.codec.fetch", lambda name, **options: snapshot)
-    assert load_codec("owner/codec").revision == codec.revision
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached, commit = tmp_path / "models--owner--codec", "0a1b2c3d4e5f60718293a4b5c6d7e8f901234567"
+    shutil.copytree(folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    assert load_codec("owner/codec", cache_dir=tmp_path).revision == codec.revision
 
 
 def test_transformers_gives_the_real_class_afterwards(codec: Codec) -> None:

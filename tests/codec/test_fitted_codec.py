@@ -92,8 +92,8 @@ def test_a_fit_is_repeatable_and_survives_its_folder(tmp_path: Path) -> None:
     fitted = MelCodec.fit(clips, seed=3, config=SMALL)
     fitted.save_pretrained(tmp_path)
     read = load_codec(tmp_path)
-    again = MelCodec.fit(clips, seed=3, config=SMALL)
-    assert read.revision == fitted.revision == again.revision
+    repeated = MelCodec.fit(clips, seed=3, config=SMALL)
+    assert read.revision == fitted.revision == repeated.revision
     assert MelCodec.fit(clips, seed=4, config=SMALL).revision != fitted.revision
     codes = fitted.encode(clips[0])
     assert codes.shape == (25, 3)
@@ -111,7 +111,7 @@ def test_a_broken_folder_is_named(shipped: MelCodec, tmp_path: Path) -> None:
     config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
     text = config.read_text()
     config.write_text(text.replace('"components": 64', '"components": 32'))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: holds .* asks for"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: holds .* requires"):
         MelCodec.from_pretrained(tmp_path)
     config.write_text(text.replace('"components"', '"componets"'))
     with pytest.raises(CheckpointError, match=r"config\.json: .*componets"):

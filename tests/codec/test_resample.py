@@ -1,4 +1,4 @@
-"""The torchaudio stand-in: its one function against torchaudio 2.11, and what other libraries see of it."""
+"""The torchaudio stand-in: its one function against torchaudio 2.11, and its effect on other libraries."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ def broken_torchaudio(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("rates", RATES)
-def test_agrees_with_torchaudio(rates: str) -> None:
+def test_equals_torchaudio(rates: str) -> None:
     old, new = map(int, rates.split("_"))
     torch.testing.assert_close(resample(GOLDEN[f"in_{rates}"], old, new), GOLDEN[f"out_{rates}"], atol=1e-6, rtol=0)
 
@@ -64,6 +64,7 @@ def test_wrong_input_is_refused() -> None:
         resample(torch.zeros(4, dtype=torch.int64), 24_000, 16_000)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("before", ["", "import transformers; transformers.AutoModel\n"])
 def test_codec_class_imports_with_the_stand_in(broken_torchaudio: Path, before: str) -> None:
     code = before + STAND_IN + CODEC + "print(HiggsAudioV2TokenizerModel.main_input_name, torchaudio.__doc__)"
@@ -90,6 +91,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return run_python(STAND_IN + attributes + libraries, folder).splitlines()
 
 
+@pytest.mark.processes
 def test_every_other_attribute_raises(seen: list[str]) -> None:
     lines = seen[:3]
     assert [line.split(" ")[0] for line in lines] == [
@@ -100,10 +102,12 @@ def test_every_other_attribute_raises(seen: list[str]) -> None:
     assert all("Install a torchaudio for" in line for line in lines)
 
 
+@pytest.mark.processes
 def test_other_libraries_do_not_take_it_for_the_real_one(seen: list[str]) -> None:
     assert seen[3:] == ["torchaudio", "False False", "(1, 1024, 128)"]
 
 
+@pytest.mark.processes
 def test_real_torchaudio_is_preferred(tmp_path: Path) -> None:
     folder = fake_torchaudio(tmp_path, "class functional: resample = 'the real one'")
     code = STAND_IN + CODEC + "torchaudio_compat.install(); print(sys.modules['torchaudio'].functional.resample)"

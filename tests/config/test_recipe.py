@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from higgstune.config.recipe import (
     DataSettings,
     EvaluationSettings,
+    Lora,
     ModelSettings,
     Recipe,
     Replay,
@@ -20,7 +21,6 @@ from higgstune.config.recipe import (
     save_recipe,
 )
 from higgstune.errors import ConfigError
-from higgstune.model.adapters import Lora
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -91,7 +91,7 @@ def test_a_saved_recipe_holds_every_key(tmp_path: Path) -> None:
     [
         (tree(modle={}), r"modle: unknown key; the nearest one is model"),
         (tree(model={"checkpoints": "x"}), r"model\.checkpoints: unknown key; the nearest one is checkpoint"),
-        (tree(data={"store": "x", "worker": 1}), r"data\.worker: unknown key; the nearest one is workers"),
+        (tree(data={"store": "x", "replays": 1}), r"data\.replays: unknown key; the nearest one is replay"),
         (tree(lora={"rank": 8}), r"lora\.rank: unknown key; .* \(of r, alpha, dropout, rslora, dora\)"),
         (
             stage(learning_rates=1),
@@ -133,12 +133,12 @@ def test_an_unknown_key_names_the_nearest_one(wrong: dict[str, Any], told: str) 
         (tree(model={"dtype": "float16"}), r"model\.dtype: .*'float32' or 'bfloat16'"),
     ],
 )
-def test_a_wrong_value_is_told_with_its_place(wrong: dict[str, Any], told: str) -> None:
+def test_a_wrong_value_is_reported_with_its_place(wrong: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=rf"^my\.yaml:\n  (.|\n)*{told}"):
         parse_recipe(wrong, where="my.yaml")
 
 
-def test_all_mistakes_are_told_at_once_and_nothing_else() -> None:
+def test_all_mistakes_are_reported_at_once_and_nothing_else() -> None:
     with pytest.raises(ConfigError) as told:
         parse_recipe(stage(epochs=0) | {"seed": -1, "lora": {"r": 0, "alpha": 0}}, where="my.yaml")
     places = [line.strip().partition(":")[0] for line in str(told.value).splitlines()]
@@ -232,7 +232,7 @@ def test_set_that_cannot_be(file: Callable[[Any], Path], override: str, told: st
         ("stages: {name: voice}", r"stages: "),
     ],
 )
-def test_a_file_that_is_no_recipe(file: Callable[[Any], Path], content: str, told: str) -> None:
+def test_a_file_that_is_not_a_recipe(file: Callable[[Any], Path], content: str, told: str) -> None:
     path = file(content)
     with pytest.raises(ConfigError, match=told) as error:
         load_recipe(path)

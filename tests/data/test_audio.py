@@ -8,7 +8,7 @@ from recordings import FORMATS, RATE, speech, write
 
 from higgstune.data.audio import audio_hash, peak_of, read_audio, read_recording, resample
 from higgstune.data.rejection import RowError
-from higgstune.data.splits import find_twins
+from higgstune.data.splits import find_near_duplicates
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -56,7 +56,7 @@ def test_wav_and_flac_of_the_same_samples_hash_equal(tmp_path: Path, subtype: st
     assert read_recording(wav).sha256 == read_recording(flac).sha256
 
 
-def test_hash_tells_rates_apart_and_zeros_together() -> None:
+def test_the_hash_depends_on_the_rate_but_not_on_the_sign_of_zero() -> None:
     waveform = speech(0.1)
     assert audio_hash(waveform, 16_000) != audio_hash(waveform, 24_000)
     zeros = np.zeros(10, np.float32)
@@ -72,7 +72,7 @@ def test_negative_zero_is_zero(tmp_path: Path) -> None:
     assert read_recording(one).sha256 == read_recording(other).sha256
 
 
-def test_twins_are_found_through_rounding(tmp_path: Path) -> None:
+def test_near_duplicates_are_found_despite_rounding(tmp_path: Path) -> None:
     """Float samples that one library writes as WAV and FLAC differ in the last bit."""
     names = ["a.wav", "a.flac", "other.wav", "shorter.wav"]
     contents = [speech(1.0), speech(1.0), speech(1.0, seed=1), speech(0.9)]
@@ -81,13 +81,13 @@ def test_twins_are_found_through_rounding(tmp_path: Path) -> None:
         for name, content in zip(names, contents, strict=True)
     ]
     assert wav.sha256 != flac.sha256
-    assert find_twins([wav, flac, other, shorter]) == {wav.sha256: {flac.sha256}, flac.sha256: {wav.sha256}}
+    assert find_near_duplicates([wav, flac, other, shorter]) == {wav.sha256: {flac.sha256}, flac.sha256: {wav.sha256}}
 
 
-def test_tones_of_equal_length_are_no_twins(tmp_path: Path) -> None:
+def test_tones_of_equal_length_are_not_near_duplicates(tmp_path: Path) -> None:
     time = np.arange(RATE) / RATE
     tones = [write(tmp_path / f"{f}.wav", 0.3 * np.sin(2 * np.pi * f * time)) for f in range(200, 260, 10)]
-    assert find_twins(read_recording(tone) for tone in tones) == {}
+    assert find_near_duplicates(read_recording(tone) for tone in tones) == {}
 
 
 def damaged(path: Path, kind: str) -> Path:
@@ -99,7 +99,7 @@ def damaged(path: Path, kind: str) -> Path:
         return path
     if kind in ("text", "empty", "header only"):
         content = {
-            "text": b"this is no audio " * 50,
+            "text": b"this is not audio" * 50,
             "empty": b"",
             "header only": b"RIFF\x24\x00\x00\x00WAVEfmt ",
         }

@@ -1,4 +1,4 @@
-"""Faults of preparation and of the code store: what they leave behind, and what is said of them."""
+"""Faults of preparation and of the code store: their effects on disk, and their messages."""
 
 import os
 import pickle
@@ -46,10 +46,10 @@ def prepared(source: Path, out: Path, codec: CountingCodec | None = None) -> Any
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of some clips with Whisper features, and its source, which has more by now; what is to come of both."""
+    """A store with Whisper features, its source, which has more clips by now, and the store expected from these."""
     folder = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(whisper_features, "_CLIPS_IN_A_FILE", 2)
+        patch.setattr(whisper_features, "_CLIPS_PER_FILE", 2)
         prepared(recordings(folder / "in", OLD), folder / "old")
         recordings(folder / "in", NEW, first=OLD)
         (folder / "in" / "silent.wav").write_bytes(b"")
@@ -70,11 +70,11 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from fake_whisper_encoder import FakeWhisperEncoder
 from preparing import run
-from higgstune.data import encode, journal, shards, whisper_features
+from higgstune.data import encode, shard_writer, whisper_features
 from higgstune.data.clips import Checker
 
 world, out = Path(sys.argv[2]), Path(sys.argv[3])
-whisper_features._CLIPS_IN_A_FILE = 2
+whisper_features._CLIPS_PER_FILE = 2
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 
 
@@ -101,13 +101,13 @@ def half_a_feature_file(tensors, path):
     die()
 
 
-write_record, write_table = journal.CodeJournal._write, shards.pq.ParquetWriter.write_table
+write_record, write_table = encode.CodeJournal._write, shard_writer.pq.ParquetWriter.write_table
 save_file = whisper_features.save_file
 MOMENTS = {
     "reading": (Checker, "check", die),
     "encoding": (encode, "encode_clip", die),
-    "half a record": (journal.CodeJournal, "_write", half_a_record),
-    "half a shard": (shards.pq.ParquetWriter, "write_table", half_a_shard),
+    "half a record": (encode.CodeJournal, "_write", half_a_record),
+    "half a shard": (shard_writer.pq.ParquetWriter, "write_table", half_a_shard),
     "half a feature file": (whisper_features, "save_file", half_a_feature_file),
 }
 
@@ -142,21 +142,27 @@ def killed(moment):
 
 prepare(out / "imports everything", None)
 shutil.rmtree(out / "imports everything")
-assert all(killed(moment) for moment in MOMENTS)
-change = 1
-while killed(change):
-    change += 1
-print(change - 1)
+if sys.argv[4] == "named":
+    count = sum(killed(moment) for moment in MOMENTS)
+else:
+    count = 0
+    while killed(count + 1):
+        count += 1
+print(count)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed processes are forked, so that they import nothing")
-def test_a_preparation_that_is_killed_at_any_moment(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """Before each change of the file system, and in the midst of a record, a shard and a file of features."""
-    arguments = [Path(__file__).parents[1] / "helpers", world, tmp_path]
+@pytest.mark.parametrize(("moments", "kills"), [("named", 5), pytest.param("all", 21, marks=pytest.mark.proof)])
+def test_a_preparation_that_is_killed_at_any_moment(
+    world: Path, tmp_path: Path, monkeypatch: Any, moments: str, kills: int
+) -> None:
+    """Named: in the midst of a record, a shard and a file of features. All: before each change of the file system."""
+    arguments = [Path(__file__).parents[1] / "helpers", world, tmp_path, moments]
     done = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=True, capture_output=True, text=True)
-    assert int(done.stdout) > 20
-    monkeypatch.setattr(whisper_features, "_CLIPS_IN_A_FILE", 2)
+    assert int(done.stdout) >= kills
+    monkeypatch.setattr(whisper_features, "_CLIPS_PER_FILE", 2)
     old, new, expected = rows_of(world / "old"), rows_of(world / "expected"), content(world / "expected")
     seen = []
     for folder in tmp_path.iterdir():
@@ -195,7 +201,7 @@ def test_a_record_that_was_cut_short_hides_none_after_it(tmp_path: Path) -> None
 
 
 def check_refused(world: Path, out: Path, error: pytest.ExceptionInfo[WorkError], why: str, file: str) -> None:
-    """One line that names the file; the store is whole, and the next run goes on."""
+    """The error is one line that names the file; the store is whole, and the next run resumes."""
     assert why in str(error.value)
     assert "\n" not in str(error.value)
     assert file in str(error.value)
@@ -211,7 +217,7 @@ def check_refused(world: Path, out: Path, error: pytest.ExceptionInfo[WorkError]
 @pytest.mark.parametrize(("share", "file"), [(0.0, "codes-"), (0.7, "codes-"), (1.1, "train-"), (2.0, "whisper")])
 def test_a_file_that_may_not_grow(world: Path, tmp_path: Path, monkeypatch: Any, share: float, file: str) -> None:
     """In the journal, in a shard, in Whisper features: sizes by those of the journal and of the largest shard."""
-    monkeypatch.setattr(whisper_features, "_CLIPS_IN_A_FILE", 2)
+    monkeypatch.setattr(whisper_features, "_CLIPS_PER_FILE", 2)
     shutil.copytree(world / "old", tmp_path / "out")
     journal, shard = record_size() * NEW, max(path.stat().st_size for path in (world / "expected").glob("*.parquet"))
     limit = int(journal * share) if share < 2 else shard
@@ -223,7 +229,7 @@ def test_a_file_that_may_not_grow(world: Path, tmp_path: Path, monkeypatch: Any,
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
 @pytest.mark.parametrize("file", ["rejected.jsonl", "train-00000", "validation-00000", "store.json"])
 def test_a_disk_that_is_full(world: Path, tmp_path: Path, monkeypatch: Any, file: str) -> None:
-    monkeypatch.setattr(whisper_features, "_CLIPS_IN_A_FILE", 2)
+    monkeypatch.setattr(whisper_features, "_CLIPS_PER_FILE", 2)
     shutil.copytree(world / "old", tmp_path / "out")
 
     def full(path: Path, mode: str = "r", **options: Any) -> Any:
@@ -243,11 +249,11 @@ def test_the_command_says_why_a_folder_cannot_be_written(tmp_path: Path, command
     if not Path("/sys/kernel").is_dir():
         pytest.skip("needs a folder that nobody may write to, such as Linux' /sys")
     clip(tmp_path / "in", "a.wav", 1)
-    code, _, said = command("prepare", tmp_path / "in", "--out", "/sys/higgstune", "--codec", DEMO_CODEC)
+    code, _, err = command("prepare", tmp_path / "in", "--out", "/sys/higgstune", "--codec", DEMO_CODEC)
     assert code == 1
-    assert "/sys/higgstune cannot be written: Operation not permitted" in said
-    assert "name a folder that you may write to" in said
-    assert len(said.splitlines()) == 1
+    assert "/sys/higgstune cannot be written: Operation not permitted" in err
+    assert "name a folder that you may write to" in err
+    assert [line for line in err.splitlines() if line.startswith("error")] == [err.splitlines()[-1]]
 
 
 # --- a store that changes under its reader ---
@@ -279,7 +285,7 @@ def test_a_flipped_bit_is_an_error_or_changes_nothing(copied: Path) -> None:
     whole = path.read_bytes()
     assert len(whole) > 2 * 65536
     places = [*np.random.default_rng(0).integers(len(whole), size=20), 0, len(whole) - 1, len(whole) - 700]
-    said = []
+    messages = []
     for number, place in enumerate(places):
         opened = CodeStore.open(copied)
         with path.open("r+b") as file:
@@ -290,10 +296,10 @@ def test_a_flipped_bit_is_an_error_or_changes_nothing(copied: Path) -> None:
         try:
             assert [(row.id, row.split, row.codes.tobytes()) for row in opened.rows()] == expected
         except DataError as error:
-            said.append(str(error))
+            messages.append(str(error))
         path.write_bytes(whole)
-    assert len(said) >= 15
-    assert all(f"{path.name} is missing or damaged (it has changed since it was opened)" in line for line in said)
+    assert len(messages) >= 15
+    assert all(f"{path.name} is missing or damaged (it has changed since it was opened)" in line for line in messages)
 
 
 def test_a_damaged_row_is_named(copied: Path) -> None:
@@ -313,20 +319,20 @@ def test_a_shard_that_is_cut_short_under_its_reader(copied: Path, left: float) -
     os.truncate(path, int(path.stat().st_size * left))
     with pytest.raises(DataError, match=r"of the train split: .* is missing or damaged"):
         list(opened.rows())
-    with pytest.raises(DataError, match="not as long as the store's index says"):
+    with pytest.raises(DataError, match="bytes, but the store's index says"):
         CodeStore.open(copied)
 
 
 def test_a_shard_that_is_deleted_under_its_reader(copied: Path) -> None:
-    """A reader that has it open goes on; a process that opens it anew cannot."""
+    """A reader that has it open can read on; a process that opens it later cannot."""
     expected = rows_of(copied)
     opened = CodeStore.open(copied)
     shard(copied).unlink()
     assert [(row.id, row.split, row.codes.tobytes()) for row in opened.rows()] == expected
-    again = pickle.loads(pickle.dumps(opened))
-    row_id = again.metadata["id"][3].as_py()
+    reopened = pickle.loads(pickle.dumps(opened))
+    row_id = reopened.metadata["id"][3].as_py()
     with pytest.raises(DataError, match=rf"row {row_id} of the train split: .*train-00000.* is missing or damaged"):
-        again[3]
+        reopened[3]
 
 
 @pytest.mark.parametrize("fault", ["cut", "flipped"])
@@ -338,7 +344,7 @@ def test_features_that_are_damaged_under_their_reader(
     features = FeatureStore.open(tmp_path / "out", FakeWhisperEncoder.checkpoint)
     file = features.index.files[0]
     path = features.folder / file.name
-    assert features.heard(file.clips[0]).features.flags.writeable
+    assert features.read(file.clips[0]).features.flags.writeable
     if fault == "cut":
         os.truncate(path, 20_000)
     else:
@@ -346,11 +352,11 @@ def test_features_that_are_damaged_under_their_reader(
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     with pytest.raises(DataError, match=rf"{file.name} is .* not the file that was written \(it has changed since"):
-        [features.heard(clip) for clip in file.clips]
+        [features.read(clip) for clip in file.clips]
 
 
 def test_features_that_no_index_names_go(world: Path, tmp_path: Path) -> None:
-    """As they are left where a preparation is killed between the file and the index, and goes on with other clips."""
+    """Such files remain when a preparation is killed between file and index, and then resumes with other clips."""
     shutil.copytree(world / "expected", tmp_path / "out")
     (folder,) = (tmp_path / "out" / "whisper").iterdir()
     (folder / "features-0123456789ab.safetensors").write_bytes(b"left")
@@ -379,7 +385,7 @@ def test_a_store_that_is_prepared_anew_while_it_is_opened(world: Path, monkeypat
 
 
 def test_clocks_that_jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Back by years and forth again, with every look at the clock; a preparation that is interrupted, too."""
+    """Back by years and forth at every reading of the clock, also in a preparation that is interrupted."""
     source = recordings(tmp_path / "in", 6)
     prepared(source, tmp_path / "expected")
     looks = 0

@@ -1,4 +1,4 @@
-"""Every kind of source that people have, and what is said about those that cannot be read."""
+"""Every kind of source, and the errors for those that cannot be read."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def rows(source: Path) -> dict[str, SourceRow]:
     return {row.location: row for row in read_source(source)}
 
 
-def said(row: SourceRow) -> dict[str, Any]:
+def values(row: SourceRow) -> dict[str, Any]:
     assert isinstance(row.content, Utterance), row.content
     return row.content.model_dump(exclude_none=True)
 
@@ -46,18 +46,18 @@ def test_a_folder_with_transcripts(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("not a transcript")
     found = rows(tmp_path)
     assert list(found) == ["b.flac", "c.mp3", "latin.wav", "mute.wav", "utf16.wav", "video.m4a", "sub/a.WAV"]
-    assert said(found["b.flac"]) == {"audio": "b.flac", "text": "Second."}
-    assert said(found["c.mp3"])["text"] == "third"
-    assert said(found["sub/a.WAV"]) == {"audio": "sub/a.WAV", "text": "First.\n"}
-    assert said(found["utf16.wav"])["text"] == "Wide."
+    assert values(found["b.flac"]) == {"audio": "b.flac", "text": "Second."}
+    assert values(found["c.mp3"])["text"] == "third"
+    assert values(found["sub/a.WAV"]) == {"audio": "sub/a.WAV", "text": "First.\n"}
+    assert values(found["utf16.wav"])["text"] == "Wide."
     assert refused(found["mute.wav"]) == refused(found["latin.wav"]) == "no_transcript"
     assert refused(found["video.m4a"]) == "unsupported_format"
     assert found["mute.wav"].audio == "mute.wav"
 
 
-def test_a_link_that_leads_back_is_followed_once(tmp_path: Path) -> None:
+def test_a_link_to_its_own_folder_is_followed_once(tmp_path: Path) -> None:
     clip(tmp_path / "in", "a.wav", 1)
-    (tmp_path / "in" / "again").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
     assert list(rows(tmp_path / "in")) == ["a.wav"]
 
 
@@ -70,9 +70,9 @@ def test_ljspeech(tmp_path: Path, given: str) -> None:
         encoding="utf-8",
     )
     found = rows(tmp_path if given == "folder" else tmp_path / "metadata.csv")
-    assert said(found["metadata.csv:1"]) == {"audio": "wavs/LJ1.wav", "text": "Doctor A", "id": "LJ1"}
-    assert said(found["metadata.csv:2"]) == {"audio": "wavs/LJ2.flac", "text": "Only text", "id": "LJ2"}
-    assert said(found["metadata.csv:4"])["text"] == 'Raw "quoted'
+    assert values(found["metadata.csv:1"]) == {"audio": "wavs/LJ1.wav", "text": "Doctor A", "id": "LJ1"}
+    assert values(found["metadata.csv:2"]) == {"audio": "wavs/LJ2.flac", "text": "Only text", "id": "LJ2"}
+    assert values(found["metadata.csv:4"])["text"] == 'Raw "quoted'
     assert refused(found["metadata.csv:5"]) == "missing_audio"
     assert found["metadata.csv:5"].id == "LJ9"
     assert [refused(found[f"metadata.csv:{n}"]) for n in (6, 7, 8)] == ["bad_row"] * 3
@@ -81,7 +81,7 @@ def test_ljspeech(tmp_path: Path, given: str) -> None:
 def test_a_table_with_a_speaker_and_a_score(tmp_path: Path) -> None:
     write(tmp_path / "wavs" / "a.flac", speech(0.4))
     (tmp_path / "metadata.csv").write_text("a|84|Some words|0.03\n", encoding="utf-8")
-    assert said(rows(tmp_path)["metadata.csv:1"]) == {
+    assert values(rows(tmp_path)["metadata.csv:1"]) == {
         "audio": "wavs/a.flac",
         "text": "Some words",
         "id": "a",
@@ -102,13 +102,13 @@ def test_tables_with_a_header(tmp_path: Path, table: str) -> None:
     write(tmp_path / "wavs" / "a.flac", speech(0.4))
     (tmp_path / "metadata.csv").write_text(table, encoding="utf-8")
     (row,) = rows(tmp_path).values()
-    assert said(row)["audio"] == "wavs/a.flac"
-    assert said(row)["text"].split() == ["Some", "words"]
-    assert said(row)["speaker"] == "84"
+    assert values(row)["audio"] == "wavs/a.flac"
+    assert values(row)["text"].split() == ["Some", "words"]
+    assert values(row)["speaker"] == "84"
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b",", b"id|text\n", b"just,some,numbers\n1,2,3\n"])
-def test_tables_that_are_none(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_tables(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "metadata.csv").write_bytes(content)
     with pytest.raises(DataError, match=r"metadata\.csv"):
         rows(tmp_path)
@@ -119,7 +119,7 @@ def test_a_table_that_is_not_utf8_loses_those_lines_only(tmp_path: Path) -> None
     (tmp_path / "metadata.csv").write_bytes(b"a|caf\xe9|caf\xe9\na|fine|fine\n")
     found = rows(tmp_path)
     assert refused(found["metadata.csv:1"]) == "bad_row"
-    assert said(found["metadata.csv:2"])["text"] == "fine"
+    assert values(found["metadata.csv:2"])["text"] == "fine"
 
 
 @pytest.mark.parametrize("name", ["manifest.jsonl", "metadata.jsonl"])
@@ -127,7 +127,7 @@ def test_a_manifest_or_its_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"audio": "a.wav", "text": "A."}\nbroken\n', encoding="utf-8")
     for source in (tmp_path, tmp_path / name):
         found = rows(source)
-        assert said(found[f"{name}:1"]) == {"audio": "a.wav", "text": "A."}
+        assert values(found[f"{name}:1"]) == {"audio": "a.wav", "text": "A."}
         assert refused(found[f"{name}:2"]) == "bad_row"
         assert found[f"{name}:1"].folder == tmp_path
 
@@ -161,10 +161,10 @@ def test_a_chatml_list(tmp_path: Path) -> None:
         ],
     )
     found = rows(path)
-    first = said(found["train.json[0]"])
+    first = values(found["train.json[0]"])
     assert (first["start_index"], first["speaker"], first["language"]) == (2, "7", "en")
     assert first["messages"][2]["content"] == [{"type": "audio", "url": "t.wav"}]
-    second = said(found["train.json[1]"])
+    second = values(found["train.json[1]"])
     assert ("start_index" in second, second["speaker"]) == (False, "bob")
     reasons = [refused(found[f"train.json[{n}]"]) for n in range(2, 6)]
     assert reasons == ["no_target", "bad_row", "bad_row", "bad_row"]
@@ -182,7 +182,7 @@ SAMPLE = {
     "language": "zh",
     "gender": "unknown",
     "quality_score": 1.0,
-    "original_audio_path": "elsewhere.wav",
+    "original_audio_path": "original.wav",
     "user_instruction": "<audio> /translate",
     "task_type": "audio_generation",
 }
@@ -208,7 +208,7 @@ def trainer_folder(tmp_path: Path) -> Path:
 
 def test_metadata_json_with_samples(trainer_folder: Path) -> None:
     found = rows(trainer_folder)
-    assert said(found["metadata.json:samples[0]"]) == {
+    assert values(found["metadata.json:samples[0]"]) == {
         "id": "huo_000",
         "audio": "huo_000.wav",
         "text": "你好。\n",
@@ -216,17 +216,17 @@ def test_metadata_json_with_samples(trainer_folder: Path) -> None:
         "language": "zh",
         "scene": "Audio is recorded from quiet room.",
     }
-    cloned = said(found["metadata.json:samples[1]"])
+    cloned = values(found["metadata.json:samples[1]"])
     assert (cloned["reference_audio"], cloned["reference_text"]) == ("ref.wav", "The reference.")
     assert (cloned["id"], cloned["scene"]) == ("5", "In a hall.")
-    inline = said(found["metadata.json:samples[6]"])
+    inline = values(found["metadata.json:samples[6]"])
     assert ("speaker" in inline, inline["text"]) == (False, "Inline")
     reasons = [refused(found[f"metadata.json:samples[{n}]"]) for n in (3, 4, 5)]
     assert reasons == ["no_transcript", "bad_row", "no_transcript"]
 
 
 def test_reference_speakers_become_turns(trainer_folder: Path) -> None:
-    messages = said(rows(trainer_folder)["metadata.json:samples[2]"])["messages"]
+    messages = values(rows(trainer_folder)["metadata.json:samples[2]"])["messages"]
     assert [message["role"] for message in messages] == ["system", "scene", *["user", "assistant"] * 3]
     assert messages[2]["content"][0]["text"] == "[SPEAKER0] The reference."
     assert messages[-1]["content"] == [{"type": "audio", "url": "huo_000.wav"}]
@@ -236,22 +236,22 @@ def test_reference_speakers_become_turns(trainer_folder: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.json", "{", "is not JSON"),
-        ("a.json", '{"a": 1}', "no known kind"),
-        ("a.json", "[]", "no known kind"),
-        ("a.json", '{"samples": []}', "has no sample"),
+        ("a.json", '{"a": 1}', "unknown kind"),
+        ("a.json", "[]", "unknown kind"),
+        ("a.json", '{"samples": []}', "has no samples"),
         ("a.jsonl", "", "has no row"),
-        ("a.wav", "", "no known kind"),
-        ("a.parquet", "", "no known kind"),
+        ("a.wav", "", "unknown kind"),
+        ("a.parquet", "", "unknown kind"),
     ],
 )
-def test_files_that_are_no_source(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_files_that_are_not_sources(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         rows(tmp_path / name)
 
 
-def test_folders_that_are_no_source(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no"):
+def test_folders_that_are_not_sources(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
         rows(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"no recording and no manifest(.|\n)*LJSpeech"):
         rows(tmp_path)
@@ -260,15 +260,15 @@ def test_folders_that_are_no_source(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"manifest\.jsonl and metadata\.csv: name the one"):
         rows(tmp_path)
     (tmp_path / "store.json").write_text("{}")
-    with pytest.raises(DataError, match="prepared code store already"):
+    with pytest.raises(DataError, match="is a code store"):
         rows(tmp_path)
 
 
-@pytest.mark.skipif(not SPEECH.is_dir(), reason=f"the real recordings are not there: {SPEECH.name}")
+@pytest.mark.skipif(not SPEECH.is_dir(), reason=f"the real recordings are missing: {SPEECH.name}")
 @pytest.mark.parametrize(("name", "count"), [("ljspeech", 35), ("librivox_austen", 5), ("librispeech", 100)])
 def test_real_speech_is_imported_whole(name: str, count: int) -> None:
     found = list(read_source(SPEECH / name))
     assert len(found) == count
     assert all(isinstance(row.content, Utterance) for row in found)
-    speakers = {said(row).get("speaker") for row in found}
+    speakers = {values(row).get("speaker") for row in found}
     assert len(speakers) == {"librispeech": 55}.get(name, 1)

@@ -46,7 +46,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[Utteran
 def test_a_conversation_survives_a_round_trip(tmp_path: Path, entry: dict[str, Any]) -> None:
     row = parse_utterance({"messages": entry["messages"], "start_index": entry.get("start_index")})
     write_manifest(tmp_path / "rows.jsonl", [row])
-    assert [again for _, again in read_manifest(tmp_path / "rows.jsonl")] == [row]
+    assert [read for _, read in read_manifest(tmp_path / "rows.jsonl")] == [row]
 
 
 @pytest.mark.parametrize("entry", [e for e in GOLDEN if "Processor" in e["reference"]], ids=lambda e: e["name"])
@@ -73,10 +73,10 @@ def test_native_conversations_stay_as_they_are(entry: dict[str, Any]) -> None:
         (b'{"audio": "a.wav", "text": "b", "start": "1"}', "start: Input should be a valid number"),
         (b'{"audio": "a.wav", "text": "b", "start": true}', "start: Input should be a valid number"),
         (b'{"audio": "a.wav", "text": "b", "start": -1}', "greater than or equal to 0"),
-        (b'{"audio": "a.wav", "text": "b", "start": NaN}', "NaN is no JSON number"),
+        (b'{"audio": "a.wav", "text": "b", "start": NaN}', "NaN is not a JSON number"),
         (b'{"audio": "a.wav", "text": "b", "end": 1e999}', "finite"),
         (b'{"audio": "a.wav", "text": "b", "start": 2, "end": 2}', "segment from 2 to 2 s is empty"),
-        (b'{"audio": "a.wav", "text": "b", "text": "c"}', "'text' stands twice"),
+        (b'{"audio": "a.wav", "text": "b", "text": "c"}', "'text' occurs twice"),
         (b'{"audio": "a.wav", "text": "\\ud800"}', "surrogate"),
         (b'{"audio": "a.wav", "text": "b", "reference_text": "c"}', "reference_text without reference_audio"),
         (b'{"audio": "a.wav", "text": "b", "start_index": 1}', "start_index belongs to messages"),
@@ -85,7 +85,7 @@ def test_native_conversations_stay_as_they_are(entry: dict[str, Any]) -> None:
         (b'{"messages": 1}', "valid list"),
     ],
 )
-def test_broken_lines_say_what_is_wrong(line: bytes, message: str) -> None:
+def test_errors_of_broken_lines_name_the_problem(line: bytes, message: str) -> None:
     with pytest.raises(RowError) as refused:
         parse_line(line)
     assert refused.value.reason == "bad_row"
@@ -207,9 +207,9 @@ def test_control_tokens_are_refused(messages: Any) -> None:
 @pytest.mark.parametrize(
     ("messages", "reason", "message"),
     [
-        ([USER], "no_target", "nothing to learn"),
-        ([USER, TARGET, USER], "no_target", "nothing to learn"),
-        ([USER, {"role": "assistant", "content": "Only text."}], "no_target", "nothing to learn"),
+        ([USER], "no_target", "nothing to train on"),
+        ([USER, TARGET, USER], "no_target", "nothing to train on"),
+        ([USER, {"role": "assistant", "content": "Only text."}], "no_target", "nothing to train on"),
         (
             [{"role": "usr", "content": "Hi"}, TARGET],
             "bad_row",
@@ -236,7 +236,7 @@ def test_control_tokens_are_refused(messages: Any) -> None:
             "bad_row",
             "raw_audio is not read",
         ),
-        (["hello", TARGET], "bad_row", "messages[0] is no object"),
+        (["hello", TARGET], "bad_row", "messages[0] is not an object"),
         ([USER | {"recipient": "tool"}, TARGET], "bad_row", "recipient"),
     ],
 )
@@ -264,7 +264,7 @@ def test_texts_are_normalised_once_a_message() -> None:
     assert normalize_messages(messages)[0] == messages
 
 
-def test_what_the_target_says() -> None:
+def test_the_words_of_the_target() -> None:
     own = {"role": "assistant", "content": [{"type": "text", "text": "My own words."}, *TARGET["content"]]}
     assert target_text([USER, TARGET]) == "Hello."
     assert target_text([USER, own]) == "My own words."

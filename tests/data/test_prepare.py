@@ -1,4 +1,4 @@
-"""Preparation as a whole: formats, segments, splits, references, labels, and what is told on the way."""
+"""Preparation as a whole: formats, segments, splits, references, labels, warnings and progress."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_segments_of_one_recording(tmp_path: Path) -> None:
     assert summary.rows == {"train": 10, "validation": 1}
 
 
-def test_twins_never_meet_across_splits(tmp_path: Path) -> None:
+def test_near_duplicates_share_a_split(tmp_path: Path) -> None:
     """Written from floats, a WAV and a FLAC differ in their last bits; a good OGG differs more."""
     for n in range(12):
         for suffix in (".wav", ".flac", ".ogg"):
@@ -111,10 +111,10 @@ def test_labels_for_all_rows(tmp_path: Path) -> None:
         assert (row.speaker, row.language, row.scene) == ("anna", "de", "A hall.")
 
 
-def test_rows_without_a_speaker_are_told_of(tmp_path: Path) -> None:
+def test_rows_without_a_speaker_are_counted_in_a_warning(tmp_path: Path) -> None:
     summary = run(recordings(tmp_path / "in", 3), tmp_path / "out", references="same_speaker")
     assert summary.references.without_speaker == 3
-    assert "name no speaker and stay without a reference: 3" in summary.warnings[0]
+    assert "name no speaker, and so have no reference: 3" in summary.warnings[0]
 
 
 def test_one_recording_has_no_validation(tmp_path: Path) -> None:
@@ -124,11 +124,11 @@ def test_one_recording_has_no_validation(tmp_path: Path) -> None:
     assert run(recordings(tmp_path / "in", 2), tmp_path / "out").rows == {"train": 1, "validation": 1}
 
 
-def test_progress_is_told(tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    run(recordings(tmp_path / "in", 3), tmp_path / "out", progress=lambda *step: told.append(step))
-    assert [step for step in told if step[0] == "encoding"] == [("encoding", n, 3) for n in range(4)]
-    assert told[-1] == ("writing", 1, 1)
+def test_progress_is_reported(tmp_path: Path) -> None:
+    steps: list[tuple[str, int, int]] = []
+    run(recordings(tmp_path / "in", 3), tmp_path / "out", progress=lambda *step: steps.append(step))
+    assert [step for step in steps if step[0] == "encoding"] == [("encoding", n, 3) for n in range(4)]
+    assert steps[-1] == ("writing", 1, 1)
 
 
 def test_parts_of_files_in_a_conversation(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_clip_shared_by_rows_is_encoded_once(tmp_path: Path) -> None:
     assert run(tmp_path / "in", tmp_path / "out").encoded == 3
 
 
-@pytest.mark.skipif(not SPEECH.is_dir(), reason=f"the real recordings are not there: {SPEECH.name}")
+@pytest.mark.skipif(not SPEECH.is_dir(), reason=f"the real recordings are missing: {SPEECH.name}")
 def test_real_speech(tmp_path: Path) -> None:
     options: dict[str, Any] = {"references": "same_speaker"}
     first = run(SPEECH / "ljspeech", tmp_path / "out", speaker="lj", **options)

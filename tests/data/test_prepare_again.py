@@ -1,4 +1,4 @@
-"""Preparing once more: what is encoded once, what grows, what a kill or a full disk leaves."""
+"""A repeated preparation: clips are encoded once, the store grows, and a kill or a full disk loses nothing."""
 
 import os
 import signal
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from preparing import ids, manifest, recordings, run
 from recordings import CountingCodec, clip, speech, write
+from with_parent import with_parent
 
 from higgstune.data import shard_writer as shards
 from higgstune.data.store import CodeStore
@@ -38,7 +39,7 @@ def test_a_store_grows(tmp_path: Path) -> None:
     recordings(source, 3, first=5)
     grown = run(source, out)
     assert (grown.encoded, grown.reused, grown.added) == (3, 5, 3)
-    other = run(recordings(tmp_path / "elsewhere", 2, first=20), out)
+    other = run(recordings(tmp_path / "other", 2, first=20), out)
     assert (other.encoded, sum(other.rows.values()), sum(other.accepted.values())) == (2, 10, 2)
     after = {row.id: row.split for row in CodeStore.open(out).rows()}
     assert {row_id: after[row_id] for row_id in splits} == splits
@@ -63,7 +64,7 @@ def test_a_corrected_transcript_is_an_update(tmp_path: Path) -> None:
     assert len(ids(out)) == 3
 
 
-def test_a_recording_that_was_made_again_replaces_the_old_one(tmp_path: Path) -> None:
+def test_a_new_take_of_a_recording_replaces_the_old_one(tmp_path: Path) -> None:
     source, out = recordings(tmp_path / "in", 3), tmp_path / "out"
     run(source, out)
     clip(source, "001.wav", 99, "Again.")
@@ -97,7 +98,7 @@ def test_rows_may_be_put_in_before_others(tmp_path: Path) -> None:
     """Neither a second text of a clip nor a conversation is known by its place alone."""
     for n in range(2):
         write(tmp_path / "in" / f"{n}.wav", speech(0.5, n))
-    said = [{"audio": "0.wav", "text": f"Reading {n}."} for n in range(3)]
+    readings = [{"audio": "0.wav", "text": f"Reading {n}."} for n in range(3)]
     talks = [
         {
             "messages": [
@@ -107,10 +108,10 @@ def test_rows_may_be_put_in_before_others(tmp_path: Path) -> None:
         }
         for n in range(3)
     ]
-    manifest(tmp_path / "in", *said[1:], *talks[1:])
+    manifest(tmp_path / "in", *readings[1:], *talks[1:])
     run(tmp_path / "in", tmp_path / "out")
     before = {row.text: row.id for row in CodeStore.open(tmp_path / "out").rows()}
-    for rows, added in ((said[2:] + talks[2:], 0), (said + talks, 2)):
+    for rows, added in ((readings[2:] + talks[2:], 0), (readings + talks, 2)):
         manifest(tmp_path / "in", *rows)
         summary = run(tmp_path / "in", tmp_path / "out")
         assert (summary.added, summary.updated, summary.refused) == (added, 0, {})
@@ -156,7 +157,8 @@ prepare(sys.argv[1], sys.argv[2], codec=CountingCodec(seconds=0.05))
 
 def start_slow_run(source: Path, out: Path) -> subprocess.Popen[bytes]:
     """A preparation in a process of its own, with some clips encoded and most of them not."""
-    process = subprocess.Popen([sys.executable, "-c", SLOW, source, out, Path(__file__).parents[1] / "helpers"])
+    helpers = Path(__file__).parents[1] / "helpers"
+    process = subprocess.Popen(with_parent([sys.executable, "-c", SLOW, source, out, helpers]))
     for _ in range(600):
         if sum(path.stat().st_size for path in out.glob(".partial/*.bin")) > 1000:
             return process
@@ -165,7 +167,8 @@ def start_slow_run(source: Path, out: Path) -> subprocess.Popen[bytes]:
     raise AssertionError("the preparation did not begin to encode")
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.processes
+def test_a_killed_run_resumes(tmp_path: Path) -> None:
     source, out = recordings(tmp_path / "in", 40), tmp_path / "out"
     process = start_slow_run(source, out)
     with pytest.raises(DataError, match="another preparation is writing"):
@@ -175,7 +178,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     (journal,) = out.glob(".partial/*.bin")
     with open(journal, "ab") as file:
         file.write(b"a record that was cut short")
-    with pytest.raises(DataError, match="no code store"):
+    with pytest.raises(DataError, match="is not a code store"):
         CodeStore.open(out)
     summary = run(source, out)
     assert 0 < summary.encoded < 40

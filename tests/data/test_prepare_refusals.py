@@ -1,4 +1,4 @@
-"""What preparation refuses, row by row or as a whole, and why."""
+"""Rows and sources that preparation refuses, with the reasons."""
 
 import dataclasses
 import json
@@ -82,7 +82,7 @@ def awkward(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_what_is_refused_and_why(tmp_path: Path) -> None:
+def test_each_refusal_has_its_reason(tmp_path: Path) -> None:
     rows = awkward(tmp_path / "in")
     good = {"id": "good", "audio": "good.wav", "text": "Good."}
     rows[-1]["id"] = "good"
@@ -160,7 +160,7 @@ def test_the_same_clip_under_two_names_is_taken_once(tmp_path: Path) -> None:
 def test_another_codec_is_refused(tmp_path: Path) -> None:
     recordings(tmp_path / "in", 2)
     run(tmp_path / "in", tmp_path / "out")
-    with pytest.raises(DataError, match="codec revision fake-1, this one has fake-2: prepare into a new folder"):
+    with pytest.raises(DataError, match="codec revision fake-1, but this codec has fake-2: prepare into a new folder"):
         run(tmp_path / "in", tmp_path / "out", CountingCodec("fake-2"))
 
 
@@ -199,23 +199,23 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path) -> None:
         ({"max_seconds": 0.0}, "max_seconds"),
     ],
 )
-def test_options_that_cannot_be(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_impossible_options(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(recordings(tmp_path / "in", 1), tmp_path / "out", **options)
 
 
-def test_folders_that_cannot_be(tmp_path: Path) -> None:
+def test_impossible_folders(tmp_path: Path) -> None:
     source = recordings(tmp_path / "in", 1)
-    with pytest.raises(ConfigError, match="folder of its own"):
+    with pytest.raises(ConfigError, match="its own folder"):
         run(source, source)
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         run(source, source / "000.txt")
-    with pytest.raises(DataError, match="there is no"):
+    with pytest.raises(DataError, match="does not exist"):
         run(tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_name_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_is_not_unicode_is_refused(tmp_path: Path) -> None:
     recordings(tmp_path / "in", 1)
     os.rename(tmp_path / "in" / "000.wav", os.fsencode(tmp_path / "in") + b"/caf\xe9.wav")
     clip(tmp_path / "in", "001.wav", 1)

@@ -47,7 +47,7 @@ def test_as_many_rows_as_make_the_share(world: Path, share: float, drawn: int) -
     speakers = [row.speaker for row in mixed]
     assert speakers == ["own"] * 7 + ["other"] * drawn
     times = np.unique([row.id for row in list(mixed)[7:]], return_counts=True)[1]
-    assert times.max() - times.min() <= 1 or drawn < 4  # none again before all were drawn
+    assert times.max() - times.min() <= 1 or drawn < 4  # none twice before all were drawn
 
 
 def test_the_seed_draws_them(world: Path) -> None:
@@ -87,11 +87,11 @@ def test_another_codec_is_refused(world: Path, tmp_path: Path) -> None:
     higgstune.prepare(make_recordings(tmp_path / "recordings", clips=2), tmp_path / "foreign", codec=tmp_path / "codec")
     with pytest.raises(DataError, match=r"data\.replay .*foreign was encoded by the codec"):
         train_unproven(replaying(world, store=tmp_path / "foreign"), tmp_path / "run")
-    with pytest.raises(DataError, match="nowhere is no code store"):
+    with pytest.raises(DataError, match="nowhere is not a code store"):
         train_unproven(replaying(world, store=tmp_path / "nowhere"), tmp_path / "run")
 
 
-def test_a_run_does_not_go_on_with_another_one(world: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_resume_with_another_store(world: Path, tmp_path: Path) -> None:
     stage = {"name": "voice", "kind": "full", "max_steps": 2, "batch_size": 2}
     shutil.copytree(world / "other", tmp_path / "other")
     made = replaying(world, store=tmp_path / "other", stages=[stage])
@@ -100,11 +100,11 @@ def test_a_run_does_not_go_on_with_another_one(world: Path, tmp_path: Path) -> N
     (tmp_path / "run" / "run.json").write_text(json.dumps(state | {"status": "running"}))
     shutil.rmtree(tmp_path / "other")
     shutil.copytree(world / "own", tmp_path / "other")
-    with pytest.raises(ConfigError, match="begun on another replay"):
+    with pytest.raises(ConfigError, match="started on another replay"):
         train_unproven(made, tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("share", [0, 1, 1.5])
-def test_a_share_is_between_nothing_and_all(world: Path, share: float) -> None:
+def test_a_share_is_between_0_and_1(world: Path, share: float) -> None:
     with pytest.raises(ConfigError, match=r"data\.replay\.share"):
         replaying(world, share=share)

@@ -106,10 +106,10 @@ def test_the_command_has_the_option(world: Path, command: Command) -> None:
     assert (code, json.loads(out)["refused"]) == (0, {})
 
 
-def test_a_pipe_is_no_transcript(tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_transcript(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(RowError, match="no transcript"):
-        read_transcript(tmp_path / "a.txt")  # would wait for a writer for ever
+        read_transcript(tmp_path / "a.txt")  # reading it would block for ever
 
 
 # Manifests
@@ -188,6 +188,7 @@ def claiming(path: Path, samples: int) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.processes
 def test_headers_that_lie_are_refused_before_any_memory_is_taken(tmp_path: Path) -> None:
     """In a process of its own, whose peak of memory and time is known."""
     for name, content in LIES.items():
@@ -227,11 +228,11 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 
 
 @pytest.mark.parametrize("format", ["AIFF", "AU", "CAF", "W64", "MAT5", "PAF", "VOC", "NIST"])
-def test_formats_that_nobody_promised_never_reach_libsndfile(tmp_path: Path, format: str) -> None:
+def test_unsupported_formats_never_reach_libsndfile(tmp_path: Path, format: str) -> None:
     """It knows them by their content, whatever the file is called; that is where most of its faults were found."""
     path = tmp_path / "a.wav"
     soundfile.write(path, speech(0.5), RATE, format=format)
-    with pytest.raises(RowError, match="is no wav, flac, mp3, ogg or opus"):
+    with pytest.raises(RowError, match="is not a wav, flac, mp3, ogg or opus"):
         read_recording(path)
 
 
@@ -246,7 +247,7 @@ def test_hours_of_compressed_silence_are_not_decoded(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("part", [(float("nan"), None), (1e308, None), (-1.0, None), (0.0, float("inf"))])
-def test_parts_that_cannot_be(tmp_path: Path, part: tuple[float, float | None]) -> None:
+def test_impossible_parts(tmp_path: Path, part: tuple[float, float | None]) -> None:
     with pytest.raises(RowError) as refused:
         read_audio(write(tmp_path / "a.wav", speech(0.5)), *part)
     assert refused.value.reason == "segment_outside"
@@ -274,7 +275,7 @@ MERGES = "a: &a {x: 1}\n" + "".join(
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (LAUGHS, "more than 10000 values"),
         (MERGES, "more than 10000 values"),
@@ -298,11 +299,11 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         ("? " + "k" * 200_000 + "\n: 1", "unknown key"),
     ],
 )
-def test_recipes_of_strangers(tmp_path: Path, content: str, told: str) -> None:
+def test_recipes_of_strangers(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(content, encoding="utf-8")
     begun = time.process_time()
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         load_recipe(path)
     assert time.process_time() - begun < 5
 
@@ -323,7 +324,7 @@ def test_what_yaml_is_still_good_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("stages." + "9" * 5_000 + ".name=b", "no entry of a list"),
         ("lora.r={a: 1, a: 2}", "stands twice"),
@@ -332,10 +333,10 @@ def test_what_yaml_is_still_good_for(tmp_path: Path) -> None:
         ("lora.r=\udcff", "not UTF-8"),
     ],
 )
-def test_overrides_of_strangers(tmp_path: Path, override: str, told: str) -> None:
+def test_overrides_of_strangers(tmp_path: Path, override: str, message: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(PLAIN)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         load_recipe(path, [override])
 
 
@@ -346,7 +347,7 @@ def test_an_override_changes_one_stage_of_two_that_an_alias_made(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "CON", "nul.txt", "x" * 65, "run.json", "Recipe.yaml", "a.", ""])
-def test_stage_names_that_are_no_folder(tmp_path: Path, name: str) -> None:
+def test_stage_names_that_cannot_name_a_folder(tmp_path: Path, name: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(PLAIN.replace("name: a", f"name: {json.dumps(name)}"))
     with pytest.raises(ConfigError, match=r"stages\.0\.name"):

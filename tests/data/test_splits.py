@@ -38,8 +38,8 @@ def entry(recording: object, part: object = "", links: tuple[object, ...] = (), 
         "reference_sha256": None,
         "context_sha256": [],
         "target_recordings": [sha(recording)],
-        "linked_recordings": [sha(link) for link in links],
-        "recording_samples": int(sha(recording)[:10], 16),  # of its own length: no twins
+        "context_recordings": [sha(link) for link in links],
+        "recording_samples": int(sha(recording)[:10], 16),  # each has its own length, so none are near-duplicates
         "recording_rate": 24_000,
         "recording_sketch": [1.0, 0.0],
         "source_key": name,
@@ -103,7 +103,7 @@ def test_the_second_recording_is_held_out_when_the_first_was_alone() -> None:
     assert split([entry("second", n) for n in range(9)], [first])["second0"] == "validation"
 
 
-def test_rows_that_listen_to_a_target_share_its_split() -> None:
+def test_rows_with_a_target_as_context_share_its_split() -> None:
     rows = [entry(n, links=((n + 1) % 300 if n % 3 < 2 else n,)) for n in range(300)]
     splits = split(rows, fraction=0.3)
     assert "validation" in splits.values()
@@ -111,19 +111,19 @@ def test_rows_that_listen_to_a_target_share_its_split() -> None:
         assert len({splits[str(n)], splits[str(n + 1)], splits[str(n + 2)]}) == 1
 
 
-def test_a_voice_that_is_only_heard_binds_nothing() -> None:
+def test_a_voice_that_is_only_context_links_nothing() -> None:
     splits = split([entry(n, links=("voice",)) for n in range(300)], fraction=0.3)
     assert set(splits.values()) == {"train", "validation"}
 
 
-def test_twins_share_a_split() -> None:
+def test_near_duplicates_share_a_split() -> None:
     """Equal length and nearly equal samples: a WAV and its FLAC."""
     rows = []
     for n in range(200):
         sketch = [float(sha((n, k))[:3] > "800") * 2 - 1 for k in range(16)]
-        for twin, error in (("wav", 0.0), ("flac", 1e-3)):
+        for suffix, error in (("wav", 0.0), ("flac", 1e-3)):
             values = {"recording_samples": 24_000, "recording_sketch": [value + error for value in sketch]}
-            rows.append(entry(f"{n}.{twin}", **values))
+            rows.append(entry(f"{n}.{suffix}", **values))
     splits = split(rows, fraction=0.3)
     assert set(splits.values()) == {"train", "validation"}
     assert all(splits[f"{n}.wav"] == splits[f"{n}.flac"] for n in range(200))
@@ -137,13 +137,13 @@ def test_a_row_between_two_splits_may_not_join() -> None:
     assert splits["d"] == "validation"
 
 
-def test_a_heard_voice_of_both_splits_may_not_become_a_target() -> None:
+def test_a_context_voice_of_both_splits_may_not_become_a_target() -> None:
     stored = [entry("a", split="train", links=("voice",)), entry("b", split="validation", links=("voice",))]
     assert "voice" not in split([entry("voice")], stored)
 
 
-def test_a_twin_that_comes_late_moves_nobody() -> None:
-    """A stored row heard a copy of what another stored row learns; then the copy itself comes to be learnt."""
+def test_a_late_near_duplicate_moves_no_row() -> None:
+    """The context of a stored row is a copy of another stored row's target; then the copy becomes a target itself."""
     same = {"recording_samples": 24_000, "recording_sketch": [1.0] * 16}
     stored = [entry("a", split="train", links=("copy",)), entry("b", split="validation", **same)]
     splits = split([entry("copy", **same)], stored)
@@ -168,7 +168,7 @@ def test_a_reference_is_another_recording_of_the_speaker_in_the_split() -> None:
         assert row.text != other.text
 
 
-def test_the_same_recording_will_do_where_there_is_no_other() -> None:
+def test_the_same_recording_is_the_reference_without_another() -> None:
     rows = [entry("long", n, split="train") for n in range(10)]
     assert all(reference not in (None, row_id) for row_id, reference in paired(rows).items())
     rows.append(entry("short", split="train"))

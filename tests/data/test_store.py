@@ -16,6 +16,7 @@ from tiny_checkpoint import tiny_prompter
 
 from higgstune.batch.dataset import RowExamples
 from higgstune.data.audio import resample
+from higgstune.data.entry import stored_entries
 from higgstune.data.prepare import prepare
 from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError, DataError
@@ -99,7 +100,7 @@ def test_lengths_are_known_without_codes(store: CodeStore) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_positions_of_examples_are_known_without_codes(store: CodeStore, split: str) -> None:
+def test_lengths_of_examples_are_known_without_codes(store: CodeStore, split: str) -> None:
     _, prompter = tiny_prompter()
     examples = RowExamples(store.split(split), prompter, "transcript")
     with pytest.MonkeyPatch.context() as patch:
@@ -157,8 +158,8 @@ def test_info(store: CodeStore) -> None:
 
 def test_a_store_can_go_to_another_process(store: CodeStore) -> None:
     first = store[3]
-    again = pickle.loads(pickle.dumps(store))
-    assert np.array_equal(again[3].codes, first.codes)
+    reopened = pickle.loads(pickle.dumps(store))
+    assert np.array_equal(reopened[3].codes, first.codes)
 
 
 def test_codes_are_typed_columns(folder: Path) -> None:
@@ -167,6 +168,15 @@ def test_codes_are_typed_columns(folder: Path) -> None:
         assert field.type == pa.list_(pa.list_(pa.uint16(), 8))
 
 
+def test_columns_keep_their_names(folder: Path) -> None:
+    """Old stores can be read: a field of `Entry` with another name is mapped to its column."""
+    store = CodeStore.open(folder)
+    rows = {row["id"]: row["linked_recordings"] for row in store.metadata.to_pylist()}
+    assert {entry.id: entry.context_recordings for entry in stored_entries(store)} == rows
+    assert (len(rows["7"]), len(rows["talk"]), rows["8"]) == (1, 2, [])
+
+
+@pytest.mark.processes
 def test_datasets_opens_it(folder: Path, tmp_path: Path) -> None:
     """In a process of its own, since `datasets` reads its settings when it is imported."""
     pytest.importorskip("datasets")
@@ -206,7 +216,7 @@ def shard(folder: Path) -> Path:
     return next(folder.glob("train-*.parquet"))
 
 
-def test_a_folder_that_is_no_store(tmp_path: Path) -> None:
+def test_a_folder_without_a_store(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="higgstune prepare"):
         CodeStore.open(tmp_path)
 
@@ -219,7 +229,7 @@ def test_a_missing_shard(copied: Path) -> None:
 
 def test_a_shard_that_was_cut(copied: Path) -> None:
     shard(copied).write_bytes(shard(copied).read_bytes()[:-10])
-    with pytest.raises(DataError, match="not as long"):
+    with pytest.raises(DataError, match="store's index says"):
         CodeStore.open(copied)
 
 
@@ -238,7 +248,7 @@ def test_a_flipped_byte_is_noticed(copied: Path, place: float) -> None:
     [
         ('"schema_version": 1', '"schema_version": 99', "schema version 99"),
         ('"codec_revision"', '"codec_version"', "is damaged"),
-        ('"name": "train-', '"name": "../train-', "no shard of a store"),
+        ('"name": "train-', '"name": "../train-', "not a shard of a store"),
         ("{", "", "cannot be read"),
     ],
 )
@@ -249,7 +259,7 @@ def test_a_damaged_index(copied: Path, old: str, new: str, message: str) -> None
         CodeStore.open(copied)
 
 
-def test_other_files_are_no_part_of_it(copied: Path) -> None:
+def test_other_files_do_not_belong_to_it(copied: Path) -> None:
     (copied / "train-00099-000000000000.parquet").write_bytes(shard(copied).read_bytes())
     assert len(CodeStore.open(copied)) == 151
 
@@ -262,7 +272,7 @@ def test_one_split_may_be_empty(tmp_path: Path) -> None:
     assert store.split("validation").frames.tolist() == []
 
 
-def test_a_codec_that_answers_nonsense_is_named(tmp_path: Path) -> None:
+def test_a_codec_that_returns_something_else_is_named(tmp_path: Path) -> None:
     class Broken(CountingCodec):
         def __init__(self, codes: np.ndarray) -> None:
             super().__init__()
@@ -278,5 +288,5 @@ def test_a_codec_that_answers_nonsense_is_named(tmp_path: Path) -> None:
         np.zeros((20, 8)),
         np.full((20, 8), -1),
     ):
-        with pytest.raises(CheckpointError, match="the codec gave codes"):
+        with pytest.raises(CheckpointError, match="the codec returned codes"):
             prepare(tmp_path / "in", tmp_path / "out", codec=Broken(codes))

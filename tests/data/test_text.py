@@ -1,4 +1,4 @@
-"""Text normalisation: what it changes, what it leaves, and that doing it twice changes nothing."""
+"""Text normalisation: its changes, texts that it leaves unchanged, and that twice is the same as once."""
 
 import unicodedata
 
@@ -39,7 +39,7 @@ TRICKY = st.sampled_from(list("[laugh] SPEAKER0<|eot_id|>\u200b\u0301e…\u200d\
         ("...", "..."),
     ],
 )
-def test_what_is_changed(written: str, normal: str) -> None:
+def test_changes(written: str, normal: str) -> None:
     assert normalize_text(written) == normal
 
 
@@ -55,7 +55,7 @@ def test_what_is_changed(written: str, normal: str) -> None:
         "ভালো আছি।",
     ],
 )
-def test_what_is_left_alone(text: str) -> None:
+def test_unchanged_texts(text: str) -> None:
     assert normalize_text(text) == text
 
 
@@ -95,5 +95,5 @@ def test_a_control_token_can_appear_by_normalisation() -> None:
 
 
 @pytest.mark.parametrize(("text", "speakable"), [("5", True), ("[SPEAKER0]", False), ("你", True), ("—!?", False)])
-def test_what_can_be_said(text: str, speakable: bool) -> None:
+def test_speakable_texts(text: str, speakable: bool) -> None:
     assert is_speakable(text) is speakable

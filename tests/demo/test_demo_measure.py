@@ -1,4 +1,4 @@
-"""The demo's bars: what holds and what breaks, by what judges said."""
+"""The demo's bars: which hold and which break, given the judges' answers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,19 +8,19 @@ import pytest
 from higgstune.demo.measure import Clips, measure
 
 
-class Ears:
-    """Hears what stands in a table of file names."""
+class TableTranscriber:
+    """Looks the transcripts up in a table, by file name."""
 
-    name = "ears 1"
+    name = "table 1"
 
-    def __init__(self, heard: dict[str, str]) -> None:
-        self.heard = heard
+    def __init__(self, transcripts: dict[str, str]) -> None:
+        self.transcripts = transcripts
 
     def transcribe(
         self, files: Sequence[Path], *, language: str | None = None, seconds: float | None = None
     ) -> list[str]:
         assert (language, seconds) == ("en", None)
-        return [self.heard[file.name] for file in files]
+        return [self.transcripts[file.name] for file in files]
 
 
 class Voices:
@@ -45,19 +45,19 @@ class Voices:
 def test_bars_hold_or_break(adapted: str, swapped: str, adapted_file: str, broken: set[str]) -> None:
     files = {"round trip": "good-r.wav", "base": "bad-b.wav", "adapted": adapted_file,
              "swapped": "good-s.wav", "zeroed": "bad-z.wav"}  # fmt: skip
-    ears = Ears({"good-r.wav": "hello there", "bad-b.wav": "hello there", adapted_file: adapted,
+    asr = TableTranscriber({"good-r.wav": "hello there", "bad-b.wav": "hello there", adapted_file: adapted,
                  "good-s.wav": swapped, "bad-z.wav": "hello there"})  # fmt: skip
     sets = [Clips(name, [Path(file)], ["Hello there."]) for name, file in files.items()]
-    result = measure(sets, [Path("r.wav")], ears, Voices())
+    result = measure(sets, [Path("r.wav")], asr, Voices())
     found = {bar.name for bar in result.bars if not bar.holds}
     # "other" gives every file 0.4, so its bar is 0.35 and the base and the zeroed adapter are above it.
     assert found == broken | {"other, base", "other, zeroed"}
     assert not result.passed
     assert len(result.bars) == 2 + 2 * 3
-    assert result.judges == "ears 1, voices 1"
+    assert result.judges == "table 1, voices 1"
 
 
-def test_similarities_are_means_over_the_clips_and_no_judge_is_no_row() -> None:
+def test_similarities_are_means_over_the_clips_and_may_be_the_only_measure() -> None:
     names = ("round trip", "base", "adapted", "swapped", "zeroed")
     sets = [Clips(name, [Path("good.wav"), Path("bad.wav")], ["One.", "Two."]) for name in names]
     result = measure(sets, [Path("r.wav")], None, Voices())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from commands import Command
-from doctor_world import failed, told
+from doctor_world import failed, messages_of
 
 from higgstune.diagnostics import doctor
 from higgstune.diagnostics.machine import check_disk, check_versions
@@ -19,10 +19,10 @@ def test_a_healthy_setup_has_no_failed_finding(world: Path) -> None:
     assert report.passed, failed(report)
     assert not report.summary["skipped"]
     assert {f.check for f in report.findings} == {*examine_checks()}
-    assert "base with adapter" in told(report, "generation", "ok")
-    assert "a base that knows nothing of such speech" in told(report, "loss", "warning")
-    assert "all 50 modules of the adapter are at work" in told(report, "adapter", "ok")
-    assert "(0 of them audio)" not in told(report, "prompt", "ok")
+    assert "base with adapter" in messages_of(report, "generation", "ok")
+    assert "a base that knows nothing of such speech" in messages_of(report, "loss", "warning")
+    assert "all 50 modules of the adapter are at work" in messages_of(report, "adapter", "ok")
+    assert "(0 of them audio)" not in messages_of(report, "prompt", "ok")
     assert "checkpoint, model" in shown
 
 

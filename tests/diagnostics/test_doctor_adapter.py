@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from doctor_world import change_weights, examined, failed, rewrite, rows, save_adapter, told, write_card
+from doctor_world import change_weights, examined, failed, messages_of, rewrite, rows, save_adapter, write_card
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint, tiny_prompter
@@ -66,7 +66,7 @@ def test_a_broken_adapter_is_found(world: Path, adapter: Path, fault: Any, says:
     fault(adapter)
     report = examined(world, adapter=adapter, data=None)
     assert failed(report) == {"adapter"}
-    assert says in told(report, "adapter")
+    assert says in messages_of(report, "adapter")
     assert report.of("generation", "ok")  # of the base
 
 
@@ -74,10 +74,10 @@ def test_an_adapter_of_another_base_is_found(world: Path, base: Path) -> None:
     change_weights(base, lambda w: w["model.norm.weight"].mul_(1.05))
     report = examined(world, model=base, data=None)
     assert failed(report) == {"adapter"}
-    assert "fingerprint" in told(report, "adapter")
+    assert "fingerprint" in messages_of(report, "adapter")
     report = doctor(model=save_tiny_checkpoint(base / "tiny"), adapter=world / "adapter", codec=DEMO_CODEC)
     assert failed(report) == {"adapter"}
-    assert "hidden_size" in told(report, "adapter")
+    assert "hidden_size" in messages_of(report, "adapter")
 
 
 def test_files_and_base_are_compared_before_anything_is_loaded(world: Path, adapter: Path) -> None:
@@ -96,14 +96,14 @@ def test_an_adapter_of_another_codec_is_found(world: Path, adapter: Path) -> Non
     write_card(adapter, card | {"codec_revision": "another"})
     report = examined(world, adapter=adapter, data=None)
     assert failed(report) == {"codec"}
-    assert "another" in told(report, "codec")
+    assert "another" in messages_of(report, "codec")
 
 
 def test_an_adapter_without_a_card_is_warned_of(world: Path, adapter: Path) -> None:
     (adapter / "higgstune.json").unlink()
     report = examined(world, adapter=adapter, data=None)
     assert report.passed, failed(report)
-    assert "has no higgstune.json" in told(report, "adapter", "warning")
+    assert "has no higgstune.json" in messages_of(report, "adapter", "warning")
     assert check_card(adapter)[0].status == "warning"
 
 
@@ -123,8 +123,8 @@ def test_plain_peft_that_leaves_modules_out_is_found(world: Path, tmp_path: Path
     report = examined(world, adapter=folder, data=None)
     assert report.passed, failed(report)
     tensors = 5 * 4 * 2 if attention == "lora" else 5 * 5
-    assert f"would drop {tensors} tensors" in told(report, "adapter", "warning")
-    assert "modules of the adapter are at work" in told(report, "adapter", "ok")
+    assert f"would drop {tensors} tensors" in messages_of(report, "adapter", "warning")
+    assert "modules of the adapter are at work" in messages_of(report, "adapter", "ok")
     plain = load_model(world / "base", dtype="float32", device="cpu")
     loaded = PeftModel.from_pretrained(plain, str(folder))
     finding = check_applied(loaded, folder)

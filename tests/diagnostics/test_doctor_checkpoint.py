@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from doctor_world import change_config, change_weights, cut_off, examined, failed, told
+from doctor_world import change_config, change_weights, cut_off, examined, failed, messages_of
 from golden_values import Golden
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny_checkpoint import tiny_config, tiny_tokenizer
 from tiny_runs import DEMO_CODEC
 
-from higgstune import hub
 from higgstune.diagnostics import doctor
 from higgstune.diagnostics.checkpoint import check_config
+from higgstune.families.higgs_v2.family import FAMILY
 
 
 def flip_recorded_byte(base: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_broken_checkpoint_is_found(world: Path, base: Path, fault: Any, says:
     fault(base)
     report = examined(world, model=base)
     assert failed(report) == {"checkpoint"}
-    assert says in told(report, "checkpoint")
+    assert says in messages_of(report, "checkpoint")
     assert report.of("data", "ok")  # what does not need the checkpoint is still examined
     assert report.of("codec", "ok")
 
@@ -73,8 +73,8 @@ def test_an_extra_tensor_and_copied_pathways_are_warned_of(world: Path, base: Pa
     change_weights(base, copy)
     report = doctor(model=base)
     assert report.passed
-    assert "layers.0.audio_mlp is mlp" in told(report, "checkpoint", "warning")
-    assert "model.something.weight" in told(report, "checkpoint", "warning")
+    assert "layers.0.audio_mlp is mlp" in messages_of(report, "checkpoint", "warning")
+    assert "model.something.weight" in messages_of(report, "checkpoint", "warning")
 
 
 def test_an_original_checkpoint_is_examined(tmp_path: Path) -> None:
@@ -82,41 +82,41 @@ def test_an_original_checkpoint_is_examined(tmp_path: Path) -> None:
     folder = golden.save_original_checkpoint(tmp_path / "original")
     report = doctor(model=folder, codec=DEMO_CODEC)
     assert failed(report) == {"checkpoint", "codec"}  # it has no tokenizer, and smaller codebooks than the demo's codec
-    assert "original layout" in told(report, "checkpoint", "ok")
+    assert "original layout" in messages_of(report, "checkpoint", "ok")
     assert report.of("rotary", "ok")
     golden.weights["rotary_emb.inv_freq"] = torch.ones(8)
     golden.save_original_checkpoint(folder)
-    assert "rope_parameters" in told(doctor(model=folder, codec=DEMO_CODEC), "rotary")
+    assert "rope_parameters" in messages_of(doctor(model=folder, codec=DEMO_CODEC), "rotary")
 
 
-def test_a_checkpoint_that_is_not_there_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_checkpoint_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     report = doctor(model="/no/where")
     assert failed(report) == {"checkpoint"}
-    assert "/no/where does not exist" in told(report, "checkpoint")
+    assert "/no/where does not exist" in messages_of(report, "checkpoint")
 
     def unreachable(name: str, **options: Any) -> None:
         raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr(hub, "snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     report = doctor(model="owner/name")
     assert failed(report) == {"checkpoint"}
     assert len([f for f in report.findings if f.status == "failed"]) == 1
-    assert "hf download owner/name" in told(report, "checkpoint")
+    assert "hf download owner/name" in messages_of(report, "checkpoint")
 
 
-def test_a_folder_that_is_no_checkpoint_is_one_finding(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_checkpoint_is_one_finding(tmp_path: Path) -> None:
     report = doctor(model=tmp_path)
     assert [f.check for f in report.findings if f.status == "failed"] == ["checkpoint"]
-    assert "config.json is missing" in told(report, "checkpoint")
+    assert "config.json is missing" in messages_of(report, "checkpoint")
 
 
 def test_default_frequencies_are_warned_of(base: Path) -> None:
     change_config(base, rope_parameters=None)
-    assert "no rope_parameters" in told(doctor(model=base), "rotary", "warning")
+    assert "no rope_parameters" in messages_of(doctor(model=base), "rotary", "warning")
 
 
 def test_special_ids_that_are_the_same_are_found() -> None:
     config = tiny_config(tiny_tokenizer())
-    assert check_config(config)[0].status == "ok"
+    assert check_config(FAMILY, config)[0].status == "ok"
     config.audio_delay_token_id = config.audio_token_id
-    assert "are the same" in check_config(config)[0].message
+    assert "are the same" in check_config(FAMILY, config)[0].message

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from doctor_world import failed, told
+from doctor_world import failed, messages_of
 from fake_codec import FakeCodec
 from tiny_checkpoint import tiny_prompter
 from tiny_codec import tiny_codec
@@ -14,6 +14,7 @@ from tiny_codec import tiny_codec
 from higgstune.codec.higgs import HiggsCodec
 from higgstune.diagnostics import doctor, examine
 from higgstune.diagnostics.codec import check_codes, check_fit, check_modes
+from higgstune.families.higgs_v2.checkpoint import spec_of
 
 
 def test_a_codec_in_train_mode_is_found(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,8 +26,8 @@ def test_a_codec_in_train_mode_is_found(world: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(examine, "load_codec", load)
     report = doctor(model=world / "base")
     assert failed(report) == {"codec"}
-    assert "in train mode" in told(report, "codec")
-    assert "gives other codes" in told(report, "codec")
+    assert "in train mode" in messages_of(report, "codec")
+    assert "gives other codes" in messages_of(report, "codec")
 
 
 def test_the_real_codec_class_passes() -> None:
@@ -68,5 +69,5 @@ def test_a_codec_inside_the_model_and_one_of_another_kind_are_found() -> None:
     assert check_modes(codec, model)[0].status == "ok"
     model.add_module("codec", codec._model)
     assert "module tree" in check_modes(codec, model)[0].message
-    assert check_fit(codec, model.config)[0].status == "ok"
-    assert "8 of 64" in check_fit(codec, tiny_prompter(codes=64)[0].config)[0].message
+    assert check_fit(codec, spec_of(model.config))[0].status == "ok"
+    assert "8 of 64" in check_fit(codec, spec_of(tiny_prompter(codes=64)[0].config))[0].message

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from doctor_world import examined, failed, prepare, told
+from doctor_world import examined, failed, messages_of, prepare
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_runs import DEMO_CODEC
 
@@ -21,7 +21,7 @@ from higgstune.diagnostics import doctor
 from higgstune.diagnostics.data import find_features
 from higgstune.diagnostics.loss import DataLoss, judge_loss, never_trained
 from higgstune.errors import DataError
-from higgstune.families.higgs_v2.extensions import WhisperSpec
+from higgstune.families.base import WhisperSpec
 from higgstune.model.load import load_model
 
 CHANCE = math.log(1026)
@@ -49,8 +49,8 @@ def test_a_store_of_another_codec_is_found(world: Path, tmp_path: Path) -> None:
     codec = Other(MelCodec.from_pretrained(DEMO_CODEC), lambda codes: codes[::-1], revision="another")
     report = examined(world, data=prepare(world, tmp_path / "other", codec))
     assert failed(report) == {"codec"}
-    assert "revision another" in told(report, "codec")
-    assert "another codec" in told(report, "loss", "skipped")
+    assert "revision another" in messages_of(report, "codec")
+    assert "another codec" in messages_of(report, "loss", "skipped")
 
 
 def permuted(codes: np.ndarray) -> np.ndarray:
@@ -75,7 +75,7 @@ def test_codes_that_do_not_fit_the_model_are_found(world: Path, tmp_path: Path, 
     codec = Other(MelCodec.from_pretrained(DEMO_CODEC), fault)  # under the right name and revision
     report = examined(world, data=prepare(world, tmp_path / "shuffled", codec))
     assert failed(report) == {"loss"}
-    assert any(part in told(report, "loss") for part in says.split("|"))
+    assert any(part in messages_of(report, "loss") for part in says.split("|"))
 
 
 def losses(real: float, rolled: float = 12.0, undelayed: float = 8.0, swapped: float = 7.0) -> DataLoss:
@@ -103,21 +103,21 @@ def test_losses_are_judged(loss: DataLoss, status: str, says: str) -> None:
     assert says in f"{finding.message} {finding.advice}"
 
 
-def test_high_losses_of_weights_that_were_never_trained_are_no_failure() -> None:
+def test_high_losses_of_untrained_weights_are_not_a_failure() -> None:
     assert judge_loss(losses(9.0), CHANCE, untrained=True, rows=16)[0].status == "warning"
 
 
-def test_random_weights_are_named_and_are_no_failure(world: Path, tmp_path: Path) -> None:
+def test_random_weights_are_named_and_are_not_a_failure(world: Path, tmp_path: Path) -> None:
     folder = save_tiny_checkpoint(tmp_path / "random")
     shutil.copytree(DEMO_CODEC, folder / "codec")
     report = doctor(model=folder, data=world / "data")
     assert report.passed, failed(report)
-    assert "random weights" in told(report, "loss", "warning")
+    assert "random weights" in messages_of(report, "loss", "warning")
     assert never_trained(load_model(folder, device="cpu"))
     assert not never_trained(load_model(world / "base", device="cpu"))
 
 
-def test_a_store_that_is_not_there_or_empty_is_found(world: Path, tmp_path: Path) -> None:
+def test_a_missing_or_empty_store_is_found(world: Path, tmp_path: Path) -> None:
     report = examined(world, data=world / "voices")
     assert failed(report) == {"data"}
     assert report.of("generation", "ok")
@@ -125,10 +125,10 @@ def test_a_store_that_is_not_there_or_empty_is_found(world: Path, tmp_path: Path
     index = json.loads((store / "store.json").read_text())
     index["shards"] = [shard for shard in index["shards"] if shard["split"] == "validation"]
     (store / "store.json").write_text(json.dumps(index))
-    assert "nothing to train on" in told(examined(world, data=store), "data")
+    assert "nothing to train on" in messages_of(examined(world, data=store), "data")
 
 
-def test_whisper_features_that_are_not_there_are_told(world: Path) -> None:
+def test_missing_whisper_features_are_reported(world: Path) -> None:
     store, heard = CodeStore.open(world / "data"), Rendering(reference="scene")
     assert find_features(store, heard, named=None, shape=None) == (heard, [])
     _, [finding] = find_features(store, Rendering(), named="a/whisper", shape=None)

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from doctor_world import examined, failed, rows, told
+from doctor_world import examined, failed, messages_of, rows
 from tiny_checkpoint import tiny_prompter
 from transformers import DynamicCache
 
-from higgstune.diagnostics import doctor, examine
+from higgstune.diagnostics import doctor
 from higgstune.diagnostics.generation import check_generation
+from higgstune.families.higgs_v2.decoder import Decoder
+from higgstune.families.higgs_v2.family import HiggsV2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -19,12 +21,12 @@ def test_generation_is_compared_in_every_dtype(monkeypatch: pytest.MonkeyPatch, 
     model = model.to(dtype)
     assert check_generation(model, prompter, rows(), "base")[0].status == "ok"
 
-    class Shifted(examine.generation.Decoder):
+    class Shifted(Decoder):
         def __init__(self, model: Any, prompts: Any) -> None:
             super().__init__(model, prompts)
             self.lengths = self.lengths + 1  # positions one too far
 
-    monkeypatch.setattr(examine.generation, "Decoder", Shifted)
+    monkeypatch.setattr(HiggsV2, "decoder", Shifted)
     assert check_generation(model, prompter, rows(), "base")[0].status == "failed"
 
 
@@ -38,7 +40,7 @@ def test_a_broken_cache_is_found(world: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(DynamicCache, "update", forgets)
     report = examined(world, data=None)
     assert failed(report) == {"generation"}
-    assert "KV cache" in told(report, "generation")
+    assert "KV cache" in messages_of(report, "generation")
 
     def breaks(self: DynamicCache, *arguments: Any) -> None:
         raise RuntimeError("no cache today")
@@ -46,4 +48,4 @@ def test_a_broken_cache_is_found(world: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(DynamicCache, "update", breaks)
     report = doctor(model=world / "base")
     assert failed(report) == {"generation"}
-    assert "no cache today" in told(report, "generation")
+    assert "no cache today" in messages_of(report, "generation")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from doctor_world import examined, failed, told
+from doctor_world import examined, failed, messages_of
 
 from higgstune.diagnostics import doctor
 from higgstune.diagnostics import machine as memory
@@ -22,7 +22,7 @@ def test_too_little_memory_is_found(world: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(memory, "free_memory", lambda device: 1_000_000)
     report = examined(world)
     assert failed(report) == {"memory"}
-    assert "do not fit" in told(report, "generation", "skipped")  # nothing is loaded that does not fit
+    assert "do not fit" in messages_of(report, "generation", "skipped")  # nothing is loaded that does not fit
     assert report.of("prompt", "ok")
 
 
@@ -43,21 +43,21 @@ def test_a_recipe_names_the_rest_and_its_training_is_planned(
     report = doctor(recipe=recipe(world, tmp_path))
     assert report.passed, failed(report)
     assert report.of("loss")
-    assert "training a full stage, packs of up to" in told(report, "memory", "ok")
+    assert "training a full stage, packs of up to" in messages_of(report, "memory", "ok")
     monkeypatch.setattr(memory, "free_memory", lambda device: 100_000_000)
     report = doctor(recipe=recipe(world, tmp_path))
     assert failed(report) == {"memory"}
-    assert "gradient_checkpointing" in told(report, "memory")
+    assert "gradient_checkpointing" in messages_of(report, "memory")
     assert report.of("generation", "ok")  # the weights alone do fit
 
 
 def test_a_broken_recipe_is_a_finding(world: Path, tmp_path: Path) -> None:
     report = doctor(recipe=recipe(world, tmp_path, seeds=1), model=world / "base")  # the data stay unknown
     assert failed(report) == {"recipe"}
-    assert "the nearest one is seed" in told(report, "recipe")
+    assert "the nearest one is seed" in messages_of(report, "recipe")
     assert report.of("generation", "ok")
     if not torch.cuda.is_available():
         model = {"checkpoint": str(world / "base"), "device": "cuda"}
         report = doctor(recipe=recipe(world, tmp_path, model=model))
         assert failed(report) == {"recipe"}
-        assert "device: device cuda" in told(report, "recipe")
+        assert "device: device cuda" in messages_of(report, "recipe")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from doctor_world import examined, failed, told
+from doctor_world import examined, failed, messages_of
 from tiny_checkpoint import tiny_config, tiny_model, tiny_tokenizer
 
 from higgstune.diagnostics import examine
@@ -40,8 +40,8 @@ def test_wrong_rotary_buffers_are_found(
     monkeypatch.setattr(examine, "load_model", load)
     report = examined(world)
     assert failed(report) == {"rotary"}
-    assert says in told(report, "rotary")
-    assert "rotary" in told(report, "loss", "skipped")
+    assert says in messages_of(report, "rotary")
+    assert "rotary" in messages_of(report, "loss", "skipped")
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3"])

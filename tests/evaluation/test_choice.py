@@ -115,6 +115,6 @@ def test_patience_counts_steps_without_a_better_one() -> None:
     assert not candidates.add(40, {"wer": 0.6})
     assert not candidates.add(50, {"wer": 0.7})
     assert candidates.exhausted
-    told = candidates.told()
-    assert (told["step"], told["healthy"], len(told["candidates"])) == (30, True, 5)
+    summary = candidates.summary()
+    assert (summary.step, summary.healthy, len(summary.candidates)) == (30, True, 5)
     assert not Candidates(Rule.of([], "-wer", ["wer"], clips=4), patience=None).exhausted

@@ -109,7 +109,7 @@ def test_votes_for_other_clips_do_not_belong_to_a_test(clips: list[Path], tmp_pa
     assert blind_data(written(comparison(clips), tmp_path))["key"] != before["key"]
 
 
-def test_without_clips_to_tell_apart_there_is_no_blind_test(clips: list[Path], tmp_path: Path) -> None:
+def test_the_blind_test_needs_two_clips_of_a_text(clips: list[Path], tmp_path: Path) -> None:
     page = Page(written(comparison(clips, texts=1), tmp_path))
     page.check()
     assert not page.all("dialog")
@@ -119,7 +119,7 @@ def test_without_clips_to_tell_apart_there_is_no_blind_test(clips: list[Path], t
     ("names", "message"),
     [(["a", "a"], "one name"), (["a"], "1 systems"), ([str(i) for i in range(9)], "9 systems")],
 )
-def test_systems_that_cannot_be_told_apart_are_refused(names: list[str], message: str, tmp_path: Path) -> None:
+def test_too_many_or_ambiguous_systems_are_refused(names: list[str], message: str, tmp_path: Path) -> None:
     value = Comparison("title", "", [Contender(System(name, {})) for name in names])
     with pytest.raises(ConfigError, match=message):
         write_comparison(value, tmp_path / "compare.html")

@@ -24,7 +24,7 @@ from higgstune.evaluation.clips import Clip, write_clips
 from higgstune.evaluation.compare import compare
 from higgstune.evaluation.evaluate import evaluate
 from higgstune.evaluation.judges.base import Judges
-from higgstune.evaluation.report.run_report import tell
+from higgstune.evaluation.report.run_report import write_target_report
 from higgstune.files import alone_in
 from higgstune.generate.speaker import Request, Speaker, Speech
 
@@ -48,23 +48,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(world: Path, tmp_path: Path) -> Path:
-    """A run that nothing was measured of yet."""
+    """A run that was not measured yet."""
     shutil.copytree(world / "one", tmp_path / "run")
     return tmp_path / "run"
 
 
 @pytest.fixture
 def spoken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every text that is spoken, as it is."""
-    said: list[str] = []
+    """Every text that is spoken, in order."""
+    texts: list[str] = []
     real = Speaker.say_each
 
-    def noted(self: Speaker, requests: Sequence[Request], **options: Any) -> list[Speech]:
-        said.extend(request.text for request in requests)
+    def recording(self: Speaker, requests: Sequence[Request], **options: Any) -> list[Speech]:
+        texts.extend(request.text for request in requests)
         return real(self, requests, **options)
 
-    monkeypatch.setattr(Speaker, "say_each", noted)
-    return said
+    monkeypatch.setattr(Speaker, "say_each", recording)
+    return texts
 
 
 def texts(world: Path, **options: Any) -> dict[str, Any]:
@@ -84,8 +84,8 @@ def test_recordings_base_and_adapter_are_measured(world: Path, run: Path, tmp_pa
     assert "naturalness" in adapter.not_measured
     assert found.texts.differences["wer"].value == 0
     written = json.loads((run / "evaluation" / "validation.json").read_text())
-    assert written["clips"]["adapter"][0]["heard"] == "the weather is fine"
-    page = tell(found, run, ["higgstune", "evaluate"]).read_text(encoding="utf-8")
+    assert written["clips"]["adapter"][0]["transcript"] == "the weather is fine"
+    page = write_target_report(found, run, ["higgstune", "evaluate"]).read_text(encoding="utf-8")
     assert page.count("<audio") == 3
 
 
@@ -112,7 +112,7 @@ def test_another_text_or_adapter_is_spoken(world: Path, run: Path, tmp_path: Pat
     assert spoken == ["Hi.", "No.", "Oh."]
 
 
-def test_it_goes_on_where_it_was_stopped(world: Path, run: Path, spoken: list[str]) -> None:
+def test_it_resumes_where_it_was_stopped(world: Path, run: Path, spoken: list[str]) -> None:
     def stop(what: str, done: int, total: int) -> None:
         if done == 2:
             raise KeyboardInterrupt
@@ -124,13 +124,13 @@ def test_it_goes_on_where_it_was_stopped(world: Path, run: Path, spoken: list[st
     assert spoken == ["Hi.", "No.", "Oh."]
 
 
-def test_judges_are_asked_once(world: Path, run: Path, tmp_path: Path) -> None:
-    asked = tmp_path / "asked"
-    asr = answering(tmp_path, "asr", f"'text': open({str(asked)!r}, 'a').write(file) and 'hi'")
+def test_answers_of_judges_are_cached(world: Path, run: Path, tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    asr = answering(tmp_path, "asr", f"'text': open({str(calls)!r}, 'a').write(file) and 'hi'")
     evaluate(run, **texts(world, base=False, asr=asr))
-    before = asked.read_text()
+    before = calls.read_text()
     evaluate(run, **texts(world, base=False, asr=asr))
-    assert asked.read_text() == before
+    assert calls.read_text() == before
 
 
 def test_what_must_not_get_worse_is_guarded(world: Path, run: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_what_must_not_get_worse_is_guarded(world: Path, run: Path, tmp_path: Pa
     (tmp_path / "many.txt").write_text("".join(f"{word}.\n" for word in words))
     guard = str(tmp_path / "many.txt")
     asr = tmp_path / "asr.py"
-    asr.write_text(  # hears everything that the base says, and nothing of the adapter
+    asr.write_text(  # transcribes everything that the base says, and nothing of the adapter
         "import json, sys, pathlib\n"
         "for file in sys.argv[1:]:\n"
         "    note = json.loads(pathlib.Path(file).with_suffix('.json').read_text())\n"
@@ -149,10 +149,10 @@ def test_what_must_not_get_worse_is_guarded(world: Path, run: Path, tmp_path: Pa
     assert guarded.differences["wer"].value == 1
     assert {"wer", "cer"} <= set(guarded.worse)
     assert found.texts.worse == []
-    assert found.texts.told == "3 clips are too few to show that anything is worse (or better)"
-    assert guarded.told.startswith("worse: wer, cer")
+    assert found.texts.conclusion == "3 clips are too few to show that anything is worse (or better)"
+    assert guarded.conclusion.startswith("worse: wer, cer")
     assert found.as_json()["guard"][guard]["worse"] == guarded.worse
-    page = tell(found, run, ["higgstune", "evaluate"]).read_text(encoding="utf-8")
+    page = write_target_report(found, run, ["higgstune", "evaluate"]).read_text(encoding="utf-8")
     assert "worse" in page
 
 
@@ -170,7 +170,7 @@ def test_a_zero_shot_set_has_its_references(world: Path, run: Path, tmp_path: Pa
 def test_a_base_alone(world: Path, tmp_path: Path) -> None:
     found = evaluate(world / "base", **texts(world, out=tmp_path / "out", limit=1))
     assert list(found.texts.systems) == ["base"]
-    assert tell(found, world / "base", ["higgstune"]) == tmp_path / "out" / "report.html"
+    assert write_target_report(found, world / "base", ["higgstune"]) == tmp_path / "out" / "report.html"
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_base_alone(world: Path, tmp_path: Path) -> None:
         ("recordings/none", {}, CheckpointError, "does not exist"),
     ],
 )
-def test_what_cannot_be_is_said(
+def test_wrong_input_is_refused(
     world: Path, tmp_path: Path, target: str, options: dict[str, Any], error: type[Exception], says: str
 ) -> None:
     if options.get("data") == "foreign":
@@ -222,11 +222,11 @@ def clip_folder(folder: Path, *, silence: float = 0.0, seconds: float = 1.5, cou
     return folder
 
 
-def test_clips_from_elsewhere_are_measured_the_same_twice(tmp_path: Path) -> None:
+def test_external_clips_are_measured_the_same_twice(tmp_path: Path) -> None:
     folder = clip_folder(tmp_path / "clips")
     found = [evaluate(folder), evaluate(folder)]
     assert found[0].texts.as_json() == found[1].texts.as_json()
-    assert tell(found[0], folder, ["higgstune"]).is_file()
+    assert write_target_report(found[0], folder, ["higgstune"]).is_file()
 
 
 def test_the_best_of_five(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_runs_are_compared_on_the_same_texts_and_seeds(world: Path, tmp_path: Pa
         (["good"] * 9, {}, "give 2 to 8"),
         (["good", "good"], {}, "given twice"),
         (["good", "bad"], {"rank": "-wer"}, "needs wer, and no judge of it was named"),
-        (["good", "bad"], {"gates": ["wer <"]}, "no expression"),
+        (["good", "bad"], {"gates": ["wer <"]}, "not an expression"),
     ],
 )
 def test_what_cannot_be_compared(tmp_path: Path, targets: list[str], options: dict[str, Any], says: str) -> None:
@@ -282,7 +282,7 @@ def test_what_cannot_be_compared(tmp_path: Path, targets: list[str], options: di
 
 def test_what_would_fail_late_fails_before_anything_is_spoken(world: Path, tmp_path: Path, spoken: list[str]) -> None:
     for targets, options, says in (
-        (["one", "nowhere"], {}, "nowhere is not there"),
+        (["one", "nowhere"], {}, "nowhere does not exist"),
         (["one", "two"], {"gates": ["step > 3"]}, "have no step"),
         (["one", "two"], {"rank": "similarity"}, "no judge of it was named"),
     ):
@@ -323,17 +323,17 @@ def test_a_second_evaluation_of_a_folder_is_kept_away(world: Path, run: Path) ->
     evaluate(run, **texts(world, limit=1))
 
 
-def test_what_is_meant_is_said_where_it_is_near(
+def test_errors_name_the_target_that_was_probably_meant(
     world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"evaluate .*run$"):
         evaluate(run.parent)
-    with pytest.raises(ConfigError, match=r"has one in it: evaluate .*adapter"):
+    with pytest.raises(ConfigError, match=r"contains one: evaluate .*adapter"):
         evaluate(run / "voice")
     card = run / "voice" / "adapter" / "higgstune.json"
     card.write_text(card.read_text().replace(str(world / "data"), "data"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="the store data that the adapter was trained on is not there as seen from"):
+    with pytest.raises(DataError, match="the store data that the adapter was trained on does not exist, seen from"):
         evaluate(run, device="cpu")
 
 
@@ -347,7 +347,7 @@ def test_options_that_mean_nothing_for_clips_are_refused(tmp_path: Path, command
         evaluate(folder)
 
 
-def test_a_judge_that_tells_no_voices_apart_finds_none_right(tmp_path: Path) -> None:
+def test_a_judge_that_rates_all_voices_the_same_finds_none_right(tmp_path: Path) -> None:
     folder = clip_folder(tmp_path / "clips", count=2)
     clips = [json.loads(line) for line in (folder / "clips.jsonl").read_text().splitlines()]
     (folder / "clips.jsonl").write_text("".join(json.dumps(clip | {"speaker": "anna"}) + "\n" for clip in clips))
@@ -356,11 +356,11 @@ def test_a_judge_that_tells_no_voices_apart_finds_none_right(tmp_path: Path) -> 
         shutil.copy(folder / "0.wav", folder / "voices" / name / "0.wav")
     found = evaluate(folder, speaker_judge=answering(tmp_path, "same", "'model': 0.5"))
     assert found.texts.systems["clips"].summary["speaker_accuracy"].value == 0
-    with pytest.raises(WorkError, match=r"gave model as 1\.5 .*no cosine"):
+    with pytest.raises(WorkError, match=r"gave model as 1\.5 .*a cosine lies between"):
         evaluate(folder, speaker_judge=answering(tmp_path, "more", "'model': 1.5"))
 
 
-def test_a_wrong_clip_is_told_in_words(tmp_path: Path) -> None:
+def test_a_wrong_clip_has_a_readable_error(tmp_path: Path) -> None:
     folder = clip_folder(tmp_path / "clips", count=1)
     (folder / "clips.jsonl").write_text('{"id": "0", "file": "0.wav", "text": "Hi.", "voice": "anna"}\n')
     with pytest.raises(DataError, match=r"line 1: voice: .*; a clip has id, file, text") as raised:
@@ -369,10 +369,10 @@ def test_a_wrong_clip_is_told_in_words(tmp_path: Path) -> None:
 
 
 def test_the_report_has_all_sets_and_how_to_repeat_it(world: Path, run: Path, tmp_path: Path) -> None:
-    tell(evaluate(run, **texts(world, limit=1)), run, ["higgstune", "evaluate", "first"])
+    write_target_report(evaluate(run, **texts(world, limit=1)), run, ["higgstune", "evaluate", "first"])
     (tmp_path / "more.txt").write_text("Go.\nSo.\n")
     found = evaluate(run, **texts(world, texts=str(tmp_path / "more.txt")))
-    page = tell(found, run, ["higgstune", "evaluate", "second"]).read_text(encoding="utf-8")
+    page = write_target_report(found, run, ["higgstune", "evaluate", "second"]).read_text(encoding="utf-8")
     assert "Other sets" in page
     assert "texts.txt, adapter" in page
     assert "more.txt, adapter" not in page
@@ -384,20 +384,22 @@ def test_the_report_has_all_sets_and_how_to_repeat_it(world: Path, run: Path, tm
     assert state["environment"]["torch"] == torch.__version__
     assert f"torch {torch.__version__}" in page
     (run / "run.json").write_text(json.dumps({key: state[key] for key in state if key != "environment"}))
-    assert "not recorded" in tell(found, run, []).read_text(encoding="utf-8")
+    assert "not recorded" in write_target_report(found, run, []).read_text(encoding="utf-8")
 
 
-def test_another_store_than_was_trained_on_is_told_of(
+def test_another_store_than_the_one_trained_on_is_a_warning(
     world: Path, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = evaluate(run, **texts(world, limit=1, base=False))
-    assert found.settings["store_as_trained_on"] is True
+    assert found.settings is not None
+    assert found.settings.store_as_trained_on is True
     assert "may have been trained on" not in caplog.text
     shutil.copytree(world / "data", tmp_path / "data")
     make_recordings(tmp_path / "recordings", clips=8)
     higgstune.prepare(tmp_path / "recordings", tmp_path / "data", codec=world / "base" / "codec", speaker="anna")
     found = evaluate(run, **texts(world, limit=1, base=False, data=tmp_path / "data"))
-    assert found.settings["store_as_trained_on"] is False
+    assert found.settings is not None
+    assert found.settings.store_as_trained_on is False
     assert "may have been trained on" in caplog.text
 
 
@@ -413,10 +415,10 @@ def test_the_commands(tmp_path: Path, command: Command) -> None:
     assert "no ASR was named" in err
     code, _, err = command("compare", *folders, "--out", tmp_path / "out", "--gate", "silence <")
     assert code == 2
-    assert "no expression" in err
+    assert "not an expression" in err
 
 
-def test_the_report_tells_whose_voice_clips_have(tmp_path: Path) -> None:
+def test_the_report_shows_whose_voice_clips_have(tmp_path: Path) -> None:
     folder = clip_folder(tmp_path / "clips", count=2)
     clips = [json.loads(line) for line in (folder / "clips.jsonl").read_text().splitlines()]
     (folder / "clips.jsonl").write_text(
@@ -431,6 +433,6 @@ def test_the_report_tells_whose_voice_clips_have(tmp_path: Path) -> None:
     assert confusion is not None
     assert confusion.similarity == [[0.75, 0.25], [0.75, 0.25]]
     assert found.texts.systems["clips"].summary["speaker_accuracy"].value == 0.5
-    page = tell(found, folder, ["higgstune"]).read_text(encoding="utf-8")
+    page = write_target_report(found, folder, ["higgstune"]).read_text(encoding="utf-8")
     assert "Whose voice is it?" in page
     assert "0.75 (1)" in page

@@ -1,4 +1,4 @@
-"""Judges: models with tiny random weights, commands, and what becomes of wrong answers."""
+"""Judges: models with tiny random weights, commands, and errors for wrong answers."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from higgstune.evaluation.judges import load_judges
 from higgstune.evaluation.judges.asr import FasterWhisper, TransformersWhisper, load_transcriber
 from higgstune.evaluation.judges.base import SpeakerJudge, Transcriber, check_language, short_name
 from higgstune.evaluation.judges.command import ExternalSpeakerJudge, command_words
-from higgstune.evaluation.judges.speaker import DistillMos, WavLM
+from higgstune.evaluation.judges.models import DistillMos, WavLM
 
 SPEECH = Path(__file__).parents[3] / "shared" / "speech" / "ljspeech" / "wavs"
 COMMAND = """
@@ -72,7 +72,7 @@ def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Commands
 
 
-def test_commands_answer_a_line_a_file_and_are_not_asked_about_nothing(judge: str, clips: list[Path]) -> None:
+def test_commands_answer_a_line_per_file_and_do_not_get_empty_files(judge: str, clips: list[Path]) -> None:
     judges = load_judges(f"{judge} asr", f"{judge} speaker", f"{judge} quality")
     assert judges.asr is not None
     assert judges.speaker is not None
@@ -91,7 +91,7 @@ def test_commands_answer_a_line_a_file_and_are_not_asked_about_nothing(judge: st
         judges.asr.transcribe([Path("nowhere.wav")])
 
 
-def test_a_command_is_named_by_its_words_and_what_its_files_hold(judge: str, tmp_path: Path) -> None:
+def test_a_command_is_named_by_its_words_and_the_content_of_its_files(judge: str, tmp_path: Path) -> None:
     asr = load_judges(f"{judge} asr").asr
     assert asr is not None
     assert asr.name.startswith(f"{Path(sys.executable).name} judge of mine.py asr ")
@@ -116,11 +116,11 @@ def test_a_command_is_named_by_its_words_and_what_its_files_hold(judge: str, tmp
         (['{"file": FIRST, "m": null}', '{"file": SECOND, "m": 1}'], "gave m as None"),
         (['{"file": FIRST, "m": 1}', '{"file": SECOND, "n": 1}'], "other models for .*: m"),
         (['{"file": FIRST}', '{"file": SECOND}'], "gave no number for .*one.wav"),
-        (['{"file": FIRST, "m": 1', '{"file": SECOND, "m": 1}'], "no JSON: .*; it said: warming up"),
-        (["{" * 100_000, '{"file": SECOND, "m": 1}'], "no JSON"),
+        (['{"file": FIRST, "m": 1', '{"file": SECOND, "m": 1}'], "not JSON: .*; its output: warming up"),
+        (["{" * 100_000, '{"file": SECOND, "m": 1}'], "not JSON"),
     ],
 )  # fmt: skip
-def test_wrong_answers_are_told(tmp_path: Path, clips: list[Path], lines: list[str], said: str) -> None:
+def test_wrong_answers_are_errors(tmp_path: Path, clips: list[Path], lines: list[str], said: str) -> None:
     names = {"FIRST": json.dumps(str(clips[0])), "SECOND": json.dumps(str(clips[1]))}
     answers = tmp_path / "answers"
     answers.write_text("".join(line.replace("FIRST", names["FIRST"]).replace("SECOND", names["SECOND"]) + "\n"
@@ -134,20 +134,20 @@ def test_wrong_answers_are_told(tmp_path: Path, clips: list[Path], lines: list[s
         speaker.similarities(clips[:1], clips[:2])
 
 
-def test_an_asr_without_text_and_a_command_that_fails_are_told(judge: str, tmp_path: Path, clips: list[Path]) -> None:
+def test_an_asr_without_text_and_a_command_that_fails_are_errors(judge: str, tmp_path: Path, clips: list[Path]) -> None:
     asr = load_judges(f"{judge} quality").asr
     assert asr is not None
     with pytest.raises(WorkError, match="gave None as the text of"):
         asr.transcribe(clips)
     failing = load_judges(f'{sys.executable} -c \'raise SystemExit("no " + "room" * 999)\'').asr
     assert failing is not None
-    with pytest.raises(WorkError, match=r"failed with exit code 1; it said: .*roomroom") as caught:
+    with pytest.raises(WorkError, match=r"failed with exit code 1; its output: .*roomroom") as caught:
         failing.transcribe(clips)
     assert len(str(caught.value)) < 2500
     program = tmp_path / "no-format"
     program.write_bytes(b"\x00\x01")
     program.chmod(0o755)
-    with pytest.raises(ConfigError, match="cannot be run: Exec format error"):
+    with pytest.raises(ConfigError, match="cannot run: Exec format error"):
         ExternalSpeakerJudge([str(program)]).similarities(clips, clips)
 
 
@@ -174,16 +174,16 @@ def test_what_is_a_command_and_what_a_model(tmp_path: Path) -> None:
     for spec, said in {
         " ": "empty",
         "judge 'open": "closing quotation",
-        "/no/such judge": "is no program here",
+        "/no/such judge": "is not a program here",
     }.items():
         with pytest.raises(ConfigError, match=said):
             command_words(spec)
     program.chmod(0o644)
-    with pytest.raises(ConfigError, match="is no program here"):
+    with pytest.raises(ConfigError, match="is not a program here"):
         command_words(str(program))
 
 
-def test_no_spec_is_no_judge_and_unknown_ones_are_told(tmp_path: Path) -> None:
+def test_no_spec_gives_no_judge_and_unknown_ones_are_errors(tmp_path: Path) -> None:
     assert load_judges() == load_judges(None, None, None)
     assert load_judges().asr is None
     with pytest.raises(ConfigError, match="no quality judge 'nisqa'"):
@@ -218,7 +218,7 @@ def test_similarity_is_to_the_mean_of_the_references(wavlm: Path, clips: list[Pa
     assert found == pytest.approx((vectors @ centre).tolist(), abs=1e-3), "16-bit files differ a little from the waves"
 
 
-def test_a_short_clip_is_repeated_and_a_file_that_changed_is_heard_anew(wavlm: Path, tmp_path: Path) -> None:
+def test_a_short_clip_is_repeated_and_a_file_that_changed_is_embedded_anew(wavlm: Path, tmp_path: Path) -> None:
     judge = WavLM(str(wavlm))
     file = write(tmp_path / "a.wav", speech(0.25))
     long = write(tmp_path / "b.wav", np.tile(speech(0.25), 4))
@@ -276,26 +276,26 @@ def test_a_wavlm_without_a_head_or_another_model_is_refused(wavlm: Path, whisper
 # Whisper
 
 
-def test_transformers_whisper_hears_the_same_twice_and_long_clips(whisper: Path, tmp_path: Path) -> None:
+def test_transformers_whisper_is_deterministic_and_takes_long_clips(whisper: Path, tmp_path: Path) -> None:
     files = [write(tmp_path / f"{s}.wav", speech(s, seed)) for seed, s in enumerate((1.0, 5.0))]
     files.append(write(tmp_path / "empty.wav", speech(1)[:0]))
     asr: Transcriber = load_transcriber(str(whisper))
     assert isinstance(asr, TransformersWhisper)
     assert ", tiny-asr " in asr.name
-    heard = asr.transcribe(files, language="en")
-    assert heard == asr.transcribe(files, language="en-GB")
-    assert heard[2] == ""
-    assert all(heard[:2])
+    transcripts = asr.transcribe(files, language="en")
+    assert transcripts == asr.transcribe(files, language="en-GB")
+    assert transcripts[2] == ""
+    assert all(transcripts[:2])
     assert asr.transcribe(files, seconds=0.7) != asr.transcribe(files)
-    assert asr.transcribe(files[::-1], language="en") == heard[::-1], "each file for itself"
-    with pytest.raises(ConfigError, match="cannot hear the language 'vi': it knows 2 languages"):
+    assert asr.transcribe(files[::-1], language="en") == transcripts[::-1], "each file by itself"
+    with pytest.raises(ConfigError, match="does not support the language 'vi', it supports 2 other languages"):
         asr.transcribe(files, language="vi")
 
 
-def test_an_english_only_whisper_hears_no_german(tmp_path: Path, clips: list[Path]) -> None:
+def test_an_english_only_whisper_refuses_german(tmp_path: Path, clips: list[Path]) -> None:
     asr = TransformersWhisper(str(save_tiny_asr(tmp_path / "asr.en", multilingual=False)))
     assert asr.transcribe(clips[:1]) == asr.transcribe(clips[:1], language="en")
-    with pytest.raises(ConfigError, match="cannot hear the language 'de': it knows English only"):
+    with pytest.raises(ConfigError, match="does not support the language 'de', it supports English only"):
         asr.transcribe(clips, language="de")
 
 
@@ -336,7 +336,7 @@ def test_a_ctranslate2_folder_goes_to_faster_whisper(whisper: Path, tmp_path: Pa
         FasterWhisper("hugest")
 
 
-def test_faster_whisper_is_asked_greedily_and_for_itself(
+def test_faster_whisper_decodes_greedily_and_each_file_by_itself(
     tmp_path: Path, clips: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[int, dict[str, Any]]] = []
@@ -344,7 +344,7 @@ def test_faster_whisper_is_asked_greedily_and_for_itself(
     (tmp_path / "base" / "model.bin").write_bytes(b"weights")
     library = fake_faster_whisper(calls)
     monkeypatch.setitem(sys.modules, "faster_whisper", library)
-    monkeypatch.setattr("higgstune.evaluation.judges.version", lambda name: "1.2.1")
+    monkeypatch.setattr("higgstune.evaluation.judges.base.version", lambda name: "1.2.1")
     asr = load_transcriber(str(tmp_path / "base"))
     assert asr.name == "faster-whisper 1.2.1, base 9a129038 int8"
     long = write(tmp_path / "long.wav", speech(31))
@@ -354,12 +354,12 @@ def test_faster_whisper_is_asked_greedily_and_for_itself(
     assert [options["without_timestamps"] for _, options in calls] == [True, True, False]
     assert asr.transcribe([long], seconds=2) == ["so viel"]
     assert calls[-1][0] == 32_000
-    with pytest.raises(ConfigError, match="cannot hear the language 'tlh'"):
+    with pytest.raises(ConfigError, match="does not support the language 'tlh'"):
         asr.transcribe(clips, language="tlh")
 
 
 def fake_faster_whisper(calls: list[tuple[int, dict[str, Any]]]) -> ModuleType:
-    """The part of the library that is used; notes what its model is asked for."""
+    """The part of the library that is used; records the calls of its model."""
 
     class Segment:
         def __init__(self, text: str) -> None:
@@ -408,7 +408,7 @@ def test_distillmos_prefers_real_speech_to_noise(tmp_path: Path) -> None:
     assert found[2] == 1.0
 
 
-def test_distillmos_hears_at_most_a_minute_and_is_silent_itself(
+def test_distillmos_takes_at_most_a_minute_and_prints_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lengths: list[int] = []
@@ -429,7 +429,7 @@ def test_distillmos_hears_at_most_a_minute_and_is_silent_itself(
     library.DEFAULT_WEIGHTS_CHKPT = str(weights)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "distillmos", ModuleType("distillmos"))
     monkeypatch.setitem(sys.modules, "distillmos.sqa", library)
-    monkeypatch.setattr("higgstune.evaluation.judges.version", lambda name: "0.9.1")
+    monkeypatch.setattr("higgstune.evaluation.judges.base.version", lambda name: "0.9.1")
     judge = DistillMos()
     assert judge.name == "distillmos 0.9.1, v7 9a129038"
     files = [write(tmp_path / "long.wav", speech(61)), write(tmp_path / "short.wav", speech(0.05))]
@@ -458,13 +458,13 @@ def cached(cache: Path, name: str, folder: Path) -> Path:
 
 def test_models_come_from_the_hubs_cache(hub_cache: Path, wavlm: Path, whisper: Path, clips: list[Path]) -> None:
     cached(hub_cache, "owner/voices", wavlm)
-    cached(hub_cache, "owner/ears", whisper)
-    judges = load_judges("owner/ears", "owner/voices")
+    cached(hub_cache, "owner/asr", whisper)
+    judges = load_judges("owner/asr", "owner/voices")
     assert isinstance(judges.asr, TransformersWhisper)
-    assert ", ears " in judges.asr.name
+    assert ", asr " in judges.asr.name
     assert judges.speaker is not None
     assert judges.speaker.similarities(clips[:1], clips[:1]) == {"voices": [pytest.approx(1.0)]}
-    with pytest.raises(CheckpointError, match="owner/nothing is not a folder here, not in the hub's cache"):
+    with pytest.raises(CheckpointError, match="owner/nothing is neither a local folder nor in the hub's cache"):
         load_judges(speaker="owner/nothing")
 
 
@@ -487,7 +487,7 @@ def test_a_hub_id_may_be_pickled_or_of_ctranslate2(
 # What they share
 
 
-def test_samples_that_are_not_finite_are_told(wavlm: Path, tmp_path: Path) -> None:
+def test_samples_that_are_not_finite_are_errors(wavlm: Path, tmp_path: Path) -> None:
     wave = speech(1)
     wave[100] = np.nan
     file = write(tmp_path / "nan.wav", wave, subtype="FLOAT")
@@ -504,12 +504,12 @@ def test_names_and_languages(tmp_path: Path) -> None:
     assert check_language("pt_BR", ["en", "pt"], "x") == "pt"
 
 
-def test_wavlm_judges_by_itself_where_it_is_on_this_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wavlm_is_the_default_if_it_is_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny_wavlm(tmp_path / "wavlm")
     monkeypatch.setattr(judges, "DEFAULT_SPEAKER", "nobody/never-fetched")
     assert load_judges(speaker="auto").speaker is None
     monkeypatch.setattr(judges, "DEFAULT_SPEAKER", str(folder))
-    monkeypatch.setattr(judges, "try_to_load_from_cache", lambda name, file: str(Path(name) / file))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(Path(name) / file))
     found = load_judges(speaker="auto").speaker
     assert found is not None
     assert "wavlm" in found.name.lower()

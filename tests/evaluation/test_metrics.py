@@ -80,12 +80,12 @@ def test_characters_are_words_without_spaces(language: str, text: str, words: in
 
 def test_counts_are_those_of_jiwer_over_the_corpus() -> None:
     texts = ["the quick brown fox", "jumps over", "a lazy dog sleeps here"]
-    heard = ["the quick crown fox jumps", "over", "lazy dog sleeps hear"]
-    counts = [count_errors(*pair, "en") for pair in zip(texts, heard, strict=True)]
+    transcripts = ["the quick crown fox jumps", "over", "lazy dog sleeps hare"]
+    counts = [count_errors(*pair, "en") for pair in zip(texts, transcripts, strict=True)]
     words, chars = sum(count.words for count in counts), sum(count.chars for count in counts)
-    assert sum(count.word_errors for count in counts) / words == pytest.approx(jiwer.wer(texts, heard))
-    assert sum(count.char_errors for count in counts) / chars == pytest.approx(jiwer.cer(texts, heard))
-    assert word_error_rate(texts, heard) == pytest.approx(jiwer.wer(texts, heard))
+    assert sum(count.word_errors for count in counts) / words == pytest.approx(jiwer.wer(texts, transcripts))
+    assert sum(count.char_errors for count in counts) / chars == pytest.approx(jiwer.cer(texts, transcripts))
+    assert word_error_rate(texts, transcripts) == pytest.approx(jiwer.wer(texts, transcripts))
 
 
 def test_an_empty_reference_counts_what_was_invented() -> None:
@@ -100,7 +100,7 @@ REFERENCE = "the morning train was late again because of the heavy snow"
 
 
 @pytest.mark.parametrize(
-    ("heard", "text", "leaks"),
+    ("transcript", "text", "leaks"),
     [
         ("the morning train was late we walk along the river", "We walk along the river.", True),
         ("of the heavy snow we walk along", "We walk along the river.", True),
@@ -113,11 +113,11 @@ REFERENCE = "the morning train was late again because of the heavy snow"
         ("the morning train was early", "The morning train was early today.", False),
         ("late again", "We walk along the river.", False),
         ("", "We walk along the river.", False),
-        ("a different sentence that no one asked for", "We walk along the river.", False),
+        ("a different sentence that no one wanted", "We walk along the river.", False),
     ],
 )
-def test_leaks(heard: str, text: str, leaks: bool) -> None:
-    assert find_leak(heard, REFERENCE, text, "en").leaks == leaks
+def test_leaks(transcript: str, text: str, leaks: bool) -> None:
+    assert find_leak(transcript, REFERENCE, text, "en").leaks == leaks
 
 
 def test_leaks_in_a_script_without_spaces() -> None:
@@ -155,7 +155,7 @@ def test_a_clip_without_sound_is_all_silence(waveform: np.ndarray) -> None:
     assert prosody(waveform, RATE) is None
 
 
-def test_the_cap_is_known_or_told_by_the_duration() -> None:
+def test_the_cap_is_known_or_judged_by_the_duration() -> None:
     text = "A short sentence."
     cap = frame_cap(text, 25) / 25
     at_cap, below = (examine(NOISE[: round(seconds * RATE)], RATE, text) for seconds in (cap, cap - 0.04))
@@ -216,12 +216,12 @@ def test_planted_loops_are_found(period: float, change: type) -> None:
     assert multiples == pytest.approx(np.round(multiples), abs=0.04)
 
 
-def test_said_twice_is_no_loop() -> None:
+def test_a_repeated_word_does_not_make_a_loop() -> None:
     for take in real_takes("ljspeech")[:4]:
         assert find_loop(_planted(take, 0.5, 2), RATE) is None
 
 
-def test_held_and_moving_tones_are_no_loop() -> None:
+def test_held_and_moving_tones_do_not_make_a_loop() -> None:
     jitter = np.cumsum(np.random.default_rng(2).normal(0, 0.02, 3 * RATE))
     for waveform in (tone(140, 3), tone(140 + jitter, 3), tone(np.linspace(90, 300, 3 * RATE), 3), NOISE[: 3 * RATE]):
         assert find_loop(waveform, RATE) is None
@@ -304,7 +304,7 @@ def test_the_p_value_is_exact_for_few_pairs_and_that_of_scipy() -> None:
         assert permutation_p((a, ones), (b, ones), seed=0) == pytest.approx(other, abs=1e-9 if count == 6 else 0.012)
 
 
-def test_equal_systems_are_not_told_apart() -> None:
+def test_equal_systems_do_not_differ() -> None:
     values, words = np.array([1.0, 0.0, 2.0, 3.0]), np.array([9.0, 8.0, 7.0, 9.0])
     assert permutation_p((values, words), (values, words), seed=0) == 1
     assert difference_interval((values, words), (values, words), seed=0) == (0, 0)
@@ -359,7 +359,7 @@ def test_the_same_folder_scores_the_same(world) -> None:
     assert all(difference.value == 0 and difference.p == 1 for difference in differences.values())
 
 
-def test_judges_are_asked_once_for_each_set_of_references(world) -> None:
+def test_judges_are_called_once_for_each_set_of_references(world) -> None:
     asr, speaker = KnowingTranscriber(), ColourJudge()
     asr.known = world.asr.known
     score(world.clips, Judges(asr, speaker), world.voices)
@@ -398,7 +398,7 @@ def test_one_clip_is_valid_json(world) -> None:
 
 
 def test_a_speaker_has_a_pace_of_their_own(world) -> None:
-    """Without a recording of the text, the speaker's other recordings tell how slowly they speak."""
+    """Without a recording of the text, the speaker's other recordings show how slowly they speak."""
     clips = [replace(clip, recording=None) for clip in world.clips]
     with_pace = score(clips, Judges()).clips
     without = score([replace(clip, reference=None, reference_text=None) for clip in clips], Judges()).clips
@@ -443,8 +443,8 @@ def test_only_metrics_that_differ_count_as_questions(world) -> None:
     assert differences["cap_rate"].p_holm == pytest.approx(2 * differences["cap_rate"].p)
 
 
-def test_progress_is_told(world) -> None:
-    told = []
-    score(world.clips, Judges(quality=Rater()), progress=lambda *step: told.append(step))
-    assert told[0] == ("listening", 0, 4)
-    assert told[-1] == ("rating", 4, 4)
+def test_progress_is_reported(world) -> None:
+    reported = []
+    score(world.clips, Judges(quality=Rater()), progress=lambda *step: reported.append(step))
+    assert reported[0] == ("measuring waveforms", 0, 4)
+    assert reported[-1] == ("rating", 4, 4)

@@ -15,7 +15,7 @@ from higgstune.evaluation.score import compare, score
 from higgstune.generate.chunks import frame_cap
 from higgstune.metrics import Evaluation
 
-# As much may a number move that a defect does not concern.
+# How far a number may move that a defect does not concern.
 STILL = {
     "wer": 0.05, "cer": 0.05, "similarity": 0.05, "similarity_reference": 0.05, "speaker_accuracy": 0.0,
     "cap_rate": 0.0, "short_rate": 0.0, "silence": 0.2, "trailing_silence": 0.15, "duration_ratio": 0.2,
@@ -34,7 +34,7 @@ OWN: dict[str, dict[str, float]] = {
     "cut": {"short_rate": 1.0, "wer": 0.9, "duration_ratio": -0.9},
 }
 FOLLOWS = {
-    "runs_on": {"wer", "cer"},  # words that no one asked for
+    "runs_on": {"wer", "cer"},  # words that are not in the text
     "swapped": {"f0_shift", "f0_spread", "energy_spread"},  # another person's
     "shuffled": {"babble_rate"},  # where a long text takes the place of a short one
     "silent": {"duration_ratio"},
@@ -42,7 +42,7 @@ FOLLOWS = {
     "looped": {"duration_ratio"},
     "leaked": {"wer", "cer", "duration_ratio"},  # the leaked words are said
     "cut": {"cer", "silence", "similarity", "similarity_reference", "speaker_accuracy", "leak_wer", "f0_shift",
-            "f0_spread", "energy_spread"},  # of next to nothing nothing can be said
+            "f0_spread", "energy_spread"},  # next to nothing is left to measure
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: its page, its figures, and how numbers and words are told."""
+"""The report of a run: its page, its figures, and how numbers and words are shown."""
 
 import math
 import re
@@ -94,7 +94,7 @@ def test_every_part_that_is_empty_is_left_out(tmp_path: Path) -> None:
     assert [tag for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)] == ["h1", "h2"]
 
 
-def test_what_was_not_measured_is_told_and_no_nan_is_shown(clip: Path, tmp_path: Path) -> None:
+def test_unmeasured_values_are_named_and_no_nan_is_shown(clip: Path, tmp_path: Path) -> None:
     text = "".join(Page(written(full_report(clip, "words"), tmp_path)).texts)
     assert not re.search(r"\bnan\b", text, re.IGNORECASE)
     similarity = text[text.index("similarity to the speaker") :][:200]
@@ -134,7 +134,7 @@ def _contrast(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_can_be_told_from_their_grounds(scheme: str) -> None:
+def test_colours_contrast_with_their_grounds(scheme: str) -> None:
     style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
     light, dark = (re.findall(r"--([\w-]+): #(\w{6})", block) for block in style.split("@media screen and", 1))
     colours = {
@@ -153,8 +153,8 @@ def test_colours_can_be_told_from_their_grounds(scheme: str) -> None:
         assert _contrast(colours[curve], colours["paper"]) >= 3, curve
 
 
-def _pieces(text: str, heard: str, at_most: int = 50) -> list[tuple[str, str]]:
-    return [(piece.kind, piece.words) for piece in marked(text, heard, at_most=at_most)]
+def _pieces(text: str, transcript: str, at_most: int = 50) -> list[tuple[str, str]]:
+    return [(piece.kind, piece.words) for piece in marked(text, transcript, at_most=at_most)]
 
 
 def test_wrong_and_missed_words_are_marked() -> None:
@@ -171,7 +171,7 @@ def test_wrong_and_missed_words_are_marked() -> None:
     ]
 
 
-def test_what_matches_by_chance_and_what_never_ends_is_told_shortly() -> None:
+def test_chance_matches_are_not_marked_and_endless_transcripts_are_cut() -> None:
     assert _pieces("one two three", "la la two " * 20) == [("wrong", " ".join(["la la two"] * 16 + ["la la"])),
                                                            ("wrong", "… and 10 more")]  # fmt: skip
     assert _pieces("a b c d", "a b c d", at_most=2) == [("right", "a b"), ("wrong", "… and 2 more")]
@@ -235,8 +235,8 @@ def test_at_a_glance_there_are_the_last_systems_numbers() -> None:
     assert glances([base, System("adapter", {})]) == []
 
 
-def test_why_a_clip_is_bad_is_told_in_words(clip: Path) -> None:
-    good: dict[str, Any] = {"words": 4, "word_errors": 0, "similarity": 0.9, "heard": "all is well"}
+def test_a_clips_faults_are_named_in_words(clip: Path) -> None:
+    good: dict[str, Any] = {"words": 4, "word_errors": 0, "similarity": 0.9, "transcript": "all is well"}
     bad = {**good, "word_errors": 4, "hit_cap": 1, "right_speaker": 0, "naturalness": 2.0}
     assert complaints(good) == []
     assert complaints(bad) == ["word error rate 100 %", "did not stop", "nearer to another speaker"]

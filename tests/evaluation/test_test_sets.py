@@ -55,7 +55,7 @@ def test_built_in_sentences_are_well_written_and_never_split(language: str) -> N
         assert split_text(clean_text(text)) == [clean_text(text)], text
 
 
-def test_built_in_sets_are_asked_for_in_any_order() -> None:
+def test_built_in_sets_come_in_the_given_order() -> None:
     sentences = read_sentences("zh, en")
     assert [sentence.language for sentence in sentences] == ["zh"] * 100 + ["en"] * 100
     assert len({sentence.id for sentence in sentences}) == 200
@@ -86,14 +86,14 @@ def test_a_file_has_a_sentence_a_line(tmp_path: Path) -> None:
         (b"One.\nStop <|eot_id|> here.\n", r"line 2: the text has <\|eot_id\|>"),
     ],
 )
-def test_a_wrong_file_is_told_with_its_line(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_wrong_file_is_an_error_with_its_line(tmp_path: Path, content: bytes, said: str) -> None:
     file = tmp_path / "texts.txt"
     file.write_bytes(content)
     with pytest.raises(DataError, match=said):
         read_sentences(str(file))
 
 
-def test_files_that_are_not_there_or_of_another_kind_are_told(tmp_path: Path) -> None:
+def test_missing_files_and_files_of_another_kind_are_errors(tmp_path: Path) -> None:
     for name in ("texts.txt", "meta.lst"):
         with pytest.raises(DataError, match=f"{name} cannot be read: No such file"):
             read_sentences(str(tmp_path / name))
@@ -143,7 +143,7 @@ def test_seed_tts_eval_is_read_with_references_and_recordings(meta: Path) -> Non
         ("b|hello|link.wav|x", r"line 2: 'link\.wav' leads out of the folder"),
         ("b|hello|/etc/hostname|x", "line 2: '/etc/hostname' leads out of the folder"),
         ("b|hello|a\0b.wav|x", "line 2: .* cannot be a path"),
-        ("a|hello|prompt-wavs/p1.wav|x", "line 2: the id a is that of .*line 1, too"),
+        ("a|hello|prompt-wavs/p1.wav|x", "line 2: the id a is used at .*line 1 too"),
         ("b|hello|prompt-wavs/p1.wav| ", "line 2: the text '' has nothing to say"),
         ("b|...|prompt-wavs/p1.wav|x", r"line 2: the prompt text '\.\.\.' has nothing to say"),
         ("|hello|prompt-wavs/p1.wav|x", "line 2: the id '' cannot name a file"),
@@ -151,7 +151,7 @@ def test_seed_tts_eval_is_read_with_references_and_recordings(meta: Path) -> Non
         ("b" * 201 + "|hello|prompt-wavs/p1.wav|x", "line 2: the id 'bbb.*cannot name a file"),
     ],
 )
-def test_a_wrong_row_is_told_with_its_line(meta: Path, line: str, said: str) -> None:
+def test_a_wrong_row_is_an_error_with_its_line(meta: Path, line: str, said: str) -> None:
     meta.write_text(f"a|hello|prompt-wavs/p1.wav|One.\n{line}\n", encoding="utf-8")
     with pytest.raises(DataError, match=said):
         read_sentences(str(meta))

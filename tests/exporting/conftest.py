@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from export_world import heard_through, make_adapter, make_world
+from export_world import make_adapter, make_world, whisper_spec_of
 
-from higgstune import merge
-from higgstune.families.higgs_v2.extensions import Conditioning
+from higgstune import export
+from higgstune.families.base import Conditioning
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +14,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a store with Whisper features, a plain adapter and one with both extensions."""
     folder = make_world(tmp_path_factory.mktemp("merge"), whisper=True)
     make_adapter(folder, folder / "plain" / "adapter")
-    both = Conditioning(audio_attention=True, whisper=heard_through(folder))
+    both = Conditioning(audio_attention=True, whisper=whisper_spec_of(folder))
     make_adapter(folder, folder / "both" / "adapter", conditioning=both)
     return folder
 
@@ -22,4 +22,4 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def merged(world: Path) -> Path:
     """The plain adapter, merged with all defaults."""
-    return merge(world / "plain" / "adapter", world / "merged", device="cpu").folder
+    return export(world / "plain" / "adapter", world / "merged", device="cpu").folder

@@ -13,11 +13,11 @@ from export_world import (
     adapted_logits,
     flip_byte,
     gap,
-    heard_through,
     logits,
     make_adapter,
     nothing_is_left,
     tree,
+    whisper_spec_of,
 )
 from golden_values import Golden
 from peft import PeftModel
@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgstune import export
-from higgstune.checkpoint_files import read_layout
 from higgstune.errors import CheckpointError, ConfigError, VerificationError
-from higgstune.families.higgs_v2.checkpoint import native_config, original_config, original_state, read_original
-from higgstune.families.higgs_v2.extensions import Conditioning
+from higgstune.families import read_layout
+from higgstune.families.base import Conditioning
+from higgstune.families.higgs_v2.original import native_config, original_config, original_state, read_original
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model
 
@@ -92,7 +92,7 @@ def test_boson_has_the_names_and_shapes_of_the_reference(world: Path, tmp_path: 
 @pytest.mark.parametrize("name", GOLDEN[1:])
 def test_boson_has_the_names_of_the_references_extensions(world: Path, tmp_path: Path, name: str) -> None:
     has = Conditioning(
-        audio_attention="audio_attention" in name, whisper=heard_through(world) if "whisper" in name else None
+        audio_attention="audio_attention" in name, whisper=whisper_spec_of(world) if "whisper" in name else None
     )
     adapter = make_adapter(world, tmp_path / "adapter", conditioning=has)
     result = export(adapter, tmp_path / "out", format="boson", device="cpu")
@@ -126,7 +126,7 @@ def test_peft_is_what_plain_peft_loads(world: Path, tmp_path: Path) -> None:
     assert matter["library_name"] == "peft"
     assert matter["base_model_relation"] == "adapter"
     assert tree(world / "plain" / "adapter") == before
-    # It is an adapter folder of ours, too, and tells a damaged file.
+    # It is an adapter folder of ours, too, which detects a damaged file.
     moved = shutil.move(result.folder, tmp_path / "moved")
     load_adapter(load_model(world / "base", device="cpu"), moved)
     flip_byte(moved / "adapter_model.safetensors")
@@ -149,7 +149,8 @@ def test_modules_that_would_be_lost_are_named(world: Path, tmp_path: Path, forma
 
 
 def test_they_can_be_dropped_for_native(world: Path, tmp_path: Path) -> None:
-    result = export(world / "both" / "adapter", tmp_path / "out", format="native", drop_modules=True, device="cpu")
+    result = export(world / "both" / "adapter", tmp_path / "out", drop_modules=True, device="cpu")
+    assert result.format == "native"
     assert "model.layers.*.audio_attn" in result.dropped
     HiggsAudioV2ForConditionalGeneration.from_pretrained(result.folder, use_text_head=True)
 
@@ -176,7 +177,7 @@ def test_the_cards_snippet_is_python_that_says_the_bits(
     else:
         assert called["BitsAndBytesConfig"][f"load_in_{bits}bit"] is True
         assert called["BitsAndBytesConfig"]["llm_int8_skip_modules"] == ["audio_lm_head", "text_lm_head"]
-        assert f"makes {bits} bits" in (folder / "README.md").read_text()
+        assert f"to {bits} bits as it loads them" in (folder / "README.md").read_text()
 
 
 def run_with_stand_ins(code: str, called: dict[str, dict[str, Any]]) -> None:
@@ -204,12 +205,12 @@ def run_with_stand_ins(code: str, called: dict[str, dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "gguf"}, "native, boson, peft"),
+        ({"format": "gguf"}, "native, extended, boson, peft"),
         ({"format": "boson", "base_bits": 4}, "--base-bits has no effect"),
-        ({"format": "native", "base_bits": 5}, "4 or 8"),
+        ({"format": "native", "base_bits": 5}, "4, 8"),
         ({"format": "peft", "dtype": "bfloat16"}, "--dtype has no effect"),
         ({"format": "peft", "drop_modules": True}, "--drop-modules has no effect"),
-        ({"format": "boson", "drop_modules": True}, "goes with --layout native"),
+        ({"format": "boson", "drop_modules": True}, "--drop-modules has no effect"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(

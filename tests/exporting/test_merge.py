@@ -8,30 +8,30 @@ from pathlib import Path
 import pytest
 import soundfile
 import yaml
+from adapter_folders import card, copy_of
 from commands import Command
 from export_world import adapted_logits, flip_byte, gap, logits, nothing_is_left, save_base, tree
-from exporting_world import card, copy_of
 from tiny_runs import recipe
 from transformers import AutoTokenizer, GenerationConfig
 
-from higgstune import merge
+from higgstune import export
 from higgstune.checkpoint_files import check_checksums
 from higgstune.errors import CheckpointError
-from higgstune.exporting import layouts
 from higgstune.exporting import verify as check
 from higgstune.generate.speak import speak
 from higgstune.model.load import load_model, load_model_and_tokenizers
 from higgstune.training.run import train
 
 
+@pytest.mark.processes
 def test_a_run_is_merged_by_the_command(world: Path, tmp_path: Path, command: Command) -> None:
     stage = {"name": "s", "kind": "full", "max_steps": 4, "learning_rate": 5e-3, "batch_size": 2}
     train(recipe(world, stages=[stage]), tmp_path / "run")
     before = tree(world / "base"), tree(tmp_path / "run")
-    code, out, err = command("merge", tmp_path / "run", "--out", tmp_path / "merged", "--device", "cpu", "--json")
+    code, out, err = command("export", tmp_path / "run", "--out", tmp_path / "merged", "--device", "cpu", "--json")
     assert code == 0, err
     result = json.loads(out)
-    assert result["layout"] == "native"
+    assert result["format"] == "native"
     assert result["check"]["from_adapter"] <= 5e-4 < 1e-3 < result["check"]["from_base"]
     assert "merging layers 30/30" in err
     assert (tree(world / "base"), tree(tmp_path / "run")) == before
@@ -39,7 +39,7 @@ def test_a_run_is_merged_by_the_command(world: Path, tmp_path: Path, command: Co
     assert gap(logits(model, world), adapted_logits(world, tmp_path / "run" / "s" / "adapter")) < 5e-5
     text = (tmp_path / "merged" / "README.md").read_text()
     assert re.search(r"\| s \| full \| 4 \| eval_audio_loss \d", text)
-    code, _, err = command("merge", tmp_path / "run", "--out", tmp_path / "merged")
+    code, _, err = command("export", tmp_path / "run", "--out", tmp_path / "merged")
     assert code == 2
     assert "is not overwritten" in err
 
@@ -69,16 +69,16 @@ def test_a_base_without_a_template_gets_the_native_one(world: Path, tmp_path: Pa
     base = save_base(tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     (base / "LICENSE").rename(base / "LICENSE.txt")
-    result = merge(world / "plain" / "adapter", tmp_path / "out", model=base, device="cpu")
+    result = export(world / "plain" / "adapter", tmp_path / "out", model=base, device="cpu")
     expected = (world / "base" / "chat_template.jinja").read_text()
     assert (result.folder / "chat_template.jinja").read_text() == expected
     assert (result.folder / "LICENSE.txt").exists()
 
 
 def test_large_weights_are_written_in_shards(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layouts, "SHARD_SIZE", "500KB")
-    for layout in ("native", "original"):
-        folder = merge(world / "plain" / "adapter", tmp_path / layout, layout=layout, device="cpu").folder
+    monkeypatch.setattr("higgstune.families.higgs_v2.export.SHARD_SIZE", "500KB")
+    for format in ("native", "boson"):
+        folder = export(world / "plain" / "adapter", tmp_path / format, format=format, device="cpu").folder
         shards = sorted(path.name for path in folder.glob("*.safetensors"))
         assert len(shards) > 1
         assert set(shards) < set(card(folder)["files"])
@@ -89,7 +89,7 @@ def test_large_weights_are_written_in_shards(world: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("damaged", ["model.safetensors", "codec/model.safetensors"])
-def test_a_flipped_byte_is_told_where_it_is_loaded(merged: Path, tmp_path: Path, damaged: str) -> None:
+def test_a_flipped_byte_is_reported_on_loading(merged: Path, tmp_path: Path, damaged: str) -> None:
     copy = shutil.copytree(merged, tmp_path / "copy")
     load_model_and_tokenizers(copy, device="cpu")
     flip_byte(copy / damaged)
@@ -112,7 +112,7 @@ def test_the_folder_says_what_was_merged(world: Path, merged: Path) -> None:
         assert str(world) not in (merged / name).read_text()
 
 
-def test_the_card_tells_what_a_stranger_must_know(world: Path, merged: Path) -> None:
+def test_the_card_says_what_a_stranger_must_know(world: Path, merged: Path) -> None:
     _, front, text = (merged / "README.md").read_text().split("---\n", 2)
     matter = yaml.safe_load(front)
     assert matter["base_model"] == "base"
@@ -127,7 +127,7 @@ def test_the_card_tells_what_a_stranger_must_know(world: Path, merged: Path) -> 
         "| stage1 | text | 40 | eval_text_loss 2.5 |", "| stage2 | full | 300 | not measured |",
         "Boson AI's community licence", "Meta's Llama 3 licence", "Apache-2.0", "[LICENSE](LICENSE)",
         "[codec/LICENSE](codec/LICENSE)", "--model THIS_FOLDER", "from_pretrained", "tolerance 5e-04",
-        "validation clips of the store data", "must have agreed",
+        "validation clips of the store data", "must have consented",
     ):  # fmt: skip
         assert part in text, part
 
@@ -139,7 +139,7 @@ def test_an_adapter_without_records_is_merged_and_says_so(world: Path, tmp_path:
     base = save_base(tmp_path / "mine")
     (base / "LICENSE").unlink()
     shutil.rmtree(base / "codec")
-    result = merge(adapter, tmp_path / "out", model=base, data=world / "data", device="cpu")
+    result = export(adapter, tmp_path / "out", model=base, data=world / "data", device="cpu")
     text = (result.folder / "README.md").read_text()
     assert "Stages: not recorded" in text
     assert "| train | not recorded | not recorded |" in text
@@ -150,21 +150,21 @@ def test_an_adapter_without_records_is_merged_and_says_so(world: Path, tmp_path:
 def test_a_codec_that_has_moved_with_its_base_is_found(world: Path, tmp_path: Path) -> None:
     base = shutil.copytree(world / "base", tmp_path / "base")
     adapter = copy_of(world / "plain" / "adapter", tmp_path / "adapter", codec="/gone/codec")
-    result = merge(adapter, tmp_path / "out", model=base, device="cpu")
+    result = export(adapter, tmp_path / "out", model=base, device="cpu")
     assert (result.folder / "codec" / "model.safetensors").exists()
 
 
-def test_the_command_tells_input_from_work(
+def test_the_command_exits_with_2_for_wrong_input_and_1_for_failed_work(
     world: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, out, _ = command("merge", "--help")
+    code, out, _ = command("export", "--help")
     assert code == 0
-    assert "Example: higgstune merge" in out
-    code, _, err = command("merge", "/no/where", "--out", tmp_path / "out")
+    assert "Example: higgstune export" in out
+    code, _, err = command("export", "/no/where", "--out", tmp_path / "out")
     assert code == 2
     assert "neither an adapter" in err
     monkeypatch.setitem(check.TOLERANCE, "float32", 0.0)
-    code, _, err = command("merge", world / "plain" / "adapter", "--out", tmp_path / "out", "--device", "cpu")
+    code, _, err = command("export", world / "plain" / "adapter", "--out", tmp_path / "out", "--device", "cpu")
     assert code == 1
     assert "it was not kept" in err
     assert nothing_is_left(tmp_path / "out")

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_folders import copy_of
 from export_world import batch_of, make_adapter, nothing_is_left
-from exporting_world import copy_of
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from higgstune import merge
+from higgstune import export
 from higgstune.errors import CheckpointError, DataError, VerificationError
 from higgstune.exporting import layouts
 from higgstune.exporting import merge as merging
@@ -30,7 +30,7 @@ def test_what_was_not_merged_is_refused(world: Path, tmp_path: Path, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr(merging, "merge_layers", broken)
             with pytest.raises(VerificationError, match=message):
-                merge(adapter, out, device="cpu")
+                export(adapter, out, device="cpu")
         assert nothing_is_left(out)
 
 
@@ -47,7 +47,7 @@ def test_a_layer_that_computes_something_else_is_refused(
 ) -> None:
     monkeypatch.setattr("peft.tuners.lora.layer.Linear.merge", lambda self, **options: self.set_scale("default", 1.001))
     with pytest.raises(VerificationError, match=r"merging model\.layers\.0\.\S+ changed what it computes"):
-        merge(world / "plain" / "adapter", tmp_path / "out", device="cpu")
+        export(world / "plain" / "adapter", tmp_path / "out", device="cpu")
     assert nothing_is_left(tmp_path / "out")
 
 
@@ -62,21 +62,21 @@ def test_what_is_compared_is_what_lies_on_the_disk(
 
     monkeypatch.setattr(merging, "write_checkpoint", write_badly)
     with pytest.raises(VerificationError, match="it was not kept"):
-        merge(world / "plain" / "adapter", tmp_path / "out", device="cpu")
+        export(world / "plain" / "adapter", tmp_path / "out", device="cpu")
     assert nothing_is_left(tmp_path / "out")
 
 
 def test_an_adapter_that_rounding_drowns_is_refused(world: Path, tmp_path: Path) -> None:
     weak = make_adapter(world, tmp_path / "adapter", strength=3e-4)
-    assert merge(weak, tmp_path / "exact", dtype="float32", device="cpu").check.from_base > 1e-3
+    assert export(weak, tmp_path / "exact", dtype="float32", device="cpu").check.from_base > 1e-3
     with pytest.raises(VerificationError, match="--dtype float32"):
-        merge(weak, tmp_path / "rounded", dtype="bfloat16", device="cpu")
+        export(weak, tmp_path / "rounded", dtype="bfloat16", device="cpu")
     nothing = make_adapter(world, tmp_path / "nothing", strength=0)
     with pytest.raises(VerificationError, match="hardly differs"):
-        merge(nothing, tmp_path / "none", device="cpu")
+        export(nothing, tmp_path / "none", device="cpu")
     broken = make_adapter(world, tmp_path / "broken", strength=float("nan"))
     with pytest.raises(CheckpointError, match="holds NaN or infinity"):
-        merge(broken, tmp_path / "none", device="cpu")
+        export(broken, tmp_path / "none", device="cpu")
     assert nothing_is_left(tmp_path / "none")
 
 
@@ -99,23 +99,23 @@ def test_an_adapter_that_is_half_lost_in_rounding_is_refused() -> None:
 def test_where_the_store_has_gone_the_runs_probe_is_compared_on(world: Path, tmp_path: Path) -> None:
     gone = {"data": {"store": "/gone/data"}, "recipe": {}}
     adapter = copy_of(world / "plain" / "adapter", tmp_path / "s" / "adapter", **gone)
-    with pytest.raises(DataError, match=r"/gone/data is not here.*--data"):
-        merge(adapter, tmp_path / "out", device="cpu")
-    given = merge(adapter, tmp_path / "given", data=world / "data", device="cpu")
+    with pytest.raises(DataError, match=r"neither the store /gone/data nor .* exists.*--data"):
+        export(adapter, tmp_path / "out", device="cpu")
+    given = export(adapter, tmp_path / "given", data=world / "data", device="cpu")
     assert (given.check.clips, given.check.origin) == (3, "validation clips of the store data")
     (tmp_path / "s" / "verify").mkdir()
     probe, model = tmp_path / "s" / "verify" / "probe.safetensors", load_model(world / "base", device="cpu")
     batch = batch_of(model, world)
     write_probe(batch, probe_logits(model, batch), probe)
-    probed = merge(adapter, tmp_path / "probed", device="cpu")
+    probed = export(adapter, tmp_path / "probed", device="cpu")
     assert (probed.check.clips, probed.check.origin) == (6, "the clips of the run's own verification")
     probe.write_bytes(probe.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="truncated"):
-        merge(adapter, tmp_path / "out", device="cpu")
+        export(adapter, tmp_path / "out", device="cpu")
     assert nothing_is_left(tmp_path / "out")
 
 
-def test_every_clip_is_looked_at(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_clip_is_compared(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("higgstune.exporting.verify._POSITIONS", 9)
     source = open_source(world / "plain" / "adapter")
     loaded = load_model_and_tokenizers(world / "base", device="cpu")

@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_folders import card
 from export_world import adapted_logits, gap, logits, make_adapter
-from exporting_world import card
 from safetensors.torch import load_file, save_file
 
-from higgstune import merge
+from higgstune import export
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.exporting import verify as check
 from higgstune.exporting.merge import merge_layers
-from higgstune.families.higgs_v2.checkpoint import original_config, original_state
-from higgstune.families.higgs_v2.extensions import Conditioning
+from higgstune.families.base import Conditioning
+from higgstune.families.higgs_v2.family import FAMILY
+from higgstune.families.higgs_v2.original import original_config, original_state
 from higgstune.families.higgs_v2.prompt import AUDIO_EOS, AUDIO_IN
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model, load_tokenizer
@@ -28,7 +29,7 @@ def test_every_variant_gives_the_logits_of_base_and_adapter(
 ) -> None:
     has = Conditioning(audio_attention=True) if "attention" in variant else None
     adapter = make_adapter(world, tmp_path / "adapter", conditioning=has, **variant)
-    result = merge(adapter, tmp_path / "out", device="cpu")
+    result = export(adapter, tmp_path / "out", device="cpu")
     found = logits(load_model(result.folder, device="cpu", dtype="float32"), world)
     assert gap(found, adapted_logits(world, adapter)) < 5e-5
     assert gap(found, logits(load_model(world / "base", device="cpu", dtype="float32"), world)) > 0.1
@@ -40,7 +41,7 @@ def test_a_bfloat16_base_is_merged_in_float32(world: Path, tmp_path: Path) -> No
     weights = {key: value.bfloat16() for key, value in load_file(base / "model.safetensors").items()}
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     adapter = make_adapter(world, tmp_path / "adapter", base=base)
-    result = merge(adapter, tmp_path / "out", device="cpu")
+    result = export(adapter, tmp_path / "out", device="cpu")
     assert result.dtype == result.check.dtype == "bfloat16"
     assert json.loads((result.folder / "config.json").read_text())["dtype"] == "bfloat16"
     trained = load_file(adapter / "adapter_model.safetensors")
@@ -67,7 +68,7 @@ def test_no_more_than_one_layer_is_in_float32_at_a_time(world: Path) -> None:
 
 
 def test_the_dtype_of_what_is_written_can_be_chosen(world: Path, merged: Path, tmp_path: Path) -> None:
-    result = merge(world / "plain" / "adapter", tmp_path / "out", dtype="bfloat16", device="cpu")
+    result = export(world / "plain" / "adapter", tmp_path / "out", dtype="bfloat16", device="cpu")
     written = load_file(result.folder / "model.safetensors")
     assert {value.dtype for value in written.values()} == {torch.bfloat16}
     # From the float32 base, rounded once at the end.
@@ -75,25 +76,25 @@ def test_the_dtype_of_what_is_written_can_be_chosen(world: Path, merged: Path, t
     assert all(torch.equal(written[key], value.bfloat16()) for key, value in exact.items())
     assert 0 < result.check.from_adapter <= check.TOLERANCE["bfloat16"]
     with pytest.raises(ConfigError, match="int8"):
-        merge(world / "plain" / "adapter", tmp_path / "other", dtype="int8")
+        export(world / "plain" / "adapter", tmp_path / "other", dtype="int8")
 
 
-def test_a_half_precision_base_asks_for_a_dtype(world: Path, tmp_path: Path) -> None:
+def test_a_half_precision_base_needs_a_dtype(world: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(world / "base", base)
     weights = {key: value.half() for key, value in load_file(base / "model.safetensors").items()}
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     adapter = make_adapter(world, tmp_path / "adapter", base=base)
     with pytest.raises(CheckpointError, match=r"stored as F16.*--dtype"):
-        merge(adapter, tmp_path / "out", device="cpu")
-    assert merge(adapter, tmp_path / "out", dtype="float32", device="cpu").dtype == "float32"
+        export(adapter, tmp_path / "out", device="cpu")
+    assert export(adapter, tmp_path / "out", dtype="float32", device="cpu").dtype == "float32"
 
 
 def test_a_run_that_was_begun_on_a_merged_checkpoint_is_merged_into_it(
     world: Path, merged: Path, tmp_path: Path
 ) -> None:
     adapter = make_adapter(world, tmp_path / "adapter", base=merged)
-    result = merge(adapter, tmp_path / "out", device="cpu")
+    result = export(adapter, tmp_path / "out", device="cpu")
     found = logits(load_model(result.folder, device="cpu"), world)
     assert gap(found, logits(load_adapter(load_model(merged, device="cpu"), adapter), world)) < 5e-5
     assert card(result.folder)["merged"]["base_merged"] == card(merged)["merged"]
@@ -103,13 +104,13 @@ def test_a_base_in_the_original_layout_is_the_same_base(world: Path, merged: Pat
     base = shutil.copytree(world / "base", tmp_path / "base")
     model = load_model(world / "base", device="cpu", dtype="float32")
     save_file(original_state(model.state_dict()), base / "model.safetensors")
-    tokenizer = load_tokenizer(world / "base", model.config)
+    tokenizer = load_tokenizer(world / "base", FAMILY, model.config)
     tokens = {token: tokenizer.convert_tokens_to_ids(token) for token in (AUDIO_IN, AUDIO_EOS)}
     (base / "config.json").write_text(json.dumps(original_config(model.config, tokens=tokens)))
-    for layout in ("native", "original"):
-        result = merge(world / "plain" / "adapter", tmp_path / layout, model=base, layout=layout, device="cpu")
+    for format in ("native", "boson"):
+        result = export(world / "plain" / "adapter", tmp_path / format, model=base, format=format, device="cpu")
         expected = load_file(merged / "model.safetensors")
-        if layout == "original":
+        if format == "boson":
             expected = original_state(expected)
         written = load_file(result.folder / "model.safetensors")
         assert written.keys() == expected.keys()

@@ -6,48 +6,48 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapter_folders import copy_of, drop_a_key
 from export_world import flip_byte, make_adapter, nothing_is_left, save_base
-from exporting_world import copy_of, drop_a_key
+from full_disk import largest_file
 from tiny_codec import save_tiny_codec
 
-from higgstune import merge
+from higgstune import export
 from higgstune.errors import CheckpointError, ConfigError, DataError, WorkError
-from higgstune.exporting import merge as merging
 
 
 @pytest.mark.parametrize("again", ["the same adapter", "another adapter"])
 def test_merging_twice_is_refused(world: Path, merged: Path, tmp_path: Path, again: str) -> None:
-    adapter, message = world / "plain" / "adapter", "is in .* already"
+    adapter, message = world / "plain" / "adapter", "was merged into .* already"
     if again == "another adapter":
         adapter, message = make_adapter(world, tmp_path / "adapter", strength=0.1), "is a merged checkpoint"
     with pytest.raises(CheckpointError, match=message):
-        merge(adapter, tmp_path / "out", model=merged, device="cpu")
+        export(adapter, tmp_path / "out", model=merged, device="cpu")
     assert nothing_is_left(tmp_path / "out")
 
 
 def test_another_base_is_refused(world: Path, tmp_path: Path) -> None:
     same_shape = save_base(tmp_path / "other", seed=5)
     with pytest.raises(CheckpointError, match="fingerprint"):
-        merge(world / "plain" / "adapter", tmp_path / "out", model=same_shape, device="cpu")
+        export(world / "plain" / "adapter", tmp_path / "out", model=same_shape, device="cpu")
     adapter = copy_of(world / "plain" / "adapter", tmp_path / "moved")
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone"}))
     with pytest.raises(CheckpointError, match="--model"):
-        merge(adapter, tmp_path / "out", device="cpu")
+        export(adapter, tmp_path / "out", device="cpu")
     assert nothing_is_left(tmp_path / "out")
 
 
 def test_another_codec_is_refused(world: Path, tmp_path: Path) -> None:
     codec = save_tiny_codec(tmp_path / "codec")
     with pytest.raises(CheckpointError, match="another codec"):
-        merge(world / "plain" / "adapter", tmp_path / "out", codec=codec, device="cpu")
+        export(world / "plain" / "adapter", tmp_path / "out", codec=codec, device="cpu")
     other = tmp_path / "data"
     shutil.copytree(world / "data", other)
     index = json.loads((other / "store.json").read_text())
     index["info"]["codec_revision"] = "0123456789abcdef"
     (other / "store.json").write_text(json.dumps(index))
     with pytest.raises(DataError, match="--data"):
-        merge(world / "plain" / "adapter", tmp_path / "out", data=other, device="cpu")
+        export(world / "plain" / "adapter", tmp_path / "out", data=other, device="cpu")
     assert nothing_is_left(tmp_path / "out")
 
 
@@ -75,45 +75,42 @@ def test_damage_is_one_clear_error_and_leaves_nothing(
     shutil.copytree(world / "base", tmp_path / "base")
     damage(tmp_path / part)
     with pytest.raises(CheckpointError, match=message):
-        merge(tmp_path / "adapter", tmp_path / "out", model=tmp_path / "base", device="cpu")
+        export(tmp_path / "adapter", tmp_path / "out", model=tmp_path / "base", device="cpu")
     assert nothing_is_left(tmp_path / "out")
 
 
-def test_a_key_too_few_is_told_where_no_checksum_was_recorded(world: Path, tmp_path: Path) -> None:
+def test_a_missing_key_is_reported_where_no_checksum_was_recorded(world: Path, tmp_path: Path) -> None:
     adapter = copy_of(world / "plain" / "adapter", tmp_path / "adapter", weights_sha256=None)
     drop_a_key(adapter / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="does not fit this base: tensors are in only one of them"):
-        merge(adapter, tmp_path / "out", device="cpu")
+    with pytest.raises(CheckpointError, match="does not fit this base: it has no tensor"):
+        export(adapter, tmp_path / "out", device="cpu")
 
 
 def test_folders_that_exist_are_refused(world: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="is not overwritten"):
-        merge(world / "plain" / "adapter", tmp_path / "out", device="cpu")
+        export(world / "plain" / "adapter", tmp_path / "out", device="cpu")
     with pytest.raises(ConfigError, match="would lie inside"):
-        merge(world / "plain" / "adapter", world / "base" / "merged", device="cpu")
+        export(world / "plain" / "adapter", world / "base" / "merged", device="cpu")
 
 
-def test_a_full_disk_leaves_nothing(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: Any, **options: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(merging, "copy_codec", full)
-    with pytest.raises(WorkError, match="No space left"):
-        merge(world / "plain" / "adapter", tmp_path / "out", device="cpu")
+def test_a_full_disk_leaves_nothing(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkError, match="File too large"), largest_file(10_000):
+        export(world / "plain" / "adapter", tmp_path / "out", device="cpu")
     assert nothing_is_left(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layout": "extended"}, "no effect"),
-        ({"layout": "native", "drop_modules": True}, "no effect"),
-        ({"drop_modules": True}, "goes with --layout native"),
-        ({"layout": "original", "drop_modules": True}, "goes with --layout native"),
-        ({"layout": "gguf"}, "native, extended, original"),
+        ({"format": "extended"}, "--format extended has no effect"),
+        ({"format": "extended", "drop_modules": True}, "--drop-modules has no effect with --format extended"),
+        ({"format": "extended", "base_bits": 4}, "--base-bits has no effect with --format extended"),
+        ({"format": "native", "drop_modules": True}, "--drop-modules has no effect"),
+        ({"drop_modules": True}, "--drop-modules has no effect"),
+        ({"whisper": "x"}, "--whisper has no effect"),
     ],
 )
 def test_options_without_effect_are_refused(world: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        merge(world / "plain" / "adapter", tmp_path / "out", device="cpu", **options)
+        export(world / "plain" / "adapter", tmp_path / "out", device="cpu", **options)

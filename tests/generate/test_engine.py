@@ -5,20 +5,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_checkpoint import random_codes, tiny_prompter
+from tiny_checkpoint import random_codes, tiny_config, tiny_prompter, tiny_tokenizer
 
 from higgstune.batch.collate import PaddedCollator, pack
 from higgstune.batch.dataset import TARGET
+from higgstune.config.recipe import Lora
+from higgstune.data.messages import speech_messages
 from higgstune.families.base import Example
+from higgstune.families.higgs_v2.checkpoint import spec_of
+from higgstune.families.higgs_v2.decoder import Decoder
 from higgstune.families.higgs_v2.delay import build_frames, codes_from_frames
 from higgstune.families.higgs_v2.packed import with_training_forward
-from higgstune.families.higgs_v2.prompt import speech_messages
 from higgstune.families.higgs_v2.prompter import Prompter
 from higgstune.families.higgs_v2.sampler import RowSampler
 from higgstune.families.sampling import Sampling
-from higgstune.generate.engine import Decoder, generate
+from higgstune.generate.engine import generate
 from higgstune.kernels.loss import LossWeights, combine, label_counts
-from higgstune.model.adapters import Lora, adapted_layers, add_lora
+from higgstune.model.adapters import adapted_layers, add_lora
 
 CODES = 64
 GREEDY = Sampling(temperature=0)
@@ -32,8 +35,8 @@ def clips(prompter: Prompter) -> list[tuple[Example, Example, np.ndarray]]:
     ):
         target = random_codes(frames, seed=index, codes=CODES)
         context = [] if reference is None else [random_codes(reference, seed=100 + index, codes=CODES)]
-        asked = speech_messages(text, context=[("Good morning.", "reference.wav") for _ in context])
-        made.append((prompter.example([*asked, TARGET], [*context, target]), prompter.prompt(asked, context), target))
+        turns = speech_messages(text, context=[("Good morning.", "reference.wav") for _ in context])
+        made.append((prompter.example([*turns, TARGET], [*context, target]), prompter.prompt(turns, context), target))
     return made
 
 
@@ -114,8 +117,9 @@ def test_an_overfitted_clip_is_spoken_back_exactly_and_stops_by_itself() -> None
 
 
 def sampler(sampling: Sampling, **changes: Any) -> RowSampler:
-    settings: dict[str, Any] = {"num_codebooks": 8, "bos_id": 32, "eos_id": 33, "max_frames": 5, "seed": 3}
-    return RowSampler(sampling, **(settings | changes))
+    settings: dict[str, Any] = {"max_frames": 5, "seed": 3}
+    spec = spec_of(tiny_config(tiny_tokenizer(), codes=32))
+    return RowSampler(spec, sampling, **(settings | changes))
 
 
 def test_rows_follow_the_delay_pattern_and_the_cap_ends_a_clip() -> None:

@@ -11,14 +11,17 @@ from safetensors.torch import load_file, save_file
 
 import higgstune
 from higgstune.codec import MelCodec
+from higgstune.config.recipe import Lora
 from higgstune.data.manifest import Utterance, read_manifest, write_manifest
 from higgstune.data.store import Row
 from higgstune.diagnostics import doctor
 from higgstune.diagnostics.prompt import built_in_row
 from higgstune.diagnostics.report import Report
-from higgstune.families.higgs_v2.extensions import Conditioning, add_conditioning
-from higgstune.model.adapter_folder import base_fingerprint, base_shape
-from higgstune.model.adapters import AttentionTraining, Lora, add_lora
+from higgstune.families import family_of
+from higgstune.families.base import Conditioning
+from higgstune.families.higgs_v2.extensions import add_conditioning
+from higgstune.model.adapter_folder import base_fingerprint
+from higgstune.model.adapters import AttentionTraining, add_lora
 from higgstune.model.load import load_model
 
 ASSETS = Path(higgstune.__file__).parent / "demo" / "assets"
@@ -29,8 +32,8 @@ def failed(report: Report) -> set[str]:
     return {finding.check for finding in report.findings if finding.status == "failed"}
 
 
-def told(report: Report, check: str, status: str = "failed") -> str:
-    """What a check said."""
+def messages_of(report: Report, check: str, status: str = "failed") -> str:
+    """Messages and advice of a check's findings, joined."""
     return " | ".join(f"{f.message} -> {f.advice}" for f in report.of(check, status))  # type: ignore[arg-type]
 
 
@@ -49,8 +52,9 @@ def save_adapter(base: Path, folder: Path, *, attention: AttentionTraining | Non
     peft_model.peft_config["default"].base_model_name_or_path = str(base)
     peft_model.save_pretrained(str(folder), save_embedding_layers=False)
     card = {
+        "base_shape": family_of(model).spec(model.config).card(),
         "checkpoint": str(base), "revision": None, "codec": str(base / "codec"), "stage": "voice",
-        "codec_revision": MelCodec.from_pretrained(base / "codec").revision, "base_shape": base_shape(model.config),
+        "codec_revision": MelCodec.from_pretrained(base / "codec").revision,
         "base_fingerprint": fingerprint, "conditioning": conditioning.model_dump(),
         "recipe": {"lora": {"r": 4, "alpha": 8.0, "rslora": False, "dora": False}, "stages": [
             {"name": "voice", "text_weight": 1.0, "audio_weight": 1.0}]},
@@ -86,7 +90,7 @@ def prepare(world: Path, out: Path, codec: Any) -> Path:
 
 
 def examined(world: Path, **changes: Any) -> Report:
-    """What the doctor says of the healthy setup, or of one with another part."""
+    """The report on the healthy setup, or on one with some parts replaced."""
     return doctor(**({"model": world / "base", "adapter": world / "adapter", "data": world / "data"} | changes))
 
 

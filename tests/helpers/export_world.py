@@ -15,19 +15,16 @@ from higgstune.batch.collate import Batch, PaddedCollator
 from higgstune.batch.dataset import PLAIN, Rendering, RowExamples
 from higgstune.codec import load_codec
 from higgstune.codec.whisper_encoder import load_whisper
+from higgstune.config.recipe import Lora
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore
-from higgstune.families.higgs_v2.extensions import (
-    Conditioning,
-    WhisperSpec,
-    add_conditioning,
-    conditioning_of,
-    whisper_spec,
-)
+from higgstune.families.base import Conditioning, WhisperSpec
+from higgstune.families.higgs_v2.extensions import add_conditioning, conditioning_of, whisper_spec
+from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.families.higgs_v2.prompt import AUDIO_IN
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
 from higgstune.model.adapter_folder import base_fingerprint
-from higgstune.model.adapters import Lora, add_lora, load_adapter
+from higgstune.model.adapters import add_lora, load_adapter
 from higgstune.model.load import load_model, load_tokenizer
 from higgstune.training.save import save_adapter
 from higgstune.training.verify import probe_logits
@@ -61,10 +58,10 @@ def make_world(folder: Path, *, whisper: bool = False) -> Path:
     return folder
 
 
-def heard_through(world: Path) -> WhisperSpec:
+def whisper_spec_of(world: Path) -> WhisperSpec:
     """The shape of the world's Whisper encoder."""
     config = load_model(world / "base", device="cpu").config
-    tokenizer = load_tokenizer(world / "base", config)
+    tokenizer = load_tokenizer(world / "base", FAMILY, config)
     return whisper_spec(load_whisper(world / "whisper"), tokenizer.convert_tokens_to_ids(AUDIO_IN))
 
 
@@ -120,7 +117,7 @@ def make_adapter(
 def batch_of(model: Any, world: Path) -> Batch:
     """All rows of the store, as the model would be trained on them."""
     config = model.config
-    tokenizer = load_tokenizer(world / "base", config)
+    tokenizer = load_tokenizer(world / "base", FAMILY, config)
     shape = conditioning_of(model).whisper
     rendering = Rendering("scene", FeatureStore.open(world / "data", str(world / "whisper"))) if shape else PLAIN
     prompter = Prompter(tokenizer, SpecialIds.from_config(config))

@@ -6,7 +6,7 @@ from higgstune.codec.base import WhisperFeatures
 
 
 class FakeWhisperEncoder:
-    """Implements `WhisperEncoder`: 25 positions a second."""
+    """Implements `WhisperEncoder`: 25 feature frames a second."""
 
     checkpoint = "fake-whisper"
     revision = "fake-1"
@@ -15,5 +15,5 @@ class FakeWhisperEncoder:
     chunk_frames = 750
 
     def encode(self, waveform: np.ndarray) -> WhisperFeatures:
-        positions = len(waveform) // 640
-        return WhisperFeatures(waveform[: positions * 640].reshape(positions, 640).astype(np.float16), (positions,))
+        frames = len(waveform) // 640
+        return WhisperFeatures(waveform[: frames * 640].reshape(frames, 640).astype(np.float16), (frames,))

@@ -34,7 +34,7 @@ class Golden:
         return folder
 
     def native_inputs(self) -> dict[str, Tensor]:
-        """The batch as the native forward takes it. Rows of audio stand in the order of the batch."""
+        """The batch as the native forward takes it. Delayed frames stand in the order of the batch."""
         mask = self.values["audio_out_mask"].bool()
         rows = self.values["audio_out_ids"].T  # [rows, K] over the whole batch
         counts = mask.sum(-1).tolist()

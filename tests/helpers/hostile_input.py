@@ -95,7 +95,7 @@ def _check_refusal(row: SourceRow, error: RowError) -> None:
 
 
 def check_recipe(folder: Path, content: bytes, overrides: list[str]) -> bool:
-    """Read a recipe, save it, read it again -> whether it is one."""
+    """Read a recipe, save it, and read the copy -> whether it is valid."""
     from higgstune.config.recipe import load_recipe, save_recipe  # brings torch
 
     path = folder / "recipe.yaml"
@@ -113,7 +113,7 @@ def check_recipe(folder: Path, content: bytes, overrides: list[str]) -> bool:
 
 
 def check_audio(folder: Path, content: bytes, start: float | None = None, end: float | None = None) -> bool:
-    """Read a recording as a whole, and a part of it -> whether it is one."""
+    """Read a recording as a whole, and a part of it -> whether it is valid."""
     path = folder / "clip.wav"
     path.write_bytes(content)
     recording = None
@@ -166,7 +166,7 @@ SAMPLES: list[Any] = [
 ]
 RECIPE: dict[str, Any] = {
     "model": {"checkpoint": "base", "dtype": "auto", "audio_attention": True, "whisper": None},
-    "data": {"store": "data", "reference": "turn", "workers": 2},
+    "data": {"store": "data", "reference": "turn"},
     "lora": {"r": 16, "alpha": 32.0, "dropout": 0.05, "dora": False},
     "stages": [
         {"name": "text", "kind": "text", "max_steps": 5, "learning_rate": "1e-4", "text_targets": "transcript"},
@@ -227,7 +227,7 @@ def wav(
     data_size: int | None = None,
     extra: bytes = b"",
 ) -> bytes:
-    """A WAV whose header says what it likes; sizes that are not given are true."""
+    """A WAV with any header; sizes that are not given are correct."""
     align = channels * bits // 8
     form = struct.pack("<HHIIHH", tag, channels, rate, rate * align & 0xFFFFFFFF, align & 0xFFFF, bits)
     size = len(data) if data_size is None else data_size

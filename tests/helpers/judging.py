@@ -1,4 +1,4 @@
-"""Judges that are commands, and say what a test wants to hear."""
+"""Judges that are commands with fixed answers."""
 
 import sys
 from pathlib import Path

@@ -45,7 +45,7 @@ def _entry(n: int, key: str, frames: int) -> Entry:
         id=f"row{n}", text=f"{SENTENCES[n % len(SENTENCES)]} {n}", speaker="a", language="en", scene=None,
         duration=frames / 25, reference_id=None, reference_text=None, messages=None, start_index=None,
         audio_sha256=key, recording_sha256=key, reference_sha256=None, context_sha256=[], target_recordings=[key],
-        linked_recordings=[], recording_samples=960 * frames, recording_rate=24_000, recording_sketch=[0.0] * 4,
+        context_recordings=[], recording_samples=960 * frames, recording_rate=24_000, recording_sketch=[0.0] * 4,
         source_key=str(n), frames=frames, split="train" if n < ROWS else "validation",
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Preparing recordings with a codec that costs nothing, and looking at what came of it."""
+"""Preparation with a codec that costs nothing, and a look at its results."""
 
 import json
 from pathlib import Path

@@ -19,7 +19,7 @@ FORMATS: dict[str, dict[str, str]] = {
 
 
 def speech(seconds: float, seed: int = 0, rate: int = RATE) -> np.ndarray:
-    """Something with a spectrum that falls like that of speech, so that lossy formats keep it."""
+    """Noise [samples] with the falling spectrum of speech, so that lossy formats keep it."""
     noise = np.random.default_rng(seed).standard_normal(round(seconds * rate)).cumsum()
     noise -= np.convolve(noise, np.ones(400) / 400, mode="same")
     return (0.3 * noise / np.abs(noise).max()).astype(np.float32)
@@ -40,7 +40,7 @@ def clip(folder: Path, name: str, seed: int, text: str | None = None, seconds: f
 
 
 class CountingCodec(FakeCodec):
-    """Counts what it is asked for; may be slow."""
+    """Counts the clips that it encodes; may be slow."""
 
     def __init__(self, revision: str = "fake-1", seconds: float = 0.0) -> None:
         super().__init__()

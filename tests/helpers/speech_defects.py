@@ -1,4 +1,4 @@
-"""Real speech as clips to be judged, defects planted into it, and judges that know what is said in it."""
+"""Real speech as clips to judge, defects planted into it, and judges that know its words."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -64,8 +64,7 @@ def speech_folder(name: str) -> Path:
 def real_takes(corpus: str, speaker: str | None = None, *, seconds: float = 5.0, at_least: float = 3.5) -> list[Take]:
     """The first seconds of real recordings.
 
-    Words are taken to be spread evenly and transcripts to be right: the judge here hears the same words at the same
-    times.
+    Words are assumed to be spread evenly and transcripts to be correct: the transcriber below has the same times.
     """
     folder, takes = speech_folder(corpus), []
     for line in (folder / "metadata.csv").read_text(encoding="utf-8").splitlines():
@@ -86,7 +85,7 @@ def _digest(path: Path) -> str:
 
 
 class KnowingTranscriber:
-    """Says what the takes say that were written, told apart by the content of their files."""
+    """Knows the transcripts of the takes, and finds each take by the content of its file."""
 
     name = "knowing 1"
 
@@ -103,7 +102,7 @@ class KnowingTranscriber:
 
 
 class ColourJudge:
-    """Tells voices apart by the mean spectrum of what sounds."""
+    """Compares voices by the mean spectrum where they sound."""
 
     name = "colour 1"
 
@@ -121,8 +120,8 @@ def _colour(file: Path) -> np.ndarray:
     """[80], of norm 1: mean and spread of each band."""
     waveform, _ = read_audio(file)
     mel = _MEL.mel(waveform[: len(waveform) // 160 * 160])
-    heard = np.log(mel[sounds(waveform, RATE)] + 1e-5)
-    colour = np.concatenate([heard.mean(0) - heard.mean(), heard.std(0) - heard.std(0).mean()])
+    bands = np.log(mel[sounds(waveform, RATE)] + 1e-5)
+    colour = np.concatenate([bands.mean(0) - bands.mean(), bands.std(0) - bands.std(0).mean()])
     return colour / np.linalg.norm(colour)
 
 

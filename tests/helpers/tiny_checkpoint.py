@@ -53,7 +53,7 @@ def tiny_config(tokenizer: Any, *, codes: int = 1024, **changes: Any) -> HiggsAu
 
 
 def tiny_model(config: HiggsAudioV2Config, seed: int = 0) -> HiggsAudioV2ForConditionalGeneration:
-    """Random weights; larger than the default initialisation, so that every position matters to the logits."""
+    """Random weights; larger than the default initialisation, so that every token matters to the logits."""
     torch.manual_seed(seed)
     model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
     with torch.no_grad():

@@ -20,7 +20,7 @@ WAVLM = {
     "max_bucket_distance": 80, "tdnn_dim": (32, 32, 32, 32, 64), "xvector_output_dim": 24,
     "use_weighted_layer_sum": True,
 }  # fmt: skip
-"""Sizes only: the kernels are the real ones, 20 ms a position."""
+"""Sizes only: the kernels are the real ones, 20 ms a frame."""
 
 
 def save_tiny_wavlm(folder: Path, seed: int = 0) -> Path:
@@ -32,7 +32,7 @@ def save_tiny_wavlm(folder: Path, seed: int = 0) -> Path:
 
 
 def save_tiny_asr(folder: Path, *, seconds: int = 30, multilingual: bool = True) -> Path:
-    """A Whisper with tokenizer and generation settings; it hears nonsense, and always the same."""
+    """A Whisper with tokenizer and generation settings; its transcripts are nonsense, and always the same."""
     save_tiny_whisper(folder, seconds=seconds)
     tokens = sorted(ByteLevel.alphabet())
     special = ["<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>", "<|startoflm|>",

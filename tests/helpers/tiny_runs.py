@@ -1,15 +1,13 @@
 """Recordings, recipes and histories of runs that take seconds."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import soundfile
 from processes import forked_proofs  # noqa: F401
-from tiny_checkpoint import SENTENCES, save_tiny_checkpoint
+from tiny_checkpoint import SENTENCES
 
 import higgstune
 from higgstune.config.recipe import Recipe, parse_recipe
@@ -25,19 +23,6 @@ def make_recordings(folder: Path, clips: int = 8) -> Path:
         tone = 0.3 * np.sin(2 * np.pi * (200 + 40 * i + 300 * seconds) * seconds)
         soundfile.write(folder / f"clip{i}.wav", tone, 24_000)
         (folder / f"clip{i}.txt").write_text(f"{SENTENCES[i % len(SENTENCES)]} {i}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint (codec inside) and a prepared store."""
-    folder = tmp_path_factory.mktemp("world")
-    save_tiny_checkpoint(folder / "base")
-    shutil.copytree(DEMO_CODEC, folder / "base" / "codec")
-    higgstune.prepare(
-        make_recordings(folder / "recordings"), folder / "data", codec=folder / "base" / "codec",
-        validation_fraction=0.2,
-    )  # fmt: skip
     return folder
 
 

@@ -10,10 +10,12 @@ from tiny_checkpoint import random_codes, tiny_prompter
 from transformers import TrainingArguments
 
 from higgstune.batch.dataset import TARGET
+from higgstune.config.recipe import Lora
+from higgstune.data.messages import speech_messages
 from higgstune.families.base import Example
-from higgstune.families.higgs_v2.prompt import speech_messages
+from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.families.higgs_v2.prompter import Prompter
-from higgstune.model.adapters import Lora, StageKind, add_lora
+from higgstune.model.adapters import add_lora
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.trainer import HiggsAudioTrainer
 
@@ -23,7 +25,10 @@ CODES = 32
 def loaded_and_prompter() -> tuple[ModelAndTokenizers, Prompter]:
     model, prompter = tiny_prompter(codes=CODES)
     codec = FakeCodec(CODES)
-    return ModelAndTokenizers(model, prompter.tokenizer, codec, None, model.config, "tiny", None, "fake"), prompter
+    loaded = ModelAndTokenizers(
+        model, prompter.tokenizer, codec, model.config, "tiny", revision=None, codec="fake", family=FAMILY
+    )
+    return loaded, prompter
 
 
 def example(prompter: Prompter, frames: int, seed: int, text: str = "The sun rises in the east.") -> Example:
@@ -40,9 +45,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(**(settings | changes))
 
 
-def trainer(
-    folder: Path, kind: StageKind | None = "full", data: Sequence[Example] | None = None, **changes: Any
-) -> Any:
+def trainer(folder: Path, kind: str | None = "full", data: Sequence[Example] | None = None, **changes: Any) -> Any:
     loaded, prompter = loaded_and_prompter()
     torch.manual_seed(0)
     adapted = add_lora(loaded.model, Lora(r=4), kind) if kind else None

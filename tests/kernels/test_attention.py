@@ -41,7 +41,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(
         torch.testing.assert_close(one, other, rtol=0, atol=10 * tolerance)
 
 
-def test_nothing_is_seen_of_later_positions_and_other_runs() -> None:
+def test_later_tokens_and_other_segments_are_masked() -> None:
     torch.manual_seed(0)
     lengths, at = (70, 130), 70 + 65
     q, k, v = (torch.randn(200, 2, D, dtype=torch.float64) for _ in range(3))
@@ -68,18 +68,18 @@ def kept(*lengths: int) -> int:
     return sum(held.values())
 
 
-def test_what_long_runs_keep_grows_with_their_length_and_not_with_its_square() -> None:
-    long = attention.SHORT_RUN + 1
+def test_memory_of_long_segments_grows_with_their_length_and_not_with_its_square() -> None:
+    long = attention.SHORT_SEGMENT + 1
     assert kept(4 * long) == pytest.approx(4 * kept(long), rel=0.05)
-    assert kept(attention.SHORT_RUN) > kept(long)
+    assert kept(attention.SHORT_SEGMENT) > kept(long)
 
 
-def test_a_long_run_changes_nothing_for_short_ones() -> None:
-    long = attention.SHORT_RUN + 1
+def test_a_long_segment_changes_nothing_for_short_ones() -> None:
+    long = attention.SHORT_SEGMENT + 1
     assert kept(400, long, 300) == pytest.approx(kept(400) + kept(long) + kept(300), rel=0.1)
 
 
-def test_probabilities_are_not_kept_where_no_gradient_is_asked_for() -> None:
+def test_probabilities_are_not_kept_where_no_gradient_is_needed() -> None:
     lengths = (500,) * 4
     q, k, v = (torch.randn(2000, 3, D) for _ in range(3))
     runs = Segments.of(lengths, (torch.ones(2000, D), torch.zeros(2000, D)))

@@ -11,15 +11,15 @@ from packs import adapted, examples
 from torch import nn
 
 from higgstune.batch.collate import pack
-from higgstune.families.higgs_v2.extensions import base_of
+from higgstune.config.recipe import Lora
+from higgstune.families.base import base_of
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels import memory as heap
 from higgstune.kernels.memory import checkpoint_first
-from higgstune.model.adapters import Lora
 from higgstune.model.compiled import packed_loss
 
 
-def test_a_training_step_gives_back_what_layers_that_are_not_plain_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_trims_what_layers_that_are_not_plain_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
     monkeypatch.setattr(heap, "_malloc_trim", lambda: given.append)
     monkeypatch.setattr(heap, "MIN_BYTES_TO_TRIM", 1000)
@@ -46,7 +46,7 @@ def test_a_gpu_has_another_allocator() -> None:
 
 
 @pytest.mark.parametrize(("again", "after"), [(0, [8, 16, 18]), (18, [4, 8, 12, 16, 18]), (6, [4, 8, 16, 18])])
-def test_some_layers_and_the_last_give_back(again: int, after: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_layers_and_the_last_trim_the_heap(again: int, after: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
     layers = nn.ModuleList([nn.Module() for _ in range(18)])
     checkpoint_first(layers, again)
@@ -59,7 +59,7 @@ def test_some_layers_and_the_last_give_back(again: int, after: list[int], monkey
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc alone")
-def test_pages_of_holes_go_back_to_the_system() -> None:
+def test_free_pages_return_to_the_system() -> None:
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
     pieces = [libc.malloc(100_000) for _ in range(2000)]  # small enough for the heap itself

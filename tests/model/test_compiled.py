@@ -16,17 +16,20 @@ from torch._dynamo.utils import counters
 from training_world import history, make_world, train_unproven
 
 from higgstune.batch.collate import pack
+from higgstune.config.recipe import Lora
+from higgstune.families.base import base_of
 from higgstune.families.higgs_v2 import packed
-from higgstune.families.higgs_v2.extensions import base_of
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels import fused
 from higgstune.kernels.attention import Segments
 from higgstune.model import compiled
-from higgstune.model.adapters import Lora
 from higgstune.model.compiled import compile_layers, is_worth_it, packed_loss
 from higgstune.training import stage
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of the compiler about what it does itself
+pytestmark = [
+    pytest.mark.processes,  # a compiler takes minutes
+    pytest.mark.filterwarnings("ignore"),  # those of the compiler about what it does itself
+]
 _POSSIBLE = compiled._possible
 STAGE = {"name": "voice", "kind": "full", "max_steps": 3, "batch_size": 4}
 
@@ -73,7 +76,7 @@ def trained(kind: Any = "full", dtype: torch.dtype = torch.float64, **options: A
     """A model and a batch."""
     model, prompter = adapted(kind, dtype, **options)
     with_training_forward(base_of(model))
-    return model, pack(examples(prompter, listens=options.get("conditioned", False)))
+    return model, pack(examples(prompter, whisper=options.get("conditioned", False)))
 
 
 def gradients(model: Any, batch: Any) -> list[Tensor]:
@@ -132,7 +135,7 @@ def test_validations_and_the_first_layer_are_not_worth_compiling(monkeypatch: py
     assert called == list(base_of(model).model.layers[1:])
 
 
-def test_a_compiler_that_fails_is_told_of_and_not_used(
+def test_a_compiler_that_fails_is_reported_and_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def layer(*_: Any) -> Tensor:
@@ -142,11 +145,11 @@ def test_a_compiler_that_fails_is_told_of_and_not_used(
     model, batch = trained()
     assert compile_layers(model, batch) is None
     assert base_of(model).compiler_stance is None
-    assert "layers are not compiled, and training is slower for it: RuntimeError: no Python.h" in caplog.text
+    assert "layers are not compiled, so training is slower: RuntimeError: no Python.h" in caplog.text
     assert "and more" not in caplog.text
 
 
-def test_wrong_gradients_are_told_of_and_not_used(
+def test_wrong_gradients_are_reported_and_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def layer(one: Any, hidden: Tensor, *rest: Any) -> Tensor:
@@ -214,11 +217,11 @@ def test_what_was_compiled_is_what_is_trained(monkeypatch: pytest.MonkeyPatch, t
     assert len(runs) == 1 + 3  # the second of two layers: in the check, and in each step
 
 
-def test_what_lacks_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(compiled, "_has_compiler", lambda: False)
     model, batch = trained()
     assert compile_layers(model, batch) is None
-    assert "it takes Triton, and a C compiler" in caplog.text
+    assert "Triton or a C compiler is missing" in caplog.text
 
 
 @pytest.mark.parametrize("lora", [Lora(r=4, dropout=0.1), Lora(r=4, dora=True)])
@@ -234,7 +237,7 @@ def test_a_cpu_compiles_nothing() -> None:
     assert not _POSSIBLE(base_of(model))
 
 
-def test_short_stages_are_compiled_where_that_is_asked_for() -> None:
+def test_short_stages_are_compiled_on_request() -> None:
     assert [is_worth_it("auto", steps) for steps in (999, 1000)] == [False, True]
     assert is_worth_it(True, 1)
     assert not is_worth_it(False, 10**6)
@@ -250,7 +253,7 @@ def test_a_run_with_compiled_layers_learns_the_same(tmp_path: Path, again: bool)
     assert_same_losses(tmp_path / "plain", tmp_path / "compiled")
 
 
-def test_a_run_may_go_on_with_compiled_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_may_resume_with_compiled_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world, run = make_world(tmp_path), tmp_path / "compiled"
     made = recipe(world, stages=[STAGE], log_steps=1, save_steps=1)
     train_unproven(made, tmp_path / "plain")
@@ -271,7 +274,7 @@ def test_a_run_may_go_on_with_compiled_layers(tmp_path: Path, monkeypatch: pytes
 def test_a_short_stage_after_a_compiled_one_is_as_it_would_be_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "_WORTH", 3)
+    monkeypatch.setattr(compiled, "MIN_STEPS_TO_COMPILE", 3)
     made = recipe(make_world(tmp_path), stages=[STAGE, {**STAGE, "name": "short", "max_steps": 2}])
     train_unproven(made, tmp_path / "run")
     assert [done["compiled"] for done in stages_of(tmp_path / "run").values()] == [True, False]

@@ -17,13 +17,14 @@ from tiny_checkpoint import tiny_config, tiny_model, tiny_tokenizer
 import higgstune
 from higgstune.batch.collate import Packed, pack
 from higgstune.batch.packing import PackSampler
-from higgstune.config.recipe import Recipe
+from higgstune.config.recipe import Lora, Recipe
 from higgstune.errors import ConfigError, Interrupted, TrainingError
-from higgstune.families.higgs_v2.extensions import Conditioning, add_conditioning
+from higgstune.families.base import Conditioning
+from higgstune.families.higgs_v2.extensions import add_conditioning
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels.loss import LossWeights, combine, label_counts
 from higgstune.kernels.memory import checkpoint_first
-from higgstune.model.adapters import Lora, add_lora
+from higgstune.model.adapters import add_lora
 from higgstune.model.load import load_model
 from higgstune.planning.dry_run import ADAPTER, StepSpec, Tracker, dry_run
 from higgstune.planning.plan import Footprint, Planner, fewest
@@ -85,7 +86,7 @@ def training_step(model: PeftModel, batch: Packed) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("again", [0, 2])
-def test_a_rehearsal_takes_what_the_real_step_takes(world: Path, parts: tuple[StepSpec, Packed], again: int) -> None:
+def test_a_dry_run_takes_what_the_real_step_takes(world: Path, parts: tuple[StepSpec, Packed], again: int) -> None:
     spec, batch = parts
     base = load_model(world / "base", dtype="float32", device="cpu")
     with_training_forward(base)
@@ -109,7 +110,7 @@ def test_a_rehearsal_takes_what_the_real_step_takes(world: Path, parts: tuple[St
 
 @pytest.mark.parametrize(("again", "kept"), [(0, 4), (3, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_that_were_not_rehearsed_add_what_the_others_did(
+def test_layers_outside_the_dry_run_add_what_the_others_did(
     parts: tuple[StepSpec, Packed], again: int, kept: int, dtype: torch.dtype
 ) -> None:
     spec, batch = replace(parts[0], dtype=dtype), parts[1]
@@ -147,7 +148,7 @@ def test_four_bits_take_less(parts: tuple[StepSpec, Packed], dora: bool) -> None
 
 
 @pytest.mark.parametrize("again", [1, 2])
-def test_layers_computed_again_change_no_bit(world: Path, parts: tuple[StepSpec, Packed], again: int) -> None:
+def test_recomputed_layers_change_no_bit(world: Path, parts: tuple[StepSpec, Packed], again: int) -> None:
     def gradients(count: int) -> list[torch.Tensor]:
         base = load_model(world / "base", dtype="float32", device="cpu")
         with_training_forward(base)
@@ -164,7 +165,7 @@ def test_layers_computed_again_change_no_bit(world: Path, parts: tuple[StepSpec,
     assert all(torch.equal(a, b) for a, b in zip(kept, computed_again, strict=True))
 
 
-def test_a_signal_is_no_reason_to_go_on_without_a_plan(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_planning_ends_the_run(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_: Any) -> Any:
         raise Interrupted(15)
 
@@ -173,6 +174,7 @@ def test_a_signal_is_no_reason_to_go_on_without_a_plan(world: Path, monkeypatch:
         RunMemory(recipe(world))
 
 
+@pytest.mark.processes
 def test_packs_and_steps_are_those_of_the_trainer(
     planner: Planner, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +219,7 @@ def test_options_keep_the_clips_of_a_step_and_the_scaling_of_an_adapter(world: P
     assert {variant.lora.r for variant in variants} == {64, 32, 16, 8, 4}
 
 
+@pytest.mark.processes
 def test_options_fit_and_keep_the_tokens_of_a_step(world: Path, planner: Planner) -> None:
     big = large_recipe(world)
     tight = Planner(big, Machine("cuda", 10**12, at_hand=False), seen=planner.seen)
@@ -257,7 +260,7 @@ def test_loading_takes_the_weights_and_on_a_cpu_what_is_copied(world: Path, plan
     assert on_a_gpu == weights + 40_000_000  # cuBLAS
 
 
-def test_a_validation_is_rehearsed_with_its_own_pack(planner: Planner, parts: tuple[StepSpec, Packed]) -> None:
+def test_the_dry_run_of_a_validation_has_its_own_pack(planner: Planner, parts: tuple[StepSpec, Packed]) -> None:
     spec, large = parts
     rows = row_examples(planner.seen, planner.recipe.stages[0], "train")
     small = pack([rows[0], rows[1]])
@@ -279,6 +282,7 @@ def command_recipe(folder: Path, plan: Any) -> Path:
     return path
 
 
+@pytest.mark.processes
 def test_plan_on_the_command_line(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +311,7 @@ def test_plan_on_the_command_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.processes
 def test_out_of_memory_names_what_would_fit(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -329,7 +334,7 @@ def test_out_of_memory_names_what_would_fit(
     assert "will hardly fit" in caplog.text
 
 
-def test_out_of_memory_is_told_of_where_nothing_can_be_planned(
+def test_out_of_memory_is_reported_where_nothing_can_be_planned(
     world: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     memory = RunMemory(large_recipe(world))
@@ -361,6 +366,7 @@ def test_rows_are_all_in_packs(planner: Planner) -> None:
     assert sorted(i for indices in packs.packs for i in indices) == list(range(ROWS))
 
 
+@pytest.mark.processes
 def test_no_pack_of_any_epoch_takes_more_than_planned(world: Path) -> None:
     made = recipe(world, stage={"batch_tokens": 1500, "epochs": 4})
     planner, stage = Planner(made, Machine("cpu", 10**12, at_hand=True)), made.stages[0]

@@ -19,11 +19,26 @@ from higgstune.config.recipe import parse_recipe
 from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError, ConfigError, DataError, VerificationError
 from higgstune.generate.speak import load_speaker, speak
-from higgstune.model.adapter_folder import find_adapter
+from higgstune.inputs import find_adapter
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model
 from higgstune.training.run import train
 from higgstune.training.verify import verify_in_fresh_process
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint (codec inside) and a prepared store."""
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny_checkpoint(folder / "base")
+    shutil.copytree(DEMO_CODEC, folder / "base" / "codec")
+    higgstune.prepare(
+        make_recordings(folder / "recordings"), folder / "data", codec=folder / "base" / "codec",
+        validation_fraction=0.2,
+    )  # fmt: skip
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +64,7 @@ def test_two_stages_leave_a_proven_adapter(world: Path, finished: Path) -> None:
     assert parse_recipe(resolved, where="saved") == recipe(world)
 
 
-def test_stage_two_begins_where_stage_one_ended(finished: Path) -> None:
+def test_stage_two_starts_where_stage_one_ended(finished: Path) -> None:
     last = [entry for entry in history(finished, "stage1") if "eval_loss" in entry][-1]
     first = next(entry for entry in history(finished, "stage2") if "eval_loss" in entry)
     assert first["step"] == 0
@@ -69,7 +84,7 @@ def test_a_finished_run_is_not_overwritten_nor_a_strange_folder_used(
             train(recipe(world), finished, resume=resume)
     assert (finished / "stage2" / "adapter" / "adapter_model.safetensors").read_bytes() == before
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="is no run"):
+    with pytest.raises(ConfigError, match="is not a run"):
         train(recipe(world), tmp_path)
 
 
@@ -94,7 +109,7 @@ def test_a_run_that_never_began_does_not_claim_its_folder(world: Path, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_was_begun_is_gone_on_with_only_on_request_and_with_its_recipe(
+def test_a_run_is_resumed_only_on_request_and_with_its_recipe(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*_: Any) -> None:
@@ -112,11 +127,11 @@ def test_a_run_that_was_begun_is_gone_on_with_only_on_request_and_with_its_recip
     for name in ("store", "base"):
         other = state["trained_on"] | {name: "another"}
         (tmp_path / "run" / "run.json").write_text(json.dumps(state | {"trained_on": other}))
-        with pytest.raises(ConfigError, match=f"was begun on another {name}"):
+        with pytest.raises(ConfigError, match=f"was started on another {name}"):
             train(recipe(world), tmp_path / "run", resume=True)
 
 
-def test_an_adapter_that_is_not_what_was_trained_is_told(world: Path, finished: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_is_not_what_was_trained_is_refused(world: Path, finished: Path, tmp_path: Path) -> None:
     adapter, probe = tmp_path / "adapter", tmp_path / "probe.safetensors"
     shutil.copytree(finished / "stage2" / "adapter", adapter)
     shutil.copy(finished / "stage2" / "verify" / "probe.safetensors", probe)
@@ -166,14 +181,14 @@ def test_an_adapter_is_continued_or_refused(world: Path, finished: Path, tmp_pat
 def test_lora_variants_pass_the_same_proof(world: Path, tmp_path: Path, shape: dict[str, Any]) -> None:
     stages = [{"name": "s", "kind": "full", "max_steps": 6, "learning_rate": 5e-3, "batch_size": 2}]
     result = train(recipe(world, lora=shape, stages=stages), tmp_path / "run")
-    assert result.stages["s"]["verification"]["from_trained"] <= 1e-5
+    assert result.stages["s"].verification.from_trained <= 1e-5
 
 
 def test_bfloat16_weights_pass_with_their_own_tolerance(world: Path, tmp_path: Path) -> None:
     model = {"checkpoint": str(world / "base"), "device": "cpu", "dtype": "bfloat16"}
     stages = [{"name": "s", "kind": "full", "max_steps": 30, "learning_rate": 2e-2, "batch_size": 4}]
     result = train(recipe(world, model=model, stages=stages), tmp_path / "run")
-    assert result.stages["s"]["verification"]["tolerance"] == 5e-4
+    assert result.stages["s"].verification.tolerance == 5e-4
 
 
 def test_a_store_of_another_codec_is_refused(world: Path, tmp_path: Path) -> None:
@@ -196,7 +211,7 @@ def test_an_adapter_speaks_from_its_folder_alone(finished: Path, tmp_path: Path)
     assert [path.name for path in lines] == ["0001.wav", "0002.wav"]
 
 
-def test_a_wrong_base_is_told(finished: Path, tmp_path: Path) -> None:
+def test_a_wrong_base_is_refused(finished: Path, tmp_path: Path) -> None:
     other = save_tiny_checkpoint(tmp_path / "other", num_hidden_layers=3)
     with pytest.raises(CheckpointError, match="num_hidden_layers 2"):
         load_adapter(load_model(other, device="cpu"), finished / "stage2" / "adapter")

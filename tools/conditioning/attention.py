@@ -1,8 +1,9 @@
-"""What attends to what, layer by layer: shares of attention on the rows of a store, as a figure and a table.
+"""Attention by layer: shares of attention between text, reference and clip, on the rows of a store.
 
     python tools/conditioning/attention.py --model DIR --adapter RUN --data STORE --out attention.png
 
-Of rows with a reference as an earlier turn; the figure splits the keys into prompt, reference and the clip itself.
+Takes rows with a reference as an earlier turn, and makes a figure and a table. The keys are split into prompt,
+reference and the clip itself.
 """
 
 import argparse
@@ -17,18 +18,17 @@ import torch
 from higgstune.batch.collate import PaddedCollator
 from higgstune.batch.dataset import row_example
 from higgstune.data.store import CodeStore
-from higgstune.diagnostics.inspect_row import load_prompter
-from higgstune.families.base import Example
-from higgstune.families.higgs_v2.extensions import base_of, conditioning_of
+from higgstune.families.base import Example, base_of
+from higgstune.families.higgs_v2.extensions import conditioning_of
 from higgstune.families.higgs_v2.prompter import Prompter
+from higgstune.inputs import find_adapter
 from higgstune.kernels.loss import IGNORE
-from higgstune.model.adapter_folder import find_adapter
 from higgstune.model.adapters import load_adapter
-from higgstune.model.load import load_model
+from higgstune.model.load import load_model, load_prompter
 
-QUERIES = ("rows of the clip", "the clip's transcript")
+QUERIES = ("frames of the clip", "the clip's transcript")
 KEYS = ("other text", "the clip's transcript", "reference audio", "the clip itself")
-SINK = "first token"  # where attention goes that has nothing to look for
+SINK = "first token"  # which takes the attention that has no other target
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     args = parser.parse_args()
     model: Any = load_model(args.model, dtype="float32", device="cpu")
-    model.set_attn_implementation("eager")  # the only one that gives its weights away
+    model.set_attn_implementation("eager")  # the only one that returns its weights
     if args.adapter is not None:
         model = load_adapter(model, find_adapter(args.adapter))
     prompter = load_prompter(args.model)
@@ -50,12 +50,12 @@ def main() -> None:
     draw(args.out, shares)
     for (kind, query), values in shares.items():
         for layer, share in enumerate(values):
-            cells = " | ".join(f"{100 * part:.0f} %" for part in share)
-            print(f"| {kind} | {query} | {layer} | {cells} |")
+            columns = " | ".join(f"{100 * part:.0f} %" for part in share)
+            print(f"| {kind} | {query} | {layer} | {columns} |")
 
 
 def mean_shares(model: Any, examples: list[Example], prompter: Prompter) -> dict[tuple[str, str], np.ndarray]:
-    """(attention, query) -> [layers, keys] share of attention, mean over heads, positions and rows."""
+    """(attention, query) -> [layers, keys] share of attention, mean over heads, tokens and rows."""
     collected: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
     base = base_of(model)
     config = base.config
@@ -78,7 +78,7 @@ def mean_shares(model: Any, examples: list[Example], prompter: Prompter) -> dict
 
 
 def audio_shares(weights: list[np.ndarray], example: Example, groups: dict[str, np.ndarray]) -> np.ndarray:
-    """[layers, keys] of the audio attention, whose rows and keys are the rows of audio alone."""
+    """[layers, keys] of the audio attention, whose queries and keys are audio frames only."""
     number = np.cumsum(example.audio_mask) - 1
     own, reference = number[groups["the clip itself"]], number[groups["reference audio"]]
     shares = np.zeros((len(weights), len(KEYS) + 1))
@@ -89,7 +89,7 @@ def audio_shares(weights: list[np.ndarray], example: Example, groups: dict[str, 
 
 
 def key_groups(example: Example) -> dict[str, np.ndarray]:
-    """Positions of each kind."""
+    """Indices of the tokens of each kind."""
     rows = np.flatnonzero(example.audio_mask)
     target = rows[len(rows) - count_target_rows(example) :]
     labelled = np.flatnonzero(example.text_labels != IGNORE)
@@ -97,16 +97,16 @@ def key_groups(example: Example) -> dict[str, np.ndarray]:
     text = np.setdiff1d(np.flatnonzero(~example.audio_mask), np.append(transcript, 0))
     reference = np.setdiff1d(rows, target)
     kinds = dict(zip(KEYS, (text, transcript, reference, target), strict=True))
-    return kinds | {SINK: np.array([0]), "rows of the clip": target}
+    return kinds | {SINK: np.array([0]), "frames of the clip": target}
 
 
 def count_target_rows(example: Example) -> int:
-    """Rows of the target: those from the first labelled one on, and the BOS row before it."""
+    """Number of delayed frames of the target: those from the first labelled one on, and the BOS frame before it."""
     return len(example.audio_labels) - int(np.flatnonzero((example.audio_labels != IGNORE).any(1))[0]) + 1
 
 
 def draw(path: Path, shares: dict[tuple[str, str], np.ndarray]) -> None:
-    """One panel for each attention and query: a stacked bar for each layer."""
+    """One panel per attention and query, with a stacked bar per layer."""
     figure, axes = plt.subplots(1, len(shares), figsize=(4.2 * len(shares), 3.6), sharey=True, squeeze=False)
     for axis, ((kind, query), values) in zip(axes[0], shares.items(), strict=True):
         bottom = np.zeros(len(values))

@@ -1,9 +1,9 @@
-"""What stages, audio attention and Whisper do, measured: every arm with the same data, steps and seeds.
+"""Measures the effect of stages, audio attention and Whisper: every arm has the same data, steps and seeds.
 
     python tools/conditioning/measure.py --out runs/mini --recordings corpus/            the miniature
     python tools/conditioning/measure.py --out runs/real --model DIR --data STORE ...    a checkpoint; see README.md
 
-Goes on where it was stopped. Leaves a run for each arm and seed, and results.json, results.md and curves.png in --out.
+Resumes where it was stopped. Leaves a run for each arm and seed, and results.json, results.md and curves.png in --out.
 """
 
 import argparse
@@ -29,11 +29,10 @@ from higgstune.data.manifest import Utterance, read_manifest, write_manifest
 from higgstune.data.prepare import prepare
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore
-from higgstune.diagnostics.inspect_row import load_prompter
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels.loss import LossWeights, add_sums, label_counts
 from higgstune.model.adapters import load_adapter
-from higgstune.model.load import load_model
+from higgstune.model.load import load_model, load_prompter
 from higgstune.training.metrics import loss_metrics
 from higgstune.training.run import train
 
@@ -57,7 +56,7 @@ class Arm:
 
 ARMS = {
     "full": Arm("one full stage"),
-    "full-full": Arm("full, then full: what starting the optimizer anew does", FULL),
+    "full-full": Arm("full, then full: the effect of restarting the optimizer", FULL),
     "text-full": Arm("text loss only, audio frozen; then full", TEXT_ONLY),
     "both-full": Arm("text loss, and audio loss through frozen audio modules; then full", TEXT_AND_AUDIO),
     "attention": Arm("full, with audio attention by LoRA", attention="lora"),
@@ -76,13 +75,13 @@ def main() -> None:
     """Train every arm with every seed, then write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", help="checkpoint; the demo's miniature where not given")
+    parser.add_argument("--model", help="checkpoint; the default: the demo's miniature")
     parser.add_argument("--recordings", type=Path, help="for the miniature: a folder of metadata.jsonl for each voice")
     parser.add_argument("--data", help="for a checkpoint: store of one voice (arms without a reference)")
     parser.add_argument(
         "--references", help="for a checkpoint: store with references, several voices, Whisper features"
     )
-    parser.add_argument("--whisper", help="Whisper checkpoint; without it the arms that need one are left out")
+    parser.add_argument("--whisper", help="Whisper checkpoint; without it, arms that need it are left out")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=120)
@@ -134,7 +133,7 @@ def recordings(folder: Path, voices: Sequence[str]) -> list[Utterance]:
 
 
 def measure(args: argparse.Namespace, name: str, arm: Arm, seed: int) -> dict[str, Any]:
-    """The curve and the figures of one arm with one seed; trained unless it was before."""
+    """The curve and the figures of one arm with one seed; a finished arm is not trained a second time."""
     folder = args.out / f"{name}-{seed}"
     kept = folder / "measured.json"
     if kept.exists():
@@ -153,7 +152,7 @@ def measure(args: argparse.Namespace, name: str, arm: Arm, seed: int) -> dict[st
 
 
 def recipe_of(args: argparse.Namespace, arm: Arm, seed: int) -> Recipe:
-    """The recipe of an arm: steps, data and seeds are those of all arms."""
+    """The recipe of an arm; all arms have the same steps, data and seeds."""
     shape: dict[str, Any] = {"lora": {"r": 64, "alpha": 128}, "stage": {"learning_rate": 4e-3, "batch_size": 4}}
     if args.recipe is not None:
         shape = yaml.safe_load(args.recipe.read_text())
@@ -229,7 +228,7 @@ def audio_loss(recipe: Recipe, store: CodeStore, adapter: Path, split: str, *, s
 
 
 def with_reference_of(row: Any, other: Any) -> Any:
-    """A row that hears what another row hears."""
+    """A row with the reference of another row."""
     return replace(
         row,
         reference_codes=other.reference_codes,
@@ -245,8 +244,8 @@ def write_results(out: Path, arms: dict[str, Arm], results: dict[tuple[str, int]
     columns = ["after_first", "best", "last", "last_text", "other_voice"]
     lines = ["| arm | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, row in table.items():
-        cells = ["-" if row.get(c) is None else f"{row[c][0]:.3f} ± {row[c][1]:.3f}" for c in columns]
-        lines.append(f"| {name} | {row['seeds']} | " + " | ".join(cells) + " |")
+        values = ["-" if row.get(c) is None else f"{row[c][0]:.3f} ± {row[c][1]:.3f}" for c in columns]
+        lines.append(f"| {name} | {row['seeds']} | " + " | ".join(values) + " |")
     (out / "results.md").write_text("\n".join(lines) + "\n")
     draw(out / "curves.png", table)
 

@@ -2,8 +2,8 @@
 
     python tools/conditioning/whisper_from_ctranslate2.py FOLDER_WITH_MODEL_BIN OUT
 
-For measurements where a CTranslate2 model (as faster-whisper uses) is at hand and no hub is; 8-bit weights are scaled
-back. Where there is a hub, name openai/whisper-base instead. Source of the format: CTranslate2's
+For measurements without access to the hub, from a CTranslate2 model as faster-whisper uses it; 8-bit weights are scaled
+back. With access to the hub, name openai/whisper-base instead. Source of the format: CTranslate2's
 `ModelSpec._serialize`.
 """
 

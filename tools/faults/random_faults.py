@@ -2,8 +2,8 @@
 
     python tools/faults/random_faults.py --faults 50 --seed 0
 
-A run of the tests' tiny model, both stages without their proofs, is hit again and again and gone on with, until it
-has finished; then its adapters must be those of a run that nothing happened to, bit by bit. Prints a line a fault.
+A run of the tests' tiny model, both stages without their verification, is hit and resumed until it has finished; then
+its adapters must be those of an uninterrupted run, bit by bit. Prints a line for each fault.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from training_world import assert_identical, faulty_recipe, make_world, train_un
 
 from higgstune.config.recipe import Recipe
 
-FAULTS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "full disk", "damaged checkpoint", "dead worker")
-CODES = {"SIGKILL": {-9}, "SIGTERM": {143}, "SIGINT": {130}, "full disk": {0, 1}, "dead worker": {0, 1}}
+FAULTS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "full disk", "damaged checkpoint")
+CODES = {"SIGKILL": {-9}, "SIGTERM": {143}, "SIGINT": {130}, "full disk": {0, 1}}
 IN_TIME = 30.0  # seconds after a signal
 
 
@@ -36,7 +36,7 @@ def start(made: Recipe, out: Path, resume: bool) -> None:
 
 
 def hit(run: Together, fault: str, moment: float) -> tuple[int | None, float]:
-    """Let a run go on for so many seconds, hit it, and wait -> (exit code, seconds until it had ended)."""
+    """Let a run work for so many seconds, hit it, and wait -> (exit code, seconds until it had ended)."""
     (process,) = run.all
     process.join(moment)
     began = time.monotonic()
@@ -44,20 +44,11 @@ def hit(run: Together, fault: str, moment: float) -> tuple[int | None, float]:
         if fault == "full disk":
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             psutil.Process(process.pid).rlimit(psutil.RLIMIT_FSIZE, (10_000, hard))
-        elif fault == "dead worker":
-            workers = [child for child in psutil.Process(process.pid).children() if child.name() == process_name()]
-            for worker in workers[:1]:
-                worker.kill()
         else:
             process_signal = signal.SIGKILL if fault == "damaged checkpoint" else signal.Signals[fault]
             psutil.Process(process.pid).send_signal(process_signal)
     (code,) = run.exit_codes(180)
     return code, time.monotonic() - began
-
-
-def process_name() -> str:
-    """How processes that were forked from this interpreter are called."""
-    return psutil.Process().name()
 
 
 def damage(run: Path, chance: random.Random) -> None:
@@ -72,14 +63,13 @@ def damage(run: Path, chance: random.Random) -> None:
 
 def main() -> None:
     """Hit runs until enough faults have hit; exits with 1 at the first thing that was lost."""
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--faults", type=int, default=50)
-    asked.add_argument("--seed", type=int, default=0)
-    given = asked.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
     chance = random.Random(given.seed)
     world = make_world(Path(tempfile.mkdtemp()))
     made = faulty_recipe(world)
-    made = made.model_copy(update={"data": made.data.model_copy(update={"workers": 1})})
     began = time.monotonic()
     Together(world / "logs", 1, start, made, world / "whole", False).succeeded()
     usual = time.monotonic() - began

@@ -42,7 +42,7 @@ class Measure:
         return ratio(*self.sums(rows))
 
     def shown(self, value: float, *, sign: bool = False) -> str:
-        """A value, or a difference, for people."""
+        """A value, or a difference, as text."""
         plus = "+" if sign else ""
         return f"{100 * value:{plus}.0f}" if self.percent else f"{value:{plus}.2f}"
 
@@ -51,7 +51,7 @@ def _ill(row: Row) -> float:
     return float(bool(row["short"] or row["hit_cap"] or row["loops"]))
 
 
-# Errors of a clip count as its words at the most: what an ASR invents for noise (149 words for 5) must not decide.
+# A clip has at most as many errors as words: words that an ASR invents for noise (149 for 5) must not decide.
 MEASURES = {
     "wer": Measure("WER, %", lambda row: min(row["word_errors"], row["words"]), lambda row: row["words"], percent=True),
     "cer": Measure("CER, %", lambda row: min(row["char_errors"], row["chars"]), lambda row: row["chars"], percent=True),
@@ -63,7 +63,7 @@ MEASURES = {
 
 
 def write_results(out: Path) -> None:
-    """results.json, results.md and the figures of everything that has been measured below `out`."""
+    """Write results.json, results.md and the figures, from all measurements below `out`."""
     runs = [json.loads(path.read_text()) for path in sorted(out.glob("*/*/measured.json"))]
     groups: dict[Group, list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
@@ -79,16 +79,16 @@ def write_results(out: Path) -> None:
     ]
     content = {"judges": runs[0]["judges"], "arms": table, "limits": limits}
     (out / "results.json").write_text(json.dumps(content, indent=1))
-    (out / "results.md").write_text("\n".join([*loss_table(table), "", *heard_table(table, limits), ""]))
+    (out / "results.md").write_text("\n".join([*loss_table(table), "", *speech_table(table, limits), ""]))
     draw_curves(out / "two_stage_curves.png", ordered)
-    draw_heard(out / "two_stage_heard.png", table, limits)
+    draw_speech(out / "two_stage_speech.png", table, limits)
     draw_shares(out / "two_stage_share.png", table)
 
 
 def entry(
     group: Group, found: Sequence[dict[str, Any]], groups: Mapping[Group, list[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """All about an arm: by seed the losses and measures, and how far it is from the control on the same sentences."""
+    """An arm's losses and measures by seed, and its differences from the control on the same sentences."""
     setting, share, arm = group
     control = groups.get((setting, share, CONTROL), [])
     seeds = {run["seed"] for run in found} & {run["seed"] for run in control}
@@ -98,7 +98,7 @@ def entry(
         "after_first": [run["after_first"] for run in found],
         "last": [run["curve"][-1][1] for run in found],
         "best": [min(point[1] for point in run["curve"]) for run in found],
-        "heard": [values_of(found, kind) for kind in KINDS],
+        "speech": [values_of(found, kind) for kind in KINDS],
         "differences": {kind: differences(before, after, kind) for kind in KINDS} if seeds and arm != CONTROL else {},
     }  # fmt: skip
 
@@ -114,7 +114,7 @@ def values_of(runs: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
 def differences(control: Sequence[dict[str, Any]], arm: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
     """Arm minus control, interval and p over sentences: of each sentence the sums over the seeds.
 
-    Raises ValueError where the two spoke other sentences.
+    Raises ValueError if the two spoke different sentences.
     """
     spoken = [[row["id"] for row in rows_of(run, kind)] for run in (*control, *arm)]
     if any(ids != spoken[0] for ids in spoken):
@@ -144,32 +144,32 @@ def loss_table(table: Sequence[dict[str, Any]]) -> list[str]:
     """Validation losses."""
     lines = ["| data | stage 1 | arm | loss after stage 1 | at the end | lowest |", "|---|---|---|---|---|---|"]
     for row in table:
-        cells = [spread(row[name], "{:.3f}".format) for name in ("after_first", "last", "best")]
-        lines.append(f"| {row['setting']} | {row['share']:.0%} | {row['arm']} | " + " | ".join(cells) + " |")
+        columns = [spread(row[name], "{:.3f}".format) for name in ("after_first", "last", "best")]
+        lines.append(_line([row["setting"], f"{row['share']:.0%}", row["arm"], *columns]))
     return lines
 
 
-def heard_table(table: Sequence[dict[str, Any]], limits: Sequence[dict[str, Any]]) -> list[str]:
-    """What judges heard: mean (lowest to highest seed), and of arms the difference from the control."""
+def speech_table(table: Sequence[dict[str, Any]], limits: Sequence[dict[str, Any]]) -> list[str]:
+    """Measures of the speech: mean (lowest to highest seed), and for arms the difference from the control."""
     labels = [measure.label for measure in MEASURES.values()]
     lines = ["| data | stage 1 | sentences | arm | " + " | ".join(labels) + " |", "|---" * (len(labels) + 4) + "|"]
     for row, kind in product(table, range(len(KINDS))):
-        heard, apart = row["heard"][kind], row["differences"].get(KINDS[kind], {})
-        cells = [spread(heard[name], measure.shown) for name, measure in MEASURES.items()]
+        values, apart = row["speech"][kind], row["differences"].get(KINDS[kind], {})
+        columns = [spread(values[name], measure.shown) for name, measure in MEASURES.items()]
         lines.append(
-            _line([row["setting"], f"{row['share']:.0%}", f"{heard['clips']} {KINDS[kind]}", row["arm"], *cells])
+            _line([row["setting"], f"{row['share']:.0%}", f"{values['clips']} {KINDS[kind]}", row["arm"], *columns])
         )
         if apart:
-            cells = [against(apart[name], measure) for name, measure in MEASURES.items()]
-            lines.append(_line(["", "", "", f"minus {CONTROL}", *cells]))
+            columns = [against(apart[name], measure) for name, measure in MEASURES.items()]
+            lines.append(_line(["", "", "", f"minus {CONTROL}", *columns]))
     for row in limits:
-        cells = [measure.shown(row[name][0]) for name, measure in MEASURES.items()]
-        lines.append(_line([row["setting"], "-", f"{row['clips']} {row['kind']}", row["arm"], *cells]))
+        columns = [measure.shown(row[name][0]) for name, measure in MEASURES.items()]
+        lines.append(_line([row["setting"], "-", f"{row['clips']} {row['kind']}", row["arm"], *columns]))
     return lines
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _line(columns: Sequence[str]) -> str:
+    return "| " + " | ".join(columns) + " |"
 
 
 def spread(values: Sequence[float], shown: Shown) -> str:
@@ -206,7 +206,7 @@ def draw_curves(path: Path, groups: Mapping[Group, list[dict[str, Any]]], share:
     _save(figure, path)
 
 
-def draw_heard(
+def draw_speech(
     path: Path, table: Sequence[dict[str, Any]], limits: Sequence[dict[str, Any]], share: float = 0.3
 ) -> None:
     """Error rate and similarity of each arm: a bar for the mean, a dot for each seed; lines: base and recordings."""
@@ -222,7 +222,7 @@ def draw_heard(
         axis = axes[line][column]
         for place, arm in enumerate(COMPARED):
             if (setting, arm) in rows:
-                values = rows[setting, arm]["heard"][kind][name]
+                values = rows[setting, arm]["speech"][kind][name]
                 axis.bar(place, np.mean(values), color=COLOURS[arm], alpha=0.6)
                 axis.scatter([place] * len(values), values, color="black", s=12, zorder=3)
         for other, style in zip(OTHERS, (":", "--"), strict=True):
@@ -245,7 +245,7 @@ def draw_shares(path: Path, table: Sequence[dict[str, Any]], setting: str = "few
     figure, axes = plt.subplots(1, len(names), figsize=(4.6 * len(names), 3.4))
     for (axis, name), arm in product(zip(axes, names, strict=True), COMPARED):
         rows = [row for row in table if (row["setting"], row["arm"]) == (setting, arm)]
-        values = [row["heard"][KINDS.index(kind)][name] for row in rows]
+        values = [row["speech"][KINDS.index(kind)][name] for row in rows]
         means = np.array([np.mean(some) for some in values])
         reach = [means - [min(some) for some in values], [max(some) for some in values] - means]
         shares = [100 * row["share"] for row in rows]

@@ -1,11 +1,11 @@
-"""Does a text stage before the full one help? Three arms at equal steps and equal optimizer resets, heard by judges.
+"""Does a text stage before the full one help? Three arms with equal steps and optimizer resets, rated by judges.
 
     python tools/two_stage/study.py --out runs/two_stage --synthetic corpus/rms --speech LJSPEECH \\
         --asr base --speaker-judge "python judge.py speaker"
     python tools/two_stage/study.py ... --settings many --shares 0.1 0.5      what the length of stage 1 does
 
-Goes on where it was stopped. Leaves a run for each setting, share of stage 1, arm and seed in --out, and of all of them
-results.json, results.md and the figures.
+Resumes where it was stopped. Leaves a run for each setting, share of stage 1, arm and seed in --out, and results.json,
+results.md and the figures over all of them.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from study_data import SETTINGS, RunSetup, Stores, stores_of
 
 from higgstune.codec import CODEC_FOLDER
 from higgstune.config.recipe import Recipe, parse_recipe
-from higgstune.evaluation.evaluate import ADAPTER, RECORDINGS, evaluate
+from higgstune.evaluation.evaluate import RECORDINGS, evaluate
 from higgstune.families.sampling import Sampling
+from higgstune.inputs import ADAPTER
 from higgstune.training.run import train
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "conditioning"))
@@ -34,7 +35,7 @@ MEASURED = "measured.json"
 
 
 def main() -> None:
-    """Train and hear every arm with every seed, then write the results."""
+    """Train and evaluate every arm with every seed, then write the results."""
     args = _parser().parse_args()
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(1)  # a model this small loses by more
@@ -42,7 +43,7 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.settings:
             stores = stores_of(name, args.out / name, base, args.synthetic, args.speech)
-            hear_others(args, name, base, stores)
+            evaluate_others(args, name, base, stores)
             for share in args.shares:
                 for arm in args.arms:
                     measure_arm(args, name, base, stores, share=share, arm=arm, seed=seed)
@@ -54,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--synthetic", type=Path, required=True, help="corpus of the voice rms, see README.md")
     parser.add_argument("--speech", type=Path, required=True, help="LJSpeech: metadata.csv and wavs/")
-    parser.add_argument("--asr", required=True, help="judge of what is said, as in `higgstune evaluate`")
-    parser.add_argument("--speaker-judge", required=True, help="judge of whose voice it is")
+    parser.add_argument("--asr", required=True, help="ASR, as in `higgstune evaluate`")
+    parser.add_argument("--speaker-judge", required=True, help="speaker judge, as in `higgstune evaluate`")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--arms", nargs="+", default=COMPARED, choices=(*COMPARED, *YARDSTICKS))
     parser.add_argument("--shares", type=float, nargs="+", default=[0.3], help="of the steps, in stage 1")
@@ -75,7 +76,7 @@ def unpack_base(base: Path) -> Path:
 def measure_arm(
     args: argparse.Namespace, name: str, base: Path, stores: Stores, *, share: float, arm: str, seed: int
 ) -> None:
-    """Train an arm and hear it; what was found is `measured.json` in its folder. Nothing, where that is there."""
+    """Train an arm, evaluate it and write `measured.json` into its folder, unless it exists."""
     folder = args.out / name / f"{arm}-{share:g}-{seed}"
     if (folder / MEASURED).exists():
         return
@@ -88,7 +89,7 @@ def measure_arm(
     found = {
         "setting": name, "share": share, "arm": arm, "seed": seed,
         "curve": curve(stages), "after_first": curve({"first": next(iter(stages.values()))})[-1][1],
-        **heard(args, name, folder, stores, ADAPTER),
+        **evaluated(args, name, folder, stores, ADAPTER),
     }  # fmt: skip
     (folder / MEASURED).write_text(json.dumps(found))
 
@@ -97,7 +98,7 @@ def recipe_for(setting: RunSetup, base: Path, store: Path, *, share: float, arm:
     """The recipe of `conditioning/measure.py` for an arm, with this share of the steps in stage 1.
 
     Of the yardsticks, `full` has all steps in one stage, `rest` those of stage 2 alone, and `both-full-fast` is
-    `both-full` with the learning rate of stage 2 in stage 1, which is else half of it.
+    `both-full` with the learning rate of stage 2 in stage 1, which is otherwise half of it.
     """
     wanted = argparse.Namespace(
         model=str(base), data=str(store), references=None, whisper=None, recipe=None, steps=setting.steps
@@ -114,23 +115,23 @@ def recipe_for(setting: RunSetup, base: Path, store: Path, *, share: float, arm:
     return parse_recipe(tree, where="study.py")
 
 
-def heard(args: argparse.Namespace, name: str, target: Path, stores: Stores, system: str) -> dict[str, Any]:
-    """What judges say of the test sentences: the rows of all clips, and who judged."""
+def evaluated(args: argparse.Namespace, name: str, target: Path, stores: Stores, system: str) -> dict[str, Any]:
+    """The evaluation of the test sentences: the rows of all clips, and the judges' names."""
     found = evaluate(
-        target, out=args.out / name / "heard", data=stores.test, base=False, asr=args.asr,
+        target, out=args.out / name / "evaluation", data=stores.test, base=False, asr=args.asr,
         speaker_judge=args.speaker_judge, sampling=Sampling(temperature=0), device="cpu",
     )  # fmt: skip
     evaluation = found.texts.systems[system]
-    return {"judges": evaluation.judges, "rows": evaluation.clips}
+    return {"judges": evaluation.judges, "rows": list(evaluation.clips)}
 
 
-def hear_others(args: argparse.Namespace, name: str, base: Path, stores: Stores) -> None:
-    """The base, and the recordings through the codec: what can be expected at the worst and at the best."""
+def evaluate_others(args: argparse.Namespace, name: str, base: Path, stores: Stores) -> None:
+    """Evaluate the base and the recordings through the codec: the worst and the best that can be expected."""
     for system in ("base", RECORDINGS):
         kept = args.out / name / system / MEASURED
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            found = heard(args, name, base, stores, system)
+            found = evaluated(args, name, base, stores, system)
             kept.write_text(json.dumps({"setting": name, "arm": system, **found}))
 
 

@@ -1,4 +1,4 @@
-"""What the study trains on and what it asks for: three settings, each with a store to train and a store to test."""
+"""The study's data: three settings, each with a store for training and a store for the test sentences."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ from higgstune.data.manifest import Utterance, write_manifest
 from higgstune.data.prepare import prepare
 
 TRAINED, UNSEEN = "trained", "unseen"  # kinds of test sentences; ids of test rows begin with them
-_NEARLY_ALL = 1 - 1e-9  # of the rows that are added: a split is a share of the recordings
+_NEARLY_ALL = 1 - 1e-9  # of the added rows: a split is a share of the recordings
 _SHORT = 15  # clips of LJSpeech, up to 6.9 s
 
 
@@ -27,12 +27,12 @@ class RunSetup:
 
 @dataclass(frozen=True)
 class Recordings:
-    """The recordings of a setting; all but `trained`, which are some of `train`, are in none of the others."""
+    """The recordings of a setting. `trained` are some of `train`; otherwise no recording is in two sets."""
 
     train: list[Utterance]
     trained: list[Utterance]  # of the training sentences, those that are tested
     unseen: list[Utterance]  # tested, and validation while training
-    voice: list[Utterance]  # what similarity is held against
+    voice: list[Utterance]  # what clips are compared with for similarity
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Stores:
     """The code stores of a setting."""
 
     train: Path  # its validation split is `Recordings.unseen`
-    test: Path  # its validation split is what is spoken, its training split the voice
+    test: Path  # its validation split has the sentences to speak, its training split the voice
 
 
 SETTINGS = {
@@ -51,7 +51,7 @@ SETTINGS = {
 
 
 def stores_of(name: str, out: Path, base: Path, synthetic: Path, speech: Path) -> Stores:
-    """The stores of a setting below `out`, made where they are missing.
+    """The stores of a setting below `out`, created if they are missing.
 
     `synthetic` is the folder of a synthetic corpus of the voice rms, `speech` that of LJSpeech with its metadata.csv.
     """

@@ -1,55 +1,138 @@
-"""Options that several verbs of the command have."""
+"""Options that several verbs have, their groups in `--help`, and the checks of their values."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
+from higgstune.environment import check_device_name
+
+TEXTS, VOICE, SAMPLING, JUDGES = "Texts", "Voice", "Sampling", "Judges"
+MODEL, DEVICE = "Model", "Device"
+
+
+def within(low: float, high: float | None = None, *, above: bool = False) -> Callable[[Any], Any]:
+    """A check of a number: at least `low` (with `above`, more than it) and at most `high`.
+
+    typer's own `min` and `max` print the range into `--help`, where it takes the room of the explanation.
+    """
+    lower = f"above {low}" if above else f"at least {low}"
+    expected = lower if high is None else f"{lower} and at most {high}"
+
+    def check(value: Any) -> Any:
+        if value is not None and (value < low or (above and value == low) or (high is not None and value > high)):
+            raise typer.BadParameter(f"it must be {expected}, not {value}")
+        return value
+
+    return check
+
+
+def _device(value: str | None) -> str | None:
+    check_device_name(value)
+    return value
+
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-RunArgument = Annotated[Path, typer.Argument(help="Folder of a run (its last finished stage) or of an adapter.")]
-NewFolderOption = Annotated[Path, typer.Option(help="Folder to write; it must not exist.")]
-BaseOption = Annotated[str | None, typer.Option(help="The base that the adapter was trained on, where it has moved.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Commit, tag or branch of the base at the hub.")]
-CodecOption = Annotated[str | None, typer.Option(help="The codec that it was trained with, where it has moved.")]
-CompareOption = Annotated[
-    Path | None, typer.Option(help="Code store to compare on; where not given, the one that was trained on.")
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder of a run (its last finished stage) or of an adapter.")
 ]
-StoredOption = Annotated[
-    str | None, typer.Option(help="float32 or bfloat16, of the weights written; where not given, the base's.")
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Code store with rows and voices; default: the one of training."),
 ]
-EncoderOption = Annotated[
-    str | None, typer.Option(help="Whisper checkpoint for the original layout, where it has moved.")
+
+# Model
+BaseOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Base, if not where the adapter says.", rich_help_panel=MODEL)
 ]
-DropOption = Annotated[
-    bool, typer.Option("--drop-modules", help="Leave out what has no place in the native class; the card says so.")
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Commit, tag or branch of the base at the hub.", rich_help_panel=MODEL),
 ]
+CodecOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Codec, if not where the adapter says.", rich_help_panel=MODEL)
+]
+WhisperOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Whisper checkpoint, if not where the adapter says.", rich_help_panel=MODEL),
+]
+
+# Device
+DeviceOption = Annotated[
+    str, typer.Option(metavar="NAME", callback=_device, help="auto, cpu, cuda or cuda:N.", rich_help_panel=DEVICE)
+]
+PlannedDeviceOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", callback=_device, help="With --plan: cpu or cuda, whether or not it is present."),
+]
+QuantizeOption = Annotated[
+    Literal["4bit"] | None,
+    typer.Option(help="Load the base in 4 bits, for a small GPU.", rich_help_panel=DEVICE),
+]
+
+# Texts
 SetOption = Annotated[
     str,
     typer.Option(
         "--set",
-        help="validation (rows of the store), a text file with a sentence a line, a meta.lst, or built-in sentences: "
+        metavar="SET",
+        help="validation (rows of the store), a .txt file with a sentence a line, a meta.lst, or built-in sentences: "
         "en, de, zh, ar, vi, es.",
+        rich_help_panel=TEXTS,
     ),
 ]
 RowsOption = Annotated[
-    Path | None, typer.Option(help="Code store with rows and voices; where not given, the one that was trained on.")
+    Path | None,
+    typer.Option(
+        metavar="FOLDER", help="Code store of rows and voices; default: that of training.", rich_help_panel=TEXTS
+    ),
 ]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", callback=within(1), help="At most N texts of a set (of rows, 100).", rich_help_panel=TEXTS
+    ),
+]
+LanguageOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CODE",
+        help="Language of sentences without one, such as en; default: the store's, if it has only one.",
+        rich_help_panel=TEXTS,
+    ),
+]
+
+# Judges
 AsrOption = Annotated[
-    str | None, typer.Option(help="Judge of what is said: a Whisper checkpoint by name or folder, or a command.")
+    str | None,
+    typer.Option(
+        metavar="JUDGE", help="Transcribes: a Whisper by name or folder, or a command.", rich_help_panel=JUDGES
+    ),
 ]
 SpeakerOption = Annotated[
     str | None,
-    typer.Option(help="Judge of whose voice it is: a WavLM checkpoint, or a command; auto: WavLM-SV if on this disk."),
+    typer.Option(
+        metavar="JUDGE",
+        help="Compares voices: a WavLM, or a command; auto: WavLM-SV if it is on this disk.",
+        rich_help_panel=JUDGES,
+    ),
 ]
-QualityOption = Annotated[str | None, typer.Option(help="Judge of naturalness: distillmos, or a command.")]
-TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
-SeedOption = Annotated[int, typer.Option(min=0, max=2**62, help="Of what is spoken and of the intervals.")]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="At the most so many texts of a set; of rows 100.")]
-LanguageOption = Annotated[
-    str | None, typer.Option(help="Of sentences that name none, such as en; the store's, where it has only one.")
+QualityOption = Annotated[
+    str | None,
+    typer.Option(metavar="JUDGE", help="Rates naturalness: distillmos, or a command.", rich_help_panel=JUDGES),
 ]
-WhisperOption = Annotated[
-    str | None, typer.Option(help="Whisper checkpoint of a model that listens, where it has moved.")
+
+# Sampling
+TemperatureOption = Annotated[
+    float,
+    typer.Option(
+        metavar="T", callback=within(0), help="Lower is steadier and duller; 0 is greedy.", rich_help_panel=SAMPLING
+    ),
 ]
-QuantizeOption = Annotated[str | None, typer.Option(help="4bit: the base in 4 bits, for a small GPU.")]
+SeedOption = Annotated[
+    int,
+    typer.Option(
+        metavar="N", callback=within(0, 2**62), help="The same seed repeats the same speech.", rich_help_panel=SAMPLING
+    ),
+]

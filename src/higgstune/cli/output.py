@@ -1,6 +1,8 @@
-"""What the command shows: progress and errors on stderr, results on stdout."""
+"""The output of the command: notes, progress and errors on stderr, results on stdout; libraries are kept quiet."""
 
 import json
+import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +13,41 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 errors = Console(stderr=True)
+# Warnings that no user can act on, by their logger: how each begins.
+_NOISE = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # of a hub's kernels
+    # of the released model's own config, which sets the context shorter than the one that the rotary scaling names
+    "transformers.modeling_rope_utils": "`rope_parameters`'s original_max_position_embeddings field must be less",
+}
+
+
+def mute_libraries() -> None:
+    """Drop the lines of `_NOISE` and, unless stderr is a terminal, all bars; before libraries are imported."""
+    for name, beginning in _NOISE.items():
+        logging.getLogger(name).addFilter(_without(beginning))
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # and transformers' bars: lines, not bars, in a log
+
+
+def _without(beginning: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: not record.getMessage().startswith(beginning)
+
+
+def announce(what: str, as_json: bool = False) -> None:
+    """Say on stderr what a verb begins with, before it imports torch; without transformers' bars from here on."""
+    if not as_json and os.environ.get("RANK", "0") == "0":
+        errors.print(f"{what} ...", highlight=False)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # "Loading weights", "Writing model shards"
+    if sys.stderr.isatty():
+        from huggingface_hub.utils import enable_progress_bars
+
+        enable_progress_bars()  # of downloads, which the line above has disabled, too
 
 
 class Bar:
-    """Progress of a verb: a bar on a terminal, a line at every tenth elsewhere; on stderr, stdout is the result's."""
+    """Progress of a verb on stderr: a bar on a terminal, a line at every tenth elsewhere."""
 
     def __init__(self, *, live: bool = True) -> None:
         self.live = live and sys.stderr.isatty()
@@ -44,7 +77,7 @@ class Bar:
 
 
 def print_result(values: dict[str, Any], as_json: bool) -> None:
-    """A verb's result on stdout: one JSON object, or a line a key."""
+    """Print a verb's result on stdout: one JSON object, or a line a key."""
     if as_json:
         typer.echo(json.dumps(values, ensure_ascii=False, default=str))
         return
@@ -61,48 +94,48 @@ def _plain(value: Any) -> str:
 
 
 def escape(text: str) -> str:
-    """Text that is to be shown as it is, brackets too."""
+    """Text in which rich takes no bracket for markup."""
     return text.replace("[", r"\[")
 
 
 def print_measures(evaluations: dict[str, Any], differences: dict[str, Any]) -> None:
-    """A table of evaluations side by side, with the differences of the last from the one before; what is missing."""
+    """Print evaluations side by side, the differences of the last from the one before, and what was not measured."""
     from higgstune.metrics import METRICS, shown
 
     table = Table("", *evaluations, *(["difference", "p"] if differences else []))
     for metric in METRICS:
         estimates = [found.summary.get(metric.name) for found in evaluations.values()]
         if any(estimate is not None for estimate in estimates):
-            cells = ["not measured" if e is None else shown(metric, e.value) for e in estimates]
+            columns = ["not measured" if e is None else shown(metric, e.value) for e in estimates]
             if differences:
                 found = differences.get(metric.name)
-                cells += ["", ""] if found is None else [shown(metric, found.value), f"{found.p:.3f}"]
-            table.add_row(metric.label, *cells)
+                columns += ["", ""] if found is None else [shown(metric, found.value), f"{found.p:.3f}"]
+            table.add_row(metric.label, *columns)
     Console().print(table)
-    missing = list(evaluations.values())[-1].not_measured  # recordings, the first, have no recordings
+    missing = list(evaluations.values())[-1].not_measured  # the first are recordings, which lack recordings
     for reason in dict.fromkeys(missing.values()):
         names = ", ".join(name for name, why in missing.items() if why == reason)
         errors.print(f"not measured: {names}: {escape(reason)}", highlight=False, soft_wrap=True)
 
 
-def told_stage(stage: dict[str, Any]) -> str:
-    """What a stage of a run came to, in one line; `--json` has all of it."""
+def stage_summary(stage: dict[str, Any]) -> str:
+    """The result of a run's stage in one line; `--json` has all of it."""
     parts = [f"{stage['kind']}, {stage['steps']} steps"]
     if stage.get("compiled"):
         parts.append("layers compiled")
     if stage.get("stopped_early"):
-        parts.append("stopped early: nothing better for as many validations as evaluation.patience says")
+        parts.append("stopped early: no better validation within evaluation.patience")
     if chosen := stage.get("chosen"):
         parts.append(f"ends with step {chosen['step']}: {chosen['rule']}")
     return "; ".join(parts)
 
 
-def measured(error_rate: float | None, similarity: dict[str, float]) -> str:
-    """Figures of a set of clips in one line."""
+def measures_summary(error_rate: float | None, similarity: dict[str, float]) -> str:
+    """The figures of a set of clips in one line."""
     rate = "error rate not measured" if error_rate is None else f"word error rate {100 * error_rate:.1f} %"
     return ", ".join([rate, *(f"{judge} {value:.3f}" for judge, value in similarity.items())])
 
 
 def command_line() -> list[str]:
-    """The words that were typed, for a report to repeat."""
+    """The command as it was typed, for a report."""
     return ["higgstune", *sys.argv[1:]]

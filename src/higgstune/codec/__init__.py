@@ -1,21 +1,21 @@
-"""Codecs: waveform <-> codes."""
+"""Codecs: waveform <-> codes, and which codec a checkpoint uses."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from higgstune.checkpoint_files import read_json
-from higgstune.codec import mel
 from higgstune.codec.base import Codec
-from higgstune.codec.mel import MelCodec
 from higgstune.errors import CheckpointError
 from higgstune.hub import fetch
 
 if TYPE_CHECKING:
     from higgstune.codec.higgs import HiggsCodec as HiggsCodec
+    from higgstune.codec.mel import MelCodec as MelCodec
 
 __all__ = ["CODEC_FOLDER", "DEFAULT_CODEC", "Codec", "HiggsCodec", "MelCodec", "checkpoint_codec", "load_codec"]
 
-CODEC_FOLDER = "codec"  # a checkpoint may bring its codec along, in a sub-folder of this name
+CODEC_FOLDER = "codec"  # the sub-folder in which a checkpoint may bring its codec
 DEFAULT_CODEC = "bosonai/higgs-audio-v2-tokenizer"
 HIGGS_MODEL_TYPE = "higgs_audio_v2_tokenizer"
 
@@ -31,22 +31,24 @@ def load_codec(
 
     `revision` and `cache_dir` are the hub's. Raises CheckpointError for what is not a codec of these kinds.
     """
+    from higgstune.codec import mel  # brings scipy
+
     folder = fetch(name_or_path, what="codec", revision=revision, cache_dir=cache_dir)
-    model_type = read_json(folder / mel.CONFIG, f"{folder} is not a codec's folder without it").get("model_type")
+    model_type = read_json(folder / mel.CONFIG, "a codec's folder needs it").get("model_type")
     if model_type == mel.MODEL_TYPE:
         return mel.MelCodec.from_pretrained(folder)
     if model_type == HIGGS_MODEL_TYPE:
-        from higgstune.codec.higgs import HiggsCodec  # brings transformers, which a fitted codec can do without
+        from higgstune.codec.higgs import HiggsCodec  # imports transformers, which a fitted codec does not need
 
         return HiggsCodec.from_pretrained(folder, device=device)
     raise CheckpointError(
         f'{folder / mel.CONFIG}: "model_type" is {model_type!r}, but a codec has "{HIGGS_MODEL_TYPE}" or '
-        f'"{mel.MODEL_TYPE}". The original layout (model.pth) must be converted to that of transformers.'
+        f'"{mel.MODEL_TYPE}". Convert the original layout (model.pth) to that of transformers.'
     )
 
 
 def checkpoint_codec(checkpoint: str | Path | None, codec: str | Path | None = None) -> str:
-    """The codec that a checkpoint speaks through: the given one, else its sub-folder `codec`, else the released one.
+    """The name or folder of a checkpoint's codec: the given one, else its sub-folder `codec`, else the released codec.
 
     Raises CheckpointError when the checkpoint is needed and does not exist.
     """
@@ -59,9 +61,8 @@ def checkpoint_codec(checkpoint: str | Path | None, codec: str | Path | None = N
 
 
 def __getattr__(name: str) -> Any:
-    """`HiggsCodec` brings torch and transformers, so it is imported when it is asked for."""
-    if name != "HiggsCodec":
+    """The codecs bring scipy, or torch and transformers, so each is imported on first use."""
+    home = {"HiggsCodec": "higgstune.codec.higgs", "MelCodec": "higgstune.codec.mel"}.get(name)
+    if home is None:
         raise AttributeError(f"module 'higgstune.codec' has no attribute {name!r}")
-    from higgstune.codec.higgs import HiggsCodec
-
-    return HiggsCodec
+    return getattr(import_module(home), name)

@@ -1,4 +1,4 @@
-"""What every codec offers: waveform -> codes -> waveform."""
+"""The interface of a codec, waveform -> codes -> waveform, checks of both, and the type of Whisper features."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +10,7 @@ from higgstune.errors import DataError
 
 
 class Codec(Protocol):
-    """An audio tokenizer: 24 kHz mono, 25 frames a second, 8 codebooks of 1024 for all that exist today."""
+    """An audio tokenizer. All of today's have 24 kHz mono, 25 frames a second and 8 codebooks of 1024 codes."""
 
     sample_rate: int  # Hz
     frame_rate: float  # frames per second
@@ -28,7 +28,7 @@ class Codec(Protocol):
 
 
 def whole_frames(waveform: np.ndarray, frame_samples: int) -> np.ndarray:
-    """[samples] -> float32, filled with silence up to a whole frame. DataError if not mono floats."""
+    """[samples] -> float32, padded with silence to a whole frame. Raises DataError for anything but mono floats."""
     if waveform.ndim != 1 or not np.issubdtype(waveform.dtype, np.floating):
         raise DataError(
             f"a codec takes a mono waveform, [samples] of floats in [-1, 1], not {waveform.dtype} of shape "
@@ -38,27 +38,27 @@ def whole_frames(waveform: np.ndarray, frame_samples: int) -> np.ndarray:
 
 
 def checked_codes(codes: np.ndarray, num_codebooks: int, codebook_size: int) -> np.ndarray:
-    """[frames, num_codebooks] as int64. DataError for another shape and for what no codebook holds."""
+    """[frames, num_codebooks] as int64. Raises DataError for another shape, and for codes that no codebook has."""
     if codes.ndim != 2 or codes.shape[1] != num_codebooks or not np.issubdtype(codes.dtype, np.integer):
         raise DataError(
             f"a codec takes codes [frames, {num_codebooks}] of integers, not {codes.dtype} of {codes.shape}"
         )
     if codes.size and (codes.min() < 0 or codes.max() >= codebook_size):
         raise DataError(
-            f"codes are 0 to {codebook_size - 1}, but these are {codes.min()} to {codes.max()}: stream BOS "
-            "and EOS are cut off before decoding"
+            f"codes are 0 to {codebook_size - 1}, but these are {codes.min()} to {codes.max()}: remove stream BOS "
+            "and EOS before decoding"
         )
     return codes.astype(np.int64)
 
 
 @dataclass(frozen=True)
 class WhisperFeatures:
-    """An audio as Whisper hears it: `features` [positions, d_model] float16, and the positions of each chunk."""
+    """The output of a Whisper encoder for a clip: `features` [positions, d_model] float16, and positions by chunk."""
 
     features: NDArray[np.float16]
     chunks: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Raises DataError when there are not as many features as positions."""
+        """Raises DataError unless there are as many features as positions."""
         if len(self.features) != sum(self.chunks):
             raise DataError(f"{len(self.features)} Whisper features for chunks of {self.chunks} positions")

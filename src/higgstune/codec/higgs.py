@@ -1,4 +1,4 @@
-"""The Higgs Audio v2 codec of transformers behind the `Codec` protocol."""
+"""The Higgs Audio v2 codec of transformers as a `Codec`."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ import transformers
 from safetensors import SafetensorError
 
 from higgstune import torchaudio_compat
-from higgstune.checkpoint_files import MALFORMED, read_json, weight_files
+from higgstune.checkpoint_files import malformed_errors, read_json, weight_files
 from higgstune.codec.base import checked_codes, whole_frames
 from higgstune.errors import CheckpointError
 
@@ -20,9 +20,9 @@ from transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokeni
     HiggsAudioV2TokenizerModel,
 )
 
-# transformers itself still has a placeholder under this name, made while there was no torchaudio.
+# transformers still has a placeholder under this name, from before torchaudio could be imported.
 vars(transformers)["HiggsAudioV2TokenizerModel"] = HiggsAudioV2TokenizerModel
-_NOT_READ = {"_attn_implementation", "attn_implementation", "quantization_config"}  # of a configuration: leads to code
+_REFUSED_KEYS = {"_attn_implementation", "attn_implementation", "quantization_config"}  # they make code load
 
 
 class HiggsCodec:
@@ -42,8 +42,8 @@ class HiggsCodec:
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         """[samples] float32 at `sample_rate` -> [ceil(samples / frame_samples), num_codebooks] uint16.
 
-        One clip at a time: in a padded batch the padding changes the codes. The clip is filled with silence
-        up to a whole frame, as transformers' feature extractor does. Raises DataError.
+        One clip at a time: in a padded batch the padding changes the codes. The clip is padded with silence to a whole
+        frame, as by the feature extractor of transformers. Raises DataError.
         """
         filled = whole_frames(waveform, self.frame_samples)
         if len(filled) == 0:
@@ -79,7 +79,7 @@ class HiggsCodec:
             loaded: Any = HiggsAudioV2TokenizerModel.from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, local_files_only=True
             )
-        except (SafetensorError, *MALFORMED) as error:
+        except malformed_errors(SafetensorError) as error:
             raise CheckpointError(f"{folder}: the codec cannot be loaded: {error}") from error
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
@@ -91,16 +91,16 @@ class HiggsCodec:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise CheckpointError for pickled weights, and for what would make transformers fetch code or other weights."""
+    """Raise CheckpointError for pickled weights, and for whatever makes transformers load code or other weights."""
     weight_files(folder)
-    named = _keys(read_json(folder / "config.json", "it is no codec's folder without it")) & _NOT_READ
+    named = _keys(read_json(folder / "config.json", "a codec's folder needs it")) & _REFUSED_KEYS
     if named or (folder / "adapter_config.json").exists():
         what = sorted(named)[0] if named else "an adapter"
-        raise CheckpointError(f"{folder}: the codec brings {what}, which is not read. Download the folder again.")
+        raise CheckpointError(f"{folder}: the codec has {what}, which is not supported. Download the folder again.")
 
 
 def _keys(config: Any) -> set[str]:
-    """Every key of a configuration, those of its parts included."""
+    """Every key of a configuration and of its parts."""
     if isinstance(config, list):
         return {key for part in config for key in _keys(part)}
     if not isinstance(config, dict):

@@ -1,7 +1,10 @@
-"""A codec fitted in a minute: log-mel, PCA, residual k-means; decoded by Griffin-Lim.
+"""A codec that is fitted in a minute: log-mel, PCA, residual k-means; decoded by Griffin-Lim.
 
-It has the geometry of the Higgs codec (24 kHz, 25 frames a second, 8 codebooks of 1024) and needs no neural
-weights, so the whole path from a recording to a voice runs anywhere. It is intelligible and sounds rough.
+    waveform -> Spectrum.mel -> log -> PCA -> residual vector quantisation -> codes
+    codes -> PCA inverse -> exp -> Spectrum.invert -> waveform
+
+It has the geometry of the Higgs codec (24 kHz, 25 frames a second, 8 codebooks of 1024) and needs no neural weights, so
+the whole path from a recording to a voice runs anywhere. It is intelligible and sounds rough.
 """
 
 import hashlib
@@ -15,15 +18,14 @@ import numpy as np
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from scipy import fft
-from scipy.signal import get_window
-from sklearn.cluster import MiniBatchKMeans
-from sklearn.decomposition import PCA
 
 from higgstune.codec.base import checked_codes, whole_frames
 from higgstune.errors import CheckpointError, DataError
 
+MODEL_TYPE = "higgstune_mel_codec"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _TINY = 1e-8
+_MAX_FFT = 1 << 14  # samples: windows and filters of this size must fit into memory
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Spectrum:
 
     @cached_property
     def window(self) -> np.ndarray:
-        """[n_fft] float32."""
-        return get_window("hann", self.n_fft).astype(np.float32)
+        """[n_fft] float32, the periodic Hann window, bit for bit that of scipy.signal, which takes long to import."""
+        return (0.5 + 0.5 * np.cos(np.linspace(-np.pi, np.pi, self.n_fft + 1)[:-1])).astype(np.float32)
 
     @cached_property
     def filters(self) -> np.ndarray:
@@ -91,17 +93,21 @@ class Spectrum:
 
     def _stft(self, padded: np.ndarray) -> np.ndarray:
         """[(T - 1) * hop + n_fft] -> [T, F] complex64."""
+        from scipy import fft  # takes long to import
+
         windows = np.lib.stride_tricks.sliding_window_view(padded, self.n_fft)[:: self.hop]
         return fft.rfft(windows * self.window, axis=-1)
 
     def _istft(self, spectrum: np.ndarray) -> np.ndarray:
         """[T, F] complex64 -> [(T - 1) * hop + n_fft], the least-squares signal of that spectrum."""
+        from scipy import fft
+
         pieces = fft.irfft(spectrum, n=self.n_fft, axis=-1) * self.window
         weight = np.broadcast_to(self.window**2, pieces.shape)
         return self._overlap_add(pieces) / np.maximum(self._overlap_add(weight), 1e-3)
 
     def _overlap_add(self, pieces: np.ndarray) -> np.ndarray:
-        """[T, n_fft] -> [(T - 1) * hop + n_fft]: whole hops at a time, so no index arithmetic per sample."""
+        """[T, n_fft] -> [(T - 1) * hop + n_fft]: whole hops at a time, without index arithmetic per sample."""
         hops = -(-self.n_fft // self.hop)
         pieces = np.pad(pieces, ((0, 0), (0, hops * self.hop - self.n_fft))).reshape(len(pieces), hops, self.hop)
         total = np.zeros((len(pieces) + hops - 1, self.hop), dtype=np.float32)
@@ -110,18 +116,9 @@ class Spectrum:
         return total.reshape(-1)[: (len(pieces) - 1) * self.hop + self.n_fft]
 
 
-def _start_phase(shape: tuple[int, ...]) -> np.ndarray:
-    phase = np.random.default_rng(0).uniform(0, 2 * np.pi, shape)
-    return np.exp(1j * phase).astype(np.complex64)
-
-
-MODEL_TYPE = "higgstune_mel_codec"
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-
-
 @dataclass(frozen=True)
 class MelCodecConfig:
-    """Everything but the fitted tensors."""
+    """All settings of the codec; the fitted tensors are apart."""
 
     sample_rate: int = 24_000  # Hz
     n_fft: int = 1024  # samples
@@ -143,11 +140,11 @@ class MelCodec:
     def __init__(self, config: MelCodecConfig, tensors: dict[str, np.ndarray]) -> None:
         """`tensors`: mean [values], basis [components, values], codebooks [codebooks, codes, components].
 
-        Values are those of one frame, `mels_per_frame` columns after each other.
+        The values of a frame are those of its `mels_per_frame` columns, one after the other.
         """
         self.config = config
-        # As they will be stored: float16, so that a codec just fitted and one read back give equal codes, and
-        # in C order, because safetensors ignores strides.
+        # As they will be stored: float16, so that a codec just fitted and the same one read back give equal codes; in C
+        # order, because safetensors ignores strides.
         self._stored = {name: tensor.astype(np.float16, order="C") for name, tensor in tensors.items()}
         self._mean, self._basis, self._codebooks = (
             self._stored[name].astype(np.float32) for name in ("mean", "basis", "codebooks")
@@ -167,7 +164,7 @@ class MelCodec:
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         """[samples] float32 at `sample_rate` -> [ceil(samples / frame_samples), num_codebooks] uint16.
 
-        The last frame is filled up with silence. Raises DataError for what is not a mono waveform of floats.
+        The last frame is padded with silence. Raises DataError for anything but a mono waveform of floats.
         """
         residual = (self.features(waveform) - self._mean) @ self._basis.T
         codes = []
@@ -180,7 +177,7 @@ class MelCodec:
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """[frames, num_codebooks] of any integer type -> [frames * frame_samples] float32 in [-1, 1].
 
-        Raises DataError for other shapes and for codes that no codebook holds, such as stream BOS and EOS.
+        Raises DataError for other shapes, and for codes that no codebook has, such as stream BOS and EOS.
         """
         checked = checked_codes(codes, self.num_codebooks, self.codebook_size)
         if len(checked) == 0:
@@ -211,10 +208,10 @@ class MelCodec:
             "codebooks": np.zeros((config.num_codebooks, config.codebook_size, config.components)),
         }
         analysis = cls(config, blank)
-        return cls(config, fit_tensors([analysis.features(w) for w in waveforms], config, seed))
+        return cls(config, _fit_tensors([analysis.features(w) for w in waveforms], config, seed))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`, which is made if needed."""
+        """Write `config.json` and `model.safetensors` into `folder`, which is created if needed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"model_type": MODEL_TYPE, **asdict(self.config)}, indent=2)
@@ -236,7 +233,6 @@ class MelCodec:
 
 
 _CONFIG = TypeAdapter(MelCodecConfig)
-_MOST_FFT = 1 << 14  # samples: what is made of it must fit into memory
 
 
 def _read_config(path: Path) -> MelCodecConfig:
@@ -246,7 +242,7 @@ def _read_config(path: Path) -> MelCodecConfig:
             raise CheckpointError(f'{path}: not a fitted codec (expected "model_type": "{MODEL_TYPE}")')
         config = MelCodecConfig(**values)
         _CONFIG.validate_json(json.dumps(asdict(config)), strict=True)
-        if not (0 < config.num_mels <= config.n_fft <= _MOST_FFT and 0 < config.hop <= config.n_fft):
+        if not (0 < config.num_mels <= config.n_fft <= _MAX_FFT and 0 < config.hop <= config.n_fft):
             raise ValueError(f"num_mels {config.num_mels}, hop {config.hop} and n_fft {config.n_fft} do not fit")
         return config
     except CheckpointError:
@@ -270,12 +266,15 @@ def _read_tensors(path: Path, config: MelCodecConfig) -> dict[str, np.ndarray]:
     }
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != expected:
-        raise CheckpointError(f"{path}: holds {found}, but {CONFIG} asks for {expected}. Copy the folder again.")
+        raise CheckpointError(f"{path}: holds {found}, but {CONFIG} requires {expected}. Copy the folder again.")
     return tensors
 
 
-def fit_tensors(features: Sequence[np.ndarray], config: "MelCodecConfig", seed: int) -> dict[str, np.ndarray]:
-    """[frames, values] of each waveform -> the tensors of `MelCodec`. DataError for too little speech."""
+def _fit_tensors(features: Sequence[np.ndarray], config: MelCodecConfig, seed: int) -> dict[str, np.ndarray]:
+    """[frames, values] of each waveform -> the tensors of `MelCodec`. Raises DataError for too little speech."""
+    from sklearn.cluster import MiniBatchKMeans  # an optional dependency, which only fitting needs
+    from sklearn.decomposition import PCA
+
     frames = np.concatenate(features)
     if len(frames) < config.codebook_size:
         raise DataError(
@@ -296,3 +295,8 @@ def fit_tensors(features: Sequence[np.ndarray], config: "MelCodecConfig", seed: 
         codebooks.append(clusters.cluster_centers_)
         residual = residual - clusters.cluster_centers_[clusters.labels_]
     return {"mean": pca.mean_, "basis": pca.components_, "codebooks": np.stack(codebooks)}
+
+
+def _start_phase(shape: tuple[int, ...]) -> np.ndarray:
+    phase = np.random.default_rng(0).uniform(0, 2 * np.pi, shape)
+    return np.exp(1j * phase).astype(np.complex64)

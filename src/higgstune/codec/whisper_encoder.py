@@ -1,12 +1,12 @@
-"""The frozen Whisper encoder: a waveform -> the features that a projector brings into the text pathway.
+"""The frozen Whisper encoder: a waveform -> the features that a projector maps into the text pathway.
 
     mel [bins, 3000] of a chunk of 30 s -> encoder layers -> average pool by 2 -> layer norm -> [750, d_model]
 
-Its layers are those of Whisper; pooling before the last layer norm, and a mask over the padding of a short chunk, are
-the Higgs Audio way, which transformers has as `Qwen2AudioEncoder`. Source: boson_multimodal's `HiggsAudioEncoder`,
+Its layers are those of Whisper. Higgs Audio adds pooling before the last layer norm, and a mask over the padding of a
+short chunk, which transformers has as `Qwen2AudioEncoder`. Source: boson_multimodal's `HiggsAudioEncoder`,
 `_apply_audio_tower` and sample collator (golden `whisper`).
 
-Like the codec, the encoder is no part of the trained module tree, and never leaves eval mode.
+Like the codec, the encoder is not part of the trained module tree and never leaves eval mode.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2AudioEncoder, Qwen2AudioEncoderConfig, WhisperFeatureExtractor
 
-from higgstune.checkpoint_files import MALFORMED, read_json, read_weights, weight_files
+from higgstune.checkpoint_files import malformed_errors, read_json, read_weights, weight_files
 from higgstune.codec.base import WhisperFeatures
 from higgstune.errors import CheckpointError, DataError
 from higgstune.hub import fetch
@@ -29,13 +29,13 @@ _CONFIG_KEYS = (
     "num_mel_bins", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "d_model", "activation_function",
     "scale_embedding", "max_source_positions",
 )  # fmt: skip
-# Of a preprocessor_config.json: enough for every Whisper, and a spectrogram that fits into memory.
+# Limits for a preprocessor_config.json: enough for every Whisper, with a spectrogram that fits into memory.
 MAX_VALUES = {"feature_size": 1024, "n_fft": 8192, "chunk_length": 60, "hop_length": 8192, "sampling_rate": 192_000}
 _PREFIXES = ("model.encoder.", "encoder.", "audio_tower.")  # WhisperForConditionalGeneration, WhisperModel, original
 
 
 class WhisperTower:
-    """Not a module: it is never trained, saved or moved with the model."""
+    """A Whisper encoder. It is not a module: it is never trained, saved or moved with the model."""
 
     def __init__(self, encoder: Qwen2AudioEncoder, extractor: WhisperFeatureExtractor, checkpoint: str) -> None:
         """Use `load_whisper` or `tower_from_original`."""
@@ -53,23 +53,25 @@ class WhisperTower:
         return {key: getattr(self._encoder.config, key) for key in _CONFIG_KEYS}
 
     def state(self) -> dict[str, Tensor]:
-        """The encoder's weights under their own names."""
+        """The encoder's weights by name."""
         return dict(self._encoder.state_dict())
 
     @torch.inference_mode()
     def encode(self, waveform: np.ndarray) -> WhisperFeatures:
         """[samples] float32 mono at `sample_rate`, of any length -> features, chunk by chunk of 30 s.
 
-        They are rounded to float16, in which they are stored: training on stored ones and speaking with fresh ones
-        see the same numbers. Raises DataError for an audio too short for one position.
+        They are rounded to float16, the dtype of stored features, so that training on stored features and speaking with
+        fresh ones use the same numbers. Raises DataError for a clip that is too short for one position.
         """
         length = self._extractor.n_samples
         parts = [self._chunk(waveform[start : start + length]) for start in range(0, len(waveform), length)]
         if not any(len(part) for part in parts):
-            raise DataError(f"an audio of {len(waveform)} samples is too short for Whisper: 40 ms is one position")
+            raise DataError(
+                f"a clip of {len(waveform)} samples is too short for Whisper, whose positions are 40 ms long"
+            )
         features = torch.cat(parts).to(torch.float16).cpu().numpy()
         if not np.isfinite(features).all():
-            raise DataError("Whisper gives features that float16 cannot hold: is its checkpoint damaged?")
+            raise DataError("Whisper returned features that float16 cannot hold: is its checkpoint damaged?")
         return WhisperFeatures(features, tuple(len(part) for part in parts))
 
     @torch.inference_mode()
@@ -85,14 +87,14 @@ class WhisperTower:
         return [rows[:count] for rows, count in zip(pooled.last_hidden_state, positions.tolist(), strict=True)]
 
     def _chunk(self, waveform: np.ndarray) -> Tensor:
-        made = self._extractor(
+        extracted = self._extractor(
             waveform.astype(np.float32),
             sampling_rate=self.sample_rate,
             padding="max_length",
             return_attention_mask=True,
             return_tensors="pt",
         )
-        return self.hidden(made["input_features"], made["attention_mask"])[0]
+        return self.hidden(extracted["input_features"], extracted["attention_mask"])[0]
 
 
 def load_whisper(
@@ -100,11 +102,11 @@ def load_whisper(
 ) -> WhisperTower:
     """The encoder of a Whisper checkpoint, a folder or hub id, in float32.
 
-    An original-format checkpoint that brings an encoder is one, too. Raises CheckpointError for what is none, or lacks
-    a weight.
+    An original-format checkpoint that brings an encoder will do, too. Raises CheckpointError for any other checkpoint,
+    and for one that lacks a weight.
     """
     folder = fetch(name, what="Whisper checkpoint", cache_dir=cache_dir)
-    config = read_json(folder / "config.json", "it is no checkpoint folder without it")
+    config = read_json(folder / "config.json", "a checkpoint folder needs it")
     if config.get("model_type") == "higgs_audio" and not config.get("skip_audio_tower", True):
         state = read_weights(weight_files(folder))
         return tower_from_original(config.get("audio_encoder_config"), state, folder, device)
@@ -113,11 +115,11 @@ def load_whisper(
             f"{folder / 'config.json'} has the model_type {config.get('model_type')!r}: name a Whisper checkpoint, "
             "such as openai/whisper-large-v3"
         )
-    written = read_json(folder / "preprocessor_config.json", "it says how a waveform becomes a mel spectrogram")
-    for key, most in MAX_VALUES.items():
+    written = read_json(folder / "preprocessor_config.json", "it defines how a waveform becomes a mel spectrogram")
+    for key, limit in MAX_VALUES.items():
         value = written.get(key, 1)
-        if not isinstance(value, int) or not 0 < value <= most:
-            raise CheckpointError(f"{folder / 'preprocessor_config.json'}: {key} is {value!r}, at most {most} is read")
+        if not isinstance(value, int) or not 0 < value <= limit:
+            raise CheckpointError(f"{folder / 'preprocessor_config.json'}: {key} is {value!r}, at most {limit} is read")
     try:
         extractor = WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError, TypeError, AttributeError, ArithmeticError) as error:
@@ -135,9 +137,9 @@ def load_whisper(
 def tower_from_original(
     config: Mapping[str, Any] | None, state: Mapping[str, Tensor], folder: Path, device: str | torch.device = "cpu"
 ) -> WhisperTower:
-    """The `audio_tower` of an original-format checkpoint; config is its `audio_encoder_config`.
+    """The `audio_tower` of an original-format checkpoint; `config` is its `audio_encoder_config`.
 
-    Raises CheckpointError where there is none, or it does not fit its weights.
+    Raises CheckpointError where there is none, or where it does not match the weights.
     """
     if not isinstance(config, Mapping):
         raise CheckpointError(f"{folder / 'config.json'} has no audio_encoder_config: copy or download it again")
@@ -157,14 +159,14 @@ def _encoder(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Pat
         for prefix in _PREFIXES
         if key.startswith(prefix)
     }
-    # On the meta device first: names and shapes are compared before memory is taken.
+    # On the meta device first: names and shapes are compared before memory is allocated.
     try:
         settings = Qwen2AudioEncoderConfig(**{key: config[key] for key in _CONFIG_KEYS})
         if not 0 < settings.encoder_layers <= len(weights):
             raise ValueError(f"{settings.encoder_layers} layers of {len(weights)} tensors")
         with torch.device("meta"):
             empty = Qwen2AudioEncoder._from_config(settings)
-    except MALFORMED as error:
+    except malformed_errors() as error:
         raise CheckpointError(
             f"the Whisper encoder in {folder} does not fit its config: {error}; copy it again"
         ) from error
@@ -176,13 +178,15 @@ def _encoder(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Pat
             f"the Whisper encoder in {folder} does not fit its config: {len(wrong)} tensors missing, unknown or of "
             f"another shape, such as {wrong[0]}; copy or download it again"
         )
-    encoder = Qwen2AudioEncoder._from_config(settings, attn_implementation="sdpa")  # eager adds the mask to the scores
+    encoder = Qwen2AudioEncoder._from_config(
+        settings, attn_implementation="sdpa"
+    )  # eager adds a boolean mask to the scores
     encoder.load_state_dict(weights)
     return encoder
 
 
 def _moved(encoder: Qwen2AudioEncoder, device: str | torch.device) -> Qwen2AudioEncoder:
-    torch.nn.Module.to(encoder, device)  # transformers wraps its own `to` in a way that no type checker follows
+    torch.nn.Module.to(encoder, device)  # type checkers do not understand the `to` of transformers
     return encoder
 
 

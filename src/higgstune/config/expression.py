@@ -1,4 +1,7 @@
-"""Expressions over metrics that a recipe may hold, and what is a command in it. Nothing is evaluated as Python."""
+"""What a recipe may hold besides plain values: expressions over metrics, and commands as judges.
+
+Expressions are parsed and checked, and never evaluated as Python.
+"""
 
 import ast
 import difflib
@@ -22,30 +25,31 @@ _BINARY: dict[type, Callable[[Any, Any], Any]] = {
 _COMPARED: dict[type, Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
 }  # fmt: skip
-_FUNCTIONS: dict[str, tuple[Callable[..., Any], range]] = {  # with how many arguments
+_FUNCTIONS: dict[str, tuple[Callable[..., Any], range]] = {  # by name: the function, and how many arguments it takes
     "min": (min, range(2, 100)), "max": (max, range(2, 100)), "abs": (abs, range(1, 2)),
 }  # fmt: skip
 _ALLOWED = (
     *(ast.Name, ast.Load, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.USub, ast.Not, ast.And, ast.Or),
     *_BINARY, *_COMPARED,
 )  # fmt: skip
-Measures = Mapping[str, float]  # by metric; what was not measured is not there
+Measures = Mapping[str, float]  # by metric; a metric that was not measured is missing
 
 
 class Expression:
     """Arithmetic, comparisons, `and`, `or`, `not`, min, max and abs over names of metrics."""
 
     def __init__(self, text: str) -> None:
-        """Raises ConfigError, with the place, for anything else and for names that no metric has."""
+        """Raises ConfigError, which names the offending part, for anything else and for unknown metrics."""
         self.text = text = text.strip()
         try:
             if len(text) > _MAX_EXPRESSION:
                 raise ValueError(f"longer than {_MAX_EXPRESSION} characters")
             self._tree = ast.parse(text, mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            problem = getattr(error, "msg", error)  # of a syntax error without the place, which is no file's
+            problem = getattr(error, "msg", error)  # a syntax error without its place, which names no file
             raise ConfigError(
-                f"{text[:80]!r} is no expression over metrics ({problem}): write it like 'wer <= 0.1' or 'similarity'"
+                f"{text[:80]!r} is not an expression over metrics ({problem}): write it like 'wer <= 0.1' or "
+                "'similarity'"
             ) from error
         self.names = sorted({node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)} - set(_FUNCTIONS))
         for name in self.names:
@@ -58,7 +62,7 @@ class Expression:
         try:
             self.value(dict.fromkeys(self.names, 1.0))
         except RecursionError:
-            raise ConfigError(f"{text[:80]!r} is too deep to be computed") from None
+            raise ConfigError(f"{text[:80]!r} is nested too deeply") from None
 
     @staticmethod
     def _is_allowed(node: ast.AST) -> bool:
@@ -76,7 +80,7 @@ class Expression:
         )
 
     def value(self, measures: Measures) -> float:
-        """NaN where a name was not measured, or for a division by zero."""
+        """The value; NaN if a metric was not measured, or for a division by zero."""
         if any(name not in measures for name in self.names):
             return math.nan
         try:
@@ -85,7 +89,7 @@ class Expression:
             return math.nan
 
     def holds(self, measures: Measures) -> bool:
-        """Whether a condition is met; not where one of its names was not measured."""
+        """Whether a condition is met; False if one of its metrics was not measured."""
         value = self.value(measures)
         return not math.isnan(value) and bool(value)
 
@@ -103,7 +107,7 @@ class Expression:
                 return not self._of(operand, measures)
             case ast.BoolOp(op=op, values=values):
                 together = all if isinstance(op, ast.And) else any
-                return together([self._of(value, measures) for value in values])  # all: what is not allowed is found
+                return together([self._of(value, measures) for value in values])  # a list: no part is skipped
             case ast.Compare(left=left, ops=ops, comparators=right) if all(type(op) in _COMPARED for op in ops):
                 values = [self._of(part, measures) for part in (left, *right)]
                 return all(_COMPARED[type(op)](*values[i : i + 2]) for i, op in enumerate(ops))
@@ -115,12 +119,13 @@ class Expression:
 
 
 def is_command(spec: str) -> bool:
-    """Whether a judge's spec is a command, see `command_words`; nothing is looked for or run."""
+    """Whether a judge's spec is a command (see `command_words`). Finds no program and runs none."""
     try:
-        return not Path(spec).expanduser().is_dir() and _is_command(shlex.split(spec))
+        return not Path(spec).expanduser().is_dir() and are_command_words(shlex.split(spec))
     except ValueError:  # an open quote, which no model's name has
         return True
 
 
-def _is_command(words: Sequence[str]) -> bool:
+def are_command_words(words: Sequence[str]) -> bool:
+    """Whether words are a command: two or more, or the path of one file."""
     return len(words) > 1 or (len(words) == 1 and Path(words[0]).is_file())

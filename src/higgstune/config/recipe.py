@@ -4,8 +4,7 @@ import copy
 import difflib
 import re
 import shlex
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,11 +16,13 @@ from higgstune.config.expression import Expression, is_command
 from higgstune.config.yaml import MAX_BYTES, parse_yaml
 from higgstune.data.messages import ReferencePlace
 from higgstune.errors import ConfigError
+from higgstune.families import DEFAULT_FAMILY, family_info
 from higgstune.families.base import TextTargets
 from higgstune.files import write_file
-from higgstune.kernels.quantize import Quantize
-from higgstune.model.adapters import Lora, StageKind
-from higgstune.model.compiled import Compile
+
+Quantize = Literal["4bit"]
+Compile = bool | Literal["auto"]
+AttentionTraining = Literal["lora", "full"]
 
 _BATCH_TOKENS = 4096  # about two minutes of speech with its text
 _FILES_OF_A_RUN = ("recipe.yaml", "run.json")
@@ -33,9 +34,20 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Lora(_Strict):
+    """The shape of the adapter; the same in all stages of a run."""
+
+    r: int = Field(16, ge=1, description="rank")
+    alpha: float = Field(32.0, gt=0, description="scaling: alpha / r (alpha / sqrt(r) with rslora)")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    rslora: bool = False
+    dora: bool = False
+
+
 class ModelSettings(_Strict):
     """Which checkpoint, and how it is loaded."""
 
+    family: str = Field(DEFAULT_FAMILY, description="model family of the base, by transformers' name for it")
     checkpoint: str = Field("bosonai/higgs-tts-2-3b-base", description="folder or hub id of the base")
     revision: str | None = Field(None, description="commit, tag or branch at the hub")
     codec: str | None = Field(None, description="folder or hub id; the checkpoint's own where not given")
@@ -52,6 +64,11 @@ class ModelSettings(_Strict):
     whisper: str | None = Field(
         None, description="Whisper checkpoint that user and system audio is heard through; the store has its features"
     )
+
+    @field_validator("family")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        return family_info(value).name
 
     @field_validator("audio_attention", mode="before")
     @classmethod
@@ -79,7 +96,6 @@ class DataSettings(_Strict):
         "turn", description="a row's reference: an earlier turn with its words, or a voice in the scene"
     )
     replay: Replay | None = Field(None, description="rows of another store among them, against forgetting")
-    workers: int = Field(0, ge=0, description="processes that build examples; 0: the training process itself")
 
 
 class EvaluationSettings(_Strict):
@@ -124,7 +140,7 @@ class Stage(_Strict):
     """One stage of training: what is trained, with which losses, for how long."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=64, description="folder of the stage in the run")
-    kind: StageKind = Field(description="text: LoRA on the text pathway, audio frozen; full: on both pathways")
+    kind: str = Field(description="for Higgs Audio v2: text (LoRA on the text pathway, audio frozen) or full (on both)")
     epochs: float | None = Field(None, gt=0, description="passes over the data; or give max_steps")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
@@ -224,6 +240,16 @@ class Recipe(_Strict):
             raise ValueError(f"true, false or auto, not {value!r}")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_family(cls, tree: Any) -> Any:
+        model = tree.get("model") if isinstance(tree, dict) else None
+        defaults = _stage_defaults(model.get("family") if isinstance(model, dict) else None)
+        if not defaults or not isinstance(tree.get("stages"), list | tuple):
+            return tree
+        stages = [{**defaults, **stage} if isinstance(stage, dict) else stage for stage in tree["stages"]]
+        return {**tree, "stages": stages}
+
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
         if not self.stages:
@@ -231,19 +257,38 @@ class Recipe(_Strict):
         names = [stage.name.casefold() for stage in self.stages]  # one folder where a disk tells no case
         if len(set(names)) < len(names):
             raise ValueError(f"stages need different names, got {', '.join(stage.name for stage in self.stages)}")
-        if ("full", "text") in pairwise(stage.kind for stage in self.stages):
-            raise ValueError("a text stage cannot follow a full one: its adapter has no audio layers to keep them in")
         if self.parallel == "fsdp" and self.model.quantize is not None:
             raise ValueError(
                 f"parallel: fsdp and model.quantize: {self.model.quantize} are both set: weights in 4 bits are not "
                 "sharded; leave one out"
             )
-        if self.model.audio_attention and all(stage.kind == "text" for stage in self.stages):
-            raise ValueError(
-                "model.audio_attention is on, but no stage has the kind full: it would never be trained; "
-                "add a full stage or leave it out"
-            )
+        if problems := [f"{path}: {problem}" for path, problem in _family_problems(self)]:
+            raise ValueError("; ".join(problems))
         return self
+
+
+def _stage_defaults(family: Any) -> Mapping[str, Any]:
+    """Of a family; none for a name that is refused later."""
+    try:
+        return family_info(family).stage_defaults
+    except ConfigError:
+        return {}
+
+
+def _family_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What the recipe's model family cannot do, by the path of the field."""
+    family = family_info(recipe.model.family)
+    for setting in ("audio_attention", "whisper"):
+        if getattr(recipe.model, setting) and setting not in family.extensions:
+            yield f"model.{setting}", f"{family.title} has no such extension; leave it out"
+    for index, stage in enumerate(recipe.stages):
+        for field, value, known in (
+            ("kind", stage.kind, tuple(family.stage_kinds)),
+            ("text_targets", stage.text_targets, family.text_targets),
+        ):
+            if value not in known:
+                yield f"stages.{index}.{field}", f"{family.title} has no {value!r}: one of {', '.join(known)}"
+    yield from family.check_recipe(recipe)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, commands: bool = False) -> Recipe:

@@ -1,4 +1,4 @@
-"""Recordings: read, checked, hashed by what they decode to, and resampled, by libsndfile and soxr."""
+"""Audio files: read, checked, hashed by their decoded samples, resampled and written, by libsndfile and soxr."""
 
 import hashlib
 import math
@@ -14,7 +14,7 @@ import soundfile
 import soxr
 
 from higgstune.data.rejection import RowError
-from higgstune.errors import InputError
+from higgstune.inputs import check_wav_name
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus")
 MAX_SECONDS = 3600.0  # of one clip in memory, whatever its header claims
@@ -22,19 +22,16 @@ _RATES = range(4_000, 768_001)  # Hz; anything else is a damaged header
 _MAX_CHANNELS = 64
 _MAX_SAMPLES = 1 << 34  # four days at 48 kHz
 _MAX_IN_MEMORY = 3600 * 48_000  # samples of one clip
-_DENSEST = 200  # samples a byte: Opus at 6 kbit/s has 64, only silence has more
-# libsndfile knows forty formats, by their first bytes and not by the file's name; from strangers it gets these alone.
-_BEGINNINGS = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"ID3")
+_MAX_DENSITY = 200  # samples a byte: Opus at 6 kbit/s has 64, only silence has more
+# libsndfile reads forty formats, by their first bytes and not by the file's name; it gets only these.
+_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"ID3")
 _CORRECTED_WAV = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)  # in libsndfile's log
-_UNKNOWN_BYTES = 0x7FFFF000  # what a program that writes a WAV into a pipe leaves as its length
-_COMPLETE = {
-    "FLAC": 1.0,
-    "WAV": 0.99,
-    "WAVEX": 0.99,
-}  # recorders round a WAV's length, encoders estimate an MP3's
+_UNKNOWN_BYTES = 0x7FFFF000  # the length that a program leaves in a WAV that it writes into a pipe
+# The part of the claimed length that makes a file complete: recorders round that of a WAV, encoders estimate an MP3's.
+_COMPLETE = {"FLAC": 1.0, "WAV": 0.99, "WAVEX": 0.99}
 _BLOCK = 1 << 16  # frames
-_PIECE = 64  # samples of each sum with signs of their own
-_SKETCH_SIZE = 16
+_PIECE = 64  # samples of each sum in a piece; all pieces have the same signs, times one of their own
+_SKETCH_SIZE = 16  # sums
 
 
 @dataclass(frozen=True)
@@ -45,16 +42,16 @@ class Recording:
     samples: int
     rate: int  # Hz
     peak: float  # of the mono mix, 1.0 is full scale; NaN where a sample is not finite
-    sketch: tuple[float, ...]  # a few sums that nearly equal waveforms share: see `find_twins`
+    sketch: tuple[float, ...]  # a few sums that nearly equal waveforms share: see `find_near_duplicates`
 
     @property
     def seconds(self) -> float:
-        """Its length."""
+        """Its duration."""
         return self.samples / self.rate
 
 
 def read_recording(path: str | Path) -> Recording:
-    """Decode a whole file block by block, however long it is, and say what it is.
+    """Decode a whole file block by block, however long it is, and describe it.
 
     Raises RowError for a file that cannot be decoded to its end.
     """
@@ -83,7 +80,7 @@ def read_audio(
     more than `max_seconds` of audio (nothing of that size is read into memory first).
     """
     if not all(value is None or 0 <= value < 1e9 for value in (start, end)):
-        raise RowError("segment_outside", f"{path}: the part from {start} to {end} s cannot be")
+        raise RowError("segment_outside", f"{path}: the part from {start} to {end} s is impossible")
     with _opened(path) as file:
         rate = file.samplerate
         first = 0 if start is None else round(start * rate)
@@ -92,7 +89,7 @@ def read_audio(
             raise RowError("segment_outside", f"{path}: the part from {start} to {end} s is empty")
         limit = int(min(max_seconds * rate, _MAX_IN_MEMORY))
         if wanted is not None and wanted > limit:
-            raise RowError("too_long", f"{path}: {wanted / rate:.1f} s are asked for, the limit is {limit / rate:g} s")
+            raise RowError("too_long", f"{path}: {wanted / rate:.1f} s are requested, the limit is {limit / rate:g} s")
         if first:
             _seek(file, path, first)
         blocks, total = [], 0
@@ -126,18 +123,26 @@ def peak_of(waveform: np.ndarray) -> float:
     return peak if math.isfinite(peak) else math.nan
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether a path leads to a regular file; False, too, for paths that cannot exist."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name that is too long, a null byte
+        return False
+
+
 def _opened(path: str | Path) -> soundfile.SoundFile:
-    """An audio file, open. Raises RowError where it is missing, of another format, or claims what it cannot hold."""
+    """An open audio file. Raises RowError where it is missing, of another format, or claims an impossible size."""
     if not is_file(path):
         raise RowError("missing_audio", f"{path}: there is no such file")
-    size = _check_beginning(path)
+    size = _check_head(path)
     try:
         file = soundfile.SoundFile(str(path))
     except (soundfile.SoundFileError, TypeError, ValueError, OSError) as error:  # .raw needs more arguments
         raise RowError("unreadable_audio", f"{path} cannot be read as audio: {_reason(error)}") from error
     claims = file.samplerate, file.channels, file.frames
     possible = claims[0] in _RATES and claims[1] <= _MAX_CHANNELS and claims[2] <= _MAX_SAMPLES
-    if possible and claims[2] <= max(_MAX_IN_MEMORY, size * _DENSEST):
+    if possible and claims[2] <= max(_MAX_IN_MEMORY, size * _MAX_DENSITY):
         return file
     file.close()
     if possible:
@@ -147,15 +152,15 @@ def _opened(path: str | Path) -> soundfile.SoundFile:
         )
     raise RowError(
         "unreadable_audio",
-        f"{path}: its header claims {claims[0]} Hz, {claims[1]} channels and {claims[2]} samples, which "
-        "cannot be (or does not say how long it is): write the file again, for example with ffmpeg",
+        f"{path}: its header claims {claims[0]} Hz, {claims[1]} channels and {claims[2]} samples, which is "
+        "impossible (or leaves its length open): write the file again, for example with ffmpeg",
     )
 
 
-def _check_beginning(path: str | Path) -> int:
+def _check_head(path: str | Path) -> int:
     """The file's size in bytes. Raises RowError for another format, and for an RF64 that is cut off.
 
-    Of the lengths that a header claims, libsndfile passes on all but that of an RF64.
+    libsndfile reports the length that a header claims for every format but RF64.
     """
     try:
         with open(path, "rb") as file:
@@ -163,8 +168,10 @@ def _check_beginning(path: str | Path) -> int:
     except OSError as error:
         raise RowError("unreadable_audio", f"{path} cannot be read: {error.strerror}") from error
     is_mpeg = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
-    if not is_mpeg and not head.startswith(_BEGINNINGS):
-        raise RowError("unreadable_audio", f"{path} cannot be read as audio: it is no wav, flac, mp3, ogg or opus file")
+    if not is_mpeg and not head.startswith(_MAGIC):
+        raise RowError(
+            "unreadable_audio", f"{path} cannot be read as audio: it is not a wav, flac, mp3, ogg or opus file"
+        )
     if head.startswith(b"RF64") and head[12:16] == b"ds64" and len(head) == 36:
         (claimed,) = struct.unpack_from("<Q", head, 28)
         if _COMPLETE["WAV"] * claimed > size:
@@ -173,21 +180,13 @@ def _check_beginning(path: str | Path) -> int:
 
 
 def _check_complete(file: soundfile.SoundFile, samples: int) -> None:
-    """Raise RowError for a file that ends before its header says so, as an interrupted copy does."""
+    """Raise RowError for a file that ends before the length in its header, as an interrupted copy does."""
     claimed = file.frames
     if corrected := _CORRECTED_WAV.search(file.extra_info):
-        said, found = int(corrected[1]), max(int(corrected[2]), 1)
-        claimed = 0 if said >= _UNKNOWN_BYTES else claimed * said // found
+        written, found = int(corrected[1]), max(int(corrected[2]), 1)
+        claimed = 0 if written >= _UNKNOWN_BYTES else claimed * written // found
     if samples < _COMPLETE.get(file.format, 0.95) * claimed:
         raise RowError("unreadable_audio", f"{file.name} is cut off after {samples} of {claimed} samples")
-
-
-def is_file(path: str | Path) -> bool:
-    """Whether a path leads to a regular file; False, too, for paths that cannot exist."""
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):  # a name that is too long, a null byte
-        return False
 
 
 def _blocks(file: soundfile.SoundFile, frames: int | None = None) -> Iterator[np.ndarray]:
@@ -209,9 +208,9 @@ def _mono(block: np.ndarray) -> np.ndarray:
     if block.shape[1] == 1:
         mono = block[:, 0]
     else:
-        with np.errstate(invalid="ignore", over="ignore"):  # float samples may be NaN: the peak tells
+        with np.errstate(invalid="ignore", over="ignore"):  # float samples may be NaN, which the peak shows
             mono = block.mean(axis=1, dtype=np.float64).astype(np.float32)
-    return mono + np.float32(0)  # -0.0 and 0.0 are one silence, and must be one hash
+    return mono + np.float32(0)  # -0.0 and 0.0 are the same silence, and must have the same hash
 
 
 def _seek(file: soundfile.SoundFile, path: str | Path, first: int) -> None:
@@ -219,7 +218,7 @@ def _seek(file: soundfile.SoundFile, path: str | Path, first: int) -> None:
         found = file.seek(first)
     except (soundfile.SoundFileError, OSError) as error:
         raise RowError("segment_outside", f"{path} has no sample {first}: {_reason(error)}") from error
-    if found != first:  # an MP3 of which a frame is damaged, even behind its end
+    if found != first:  # an MP3 with a damaged frame, even behind its end
         raise RowError("unreadable_audio", f"{path} is damaged: sample {first} cannot be found in it")
 
 
@@ -228,9 +227,9 @@ def _reason(error: BaseException) -> str:
 
 
 class _Projector:
-    """Adds up the samples of a waveform that arrives in blocks, with fixed random signs, into a few sums.
+    """Projects a waveform that arrives in blocks onto a few sums with fixed random signs.
 
-    Each sum takes every 16th sample. Distances between such sums are about those between the waveforms.
+    Each sum takes every 16th sample. Distances between such sums approximate those between the waveforms.
     """
 
     def __init__(self) -> None:
@@ -239,10 +238,10 @@ class _Projector:
         self._sum = np.zeros(_SKETCH_SIZE)
 
     def add(self, block: np.ndarray) -> None:
-        """Take in the next samples; every block but the last is a full one."""
+        """Add the next samples; every block but the last is a full one."""
         padded = np.pad(np.clip(np.nan_to_num(block), -9, 9), (0, -len(block) % self._signs.size))
         pieces = (padded.reshape(-1, *self._signs.shape) * self._signs).sum(axis=1)
-        self._sum += (pieces * self._draw(len(pieces))).sum(axis=0)  # signs, so that equal pieces do not add up
+        self._sum += (pieces * self._draw(len(pieces))).sum(axis=0)  # random signs, so that equal pieces do not add up
 
     def _draw(self, rows: int) -> np.ndarray:
         """[rows, sums] of -1 and 1."""
@@ -250,20 +249,12 @@ class _Projector:
 
     @property
     def sketch(self) -> tuple[float, ...]:
-        """The sums of everything so far."""
+        """The sums over all samples so far."""
         return tuple(self._sum.astype(np.float32).tolist())
 
 
-def check_wav_name(path: Path) -> None:
-    """Raises InputError when speech cannot be written under this name."""
-    if path.suffix.lower() != ".wav":
-        raise InputError(f"{path}: speech is written as .wav")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a file")
-
-
 def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
-    """[samples] float32 in [-1, 1] -> a 16-bit WAV file, under a temporary name first; folders are made.
+    """[samples] float32 in [-1, 1] -> a 16-bit WAV file, under a temporary name first; folders are created.
 
     Raises InputError when the name does not end in .wav.
     """

@@ -1,4 +1,8 @@
-"""Clips: recordings and parts of them, read, checked and hashed."""
+"""Checks a row of a source: its texts, and its clips, which are recordings or segments of them, read and hashed.
+
+SourceRow -> Checker.check -> Candidate with its clips: target, reference, context
+                           or a RowError with the reason
+"""
 
 import math
 import os
@@ -16,16 +20,16 @@ from higgstune.data.rejection import RowError
 from higgstune.data.source import SourceRow
 from higgstune.data.text import is_speakable, normalize_text
 
-MIN_FRAMES = 8
+MIN_FRAMES = 8  # of a clip that is encoded
 SILENCE_PEAK = 10 ** (-60 / 20)  # -60 dBFS
 _MAX_PEAK = 4.0  # a lossy codec overshoots a little; 16-bit integers stored as floats do not
 _ROUNDING = 1e-6
-_END_TOLERANCE = 0.04  # seconds: manifests round, and a frame is as long
+_END_TOLERANCE = 0.04  # seconds, one frame: manifests round
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a clip must keep to."""
+    """The limits of a clip's length."""
 
     frame_rate: float  # frames per second of the codec
     max_seconds: float
@@ -35,33 +39,35 @@ class Limits:
         """Raise RowError for a clip that is too short or too long."""
         frames = seconds * self.frame_rate
         if frames < MIN_FRAMES - _ROUNDING:
-            raise RowError("too_short", f"{seconds:.2f} s are {int(frames)} frames, fewer than {MIN_FRAMES}")
+            raise RowError("too_short", f"{seconds:.2f} s are {int(frames)} frames: a clip needs {MIN_FRAMES}")
         limit = MAX_SECONDS if self.allow_long else min(self.max_seconds, MAX_SECONDS)
         if seconds > limit + _ROUNDING:
-            raise RowError("too_long", f"{seconds:.1f} s are over {limit:g} s: cut it, or allow long clips")
+            raise RowError(
+                "too_long", f"{seconds:.1f} s are over {limit:g} s: cut it, or allow long clips (--allow-long)"
+            )
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Which part of a file, in seconds; all of it by default."""
+    """A part of a file, in seconds; all of it by default."""
 
     start: float | None = None
     end: float | None = None
-    clamp: bool = False  # whether an end behind the file's own means the file's own
+    clamp: bool = False  # whether an end behind the file's end stands for the file's end
 
     def within(self, recording: Recording) -> "Segment":
-        """With an end only where the file goes on. Raises RowError for a part that is not inside of it."""
+        """The segment, without an end where that is the file's. Raises RowError for a part outside of the file."""
         start, whole = self.start or 0.0, recording.seconds
         is_late = self.end is not None and self.end > whole + _END_TOLERANCE and not self.clamp
         if start >= whole or is_late:
             shown = "its end" if self.end is None else f"{self.end:g} s"
-            raise RowError("segment_outside", f"{start:g} s to {shown} is not inside of its {whole:.2f} s")
+            raise RowError("segment_outside", f"{start:g} s to {shown} is outside of its {whole:.2f} s")
         return Segment(self.start, None if self.end is not None and self.end >= whole else self.end)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A file, or a part of it, that has been read and found usable."""
+    """A file, or a part of it, that is fit to be encoded."""
 
     path: Path
     segment: Segment
@@ -73,11 +79,11 @@ class Clip:
         """The waveform [samples] float32 and its rate in Hz. Raises RowError where the file has changed."""
         waveform, rate = read_audio(self.path, self.segment.start, self.segment.end)
         if audio_hash(waveform, rate) != self.sha256:
-            raise RowError("unreadable_audio", f"{self.path} changed while it was prepared: run it again")
+            raise RowError("unreadable_audio", f"{self.path} changed during the preparation: run it again")
         return waveform, rate
 
     def overlaps(self, other: "Clip") -> bool:
-        """Whether there is any audio that both have."""
+        """Whether both share any audio."""
         if self.recording.sha256 != other.recording.sha256:
             return self.sha256 == other.sha256
         starts = max(self.segment.start or 0.0, other.segment.start or 0.0)
@@ -85,14 +91,14 @@ class Clip:
 
 
 class ClipReader:
-    """Reads clips; a recording that many of them are cut from is decoded once as a whole."""
+    """Reads clips; a recording with many segments is decoded once as a whole."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._recordings: dict[str, Recording | RowError] = {}
 
     def read(self, path: Path, segment: Segment) -> Clip:
-        """A clip that is fit to be encoded. Raises RowError saying why a file or a part of it is not."""
+        """Read a clip. Raises RowError, with the reason, for one that is not fit to be encoded."""
         recording = self._recording(path)
         if segment.start is None and segment.end is None:
             sha256, seconds, peak = recording.sha256, recording.seconds, recording.peak
@@ -127,22 +133,22 @@ def _check_peak(peak: float) -> None:
     if peak > _MAX_PEAK:
         raise RowError("out_of_range", f"the peak is {peak:g}: float samples must be within -1 and 1")
     if peak < SILENCE_PEAK:
-        raise RowError("silent", f"the peak is {peak:.2g}, below -60 dBFS: there is nothing to hear")
+        raise RowError("silent", f"the peak is {peak:.2g}, below -60 dBFS: the clip is silent")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row that is fit for the store, as far as it can be told on its own."""
+    """A row that is fit for the store, as far as it can be judged without the other rows."""
 
     location: str
     utterance: Utterance
-    text: str  # normalised; what the target says
+    text: str  # of the target, normalised
     target: Clip
     reference: Clip | None = None
     reference_text: str | None = None
     messages: list[Message] | None = None
     context: list[Clip] = field(default_factory=list)  # audio parts of a conversation before the target
-    context_is_target: list[bool] = field(default_factory=list)  # for each, whether it is learnt, too
+    context_is_target: list[bool] = field(default_factory=list)  # for each, whether it is a target, too
 
     @property
     def clips(self) -> list[Clip]:
@@ -157,7 +163,7 @@ class Checker:
         self._clips = ClipReader(limits)
 
     def check(self, row: SourceRow) -> Candidate:
-        """Raises RowError saying why a row cannot be used."""
+        """A row as a candidate. Raises RowError, with the reason, for one that cannot be used."""
         if isinstance(row.content, RowError):
             raise row.content
         if row.content.messages is None:
@@ -165,7 +171,9 @@ class Checker:
         else:
             candidate = self._conversation(row, row.content, row.content.messages)
         if any(candidate.target.overlaps(clip) for clip in candidate.clips[1:]):
-            raise RowError("reference_is_target", "the target's own audio is its reference: it would be copied")
+            raise RowError(
+                "reference_is_target", "the target's own audio is in its reference or context: the model would copy it"
+            )
         return candidate
 
     def _utterance(self, row: SourceRow, utterance: Utterance) -> Candidate:
@@ -198,7 +206,7 @@ class Checker:
         )
 
     def _part(self, row: SourceRow, where: str, name: str, segment: Segment) -> Clip:
-        """A clip that is not the row's `audio`: errors say what it is."""
+        """A clip that is not the row's `audio`: errors name its place."""
         try:
             return self._clips.read(row.path(name), segment)
         except RowError as error:
@@ -209,18 +217,18 @@ def _spoken(text: str, where: str) -> str:
     check_control_tokens(text, where)
     text = normalize_text(text)
     if not is_speakable(text):
-        raise RowError("empty_text", f"{where} has nothing to say: no letter and no digit")
+        raise RowError("empty_text", f"{where} has no letter and no digit: there is nothing to speak")
     return text
 
 
 def _segment(part: dict[str, Any]) -> Segment:
-    """What `offset` and `duration` say; as in the original code, not more than the file has."""
+    """The segment of `offset` and `duration`; as in the original code, it ends with the file at the latest."""
     start, duration = part.get("offset"), part.get("duration")
     return Segment(start, None if duration is None else (start or 0.0) + duration, clamp=True)
 
 
 def _without_segments(messages: Sequence[Message]) -> list[Message]:
-    """Messages as they are stored: which part of a file a clip was is in its codes."""
+    """Messages as they are stored: without the segments, which the codes already reflect."""
     keep = ("type", "text", "url", "as")
     return [
         {**message, "content": [{k: v for k, v in part.items() if k in keep} for part in message["content"]]}

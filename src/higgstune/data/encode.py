@@ -1,4 +1,4 @@
-"""Clips to codes, once each: from the store, from an interrupted preparation, or by the codec."""
+"""Encodes each clip once: codes come from the store, the journal of an interrupted preparation, or the codec."""
 
 import hashlib
 import os
@@ -21,22 +21,22 @@ from higgstune.files import writing
 
 _HEADER = struct.Struct("<32sI")  # SHA-256 of the clip's samples, frames
 _CHECKSUM = struct.Struct("<I")
-_KEPT = "what is encoded is kept"
-_SYNC_SECONDS = 20.0  # what a power cut may cost; a kill costs the clip in work
+_KEPT = "the clips encoded so far are kept"
+_SYNC_SECONDS = 20.0  # of work that a power cut may cost; a kill costs the clip that is being encoded
 
 
 class CodeJournal:
-    """An append-only file of codes by audio hash; a record that was cut short is dropped on opening."""
+    """An append-only file of codes by audio hash; opening it drops a record that was cut short."""
 
     def __init__(self, path: Path, num_codebooks: int) -> None:
-        """Open or begin the file. Raises WorkError where that fails."""
+        """Open or create the file. Raises WorkError where that fails."""
         self.path = path
         self._num_codebooks = num_codebooks
         self._places: dict[str, tuple[int, int]] = {}  # offset of the codes, frames
         self._synced = time.monotonic()
         with writing(path, _KEPT):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Without a buffer: what a full disk refuses would be tried again on closing, and fail again.
+            # Without a buffer: closing would retry, and fail, to write what a full disk refused.
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by __exit__
             self._file.truncate(self._scan())
 
@@ -50,18 +50,18 @@ class CodeJournal:
         return sha256 in self._places
 
     def frames(self, sha256: str) -> int:
-        """Frames of a clip that is in the journal."""
+        """The number of frames of a clip in the journal."""
         return self._places[sha256][1]
 
     def read(self, sha256: str) -> np.ndarray:
-        """The codes of a clip that is in the journal, [frames, num_codebooks] uint16."""
+        """The codes of a clip in the journal, [frames, num_codebooks] uint16."""
         offset, frames = self._places[sha256]
         self._file.seek(offset)
         data = self._file.read(self._bytes(frames))
         return np.frombuffer(data, "<u2").reshape(frames, self._num_codebooks).astype(np.uint16)
 
     def append(self, sha256: str, codes: np.ndarray) -> None:
-        """Keep the codes of a clip, [frames, num_codebooks]. Raises WorkError where the disk refuses them."""
+        """Record the codes of a clip, [frames, num_codebooks]. Raises WorkError where the disk refuses them."""
         body = _HEADER.pack(bytes.fromhex(sha256), len(codes)) + codes.astype("<u2").tobytes()
         with writing(self.path, _KEPT):
             offset = self._file.seek(0, os.SEEK_END)
@@ -72,12 +72,12 @@ class CodeJournal:
         self._places[sha256] = (offset + _HEADER.size, len(codes))
 
     def _write(self, record: bytes) -> None:
-        """A disk that is almost full takes a part before it refuses the rest."""
+        """Write all of a record: a disk that is almost full accepts a part before it refuses the rest."""
         while record:
             record = record[self._file.write(record) :]
 
     def _scan(self) -> int:
-        """Find every whole record; returns the length of the file up to the first that is not."""
+        """Find every whole record; returns the length of the file up to the first incomplete one."""
         end, size = 0, self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
         while len(header := self._file.read(_HEADER.size)) == _HEADER.size:
@@ -108,7 +108,7 @@ class Encoder:
         self._seen: set[str] = set()
 
     def encode(self, candidate: Candidate) -> Candidate:
-        """Make sure that every clip of a row has codes. Raises RowError where a clip turns out unusable."""
+        """Make sure that every clip of a row has codes. Raises RowError where a clip turns out to be too short."""
         for clip in candidate.clips:
             if clip.sha256 not in self._journal and clip.sha256 not in self._stored:
                 self._journal.append(clip.sha256, encode_clip(self._codec, clip))
@@ -118,7 +118,7 @@ class Encoder:
             self._seen.add(clip.sha256)
             frames = self.frames(clip.sha256)
             if frames < MIN_FRAMES:
-                raise RowError("too_short", f"{clip.path}: {frames} frames; at least {MIN_FRAMES} are needed")
+                raise RowError("too_short", f"{clip.path}: {frames} frames: a clip needs {MIN_FRAMES}")
         return candidate
 
     def codes(self, sha256: str) -> np.ndarray:
@@ -127,35 +127,35 @@ class Encoder:
             return self._journal.read(sha256)
         assert self._store is not None
         index, column, number = self._stored[sha256]
-        cell = self._store.cells(index, column)
-        return cell if number is None else cell[number]
+        codes = self._store.codes_in(index, column)
+        return codes if number is None else codes[number]
 
     def frames(self, sha256: str) -> int:
-        """Frames of a clip."""
+        """The number of frames of a clip."""
         return self._journal.frames(sha256) if sha256 in self._journal else len(self.codes(sha256))
 
 
 def encode_clip(codec: Codec, clip: Clip) -> np.ndarray:
-    """A clip's codes, [frames, num_codebooks] uint16. Raises CheckpointError for an answer that is none."""
+    """A clip's codes, [frames, num_codebooks] uint16. Raises CheckpointError where a codec returns something else."""
     waveform, rate = clip.read()
     waveform = np.clip(resample(waveform, rate, codec.sample_rate), -1.0, 1.0)
     codes = np.asarray(codec.encode(waveform))
     is_table = codes.ndim == 2 and codes.shape[1] == codec.num_codebooks
     if not is_table or not np.issubdtype(codes.dtype, np.integer):
-        raise CheckpointError(f"the codec gave codes of shape {codes.shape} and type {codes.dtype} for {clip.path}")
+        raise CheckpointError(f"the codec returned codes of shape {codes.shape} and type {codes.dtype} for {clip.path}")
     if codes.size and not 0 <= codes.min() <= codes.max() < codec.codebook_size:
-        raise CheckpointError(f"the codec gave codes outside of 0 to {codec.codebook_size - 1} for {clip.path}")
+        raise CheckpointError(f"the codec returned codes outside of 0 to {codec.codebook_size - 1} for {clip.path}")
     return codes.astype(np.uint16)
 
 
 def journal_path(folder: Path, codec: Codec) -> Path:
-    """Where the codes of an unfinished preparation with this codec are."""
+    """The journal of an unfinished preparation with this codec."""
     name = hashlib.sha256(f"{codec.revision}\n{codec.num_codebooks}".encode()).hexdigest()[:16]
     return folder / PARTIAL_NAME / f"codes-{name}.bin"
 
 
 def _stored_clips(store: CodeStore) -> dict[str, tuple[int, str, int | None]]:
-    """Where the codes of every clip of a store are: row, column, place in a list."""
+    """The place of the codes of every clip of a store: row, column, index in a list."""
     places: dict[str, tuple[int, str, int | None]] = {}
     columns = [store.metadata[name].to_pylist() for name in ("context_sha256", "reference_sha256", "audio_sha256")]
     for index, (context, reference, audio) in enumerate(zip(*columns, strict=True)):

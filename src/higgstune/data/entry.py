@@ -1,8 +1,9 @@
-"""A row of a store that is being put together: every column but the codes, and the split."""
+"""A row of a store that is being built: every column but the codes, and the split."""
 
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from higgstune.data.messages import Message
 from higgstune.data.source import SourceRow
 from higgstune.data.store import CodeStore
 
+# Stores keep the names of their columns, so that old ones can be read: this field has another one.
+_FIELD_OF_COLUMN = {"linked_recordings": "context_recordings"}
+
 
 @dataclass
 class Entry:
-    """One row; the names are the columns' (schema.py)."""
+    """One row. Its fields are columns of `shard_reader.store_schema`, but for the split, which is in a shard's name."""
 
     id: str
     text: str
@@ -34,7 +38,7 @@ class Entry:
     reference_sha256: str | None
     context_sha256: list[str]
     target_recordings: list[str]
-    linked_recordings: list[str]
+    context_recordings: list[str]
     recording_samples: int
     recording_rate: int
     recording_sketch: list[float]
@@ -45,18 +49,22 @@ class Entry:
 
     @property
     def recording(self) -> Recording:
-        """The file it was cut from, as far as it matters for twins."""
+        """The file that the target was cut from, with what a search for near-duplicates needs."""
         sketch = tuple(self.recording_sketch)
         return Recording(self.recording_sha256, self.recording_samples, self.recording_rate, 1.0, sketch)
 
     @property
     def content(self) -> tuple[Any, ...]:
-        """Equal for rows that say the same thing with the same audio."""
-        said = [
+        """Equal for rows that have the same texts and the same audio."""
+        parts = [
             (message["role"], [(part.get("text"), part.get("as")) for part in message["content"]])
             for message in self.messages or []
         ]
-        return (self.audio_sha256, self.text, self.reference_sha256, *self.context_sha256, json.dumps(said))
+        return (self.audio_sha256, self.text, self.reference_sha256, *self.context_sha256, json.dumps(parts))
+
+    def column(self, name: str) -> Any:
+        """The value for a column of a store, by the column's name."""
+        return getattr(self, _FIELD_OF_COLUMN.get(name, name))
 
 
 def stored_entries(store: CodeStore) -> list[Entry]:
@@ -64,22 +72,27 @@ def stored_entries(store: CodeStore) -> list[Entry]:
     names = {field.name for field in fields(Entry)}
     splits = [shard.split for shard in store.shards for _ in range(shard.rows)]
     return [
-        Entry(**{name: value for name, value in row.items() if name in names}, split=split)
+        Entry(**{name: value for name, value in _fields_of(row) if name in names}, split=split)
         for row, split in zip(store.metadata.to_pylist(), splits, strict=True)
     ]
 
 
+def _fields_of(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    return ((_FIELD_OF_COLUMN.get(column, column), value) for column, value in row.items())
+
+
 def new_entry(candidate: Candidate, source_key: str) -> Entry:
-    """A checked row as it will be stored; its id is the given one or empty, split and frames are to come."""
+    """A checked row as it will be stored; its id is the given one or empty, split and frames are set later."""
     utterance, target, reference = candidate.utterance, candidate.target, candidate.reference
     context = list(zip(candidate.context, candidate.context_is_target, strict=True))
-    linked = [clip.recording.sha256 for clip, learnt in context if not learnt]
+    context_only = [clip.recording.sha256 for clip, is_target in context if not is_target]
+    targets = [clip.recording.sha256 for clip, is_target in context if is_target]
     return Entry(
         id=utterance.id or "",
         text=candidate.text,
         speaker=utterance.speaker or None,
         language=utterance.language or None,
-        scene=None if utterance.scene is None else utterance.scene.strip(),  # "" asks for none at all
+        scene=None if utterance.scene is None else utterance.scene.strip(),  # "": a prompt without a scene
         duration=target.seconds,
         reference_id=None,
         reference_text=candidate.reference_text,
@@ -89,8 +102,8 @@ def new_entry(candidate: Candidate, source_key: str) -> Entry:
         recording_sha256=target.recording.sha256,
         reference_sha256=reference.sha256 if reference else None,
         context_sha256=[clip.sha256 for clip, _ in context],
-        target_recordings=_unique([target.recording.sha256, *(c.recording.sha256 for c, learnt in context if learnt)]),
-        linked_recordings=_unique([*linked, *([reference.recording.sha256] if reference else [])]),
+        target_recordings=_unique([target.recording.sha256, *targets]),
+        context_recordings=_unique([*context_only, *([reference.recording.sha256] if reference else [])]),
         recording_samples=target.recording.samples,
         recording_rate=target.recording.rate,
         recording_sketch=list(target.recording.sketch),
@@ -99,15 +112,15 @@ def new_entry(candidate: Candidate, source_key: str) -> Entry:
 
 
 def source_key(row: SourceRow, utterance: Utterance, seen: Counter[str]) -> str:
-    """A name for a row that stays when its source grows or its text is corrected; `seen` counts equal ones.
+    """A name for a row that stays the same when its source grows or its text is corrected; `seen` counts equal names.
 
-    It is hashed, so that a store that is given away tells nothing about the folders it was made in.
+    It is hashed, so that a store that is passed on reveals nothing about the folders it was made in.
     """
     if utterance.id:
         name = f"id {utterance.id}"
     elif utterance.audio:
         name = f"audio {utterance.audio} {utterance.start} {utterance.end}"
-    else:  # not its number: rows move when others are put in before them
+    else:  # not its number: rows move when others are inserted before them
         name = f"conversation {json.dumps(utterance.messages)}"
     name = f"{row.folder.resolve()}\n{name}"
     seen[name] += 1
@@ -115,7 +128,7 @@ def source_key(row: SourceRow, utterance: Utterance, seen: Counter[str]) -> str:
 
 
 def fallback_ids(utterance: Utterance, location: str) -> list[str]:
-    """Ids for a row without one, the nicest first: the file's name, with its segment, with its folder."""
+    """Ids for a row without one, the shortest first: the file's name, with its segment, with its folder."""
     if utterance.audio is None:
         return [location]
     path = Path(utterance.audio)

@@ -1,4 +1,4 @@
-"""The manifest: one utterance or one conversation a row, as JSON lines."""
+"""The manifest: JSON lines, each with one utterance or one conversation."""
 
 import json
 from collections import Counter
@@ -21,7 +21,7 @@ _UTTERANCE_ONLY = ("audio", "text", "scene", "reference_audio", "reference_text"
 class Utterance(BaseModel):
     """A row: either `audio` and `text`, or `messages`. Paths are relative to the manifest's folder.
 
-    `start` and `end` are seconds within `audio`. No message before `start_index` (from 0) is learnt.
+    `start` and `end` are seconds within `audio`. No message before `start_index` (from 0) is a target.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -49,7 +49,7 @@ class Utterance(BaseModel):
                 raise ValueError(f"{' and '.join(missing)} missing: a row needs audio and text, or messages")
             self._check_utterance()
         elif extra := [key for key in _UTTERANCE_ONLY if getattr(self, key) is not None]:
-            raise ValueError(f"{', '.join(extra)} beside messages: a conversation says everything in its messages")
+            raise ValueError(f"{', '.join(extra)} beside messages: a conversation has all of this in its messages")
         return self
 
     def _check_utterance(self) -> None:
@@ -62,7 +62,7 @@ class Utterance(BaseModel):
 
 
 def parse_utterance(data: Any) -> Utterance:
-    """A row from decoded JSON, the messages of a conversation normalised. Raises RowError saying why not."""
+    """A row from decoded JSON, with the messages of a conversation normalised. Raises RowError with the reason."""
     try:
         return _utterance(data)
     except RecursionError as error:
@@ -71,7 +71,7 @@ def parse_utterance(data: Any) -> Utterance:
 
 def _utterance(data: Any) -> Utterance:
     if not isinstance(data, dict):
-        raise RowError("bad_row", f"a row must be an object with keys, this is {shown(data)}")
+        raise RowError("bad_row", f"a row must be an object with keys, but this is {shown(data)}")
     for key in data:
         if key not in Utterance.model_fields:
             raise RowError(
@@ -82,7 +82,7 @@ def _utterance(data: Any) -> Utterance:
     except ValidationError as error:
         raise RowError("bad_row", "; ".join(map(_explain, error.errors()[:_SHOWN_PROBLEMS]))) from error
     if broken := [key for key, value in data.items() if isinstance(value, str) and not is_unicode(value)]:
-        raise RowError("bad_row", f"{broken[0]} holds half a surrogate pair, which is no text")
+        raise RowError("bad_row", f"{broken[0]} holds half a surrogate pair, which is not text")
     if utterance.messages is None:
         return utterance
     messages, start_index = normalize_messages(utterance.messages, utterance.start_index)
@@ -90,9 +90,9 @@ def _utterance(data: Any) -> Utterance:
 
 
 def parse_line(line: bytes) -> Utterance:
-    """A row from one line of a manifest. Raises RowError saying what is wrong."""
+    """A row from one line of a manifest. Raises RowError with the reason."""
     try:
-        data = json.loads(line.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_twice)
+        data = json.loads(line.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
     except UnicodeDecodeError as error:
         raise RowError("bad_row", f"the line is not UTF-8 ({error.reason} at byte {error.start})") from error
     except RecursionError as error:
@@ -103,9 +103,9 @@ def parse_line(line: bytes) -> Utterance:
 
 
 def read_manifest(path: str | Path) -> Iterator[tuple[int, Utterance | RowError]]:
-    """The rows of a JSONL manifest with their line numbers, counted from 1; empty lines are passed over.
+    """The rows of a JSONL manifest with their line numbers, counted from 1; empty lines are skipped.
 
-    Raises DataError where the file cannot be read or has no row; a broken row comes as its RowError.
+    A broken row is yielded as its RowError. Raises DataError where the file cannot be read or has no row.
     """
     empty = True
     for number, line in _lines(Path(path)):
@@ -128,7 +128,7 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | RowError]]:
-    """The lines that are not empty; one that is too long comes as its RowError, and is never in memory as a whole."""
+    """The lines that are not empty; one that is too long is yielded as its RowError, and never held in memory."""
     try:
         with open(path, "rb") as file:
             number = 0
@@ -147,14 +147,14 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | RowError]]:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(once := dict(pairs)) < len(pairs):
-        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {shown(twice)} stands twice")
-    return once
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(unique := dict(pairs)) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(key)} occurs twice")
+    return unique
 
 
 def _explain(problem: Any) -> str:

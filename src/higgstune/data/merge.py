@@ -1,4 +1,4 @@
-"""New rows into the rows that a store has: what is added, what is updated, what is refused."""
+"""Merges new rows into those of a store, and pairs rows with references."""
 
 import hashlib
 from bisect import bisect_left, bisect_right
@@ -12,81 +12,80 @@ from higgstune.data.splits import RecordingGroups
 
 
 class Merger:
-    """Takes rows one after the other. Rows of the store that nothing new stands for stay."""
+    """Adds rows one by one, each as a new row or as an update of a stored one. Other stored rows stay."""
 
     def __init__(self, stored: Iterable[Entry], groups: RecordingGroups) -> None:
         self.entries = list(stored)
         self.added = 0
         self.updated = 0
         self._groups = groups
-        self._is_new: set[int] = set()  # positions that this run has written
+        self._is_new: set[int] = set()  # indices of the rows that this run has written
         self._by_key = {entry.source_key: n for n, entry in enumerate(self.entries)}
         self._by_id = {entry.id: n for n, entry in enumerate(self.entries)}
         self._by_content = {entry.content: n for n, entry in enumerate(self.entries)}
 
     @property
     def accepted(self) -> list[Entry]:
-        """The rows that came in this run."""
-        return [self.entries[place] for place in sorted(self._is_new)]
+        """The rows added or updated in this run."""
+        return [self.entries[index] for index in sorted(self._is_new)]
 
     def has_content(self, entry: Entry) -> bool:
-        """Whether a row says the same with the same audio."""
+        """Whether a row has the same texts and the same audio."""
         return entry.content in self._by_content
 
     def add(self, entry: Entry, fallback_ids: list[str]) -> None:
-        """Add a row, or update the one it stands for; one without an id gets the first fallback that is free.
+        """Add a row, or update the stored row that it replaces; a row without an id gets the first free fallback.
 
-        Raises RowError for a row that is there already, an id that another recording has, or recordings that
-        would bring the two splits together.
+        Raises RowError for a duplicate, an id that another recording has, or recordings that would link the two
+        splits.
         """
-        place = self._find(entry, entry.id or fallback_ids[0])
-        self._check_content(entry, place)
+        index = self._find(entry, entry.id or fallback_ids[0])
+        self._check_content(entry, index)
         if not entry.id:
-            entry.id = self._free_id(fallback_ids) if place is None else self.entries[place].id
-        if self._by_id.get(entry.id, place) != place:
-            raise RowError("duplicate_id", f"the id {entry.id!r} is taken by another row: give each its own")
+            entry.id = self._free_id(fallback_ids) if index is None else self.entries[index].id
+        if self._by_id.get(entry.id, index) != index:
+            raise RowError("duplicate_id", f"the id {entry.id!r} is taken by another row: give each row its own")
         if not self._groups.join(entry):
             raise RowError(
                 "split_conflict",
-                "it joins recordings of which one is trained on and one held out for validation: prepare "
-                "these recordings together into a new folder",
+                "it links a recording in the training split with one held out for validation: prepare these "
+                "recordings together into a new folder",
             )
-        self._put(entry, place)
+        self._put(entry, index)
 
     def _find(self, entry: Entry, row_id: str) -> int | None:
-        """The stored row that this one stands for.
+        """The index of the stored row that this one replaces.
 
-        It has (if this one has no id) the same content, the same place in the source, or the same id and
-        audio.
+        It has the same content (where this one has no id), the same place in the source, or the same id and audio.
         """
         same_content = None if entry.id else self._by_content.get(entry.content)
-        places = [same_content, self._by_key.get(entry.source_key)]
+        indices = [same_content, self._by_key.get(entry.source_key)]
         same_id = self._by_id.get(row_id)
         if same_id is not None and self.entries[same_id].audio_sha256 == entry.audio_sha256:
-            places.append(same_id)
-        return next((place for place in places if place is not None and place not in self._is_new), None)
+            indices.append(same_id)
+        return next((index for index in indices if index is not None and index not in self._is_new), None)
 
-    def _check_content(self, entry: Entry, place: int | None) -> None:
-        same = self._by_content.get(entry.content, place)
-        if same is not None and same != place:
+    def _check_content(self, entry: Entry, index: int | None) -> None:
+        same = self._by_content.get(entry.content, index)
+        if same is not None and same != index:
             raise RowError("duplicate", f"its recording and text are those of the row {self.entries[same].id!r}")
 
-    def _put(self, entry: Entry, place: int | None) -> None:
-        if place is None:
-            place = len(self.entries)
+    def _put(self, entry: Entry, index: int | None) -> None:
+        if index is None:
+            index = len(self.entries)
             self.entries.append(entry)
             self.added += 1
         else:
-            old = self.entries[place]
-            self.updated += _said(old) != _said(entry)
-            for index, key in ((self._by_key, old.source_key), (self._by_id, old.id)):
-                index.pop(key, None)
+            old = self.entries[index]
+            self.updated += _contents(old) != _contents(entry)
+            for known, key in ((self._by_key, old.source_key), (self._by_id, old.id)):
+                known.pop(key, None)
             self._by_content.pop(old.content, None)
-            self.entries[place] = entry
-        self._is_new.add(place)
-        self._by_key[entry.source_key] = place
-        self._by_id[entry.id] = place
-        self._by_content[entry.content] = place
+            self.entries[index] = entry
+        self._is_new.add(index)
+        self._by_key[entry.source_key] = index
+        self._by_id[entry.id] = index
+        self._by_content[entry.content] = index
 
     def _free_id(self, names: list[str]) -> str:
         for name in names:
@@ -95,25 +94,21 @@ class Merger:
         return next(name for n in range(2, len(self._by_id) + 3) if (name := f"{names[-1]}#{n}") not in self._by_id)
 
 
-def _said(entry: Entry) -> tuple[object, ...]:
-    return (entry.content, entry.id, entry.speaker, entry.language, entry.scene, entry.reference_text)
-
-
 @dataclass(frozen=True)
 class Pairing:
-    """What pairing did, over the whole store."""
+    """The outcome of pairing, over the whole store."""
 
     paired: int = 0  # rows with another clip of the same speaker
     explicit: int = 0  # rows with a reference of their own
-    one_clip_speakers: int = 0  # speakers of one split with nothing to pair with
-    without_speaker: int = 0  # rows that could not be paired for want of a name
+    one_clip_speakers: int = 0  # speakers with a single clip in a split: nothing to pair it with
+    without_speaker: int = 0  # rows that name no speaker, and so have no pair
 
 
 def resolve_references(entries: list[Entry], mode: str, seed: int) -> Pairing:
-    """Set `reference_id` of every row: explicit references that are rows, and with `same_speaker` pairs.
+    """Set `reference_id` of every row: to an explicit reference that is a row itself, or with `same_speaker` to a pair.
 
-    A pair is another clip, with another text, of the same speaker in the same split; of another recording
-    where there is one. The same rows, seed and mode give the same pairs.
+    A pair is another clip, with another text, of the same speaker in the same split; of another recording where there
+    is one. The same rows, seed and mode give the same pairs.
     """
     by_audio = {entry.audio_sha256: entry.id for entry in reversed(entries)}
     explicit = 0
@@ -155,7 +150,7 @@ class _Pool:
         self._seed = seed
 
     def pick(self, entry: Entry) -> Entry | None:
-        """Another clip for a row, drawn by its id; None where there is none."""
+        """Another clip for a row, drawn by the row's id; None where there is none."""
         first = bisect_left(self._recordings, entry.recording_sha256)
         last = bisect_right(self._recordings, entry.recording_sha256)
         others = len(self._rows) - (last - first)
@@ -163,11 +158,15 @@ class _Pool:
             entry, last - first, lambda n: n + first
         )
 
-    def _draw(self, entry: Entry, count: int, place: Callable[[int], int]) -> Entry | None:
-        """The first fitting one of `count` clips, beginning at a seeded place."""
+    def _draw(self, entry: Entry, count: int, index_of: Callable[[int], int]) -> Entry | None:
+        """The first of `count` clips that fits, starting at a seeded one."""
         digest = hashlib.sha256(f"{self._seed}\n{entry.id}".encode()).hexdigest()
         for step in range(count):
-            other = self._rows[place((int(digest[:15], 16) + step) % count)]
+            other = self._rows[index_of((int(digest[:15], 16) + step) % count)]
             if other.audio_sha256 != entry.audio_sha256 and other.text != entry.text:
                 return other
         return None
+
+
+def _contents(entry: Entry) -> tuple[object, ...]:
+    return (entry.content, entry.id, entry.speaker, entry.language, entry.scene, entry.reference_text)

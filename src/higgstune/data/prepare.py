@@ -1,4 +1,7 @@
-"""`prepare`: from recordings to a code store."""
+"""`prepare`: from recordings to a code store.
+
+read rows -> check -> merge with stored rows, choose splits -> encode -> choose references -> write -> Whisper
+"""
 
 import shutil
 from collections import Counter
@@ -8,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
+from higgstune.checkpoint_files import read_json
 from higgstune.codec.base import Codec
 from higgstune.data.clips import Candidate, Checker, Limits
 from higgstune.data.encode import CodeJournal, Encoder, journal_path
@@ -16,7 +20,7 @@ from higgstune.data.importers import read_source
 from higgstune.data.merge import Merger, Pairing, resolve_references
 from higgstune.data.messages import whisper_clips
 from higgstune.data.rejection import Rejection, RowError, count_reasons
-from higgstune.data.shard_reader import INDEX_NAME, PARTIAL_NAME, REJECTED_NAME, SPLITS, StoreInfo
+from higgstune.data.shard_reader import PARTIAL_NAME, REJECTED_NAME, SPLITS, StoreInfo
 from higgstune.data.shard_writer import write_store
 from higgstune.data.source import SourceRow, rejections_of
 from higgstune.data.splits import RecordingGroups
@@ -25,8 +29,9 @@ from higgstune.data.text import TEXT_NORMALIZATION
 from higgstune.data.whisper_features import WhisperEncoder, store_features
 from higgstune.errors import ConfigError, DataError
 from higgstune.files import alone_in, write_file
+from higgstune.inputs import INDEX_NAME
+from higgstune.progress import Progress, silent
 
-Progress = Callable[[str, int, int], None]  # what is being done, rows done, rows in all
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Refused = dict[int, RowError]  # by the row's number
@@ -35,7 +40,7 @@ References = Literal["none", "same_speaker"]
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """What a preparation did; `dataclasses.asdict` gives JSON."""
+    """The outcome of a preparation; `dataclasses.asdict` gives JSON."""
 
     out: str
     accepted: dict[str, int]  # rows of this source, by split
@@ -44,30 +49,30 @@ class PrepareSummary:
     refused: dict[str, int]  # by reason; the rows are in rejected.jsonl
     added: int
     updated: int
-    encoded: int  # clips that the codec was asked for
+    encoded: int  # clips that the codec encoded
     reused: int  # clips that had codes already
     references: Pairing
-    whisper: int | None = None  # clips with Whisper features, where they were asked for
+    whisper: int | None = None  # clips with Whisper features, where they were requested
     warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What a store is put together by; recorded in it."""
+    """The options of a preparation, which are recorded in the store."""
 
     validation_fraction: float
     references: str
     max_seconds: float
     allow_long: bool
     seed: int
-    model: str | None = None  # the checkpoint that it is prepared for
+    model: str | None = None  # the checkpoint that will be trained
     whisper: str | None = None  # the Whisper checkpoint whose features are stored
     allow_outside: bool = False  # whether paths may leave the folder of the source
 
     def check(self) -> None:
-        """Raise ConfigError for an option that cannot be."""
+        """Raise ConfigError for an impossible option."""
         if not 0 <= self.validation_fraction < 1:
-            raise ConfigError(f"validation_fraction is {self.validation_fraction}: it must be from 0 to below 1")
+            raise ConfigError(f"validation_fraction is {self.validation_fraction}: it must be at least 0 and below 1")
         if self.references not in get_args(References):
             raise ConfigError(f"references is {self.references!r}: one of {', '.join(get_args(References))}")
         if not self.max_seconds > 0:
@@ -94,77 +99,83 @@ def prepare(
     scene: str | None = None,
     progress: Progress | None = None,
 ) -> PrepareSummary:
-    """Make the recordings of `source` rows of the code store in `out`; what the store has already stays.
+    """Add the recordings of `source` as rows to the code store in `out`; rows that the store already has stay.
 
-    `source` is anything that `read_source` understands. `codec` is one, or what `load_codec` loads on
-    `device`; without it, it is that of `model`, the checkpoint that will be trained. `codec_name` is what the
-    store calls it. `speaker`, `language` and `scene` are set for every row (a conversation says its own
-    scene). `references="same_speaker"` gives each row another clip of its speaker to hear, drawn by `seed`;
-    splits follow the recordings' hashes. `whisper` is a Whisper checkpoint (or encoder) whose features of every
-    reference, and of audio in user and system turns, are stored for a recipe's `model.whisper`. `max_seconds` bounds a
-    clip unless `allow_long`. A row of which a path leaves the source's folder (`..`, a link, an absolute path) is
-    refused unless `allow_outside`: a source from a stranger could name any file here. `progress` is called with what is
-    being done, the rows done and the rows in all.
+    `source` is any kind that `read_source` understands. `codec` is a codec, or the name of one that `load_codec` loads
+    on `device`; the default is the codec of `model`, the checkpoint that will be trained. `codec_name` is its name in
+    the store. `speaker`, `language` and `scene` are set for every row (a conversation has its own scene).
+    `references="same_speaker"` gives each row another clip of its speaker as a reference, drawn by `seed`; splits
+    follow the recordings' hashes. `whisper` is a Whisper checkpoint (or encoder) whose features of every reference, and
+    of audio in user, system and scene messages, are stored for a recipe's `model.whisper`. `max_seconds` bounds a clip
+    unless `allow_long`. A row with a path that leaves the source's folder (`..`, a link, an absolute path) is refused
+    unless `allow_outside`: a source from a stranger could name any file on this machine. `progress` is called with the
+    stage, the rows done and the rows in all.
 
-    A row that cannot be used is refused into `rejected.jsonl` and counted. A run that is interrupted keeps
-    the codes it has and goes on from there when it is started again; until then the old store stays.
+    A row that cannot be used is recorded in `rejected.jsonl` and counted. An interrupted run keeps the codes it has,
+    and the next run resumes from there; until then the old store stays.
 
     Raises DataError for a source or store that cannot be used, or when no row is left; ConfigError for an
     option; CheckpointError for a codec; WorkError where the disk refuses.
     """
     for_model = None if model is None else str(model)
     whisper = str(whisper) if isinstance(whisper, Path) else whisper
-    heard_by = whisper if whisper is None or isinstance(whisper, str) else whisper.checkpoint
+    whisper_name = whisper if whisper is None or isinstance(whisper, str) else whisper.checkpoint
     options = PrepareOptions(
-        validation_fraction, references, max_seconds, allow_long, seed, for_model, heard_by, allow_outside
+        validation_fraction, references, max_seconds, allow_long, seed, for_model, whisper_name, allow_outside
     )
     options.check()
     source, out = Path(source), Path(out)
     if source.resolve() == out.resolve():
-        raise ConfigError(f"{out} is the source, too: give the code store a folder of its own")
+        raise ConfigError(f"{out} is also the source: give the code store its own folder")
     rows = [_with_labels(row, speaker, language, scene) for row in read_source(source, allow_outside=allow_outside)]
-    name, codec = _loaded(codec, model, device)
-    listener = _listener(whisper, device)
+    name, codec = _load_codec(codec, model, device)
+    whisper_encoder = _load_whisper(whisper, device)
     with alone_in(out, "preparation", "nothing was encoded"):
-        return Preparation(out, codec, codec_name or name, options, progress or _silent, listener).run(rows)
+        return Preparation(out, codec, codec_name or name, options, progress or silent, whisper_encoder).run(rows)
 
 
 def _with_labels(row: SourceRow, speaker: str | None, language: str | None, scene: str | None) -> SourceRow:
-    """The row with what was said for all rows."""
+    """The row with the labels that are set for all rows."""
     if isinstance(row.content, RowError):
         return row
     labels = {"speaker": speaker, "language": language}
     if row.content.messages is None:
         labels["scene"] = scene
-    said = {name: value for name, value in labels.items() if value is not None}
-    return replace(row, content=row.content.model_copy(update=said))
+    given = {name: value for name, value in labels.items() if value is not None}
+    return replace(row, content=row.content.model_copy(update=given))
 
 
-def _loaded(codec: Codec | str | Path | None, model: str | Path | None, device: str) -> tuple[str, Codec]:
-    """A codec and its name."""
+def _load_codec(codec: Codec | str | Path | None, model: str | Path | None, device: str) -> tuple[str, Codec]:
+    """The codec and its name."""
     if codec is not None and not isinstance(codec, str | Path):
         return type(codec).__name__, codec
-    # These bring torch, which is not for those who hand a codec in.
+    # Imported here: a caller who passes a codec needs no torch.
     from higgstune.codec import checkpoint_codec, load_codec
 
     name = checkpoint_codec(model, codec)
     return name, load_codec(name, device=device)
 
 
-def _listener(whisper: WhisperEncoder | str | None, device: str) -> WhisperEncoder | None:
+def _model_type(model: str | None) -> str | None:
+    """The family of a checkpoint, as its config.json names it."""
+    if model is None:
+        return None
+    from higgstune.hub import fetch
+
+    config = fetch(model, what="checkpoint", weights=False) / "config.json"
+    return read_json(config, "").get("model_type") if config.exists() else None
+
+
+def _load_whisper(whisper: WhisperEncoder | str | None, device: str) -> WhisperEncoder | None:
     if not isinstance(whisper, str):
         return whisper
-    from higgstune.codec.whisper_encoder import load_whisper  # brings torch
+    from higgstune.codec.whisper_encoder import load_whisper  # imports torch
 
     return load_whisper(whisper, device=device)
 
 
-def _silent(stage: str, done: int, total: int) -> None:
-    """No progress to show."""
-
-
 class Preparation:
-    """One preparation, with everything it notes on the way."""
+    """One preparation of a store."""
 
     def __init__(
         self,
@@ -173,20 +184,20 @@ class Preparation:
         codec_name: str,
         options: PrepareOptions,
         progress: Progress,
-        listener: WhisperEncoder | None = None,
+        whisper_encoder: WhisperEncoder | None = None,
     ) -> None:
-        """Raises DataError where `out` holds a store that another codec or another Higgstune made."""
+        """Raises DataError where `out` holds a store of another codec or of another text normalisation."""
         self._out = out
         self._codec = codec
         self._codec_name = codec_name
         self._options = options
         self._progress = progress
-        self._listener = listener
+        self._whisper_encoder = whisper_encoder
         self._store = _existing_store(out, codec)
         self._stored = [] if self._store is None else stored_entries(self._store)
 
     def run(self, rows: list[SourceRow]) -> PrepareSummary:
-        """Take the rows of a source into the store. Raises as `prepare`."""
+        """Add the rows of a source to the store. Raises as `prepare`."""
         options = self._options
         checker = Checker(Limits(self._codec.frame_rate, options.max_seconds, options.allow_long))
         candidates, refused = self._each("reading", dict(enumerate(rows)), checker.check)
@@ -201,31 +212,39 @@ class Preparation:
             pairing = self._write(merger.entries, encoder)
         shutil.rmtree(self._out / PARTIAL_NAME, ignore_errors=True)
         summary = self._summary(merger, encoder, pairing, rejections)
-        return summary if self._listener is None else self._listen(self._listener, summary, candidates.values())
+        if self._whisper_encoder is None:
+            return summary
+        return self._store_whisper_features(self._whisper_encoder, summary, candidates.values())
 
-    def _listen(
-        self, listener: WhisperEncoder, summary: PrepareSummary, candidates: Iterable[Candidate]
+    def _store_whisper_features(
+        self, whisper_encoder: WhisperEncoder, summary: PrepareSummary, candidates: Iterable[Candidate]
     ) -> PrepareSummary:
-        """Store what Whisper hears in every reference and in what conversations listen to."""
+        """Store the Whisper features of every reference, and of context audio in conversations."""
         clips = {clip.sha256: clip for candidate in candidates for clip in candidate.clips}
         needed = {sha256 for row in CodeStore.open(self._out).contexts() for sha256 in whisper_clips(row, "scene")}
         encoded, missing = store_features(
-            self._out, needed, clips, listener, lambda done: self._progress("listening", done, len(needed))
+            self._out,
+            needed,
+            clips,
+            whisper_encoder,
+            lambda done: self._progress("encoding with Whisper", done, len(needed)),
         )
         warnings = list(summary.warnings)
         if not needed:
-            warnings.append("no row has a reference, or audio in a user or system turn: there is nothing to hear")
+            warnings.append(
+                "Whisper has nothing to encode: no row has a reference or audio in a user or system message"
+            )
         if missing:
             warnings.append(
-                "clips of earlier runs without Whisper features, because their recordings are not in this source: "
-                f"{len(missing)} (prepare their source again with --whisper)"
+                f"clips of earlier runs without Whisper features: {len(missing)}; their recordings are not in this "
+                "source (prepare theirs again with --whisper)"
             )
         return replace(summary, whisper=encoded, warnings=warnings)
 
     def _each(
         self, stage: str, items: dict[int, Item], work: Callable[[Item], Result]
     ) -> tuple[dict[int, Result], Refused]:
-        """Do a step for every row, by number -> (its results, the rows that it refuses)."""
+        """Apply one step to every row, by number -> (its results, the rows that it refuses)."""
         results: dict[int, Result] = {}
         refused: Refused = {}
         for done, (index, item) in enumerate(items.items()):
@@ -240,8 +259,8 @@ class Preparation:
     def _merge_and_encode(
         self, rows: list[SourceRow], candidates: dict[int, Candidate], encoder: Encoder
     ) -> tuple[Merger, Refused]:
-        """Merge first, so that nothing is encoded for rows that the store refuses; what cannot be encoded is
-        left out of another merge.
+        """Merge first, so that nothing is encoded for rows that the store refuses; a row that cannot be encoded is left
+        out of a second merge.
         """
         not_encoded: Refused = {}
         while True:
@@ -266,10 +285,10 @@ class Preparation:
                 )
             except RowError as error:
                 refused[index] = error
-        heard = [clip.recording for candidate in candidates.values() for clip in candidate.clips[1:]]
-        groups = RecordingGroups(self._stored, list(entries.values()), heard)
+        context = [clip.recording for candidate in candidates.values() for clip in candidate.clips[1:]]
+        groups = RecordingGroups(self._stored, list(entries.values()), context)
         merger = Merger(self._stored, groups)
-        # Rows that have not changed first: another row must not be taken for them by its place.
+        # Unchanged rows first: no other row may replace them because it has their place in the source.
         for index in sorted(entries, key=lambda index: not merger.has_content(entries[index])):
             candidate = candidates[index]
             try:
@@ -307,8 +326,10 @@ class Preparation:
             codebook_size=codec.codebook_size,
             text_normalization=TEXT_NORMALIZATION,
             higgstune_version=version("higgstune"),
-            rows=rows_by_split(entries),
-            hours=hours_by_split(entries),
+            rows=_rows_by_split(entries),
+            hours=_hours_by_split(entries),
+            model_type=_model_type(self._options.model)
+            or (None if self._store is None else self._store.info.model_type),
             settings=earlier | {name: value for name, value in asdict(self._options).items() if value is not None},
         )
 
@@ -317,47 +338,47 @@ class Preparation:
     ) -> PrepareSummary:
         return PrepareSummary(
             out=str(self._out),
-            accepted=rows_by_split(merger.accepted),
-            rows=rows_by_split(merger.entries),
-            hours=hours_by_split(merger.entries),
+            accepted=_rows_by_split(merger.accepted),
+            rows=_rows_by_split(merger.entries),
+            hours=_hours_by_split(merger.entries),
             refused=count_reasons(rejections),
             added=merger.added,
             updated=merger.updated,
             encoded=encoder.encoded,
             reused=encoder.reused,
             references=pairing,
-            warnings=find_warnings(merger.entries, pairing, self._options),
+            warnings=_find_warnings(merger.entries, pairing, self._options),
         )
 
 
 def _existing_store(out: Path, codec: Codec) -> CodeStore | None:
-    """The store that is to grow. Raises DataError where its codes and texts would not fit the new ones."""
+    """The store that will grow. Raises DataError where its codes or texts do not match the new ones."""
     if not (out / INDEX_NAME).exists():
         return None
     try:
         store = CodeStore.open(out)
     except DataError as error:
-        raise DataError(f"{error}; {out} cannot be added to: move it away, or name another folder") from error
+        raise DataError(f"{error}; no rows can be added to {out}: move it away, or name another folder") from error
     made = (store.info.codec_revision, store.info.num_codebooks, store.info.frame_rate)
     if made != (codec.revision, codec.num_codebooks, codec.frame_rate):
         raise DataError(
-            f"{out} was made with the codec revision {store.info.codec_revision}, this one has "
-            f"{codec.revision}: prepare into a new folder, or name the codec that made it"
+            f"{out} was made with the codec revision {store.info.codec_revision}, but this codec has "
+            f"{codec.revision}: prepare into a new folder, or name the codec that made the store"
         )
     if store.info.text_normalization != TEXT_NORMALIZATION:
         raise DataError(
-            f"{out} has texts normalised by version {store.info.text_normalization}, this Higgstune has "
+            f"{out} has texts normalised by version {store.info.text_normalization}, but this Higgstune has "
             f"version {TEXT_NORMALIZATION}: prepare all its recordings into a new folder"
         )
     return store
 
 
 def _with_reference_text(candidate: Candidate, texts: dict[str, str]) -> Candidate:
-    """Where a reference came without its words, those of the row with the same audio."""
+    """A reference without a text gets the text of the row with the same audio."""
     if candidate.reference is None or candidate.reference_text is not None:
         return candidate
     if (text := texts.get(candidate.reference.sha256)) is None:
-        raise RowError("reference_without_text", "reference_audio needs reference_text: what is said in it")
+        raise RowError("reference_without_text", "reference_audio needs reference_text, its transcript")
     return replace(candidate, reference_text=text)
 
 
@@ -368,28 +389,26 @@ def _nothing_usable(rejections: list[Rejection], path: Path) -> str:
     )
 
 
-def rows_by_split(entries: Iterable[Entry]) -> dict[str, int]:
-    """How many rows each split has."""
+def _rows_by_split(entries: Iterable[Entry]) -> dict[str, int]:
+    """The number of rows in each split."""
     counts = Counter(entry.split for entry in entries)
     return {split: counts[split] for split in SPLITS}
 
 
-def hours_by_split(entries: list[Entry]) -> dict[str, float]:
+def _hours_by_split(entries: list[Entry]) -> dict[str, float]:
     """Hours of speech in each split."""
     return {
         split: round(sum(entry.duration for entry in entries if entry.split == split) / 3600, 4) for split in SPLITS
     }
 
 
-def find_warnings(entries: list[Entry], pairing: Pairing, options: PrepareOptions) -> list[str]:
-    """What a person should know before training on these rows."""
+def _find_warnings(entries: list[Entry], pairing: Pairing, options: PrepareOptions) -> list[str]:
+    """Messages for a person who is about to train on these rows."""
     warnings = []
-    if options.validation_fraction > 0 and not rows_by_split(entries)["validation"]:
-        warnings.append("there is no validation row: the rows share a recording, or were stored before")
+    if options.validation_fraction > 0 and not _rows_by_split(entries)["validation"]:
+        warnings.append("the store has no validation row: all rows share one recording, or were stored before")
     if pairing.without_speaker:
-        warnings.append(
-            f"rows that name no speaker and stay without a reference: {pairing.without_speaker} (set speaker)"
-        )
+        warnings.append(f"rows that name no speaker, and so have no reference: {pairing.without_speaker} (set speaker)")
     if pairing.one_clip_speakers:
-        warnings.append(f"speakers without a second clip to hear as a reference: {pairing.one_clip_speakers}")
+        warnings.append(f"speakers without a second clip to use as a reference: {pairing.one_clip_speakers}")
     return warnings

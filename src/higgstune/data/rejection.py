@@ -1,4 +1,4 @@
-"""Rows that cannot be used: why, where, and what to do."""
+"""Rows that cannot be used: the reasons, and how a rejection is recorded and shown."""
 
 import json
 from collections import Counter
@@ -10,11 +10,11 @@ from typing import Any, Literal, get_args
 from higgstune.errors import DataError
 
 Reason = Literal[
-    "bad_row",  # no JSON, a wrong type, an unknown key, keys that exclude each other
+    "bad_row",  # not JSON, a wrong type, an unknown key, keys that exclude each other
     "outside_folder",  # a path that leaves the folder of its source
     "missing_audio",
     "unsupported_format",
-    "unreadable_audio",  # no audio, damaged, cut off
+    "unreadable_audio",  # not audio, damaged, cut off
     "no_transcript",
     "empty_text",
     "control_token",
@@ -31,12 +31,12 @@ Reason = Literal[
     "duplicate_id",
     "split_conflict",
 ]
-_SHOWN = 100  # characters of a value in a message
 REASONS: tuple[str, ...] = get_args(Reason)
+_SHOWN = 100  # characters of a value in a message
 
 
 class RowError(DataError):
-    """One row of a source cannot be used; preparation writes it down and goes on."""
+    """One row of a source cannot be used; preparation records it and continues."""
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
@@ -59,19 +59,19 @@ class Rejection:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, short. Raises RecursionError for one that is nested too deeply."""
+    """A value for a message, shortened. Raises RecursionError for one that is nested too deeply."""
     text = repr(value)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
 def count_reasons(rejections: Iterable[Rejection]) -> dict[str, int]:
-    """How many rows each reason refused, the most frequent first."""
+    """The number of refused rows by reason, the most frequent first."""
     return dict(Counter(rejection.reason for rejection in rejections).most_common())
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest valid one, or all of them."""
     valid = list(valid)
-    name = name[:_SHOWN]  # the search for a near one must not take long, whatever the name is
+    name = name[:_SHOWN]  # the search must not take long, however long the name is
     near = get_close_matches(name, valid, n=1)
     return f"did you mean {near[0]!r}?" if near else f"the valid ones are {', '.join(valid)}"

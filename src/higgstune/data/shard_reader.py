@@ -1,9 +1,12 @@
-"""Reading the Parquet files of a store, none of whose bytes is believed without a check.
+"""The format of a code store, and its reader, which checks every byte.
 
-Parquet has checksums for the values of its pages, not for their headers nor for the footer, where a bit that flips can
-pass for other values. So a shard is read once as a whole when it is opened, against the SHA-256 in the store's index,
-and a checksum of each block is kept: what is read later is compared with it. There is no memory map: a mapped file that
-is cut short kills the process that looks at it.
+    STORE/store.json                  the index: how the store was made, and its shards with their checksums
+    STORE/SPLIT-NNNNN-HASH.parquet    a shard, with the columns of `store_schema`
+
+Parquet has checksums for the values of its pages, but not for their headers nor for the footer, where a flipped bit can
+turn into other values. So opening a shard reads it once as a whole, compares it with the SHA-256 in the index, and
+keeps a checksum of each block; whatever is read later is compared with these. There is no memory map: a mapped file
+that is cut short kills the process that reads it.
 """
 
 import hashlib
@@ -24,24 +27,25 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
 from higgstune.errors import DataError
+from higgstune.inputs import INDEX_NAME, check_store
 
 SCHEMA_VERSION = 1
-INDEX_NAME = "store.json"
 _MAX_INDEX = 1 << 28  # bytes: that of a million rows has thirty thousand
 REJECTED_NAME = "rejected.jsonl"
 PARTIAL_NAME = ".partial"
 SPLITS = ("train", "validation")
 SHARD_NAME = re.compile(r"(train|validation)-\d{5}-[0-9a-f]{12}\.parquet")
 CODE_COLUMNS = ("codes", "reference_codes", "context_codes")
-ROWS_PER_GROUP = 64  # what one random access has to decode
+ROWS_PER_GROUP = 64  # the rows that one random access has to decode
 ROWS_PER_SHARD = 8192
+_BLOCK = 1 << 16  # bytes of a file with a checksum of their own
 
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """What made a code store, and what is in it."""
+    """How a code store was made, and how much is in it."""
 
-    codec: str  # its name or folder, as it was asked for
+    codec: str  # its name or folder, as it was given
     codec_revision: str
     sample_rate: int  # Hz
     frame_rate: float  # frames per second
@@ -52,6 +56,7 @@ class StoreInfo:
     rows: dict[str, int]  # by split
     hours: dict[str, float]  # by split
     settings: dict[str, Any] = field(default_factory=dict)  # of the last preparation
+    model_type: str | None = None  # of the checkpoint that it was prepared for; None: Higgs Audio v2, or not named
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class StoreIndex:
-    """`store.json`: the shards that belong to the store, and how they were made. No other file does."""
+    """`store.json`: the shards that belong to the store, and how they were made. No other file belongs to it."""
 
     info: StoreInfo
     shards: list[Shard]
 
     def to_json(self) -> str:
-        """As it stands in `store.json`."""
+        """The content of `store.json`."""
         return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -81,19 +86,19 @@ _STORE_INDEX = TypeAdapter(StoreIndex)
 
 
 def read_index(folder: Path) -> StoreIndex:
-    """The index of the store in a folder. Raises DataError where there is none or it is not one of ours."""
+    """The index of the store in a folder. Raises DataError where it is missing, damaged or of another version."""
+    check_store(folder)
     path = folder / INDEX_NAME
     try:
         with path.open("rb") as file:
             data = json.loads(file.read(_MAX_INDEX))
-    except FileNotFoundError:
-        lacks = f"has no {INDEX_NAME}" if folder.exists() else "does not exist"
-        raise DataError(f"{folder} is no code store: it {lacks}; make one with `higgstune prepare`") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}): prepare the store again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
-        raise DataError(f"{path} has schema version {version}, this Higgstune reads {SCHEMA_VERSION}: prepare it again")
+        raise DataError(
+            f"{path} has schema version {version}, but this Higgstune reads {SCHEMA_VERSION}: prepare it again"
+        )
     try:
         shards = [Shard(**shard) for shard in data["shards"]]
         index = StoreIndex(StoreInfo(**data["info"]), shards)
@@ -101,9 +106,9 @@ def read_index(folder: Path) -> StoreIndex:
     except (KeyError, TypeError, ValidationError) as error:
         raise DataError(f"{path} is damaged ({error}): prepare the store again") from error
     if foreign := [shard.name for shard in shards if not SHARD_NAME.fullmatch(shard.name)]:
-        raise DataError(f"{path} names {foreign[0]}, which is no shard of a store: prepare the store again")
+        raise DataError(f"{path} names {foreign[0]}, which is not a shard of a store: prepare the store again")
     if odd := [shard.name for shard in shards if not shard.name.startswith(f"{shard.split}-")]:
-        raise DataError(f"{path} has {odd[0]} in another split than its name says: prepare the store again")
+        raise DataError(f"{path} has {odd[0]} in another split than its name: prepare the store again")
     return index
 
 
@@ -123,7 +128,7 @@ def store_schema(num_codebooks: int) -> pa.Schema:
         "codes": codes,
         "reference_id": pa.string(),  # the row of the same store that is the reference
         "reference_text": pa.string(),
-        "reference_codes": codes,  # null where `reference_id` leads to them
+        "reference_codes": codes,  # null where the row of `reference_id` has them
         "messages": pa.list_(message),
         "start_index": pa.int32(),
         "context_codes": pa.list_(codes),
@@ -132,28 +137,25 @@ def store_schema(num_codebooks: int) -> pa.Schema:
         "recording_sha256": pa.string(),  # of the whole decoded file
         "reference_sha256": pa.string(),  # of an explicit reference; null for a paired one
         "context_sha256": pa.list_(pa.string()),
-        "target_recordings": pa.list_(pa.string()),  # recordings of everything that is learnt in this row
+        "target_recordings": pa.list_(pa.string()),  # recordings of all targets of this row
         "linked_recordings": pa.list_(pa.string()),  # recordings of its explicit reference and other context audio
         "recording_samples": pa.int64(),
         "recording_rate": pa.int32(),  # Hz
-        "recording_sketch": pa.list_(pa.float32()),  # see data/twins.py
+        "recording_sketch": pa.list_(pa.float32()),  # see `splits.find_near_duplicates`
         "source_key": pa.string(),  # names the row in its source
     }
     return pa.schema(list(columns.items()))
 
 
-_BLOCK = 1 << 16  # bytes
-
-
 class CheckedFile(io.RawIOBase):
-    """A file's bytes, as they were when it was opened; other ones are an OSError.
+    """The bytes of a file as they were when it was opened; a change is an OSError.
 
-    The open file outlives its name: one that is deleted or replaced can be read to the end. Processes that are forked
+    The open file outlives its name: a file that is deleted or replaced can still be read to the end. Forked processes
     may read it at the same time.
     """
 
     def __init__(self, path: Path, size: int, sha256: str) -> None:
-        """Raises OSError where the file is not the one of the index: `size` in bytes, `sha256` of all of it."""
+        """Raises OSError where the file is not the one in the index: its size in bytes, the SHA-256 of the whole."""
         self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         super().__init__()
         self._at = 0
@@ -162,7 +164,7 @@ class CheckedFile(io.RawIOBase):
         try:
             self._size = os.fstat(self._file).st_size
             if self._size != size:
-                raise OSError(f"{self._size} bytes, not as long as the store's index says: {size}")
+                raise OSError(f"{self._size} bytes, but the store's index says {size}")
             self._check_whole(sha256)
         except OSError:
             self.close()
@@ -178,24 +180,24 @@ class CheckedFile(io.RawIOBase):
             raise OSError("its SHA-256 is not the one in the store's index")
 
     def readable(self) -> bool:
-        """As every file's."""
+        """As for every file."""
         return True
 
     def seekable(self) -> bool:
-        """As every file's."""
+        """As for every file."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As every file's."""
+        """As for every file."""
         self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
         return self._at
 
     def tell(self) -> int:
-        """As every file's."""
+        """As for every file."""
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        """As every file's. Raises OSError where the file has changed since it was opened."""
+        """As for every file. Raises OSError where the file has changed since it was opened."""
         end = self._size if size < 0 else min(self._at + size, self._size)
         first = self._at // _BLOCK
         blocks = [self._block(number) for number in range(first, -(-end // _BLOCK))]
@@ -212,47 +214,47 @@ class CheckedFile(io.RawIOBase):
         return self._last[1]
 
     def close(self) -> None:
-        """Let the file go."""
-        if not self.closed and hasattr(self, "_file"):  # there is none where the path could not be opened
+        """Close the file."""
+        if not self.closed and hasattr(self, "_file"):  # none where the path could not be opened
             os.close(self._file)
         super().close()
 
 
-def codes_of(cell: pa.Scalar) -> Any:
-    """A cell of a codes column: [frames, num_codebooks] uint16, a list of such arrays, or None."""
-    if not cell.is_valid:
+def codes_of(value: pa.Scalar) -> Any:
+    """A value of a codes column: [frames, num_codebooks] uint16, a list of such arrays, or None."""
+    if not value.is_valid:
         return None
-    values = cell.values
+    values = value.values
     if pa.types.is_list(values.type):
         return [codes_of(inner) for inner in values]
     return np.array(values.flatten(), dtype=np.uint16).reshape(-1, values.type.list_size)
 
 
 def read_metadata(folder: Path, shards: list[Shard], files: list[pq.ParquetFile]) -> pa.Table:
-    """Everything but the codes, of all shards in order. Raises DataError for a store without any."""
+    """Every column but the codes, of all shards in order. Raises DataError for a store without rows."""
     tables = []
     for shard, file in zip(shards, files, strict=True):
         names = [name for name in file.schema_arrow.names if name not in CODE_COLUMNS]
         with named_in_errors(folder, shard):
             tables.append(file.read(columns=names, use_threads=False))
     if not tables:
-        raise DataError(f"{folder} is a code store without a row: prepare it again")
+        raise DataError(f"{folder} is a code store without rows: prepare it again")
     return pa.concat_tables(tables).combine_chunks()
 
 
 def open_shard(folder: Path, shard: Shard) -> pq.ParquetFile:
-    """Open one shard, and check all of it. Raises DataError where it is missing or is not what the index says."""
+    """Open one shard and check all of it. Raises DataError where it is missing or not the one in the index."""
     path = folder / shard.name
     with named_in_errors(folder, shard):
         file = pq.ParquetFile(CheckedFile(path, shard.bytes, shard.sha256))
     if file.metadata.num_rows != shard.rows:
-        raise DataError(f"{path} has {file.metadata.num_rows} rows, the store's index says {shard.rows}")
+        raise DataError(f"{path} has {file.metadata.num_rows} rows, but the store's index says {shard.rows}")
     return file
 
 
 @contextmanager
 def named_in_errors(folder: Path, shard: Shard) -> Iterator[None]:
-    """Turn what goes wrong with a shard's file into a DataError that names it."""
+    """Turn the errors of a shard's file into a DataError that names it."""
     try:
         yield
     except (OSError, pa.ArrowInvalid) as error:
@@ -260,7 +262,7 @@ def named_in_errors(folder: Path, shard: Shard) -> Iterator[None]:
 
 
 def _read_at(file: int, offset: int) -> bytes:
-    """A block of a file, or what there is of it; the place of other readers stays where it is."""
+    """A block of a file, or what there is of it, without moving the position of other readers."""
     if hasattr(os, "pread"):
         return os.pread(file, _BLOCK, offset)
     os.lseek(file, offset, os.SEEK_SET)  # Windows, where no forked process has the same file

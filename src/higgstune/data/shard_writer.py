@@ -1,4 +1,4 @@
-"""Writing a store: shards beside the old ones, then the index in one step, then the old shards go."""
+"""Writes a store: new shards beside the old ones, then the index in one step; then the old shards are deleted."""
 
 import hashlib
 import os
@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 
 from higgstune.data.entry import Entry
 from higgstune.data.shard_reader import (
-    INDEX_NAME,
     PARTIAL_NAME,
     ROWS_PER_GROUP,
     ROWS_PER_SHARD,
@@ -28,15 +27,16 @@ from higgstune.data.shard_reader import (
 )
 from higgstune.errors import DataError, WorkError
 from higgstune.files import refusal, sync_folder, write_file, writing
+from higgstune.inputs import INDEX_NAME
 
 CodesOf = Callable[[str], np.ndarray]  # audio hash -> [frames, num_codebooks] uint16
-_AS_IT_WAS = "the store is as it was, and what is encoded is kept"
+_UNCHANGED = "the store is unchanged, and the encoded clips are kept"
 
 
 def write_store(folder: Path, entries: list[Entry], codes_of: CodesOf, info: StoreInfo) -> None:
-    """Make a folder hold these rows and no others. Until the index is replaced the old store stays as it is.
+    """Replace the store in a folder by one of these rows. Until the index is replaced, the old store stays intact.
 
-    Raises WorkError where the disk refuses; then the old store is intact.
+    Raises WorkError where the disk refuses; the old store is intact then.
     """
     assembly = folder / PARTIAL_NAME / "shards"
     try:
@@ -50,14 +50,14 @@ def write_store(folder: Path, entries: list[Entry], codes_of: CodesOf, info: Sto
         for shard in shards:
             os.replace(assembly / shard.name, folder / shard.name)
         sync_folder(folder)
-        write_file(folder / INDEX_NAME, StoreIndex(info, shards).to_json(), kept=_AS_IT_WAS)
+        write_file(folder / INDEX_NAME, StoreIndex(info, shards).to_json(), kept=_UNCHANGED)
     except (OSError, WorkError) as error:
-        shutil.rmtree(assembly, ignore_errors=True)  # where the disk is full, this is in the way
+        shutil.rmtree(assembly, ignore_errors=True)  # on a full disk it would take up room
         with suppress(OSError, DataError):
             _remove_stale(folder, _named_by_index(folder))
         if isinstance(error, WorkError):
             raise
-        raise WorkError(refusal(folder, error, _AS_IT_WAS)) from error
+        raise WorkError(refusal(folder, error, _UNCHANGED)) from error
     try:
         _remove_stale(folder, {shard.name for shard in shards})
     except OSError as error:
@@ -69,7 +69,7 @@ def _write_shard(
 ) -> Shard:
     temporary = folder / f"{split}-{number:05d}"
     schema = store_schema(num_codebooks)
-    with writing(temporary, _AS_IT_WAS):
+    with writing(temporary, _UNCHANGED):
         with open(temporary, "wb") as file:
             with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
                 for first in range(0, len(rows), ROWS_PER_GROUP):
@@ -98,18 +98,18 @@ def _table(rows: list[Entry], codes_of: CodesOf, schema: pa.Schema) -> pa.Table:
     }
     for name in schema.names:
         if name not in columns:
-            columns[name] = [getattr(entry, name) for entry in rows]
+            columns[name] = [entry.column(name) for entry in rows]
     return pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema)
 
 
-def _code_lists(cells: Sequence[np.ndarray | None], num_codebooks: int) -> pa.ListArray:
+def _code_lists(values: Sequence[np.ndarray | None], num_codebooks: int) -> pa.ListArray:
     """A column of [frames, num_codebooks] arrays; None becomes null."""
-    arrays = [np.empty((0, num_codebooks), np.uint16) if cell is None else cell for cell in cells]
+    arrays = [np.empty((0, num_codebooks), np.uint16) if value is None else value for value in values]
     flat = np.concatenate([np.empty((0, num_codebooks), np.uint16), *arrays]).ravel()
     return pa.ListArray.from_arrays(
         _offsets([len(array) for array in arrays]),
         pa.FixedSizeListArray.from_arrays(pa.array(flat), num_codebooks),
-        mask=pa.array([cell is None for cell in cells], pa.bool_()),
+        mask=pa.array([value is None for value in values], pa.bool_()),
     )
 
 
@@ -123,7 +123,7 @@ def _chunks(rows: list[Entry]) -> Iterator[list[Entry]]:
 
 
 def _named_by_index(folder: Path) -> set[str]:
-    """The shards of the store in a folder; none where there is no store."""
+    """The names of the shards of the store in a folder; empty where there is no store."""
     has_index = (folder / INDEX_NAME).exists()
     return {shard.name for shard in read_index(folder).shards} if has_index else set()
 

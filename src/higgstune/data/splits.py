@@ -1,84 +1,67 @@
-"""Which rows are trained on and which are held out: decided by recording, never by row."""
+"""The split of each row, training or validation: decided by recording, never by row.
+
+Recordings that are nearly the same (a WAV and its FLAC), or that one row uses as targets, form a group, and a group is
+in one split.
+"""
 
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 from higgstune.data.audio import Recording
 from higgstune.data.entry import Entry
 
-# Distance of two sketches, relative to their length. One program that writes float samples as WAV and as FLAC
-# rounds them differently (0.0002, measured), a good lossy copy is below 0.3, others are 1.4 apart.
-_SAME = 0.3
+TRAIN, VALIDATION = "train", "validation"
+# Distance of two sketches, relative to their length. A program that writes float samples as WAV and as FLAC rounds them
+# differently (0.0002, measured), a good lossy copy is below 0.3, different recordings are 1.4 apart.
+_MAX_DISTANCE = 0.3
 
 
-def find_twins(recordings: Iterable[Recording]) -> dict[str, set[str]]:
-    """For each recording that has any, the hashes of others of its length and rate that are the same."""
+def find_near_duplicates(recordings: Iterable[Recording]) -> dict[str, set[str]]:
+    """For each recording that has near-duplicates of the same length and rate, the hashes of these."""
     alike: dict[tuple[int, int], dict[str, Recording]] = defaultdict(dict)
     for recording in recordings:
         alike[recording.samples, recording.rate][recording.sha256] = recording
-    twins: dict[str, set[str]] = defaultdict(set)
+    found: dict[str, set[str]] = defaultdict(set)
     for group in alike.values():
         for one, other in _close_pairs(list(group.values())):
-            twins[one].add(other)
-            twins[other].add(one)
-    return dict(twins)
-
-
-def _close_pairs(recordings: list[Recording]) -> list[tuple[str, str]]:
-    if len(recordings) < 2:
-        return []
-    sketches = np.array([recording.sketch for recording in recordings], dtype=np.float64)
-    norms = np.maximum(np.linalg.norm(sketches, axis=1), 1e-12)
-    near = cKDTree(sketches / norms[:, None]).query_pairs(_SAME)
-    return [
-        (recordings[i].sha256, recordings[j].sha256)
-        for i, j in near
-        if abs(norms[i] - norms[j]) < _SAME * max(norms[i], norms[j])
-    ]
-
-
-TRAIN, VALIDATION = "train", "validation"
+            found[one].add(other)
+            found[other].add(one)
+    return dict(found)
 
 
 class RecordingGroups:
-    """Recordings that must be in one split, because a row learns from or listens to several of them.
+    """Groups of recordings that must be in one split, because rows use several of them.
 
-    A recording that is only listened to, and learnt in no row, binds nothing together: a reference voice may
-    serve both splits.
+    A recording that is only context, and a target in no row, links nothing: a reference voice may serve both splits.
     """
 
-    def __init__(self, stored: Sequence[Entry], new: Sequence[Entry], heard: Iterable[Recording] = ()) -> None:
-        """`stored` rows keep their splits, `new` ones come by `join`; `heard` is the other audio of those."""
+    def __init__(self, stored: Sequence[Entry], new: Sequence[Entry], context: Iterable[Recording] = ()) -> None:
+        """`stored` rows keep their splits, `new` ones are added by `join`; `context` is the context audio of those."""
         self._parents: dict[str, str] = {}
         self._splits: dict[str, str] = {}  # by root
-        self._twins = find_twins([*(entry.recording for entry in [*stored, *new]), *heard])
-        self._learnt = {sha256 for entry in stored for sha256 in entry.target_recordings}
-        self._listeners: dict[str, list[str]] = defaultdict(list)
+        self._near_duplicates = find_near_duplicates([*(entry.recording for entry in [*stored, *new]), *context])
+        self._targets = {sha256 for entry in stored for sha256 in entry.target_recordings}
+        self._used_by: dict[str, list[str]] = defaultdict(list)  # by context recording: recordings of stored rows
         for entry in stored:
             self._join(entry.target_recordings, entry.split)
-        for entry in stored:  # once every split is known: what a row hears must not move what another learns
-            self._join(self._bound(entry))
-            for sha256 in entry.linked_recordings:
-                self._listeners[sha256].append(entry.recording_sha256)
-        self._learnt |= {sha256 for entry in new for sha256 in entry.target_recordings}
+        for entry in stored:  # once every split is known: the context of one row must not move the target of another
+            self._join(self._linked(entry))
+            for sha256 in entry.context_recordings:
+                self._used_by[sha256].append(entry.recording_sha256)
+        self._targets |= {sha256 for entry in new for sha256 in entry.target_recordings}
 
     def join(self, entry: Entry) -> bool:
-        """Bind a new row's recordings together; False, and nothing is done, where two splits would meet."""
-        return self._join(self._bound(entry))
-
-    def split_of(self, entry: Entry) -> str | None:
-        """The split that a row's recordings already have."""
-        return self._splits.get(self._root(entry.recording_sha256))
+        """Link the recordings of a new row; False, without any change, where that would link the two splits."""
+        return self._join(self._linked(entry))
 
     def decide(self, entries: list[Entry], fraction: float) -> None:
-        """Give every row its split: where its group has none, by the group's hash, so in any order the same.
+        """Set the split of every row; a group without one gets it by the group's hash, so the order does not matter.
 
-        About `fraction` of the groups is held out; with a fraction above 0 at least one as soon as there
-        are two, and never all of them.
+        About `fraction` of the groups is held out; with a fraction above 0 at least one as soon as there are two, and
+        never all of them.
         """
         rows: dict[str, int] = defaultdict(int)
         for entry in entries:
@@ -104,7 +87,8 @@ class RecordingGroups:
         members: dict[str, list[str]] = defaultdict(list)
         for sha256 in self._parents:
             members[self._root(sha256)].append(sha256)
-        # A group's own hash: the smallest of its members would be small, and so held out, the larger it is.
+        # A hash over all members: the smallest of their hashes would be smaller, and held out more often, the larger
+        # the group is.
         return {
             root: root
             if len(members[root]) < 2
@@ -112,12 +96,12 @@ class RecordingGroups:
             for root in rows
         }
 
-    def _bound(self, entry: Entry) -> list[str]:
-        """What must share the split of a row: what it learns, and what it hears and others learn."""
-        heard = [sha for one in entry.linked_recordings for sha in (one, *self._twins.get(one, ()))]
-        learnt = [sha for one in entry.target_recordings for sha in (one, *self._twins.get(one, ()))]
-        listeners = [listener for sha256 in learnt for listener in self._listeners.get(sha256, ())]
-        return [*learnt, *listeners, *(sha256 for sha256 in heard if sha256 in self._learnt)]
+    def _linked(self, entry: Entry) -> list[str]:
+        """Recordings that must share the split of a row: its targets, and context that is a target of another row."""
+        context = [sha for one in entry.context_recordings for sha in (one, *self._near_duplicates.get(one, ()))]
+        targets = [sha for one in entry.target_recordings for sha in (one, *self._near_duplicates.get(one, ()))]
+        users = [user for sha256 in targets for user in self._used_by.get(sha256, ())]
+        return [*targets, *users, *(sha256 for sha256 in context if sha256 in self._targets)]
 
     def _join(self, recordings: list[str], split: str | None = None) -> bool:
         roots = {self._root(sha256) for sha256 in recordings}
@@ -137,6 +121,21 @@ class RecordingGroups:
             self._parents[sha256] = self._parents[parent]
             sha256 = parent
         return sha256
+
+
+def _close_pairs(recordings: list[Recording]) -> list[tuple[str, str]]:
+    if len(recordings) < 2:
+        return []
+    from scipy.spatial import cKDTree  # takes long to import
+
+    sketches = np.array([recording.sketch for recording in recordings], dtype=np.float64)
+    norms = np.maximum(np.linalg.norm(sketches, axis=1), 1e-12)
+    near = cKDTree(sketches / norms[:, None]).query_pairs(_MAX_DISTANCE)
+    return [
+        (recordings[i].sha256, recordings[j].sha256)
+        for i, j in near
+        if abs(norms[i] - norms[j]) < _MAX_DISTANCE * max(norms[i], norms[j])
+    ]
 
 
 def _uniform(sha256: str) -> float:

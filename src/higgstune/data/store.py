@@ -1,4 +1,4 @@
-"""A prepared code store: Parquet shards, opened by row."""
+"""A prepared code store: its rows by index, by split, without their codes, and mixed with rows of another store."""
 
 from bisect import bisect_right
 from collections import OrderedDict
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self, overload
 
 import numpy as np
@@ -24,7 +25,13 @@ from higgstune.data.shard_reader import (
 )
 from higgstune.errors import DataError
 
+_METADATA_FIELDS = (
+    *("id", "text", "speaker", "language", "scene", "duration", "reference_id", "reference_text"),
+    *("reference_sha256", "context_sha256", "start_index", "audio_sha256", "recording_sha256"),
+)
+_VALUES = (*_METADATA_FIELDS, "messages", "frames", "context_frames")
 _CACHED_GROUPS = 256  # about 0.3 MB each for clips of ten seconds
+_READING = Lock()  # loaders read in threads of their own, and a file has one position
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Row:
     """One training row. Codes are [frames, num_codebooks] uint16; `codes` is the target's."""
 
     id: str
-    text: str  # what the target says
+    text: str  # the words of the target
     speaker: str | None
     language: str | None
     scene: str | None
@@ -44,7 +51,7 @@ class Row:
     reference_codes: np.ndarray | None
     messages: list[dict[str, Any]] | None  # a full conversation with the target; None for an utterance
     context_codes: list[np.ndarray]  # a conversation's audio without the target, in order of appearance
-    start_index: int | None  # the first message of a conversation that is to be learnt
+    start_index: int | None  # the first message of a conversation whose audio is a target
     audio_sha256: str
     recording_sha256: str
     reference_sha256: str | None = None  # audio hash of the reference
@@ -53,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Context:
-    """The audio that a row hears, by audio hash."""
+    """The reference and context audio of a row, by audio hash."""
 
     messages: list[dict[str, Any]] | None
     reference_sha256: str | None
@@ -61,7 +68,7 @@ class Context:
 
 
 class SplitView(Sequence[Row]):
-    """Some rows of a store by position, as a data set for a trainer."""
+    """A range of a store's rows, as a data set for a trainer."""
 
     def __init__(self, store: "CodeStore", indices: range) -> None:
         self.store = store
@@ -81,12 +88,12 @@ class SplitView(Sequence[Row]):
 
     @property
     def frames(self) -> np.ndarray:
-        """Frames of each target, [rows] int64, without reading a code."""
+        """The frames of each target, [rows] int64, without reading codes."""
         return self._lengths("frames")
 
     @property
     def context_frames(self) -> np.ndarray:
-        """Frames of each row's reference or context audio, [rows] int64, without reading a code."""
+        """The frames of each row's reference or context audio, [rows] int64, without reading codes."""
         return self._lengths("context_frames")
 
     def outline(self, index: int) -> Row:
@@ -94,9 +101,9 @@ class SplitView(Sequence[Row]):
         return self.store.outline_of(self.indices[index])
 
     def outlines(self) -> Iterator[Row]:
-        """The rows with codes that have only their shape; of conversations alone the codes are read.
+        """The rows with placeholders for codes, of the right shape; only for conversations the codes are read.
 
-        For what depends on lengths: a hundred times as quick as reading the rows.
+        For code that needs only lengths: a hundred times as fast as reading the rows.
         """
         for index in range(len(self)):
             yield self.outline(index)
@@ -113,9 +120,9 @@ class CodeStore(SplitView):
         self.folder = folder
         self.info = index.info
         self.shards = sorted(index.shards, key=lambda shard: (SPLITS.index(shard.split), shard.name))
-        # All are opened now and stay open: a store that is prepared anew, or deleted, does not change under a run.
+        # All are opened now and stay open: preparing the store again, or deleting it, does not affect a running reader.
         self._files = {number: open_shard(folder, shard) for number, shard in enumerate(self.shards)}
-        self.metadata = read_metadata(folder, self.shards, list(self._files.values()))  # everything but codes
+        self.metadata = read_metadata(folder, self.shards, list(self._files.values()))  # every column but the codes
         self._ends = list(accumulate(shard.rows for shard in self.shards))
         self._ids: dict[str, int] | None = None
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
@@ -123,7 +130,7 @@ class CodeStore(SplitView):
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
-        """Open the store in a folder, and read all of it once. Raises DataError where there is none, or for damage."""
+        """Open the store in a folder and read all of it once. Raises DataError where it is missing or damaged."""
         folder = Path(folder)
         index = read_index(folder)
         try:
@@ -132,10 +139,10 @@ class CodeStore(SplitView):
             newer = read_index(folder)
             if newer == index:
                 raise
-            return cls(folder, newer)  # a preparation ended meanwhile, and took the old shards away
+            return cls(folder, newer)  # a preparation ended in the meantime and deleted the old shards
 
     def split(self, name: str) -> SplitView:
-        """The rows of one split, which may be none. Raises DataError for a split that cannot exist."""
+        """The rows of one split, which may be empty. Raises DataError for an unknown split."""
         if name not in SPLITS:
             raise DataError(f"there is no split {name!r}: one of {', '.join(SPLITS)}")
         rows = sum(shard.rows for shard in self.shards if shard.split == name)
@@ -147,7 +154,7 @@ class CodeStore(SplitView):
         yield from self if split is None else self.split(split)
 
     def index_of(self, row_id: str) -> int:
-        """The position of a row by its id. Raises DataError where there is none."""
+        """The index of a row by its id. Raises DataError where there is none."""
         if self._ids is None:
             self._ids = {key: index for index, key in enumerate(self.metadata["id"].to_pylist())}
         if row_id not in self._ids:
@@ -156,28 +163,28 @@ class CodeStore(SplitView):
 
     def codes(self, index: int) -> np.ndarray:
         """The target's codes of a row, [frames, num_codebooks] uint16."""
-        codes = self.cells(index, "codes")
+        codes = self.codes_in(index, "codes")
         assert isinstance(codes, np.ndarray)
         return codes
 
     def row(self, index: int) -> Row:
-        """One row by its position, counted from 0, with its reference's codes looked up.
+        """One row by its index, with its reference's codes.
 
         Raises DataError, with the row and the file, for a shard that was damaged since the store was opened.
         """
         values = self._values(index)
         try:
-            reference_codes = self.cells(index, "reference_codes")
+            reference_codes = self.codes_in(index, "reference_codes")
             if reference_codes is None and values["reference_id"] is not None:
                 reference_codes = self.codes(self.index_of(values["reference_id"]))
-            context_codes = self.cells(index, "context_codes") or []
+            context_codes = self.codes_in(index, "context_codes") or []
             return self._row(index, values, self.codes(index), reference_codes, context_codes)
         except DataError as error:
             split = self.shards[self._shard_of(index)].split
             raise DataError(f"row {values['id']} of the {split} split: {error}") from error
 
     def outline_of(self, index: int) -> Row:
-        """One row by its position, see `outlines`."""
+        """One row by its index, see `outlines`."""
         values = self._values(index)
         if values["messages"] is not None:
             return self.row(index)
@@ -185,8 +192,8 @@ class CodeStore(SplitView):
         return self._row(index, values, self._shape_only(values["frames"]), reference, [])
 
     def _values(self, index: int) -> dict[str, Any]:
-        """Everything but codes, with what a reference that is a row says of itself."""
-        # Cell by cell: a slice of the whole table costs three times as much.
+        """Everything but codes, with text and hash of a reference that is a row itself."""
+        # Value by value: a slice of the whole table costs three times as much.
         values = {name: self.metadata[name][index].as_py() for name in _VALUES}
         if values["reference_id"] is not None:
             other = self.index_of(values["reference_id"])
@@ -215,7 +222,7 @@ class CodeStore(SplitView):
         )
 
     def contexts(self) -> Iterator[Context]:
-        """What every row hears, in order, without reading a code."""
+        """The reference and context audio of every row, in order, without reading codes."""
         hashes = self.metadata["audio_sha256"].to_pylist()
         columns = ("messages", "reference_id", "reference_sha256", "context_sha256")
         for values in self.metadata.select(columns).to_pylist():
@@ -227,8 +234,8 @@ class CodeStore(SplitView):
     def _shard_of(self, index: int) -> int:
         return bisect_right(self._ends, index)
 
-    def cells(self, index: int, column: str) -> Any:
-        """One cell of `codes`, `reference_codes` (an array or None) or `context_codes` (a list of arrays)."""
+    def codes_in(self, index: int, column: str) -> Any:
+        """The codes of a row in `codes`, `reference_codes` (an array or None) or `context_codes` (a list of arrays)."""
         shard = self._shard_of(index)
         local = index - (self._ends[shard] - self.shards[shard].rows)
         table = self._group(shard, local // ROWS_PER_GROUP)
@@ -236,32 +243,25 @@ class CodeStore(SplitView):
 
     def _group(self, shard: int, group: int) -> pa.Table:
         key = (shard, group)
-        if key not in self._groups:
-            if shard not in self._files:
-                self._files[shard] = open_shard(self.folder, self.shards[shard])
-            # One thread: a data loader's workers are forked, which a pool of threads does not survive.
-            with named_in_errors(self.folder, self.shards[shard]):
-                table = self._files[shard].read_row_group(group, list(CODE_COLUMNS), use_threads=False)
-            self._groups[key] = table.combine_chunks()
-        self._groups.move_to_end(key)
-        while len(self._groups) > _CACHED_GROUPS:
-            self._groups.popitem(last=False)
-        return self._groups[key]
+        with _READING:
+            if key not in self._groups:
+                if shard not in self._files:
+                    self._files[shard] = open_shard(self.folder, self.shards[shard])
+                with named_in_errors(self.folder, self.shards[shard]):
+                    table = self._files[shard].read_row_group(group, list(CODE_COLUMNS), use_threads=False)
+                self._groups[key] = table.combine_chunks()
+            self._groups.move_to_end(key)
+            while len(self._groups) > _CACHED_GROUPS:
+                self._groups.popitem(last=False)
+            return self._groups[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Open files and what was read from them stay behind when a store is pickled for another process."""
+        """Without open files and what was read from them, when a store is pickled for another process."""
         return self.__dict__ | {"_files": {}, "_groups": OrderedDict()}
 
 
-_METADATA_FIELDS = (
-    *("id", "text", "speaker", "language", "scene", "duration", "reference_id", "reference_text"),
-    *("reference_sha256", "context_sha256", "start_index", "audio_sha256", "recording_sha256"),
-)
-_VALUES = (*_METADATA_FIELDS, "messages", "frames", "context_frames")
-
-
 def _without_nulls(messages: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """Columns of a Parquet structure exist in every part; a part of a message has only its own keys."""
+    """Messages whose parts have only their own keys: a Parquet structure has every column in every part."""
     if messages is None:
         return None
     return [
@@ -274,13 +274,14 @@ def _without_nulls(messages: list[dict[str, Any]] | None) -> list[dict[str, Any]
 
 
 class MixedRows(Sequence[Row]):
-    """All rows of one split, then as many of another store's as make a share of the whole.
+    """All rows of one split, then as many rows of another store as make a given share of the whole.
 
-    The others are drawn once, by the seed, without repeating one before all were drawn: every epoch has the same.
+    The rows of the other store are drawn once, by the seed, and none twice before all were drawn: every epoch has the
+    same rows.
     """
 
     def __init__(self, own: SplitView, replayed: SplitView, *, share: float, seed: int) -> None:
-        """`share` is in (0, 1), of all rows; there is one replayed row at the least."""
+        """`share` is in (0, 1), of all rows; at least one row is replayed."""
         self.own = own
         self.replayed = replayed
         wanted = max(1, round(len(own) * share / (1 - share)))
@@ -298,8 +299,9 @@ class MixedRows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> "Row | list[Row]":
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        return self.own[place] if place < len(self.own) else self.replayed[self.drawn[place - len(self.own)]]
+        position = range(len(self))[index]
+        own = len(self.own)
+        return self.own[position] if position < own else self.replayed[self.drawn[position - own]]
 
     def outlines(self) -> Iterator[Row]:
         """As `SplitView.outlines`."""

@@ -1,8 +1,8 @@
-"""Text as the model reads it: one normalisation, shared by preparation and by generation.
+"""Text as the model reads it: one normalisation for preparation and for generation.
 
 It follows what the released model's own example script does to a transcript (boson-ai/higgs-audio,
 examples/generation.py: full-width punctuation, sound tags, white space, a final full stop), without the parts
-that change what is said in other languages (removing brackets, writing degrees out in English).
+that change the words of other languages (removing brackets, spelling out degrees in English).
 """
 
 import re
@@ -63,8 +63,8 @@ _CHARACTERS = str.maketrans(
 def normalize_text(text: str) -> str:
     """A transcript as it is trained on and spoken: `clean_text`, with a full stop where the end has no mark.
 
-    Text without a letter or a digit comes back without a full stop, so that it still counts as empty. Doing
-    it twice changes nothing more.
+    Text without a letter or a digit gets no full stop, so that it still counts as empty. Normalising twice is the same
+    as once.
     """
     cleaned = clean_text(text)
     if not is_speakable(cleaned) or cleaned.endswith(_SENTENCE_END):
@@ -73,7 +73,7 @@ def normalize_text(text: str) -> str:
 
 
 def clean_text(text: str) -> str:
-    """One spelling for what looks the same, in Unicode NFC.
+    """One spelling for texts that look the same, in Unicode NFC.
 
     Plain quotes, dashes, ellipses and spaces, half-width punctuation, sound tags as the model writes them, no
     invisible characters, no empty lines.
@@ -89,20 +89,20 @@ def clean_text(text: str) -> str:
 
 
 def is_speakable(text: str) -> bool:
-    """Whether there is a letter or a digit to say, apart from speaker tags such as [SPEAKER0]."""
+    """Whether a text has a letter or a digit to speak, apart from speaker tags such as [SPEAKER0]."""
     return any(character.isalnum() for character in _SPEAKER_TAG.sub("", text))
 
 
 def find_control_tokens(text: str) -> list[str]:
-    """Every `<|...|>` in a text, in order. One in a user's words would be read as structure of the prompt."""
+    """Every `<|...|>` in a text, in order. In a user's text, one would be read as structure of the prompt."""
     return _CONTROL_TOKEN.findall(text)
 
 
 def _composed(text: str) -> str:
-    """Unicode NFC; a run of more than 30 combining marks is cut by an invisible joiner first.
+    """Unicode NFC; a run of more than 30 combining marks is first split by an invisible joiner.
 
-    That is the stream-safe process of Unicode's UAX 15: no language has such a run, and the time for one grows with the
-    square of its length.
+    This is the stream-safe text process of Unicode's UAX 15: no language has such a run, and its time grows with the
+    square of the run's length.
     """
     if text.isascii():
         return text

@@ -1,9 +1,9 @@
-"""What Whisper hears in the clips of a store: encoded once, kept beside the codes, found by the clip's audio hash.
+"""Whisper features of the clips of a store: encoded once, stored beside the codes, found by the clip's audio hash.
 
-    STORE/whisper/REVISION/index.json            the encoder, and the files with their checksums
+    STORE/whisper/REVISION/index.json                the encoder, and the files with their checksums
     STORE/whisper/REVISION/features-*.safetensors    HASH: [positions, d_model] float16, HASH.chunks: [chunks] int32
 
-A file is written whole under a temporary name; an interrupted preparation goes on after the last one. One second of
+A file is written whole under a temporary name; an interrupted preparation resumes after the last one. One second of
 audio takes 64 kB for a d_model of 1280.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,15 +31,16 @@ from higgstune.files import refusal, write_file
 
 FOLDER = "whisper"
 _INDEX = "index.json"
+_READING = Lock()  # loaders read in threads of their own, and a file has one position
 _TEMPORARY = "features.tmp"
-_CLIPS_IN_A_FILE = 256
-_MAX_INDEX = 1 << 28  # bytes: a million clips have 70 million
+_CLIPS_PER_FILE = 256
+_MAX_INDEX = 1 << 28  # bytes: the index of a million clips has 70 million
 _FILE_NAME = re.compile(r"features-[0-9a-f]{12}\.safetensors")
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
 class WhisperEncoder(Protocol):
-    """A Whisper encoder, as `model.whisper.WhisperTower`."""
+    """A Whisper encoder, such as `codec.whisper_encoder.WhisperTower`."""
 
     checkpoint: str
     revision: str
@@ -47,7 +49,7 @@ class WhisperEncoder(Protocol):
     chunk_frames: int
 
     def encode(self, waveform: np.ndarray) -> WhisperFeatures:
-        """[samples] float32 mono at `sample_rate` -> features. Raises DataError for one that is too short."""
+        """[samples] float32 mono at `sample_rate` -> features. Raises DataError for audio that is too short."""
         ...
 
 
@@ -84,9 +86,9 @@ class FeatureStore:
 
     @classmethod
     def open(cls, store: Path, checkpoint: str, revision: str | None = None) -> "FeatureStore":
-        """Those of a Whisper checkpoint, by its name, or by the revision of its encoder where that is given.
+        """The features of a Whisper checkpoint, by its name, or by the revision of its encoder where that is given.
 
-        Raises DataError, with what to run, where a store has none.
+        Raises DataError, with the command to run, where the store has none.
         """
         indices = list(_indices(store))
         if revision is None:
@@ -104,27 +106,23 @@ class FeatureStore:
     def __contains__(self, sha256: str) -> bool:
         return sha256 in self._places
 
-    def heard(self, sha256: str) -> WhisperFeatures:
-        """What is heard in a clip. Raises DataError where it was not encoded, or its file is damaged."""
+    def read(self, sha256: str) -> WhisperFeatures:
+        """The features of a clip. Raises DataError where it was not encoded, or its file is damaged."""
         if sha256 not in self._places:
             raise DataError(f"{self.folder} has no features of the clip {sha256[:16]}: prepare it with --whisper")
         file = self._places[sha256]
-        if file.name not in self._files:
-            self._files[file.name] = self._opened(file)
-        opened = self._files[file.name]
-        with self._named_in_errors(file):
+        with _READING, self._named_in_errors(file):
+            if file.name not in self._files:
+                self._files[file.name] = _Tensors(CheckedFile(self.folder / file.name, file.bytes, file.sha256))
+            opened = self._files[file.name]
             features, chunks = opened.tensor(sha256), opened.tensor(f"{sha256}.chunks")
         fits = features.shape == (chunks.sum(), self.index.d_model) and chunks.ndim == 1
         if not fits or (features.dtype, chunks.dtype) != (np.float16, np.int32):
             raise DataError(
-                f"{self.folder / file.name} has features of the clip {sha256[:16]} that are not as its index says: "
+                f"{self.folder / file.name} has features of the clip {sha256[:16]} that do not match its index: "
                 "copy or prepare it again"
             )
         return WhisperFeatures(features, tuple(chunks.tolist()))
-
-    def _opened(self, file: FeatureFile) -> "_Tensors":
-        with self._named_in_errors(file):
-            return _Tensors(CheckedFile(self.folder / file.name, file.bytes, file.sha256))
 
     @contextmanager
     def _named_in_errors(self, file: FeatureFile) -> Iterator[None]:
@@ -137,7 +135,7 @@ class FeatureStore:
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        """Open files stay behind when it goes to another process."""
+        """Without open files, when it is pickled for another process."""
         return self.__dict__ | {"_files": {}}
 
 
@@ -145,7 +143,7 @@ class JoinedFeatureStore:
     """The stored features of one encoder in several stores."""
 
     def __init__(self, parts: Sequence[FeatureStore]) -> None:
-        """Raises DataError for features of several encoders."""
+        """Raises DataError where the features are of several encoders."""
         self.parts = parts
         self.index = parts[0].index
         for part in parts:
@@ -158,32 +156,32 @@ class JoinedFeatureStore:
     def __contains__(self, sha256: str) -> bool:
         return any(sha256 in part for part in self.parts)
 
-    def heard(self, sha256: str) -> WhisperFeatures:
-        """As `FeatureStore.heard`."""
-        return next((part for part in self.parts if sha256 in part), self.parts[0]).heard(sha256)
+    def read(self, sha256: str) -> WhisperFeatures:
+        """As `FeatureStore.read`."""
+        return next((part for part in self.parts if sha256 in part), self.parts[0]).read(sha256)
 
 
 class _Tensors:
-    """The tensors of a safetensors file, read without its library: that maps the file, see `shard_reader`."""
+    """The tensors of a safetensors file, read without its library, which maps the file: see `shard_reader`."""
 
     def __init__(self, file: CheckedFile) -> None:
-        """Raises OSError, ValueError, KeyError or TypeError for a file that is none."""
+        """Raises OSError, ValueError, KeyError or TypeError for another file."""
         self._file = file
         length = int.from_bytes(file.read(8), "little")
         self._header = json.loads(file.read(length))
         self._start = 8 + length
 
     def tensor(self, name: str) -> np.ndarray:
-        """One of float16 or int32. Raises as `__init__`."""
+        """A tensor of float16 or int32. Raises as `__init__`."""
         entry = self._header[name]
         begin, end = entry["data_offsets"]
         self._file.seek(self._start + begin)
         data = np.frombuffer(self._file.read(end - begin), {"F16": np.float16, "I32": np.int32}[entry["dtype"]])
-        return data.reshape(entry["shape"]).copy()  # torch wants one that may be written to
+        return data.reshape(entry["shape"]).copy()  # torch needs a writable one
 
 
 def read_feature_index(path: Path) -> FeatureIndex:
-    """Read `index.json`. Raises DataError where it is damaged, or names what is not in its folder."""
+    """Read `index.json`. Raises DataError where it is damaged, or names anything outside of its folder."""
     try:
         with path.open("rb") as stream:
             content = stream.read(_MAX_INDEX)
@@ -197,34 +195,34 @@ def read_feature_index(path: Path) -> FeatureIndex:
 
 
 def _check_index(index: FeatureIndex, path: Path) -> None:
-    """Raise ValueError unless it is of this folder: its names become paths."""
+    """Raise ValueError unless the index is of this folder: its names become paths."""
     if index.revision != path.parent.name:
         raise ValueError(f"the revision {index.revision!r} is not that of its folder")
     if not isinstance(index.checkpoint, str) or not isinstance(index.d_model, int):
         raise ValueError("checkpoint must be a text, d_model a number")
     for file in index.files:
         if not _FILE_NAME.fullmatch(file.name):
-            raise ValueError(f"{file.name!r} is no file of features")
+            raise ValueError(f"{file.name!r} is not a file of features")
         if not all(map(_HASH.fullmatch, file.clips)):
-            raise ValueError(f"{file.name} names a clip by something else than its hash")
+            raise ValueError(f"{file.name} names a clip by something other than its hash")
 
 
 def store_features(
     store: Path,
     needed: Iterable[str],
     clips: Mapping[str, Clip],
-    listener: WhisperEncoder,
+    encoder: WhisperEncoder,
     progress: Callable[[int], None],
 ) -> tuple[int, list[str]]:
-    """Encode what is needed and not there yet -> (clips that have features, hashes of which there is no recording).
+    """Encode the needed clips that have no features yet -> (clips with features, hashes without a recording).
 
-    `clips` are the recordings at hand by audio hash; `progress` is told how many are done. Raises WorkError where the
-    disk refuses; what was written before stays.
+    `clips` are the available recordings by audio hash; `progress` is called with the number of encoded clips. Raises
+    WorkError where the disk refuses; the files written before stay.
     """
-    folder = store / FOLDER / listener.revision
+    folder = store / FOLDER / encoder.revision
     path = folder / _INDEX
-    index = read_feature_index(path) if path.exists() else _empty(listener)
-    index = replace(index, checkpoint=portable_name(listener.checkpoint))
+    index = read_feature_index(path) if path.exists() else _empty_index(encoder)
+    index = replace(index, checkpoint=portable_name(encoder.checkpoint))
     known = {sha256 for file in index.files for sha256 in file.clips}
     wanted = sorted(set(needed))
     missing = [sha256 for sha256 in wanted if sha256 not in known and sha256 not in clips]
@@ -235,7 +233,7 @@ def store_features(
             tensors: dict[str, np.ndarray] = {}
             for number, clip in enumerate(batch):
                 progress(done + number)
-                tensors |= _listen(clip, listener)
+                tensors |= _encode(clip, encoder)
             file = _write(folder, tensors, tuple(clip.sha256 for clip in batch))
             index = replace(index, files=(*index.files, file))
             write_file(path, _to_json(index))
@@ -244,10 +242,21 @@ def store_features(
         _remove_unnamed(folder, {file.name for file in index.files})
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
-            (folder / _TEMPORARY).unlink(missing_ok=True)  # where the disk is full, this is in the way
-        raise WorkError(refusal(folder, error, "what is there already is kept")) from error
+            (folder / _TEMPORARY).unlink(missing_ok=True)  # on a full disk it would take up room
+        raise WorkError(refusal(folder, error, "the features written so far are kept")) from error
     progress(len(todo))
     return len(wanted) - len(missing), missing
+
+
+def portable_name(name: str) -> str:
+    """A hub id as it is, a folder as an absolute path."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two names stand for the same checkpoint."""
+    return portable_name(one) == portable_name(other)
 
 
 def _indices(store: Path) -> Iterator[FeatureIndex]:
@@ -256,7 +265,7 @@ def _indices(store: Path) -> Iterator[FeatureIndex]:
 
 
 def _take_name(store: Path, index: FeatureIndex) -> None:
-    """A checkpoint of this name was another one before: its features stay, under a name that says so."""
+    """Rename older features under the same name, which come from an earlier checkpoint of that name."""
     for other in _indices(store):
         if other.revision != index.revision and same_name(other.checkpoint, index.checkpoint):
             renamed = replace(other, checkpoint=f"{other.checkpoint} (earlier, {other.revision})")
@@ -267,40 +276,29 @@ def _to_json(index: FeatureIndex) -> str:
     return json.dumps(asdict(index), indent=1, ensure_ascii=False)
 
 
-def portable_name(name: str) -> str:
-    """A hub id as it is, a folder as an absolute path."""
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else name
-
-
-def same_name(one: str, other: str) -> bool:
-    """Whether two names are of the same checkpoint."""
-    return portable_name(one) == portable_name(other)
-
-
-def _empty(listener: WhisperEncoder) -> FeatureIndex:
-    return FeatureIndex(listener.checkpoint, listener.revision, listener.d_model, listener.chunk_frames)
+def _empty_index(encoder: WhisperEncoder) -> FeatureIndex:
+    return FeatureIndex(encoder.checkpoint, encoder.revision, encoder.d_model, encoder.chunk_frames)
 
 
 def _batches(clips: list[Clip]) -> Iterator[tuple[int, list[Clip]]]:
-    for start in range(0, len(clips), _CLIPS_IN_A_FILE):
-        yield start, clips[start : start + _CLIPS_IN_A_FILE]
+    for start in range(0, len(clips), _CLIPS_PER_FILE):
+        yield start, clips[start : start + _CLIPS_PER_FILE]
 
 
-def _listen(clip: Clip, listener: WhisperEncoder) -> dict[str, np.ndarray]:
+def _encode(clip: Clip, encoder: WhisperEncoder) -> dict[str, np.ndarray]:
     waveform, rate = clip.read()
     try:
-        heard = listener.encode(resample(waveform, rate, listener.sample_rate))
+        features = encoder.encode(resample(waveform, rate, encoder.sample_rate))
     except DataError as error:
         raise DataError(f"{clip.path}: {error}") from error
     return {
-        clip.sha256: np.ascontiguousarray(heard.features),
-        f"{clip.sha256}.chunks": np.array(heard.chunks, dtype=np.int32),
+        clip.sha256: np.ascontiguousarray(features.features),
+        f"{clip.sha256}.chunks": np.array(features.chunks, dtype=np.int32),
     }
 
 
 def _remove_unnamed(folder: Path, names: set[str]) -> None:
-    """A preparation that was killed may leave a file that is in no index."""
+    """Delete files that are in no index, which a killed preparation may leave."""
     for path in folder.iterdir():
         if _FILE_NAME.fullmatch(path.name) and path.name not in names:
             path.unlink()

@@ -1,11 +1,11 @@
-"""The embedded demo: a miniature base learns a second voice, through the same functions as the real job.
+"""The demo: a miniature base learns a second voice, by the same functions as a real run.
 
-Everything comes from the package: the sample recordings, the fitted codec, the miniature base. No network, no GPU.
+The package has everything: the sample recordings, the fitted codec, the miniature base. No network, no GPU.
 """
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
@@ -29,24 +29,25 @@ from higgstune.evaluation.judges.base import Judges
 from higgstune.families.sampling import Sampling
 from higgstune.generate.speak import load_speaker
 from higgstune.generate.speaker import Speaker
-from higgstune.training.run import RunResult, train
+from higgstune.progress import Progress, silent
+from higgstune.training.result import RunResult
+from higgstune.training.run import train
 
 TARGET_VOICE = "rms"
-CLIPS = 30  # of its recordings, for training and validation: as many as a few minutes of training can take in
-SPOKEN_SENTENCES = 24  # training sentences that are spoken, and measured where judges are at hand
-SAMPLING = Sampling(temperature=0)  # greedy: a miniature has no probability mass to spare
-Progress = Callable[[str, int, int], None]
+CLIPS = 30  # of its recordings, for training and validation: as many as the base learns in a few minutes
+SPOKEN_SENTENCES = 24  # training sentences that are spoken and, if there are judges, measured
+SAMPLING = Sampling(temperature=0)  # greedy: a miniature's probabilities are too flat to sample from
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo left."""
+    """The demo's files and measurements."""
 
     folder: Path
     adapter: Path
     report: Path
     seconds: float
-    measurement: Measurement | None  # None where no judge was at hand
+    measurement: Measurement | None  # None without judges
 
 
 @dataclass
@@ -65,22 +66,22 @@ class _Clock:
 def run_demo(
     out: str | Path, *, asr: str | None = None, speaker_judge: str | None = None, progress: Progress | None = None
 ) -> DemoResult:
-    """Prepare, train two stages, speak before and after, report; all of it under `out`, which must not exist.
+    """Prepare, train two stages, speak before and after, report; all under `out`, which must be empty or missing.
 
-    `asr` and `speaker_judge` (specs as `load_judges` takes them) add measured figures to the report. Raises
-    ConfigError, and whatever the steps raise.
+    `asr` and `speaker_judge` (specs as for `load_judges`) add measurements to the report. Raises ConfigError, and the
+    errors of the steps.
     """
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} exists: remove it, or give another --out")
     judges = load_judges(asr, speaker_judge)
     with _one_thread():
-        return _run(out, judges, progress or (lambda what, done, total: None))
+        return _run(out, judges, progress or silent)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Models this small lose more than they gain by a second thread, and lose tenfold on a busy machine."""
+    """Use one thread: for such small models a second one costs more than it gains, tenfold on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -119,7 +120,7 @@ def _run(out: Path, judges: Judges, show: Progress) -> DemoResult:
 
 
 def _unpack(out: Path) -> Path:
-    """Copy what the package ships; the manifest of the target voice."""
+    """Copy the package's assets to `out`; returns the manifest of the target voice."""
     with resources.as_file(resources.files("higgstune.demo") / "assets") as assets:
         shutil.copytree(assets / "voices", out / "dataset")
         shutil.copytree(assets / "base", out / "base")
@@ -142,7 +143,7 @@ def _recipe(out: Path) -> Recipe:
 def _speak(
     out: Path, run: RunResult, trained: Sequence[StoreRow], unseen: Sequence[StoreRow], show: Progress
 ) -> dict[str, list[Path]]:
-    """Originals and their codec round trip, and the same sentences by the base and with the adapter."""
+    """The originals, their codec round trip, and the same sentences by the base and with the adapter."""
     rows = [*trained, *unseen]
     recorded = {row.id: row for row in _utterances(out / "dataset" / f"{TARGET_VOICE}.jsonl")}
     base = load_speaker(out / "base", device="cpu")
@@ -154,7 +155,7 @@ def _speak(
 
 
 def _speak_controls(out: Path, run: RunResult, trained: Sequence[StoreRow], show: Progress) -> dict[str, list[Path]]:
-    """What must not pass: each sentence's clip with the next one's text, and the adapter with zeroed weights."""
+    """Controls that must fail the bars: each sentence spoken with the next one's text, and an adapter of zeros."""
     speaker = load_speaker(adapter=run.adapter, device="cpu")
     swapped = _say(out, "swapped", trained, speaker, show, texts=[row.text for row in [*trained[1:], trained[0]]])
     with torch.no_grad():
@@ -172,8 +173,8 @@ def _say(
     show: Progress,
     texts: Sequence[str] | None = None,
 ) -> list[Path]:
-    said = texts or [row.text for row in rows]
-    spoken = speaker.say(said, sampling=SAMPLING, on_spoken=lambda done: show(f"speaking, {name}", done, len(said)))
+    texts = texts or [row.text for row in rows]
+    spoken = speaker.say(texts, sampling=SAMPLING, on_spoken=lambda done: show(f"speaking, {name}", done, len(texts)))
     return _write(out, name, rows, speaker, [speech.waveform for speech in spoken])
 
 

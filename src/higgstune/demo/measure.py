@@ -1,4 +1,4 @@
-"""What the demo's clips are worth: error rates, similarities, and the bars they must clear."""
+"""The demo's measurements: error rates, similarities, and the bars that they must meet."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from higgstune.evaluation.asr_errors import word_error_rate
 from higgstune.evaluation.judges import SAME_SPEAKER
 from higgstune.evaluation.judges.base import SpeakerJudge, Transcriber
 
-WORSE_THAN_ROUND_TRIP = 0.15  # as much may the word error rate lie above the codec round trip of the originals
-SWAPPED_AT_LEAST = 0.80  # error rate against another sentence's text
+MAX_ABOVE_ROUND_TRIP = 0.15  # word error rate above that of the originals' codec round trip
+MIN_SWAPPED = 0.80  # word error rate against another sentence's text
 SIMILARITY_MARGIN = 0.05
 LANGUAGE = "en"  # of the demo's sentences
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Spoken or recorded files with the texts that they should say."""
+    """Spoken or recorded files with their texts."""
 
     name: str
     files: Sequence[Path]
@@ -26,7 +26,7 @@ class Clips:
 
 @dataclass(frozen=True)
 class Row:
-    """The measures of one set of clips; None where no judge was at hand."""
+    """The measures of one set of clips; the error rate is None without an ASR."""
 
     name: str
     clips: int
@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: what is measured, what is asked for, and whether it holds."""
+    """One bar: the measured value, the condition, and whether it holds."""
 
     name: str
     value: float
@@ -46,7 +46,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Measurement:
-    """All rows and bars, and who judged."""
+    """All rows and bars, and the judges' names."""
 
     rows: list[Row]
     bars: list[Bar]
@@ -61,9 +61,9 @@ class Measurement:
 def measure(
     sets: Sequence[Clips], references: Sequence[Path], asr: Transcriber | None, speaker: SpeakerJudge | None
 ) -> Measurement:
-    """Judge every set against the target voice's recordings, and hold the bars against what was judged.
+    """Judge every set against the target voice's recordings, and check the bars.
 
-    `sets` have the names that the bars ask for: round trip, base, adapted, swapped, zeroed.
+    `sets` include those that the bars need: round trip, base, adapted, swapped, zeroed.
     """
     rows = [_row(clips, references, asr, speaker) for clips in sets]
     by_name = {row.name: row for row in rows}
@@ -75,22 +75,22 @@ def measure(
 
 
 def _row(clips: Clips, references: Sequence[Path], asr: Transcriber | None, speaker: SpeakerJudge | None) -> Row:
-    heard = asr.transcribe(clips.files, language=LANGUAGE) if asr is not None else None
+    transcripts = asr.transcribe(clips.files, language=LANGUAGE) if asr is not None else None
     similarities = speaker.similarities(references, clips.files) if speaker is not None else {}
     return Row(
         clips.name,
         len(clips.files),
-        None if heard is None else word_error_rate(clips.texts, heard),
+        None if transcripts is None else word_error_rate(clips.texts, transcripts),
         {model: mean(values) for model, values in similarities.items()},
     )
 
 
 def _error_bars(rows: dict[str, Row]) -> list[Bar]:
     adapted, swapped = (rows[name].error_rate or 0.0 for name in ("adapted", "swapped"))
-    allowed = (rows["round trip"].error_rate or 0.0) + WORSE_THAN_ROUND_TRIP
+    allowed = (rows["round trip"].error_rate or 0.0) + MAX_ABOVE_ROUND_TRIP
     return [
         Bar("error rate of training sentences", adapted, f"at most {allowed:.3f}", adapted <= allowed),
-        Bar("error rate with swapped texts", swapped, f"over {SWAPPED_AT_LEAST}", swapped > SWAPPED_AT_LEAST),
+        Bar("error rate with swapped texts", swapped, f"over {MIN_SWAPPED}", swapped > MIN_SWAPPED),
     ]
 
 

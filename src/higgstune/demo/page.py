@@ -1,4 +1,4 @@
-"""The demo's report: what it did, in words and clips."""
+"""The demo's report: its facts, measures and clips."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from higgstune.data.store import CodeStore
 from higgstune.demo.measure import Measurement
 from higgstune.evaluation.report.page import Item, RunReport, Section, Table, Take, write_report
-from higgstune.training.run import RunResult
+from higgstune.training.result import RunResult
 
 _COLUMNS = {
     "original": "original",
@@ -17,7 +17,7 @@ _COLUMNS = {
 _INTRODUCTION = (
     "A 10-million-parameter base with Higgs Audio's architecture, trained on one synthetic voice, was taught another "
     "with LoRA in two stages. It speaks through a codec fitted in a minute, which sounds rough: listen to the round "
-    "trip to hear how good it can get at best. It learns the sentences of its training set, and hardly reads others."
+    "trip, which is the best possible result. It learns the sentences of its training set, and hardly reads others."
 )
 
 
@@ -39,7 +39,7 @@ def write_page(
             title="A miniature learns a voice",
             introduction=_INTRODUCTION,
             facts=_facts(run, store),
-            histories={name: stage["history"] for name, stage in run.stages.items()},
+            histories={name: stage.history for name, stage in run.stages.items()},
             sections=[
                 Section("Sentences it was trained on", list(_COLUMNS.values()), clips[:trained]),
                 Section("Sentences it has never seen", list(_COLUMNS.values()), clips[trained:]),
@@ -57,12 +57,12 @@ def _facts(run: RunResult, store: CodeStore) -> dict[str, str]:
     rows, minutes = store.info.rows, 60 * store.info.hours["train"]
     facts = {"data": f"{rows['train']} clips ({minutes:.1f} min) for training, {rows['validation']} for validation"}
     for name, stage in run.stages.items():
-        parameters = f"{stage['parameters']:,} LoRA parameters in {stage['layers']} layers"
-        facts[name] = f"{stage['kind']}: {stage['steps']} steps, {parameters}"
-        proof = stage["verification"]
+        parameters = f"{stage.parameters:,} LoRA parameters in {stage.layers} layers"
+        facts[name] = f"{stage.kind}: {stage.steps} steps, {parameters}"
+        proof = stage.verification
         facts[f"{name}, as saved"] = (
-            f"loaded by a fresh process, {proof['from_trained']:.1e} from the trained model's logits and "
-            f"{proof['from_base']:.1f} from the base's"
+            f"reloaded by a fresh process, {proof.from_trained:.1e} from the trained model's logits and "
+            f"{proof.from_base:.1f} from the base's"
         )
     return facts
 

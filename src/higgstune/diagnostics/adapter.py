@@ -1,6 +1,7 @@
 """An adapter: the files that were saved, on the base that it was trained on, and at work in every module it claims."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 from higgstune.batch.collate import Batch
 from higgstune.checkpoint_files import safetensors_keys
-from higgstune.diagnostics.generation import inputs_of
 from higgstune.diagnostics.report import Finding, naming
 from higgstune.errors import CheckpointError
-from higgstune.families.higgs_v2.extensions import base_of, is_conditioning_key
+from higgstune.families import family_info, family_of, load_family
+from higgstune.families.base import base_of
 from higgstune.model.adapter_folder import ADAPTER_CARD, ADAPTER_WEIGHTS, adapter_card, check_adapter_files, check_base
 from higgstune.training.verify import MARGIN, TOLERANCE, probe_logits
 
@@ -78,7 +79,7 @@ def check_plain_peft(model: Any, folder: Path) -> list[Finding]:
         f"`PeftModel.from_pretrained` would drop {len(dropped)} tensors on this base, without a word: it has no such "
         f"modules ({naming(dropped)})"
     )
-    advice = "load it with higgstune (speak, load_adapter), or merge it: `higgstune merge`"
+    advice = "load it with higgstune (speak, load_adapter), or merge it: `higgstune export`"
     return [Finding(CHECK, "warning", text, advice)]
 
 
@@ -102,7 +103,7 @@ def check_applied(model: PeftModel, folder: str | Path) -> Finding:
     if dropped:
         text = f"{len(dropped)} of the adapter's {len(saved)} tensors are not in the model: {naming(dropped)}"
         advice = "the base lacks their modules: load the adapter with higgstune's load_adapter, which adds them first"
-        if not any(map(is_conditioning_key, dropped)):
+        if not any(map(family_of(model).extensions.owns, dropped)):
             advice = "use the base that the adapter was trained on, and load it with higgstune's load_adapter"
         return Finding(CHECK, "failed", text, advice)
     other = sorted(key for key, value in saved.items() if not _same(loaded[key], value))
@@ -161,10 +162,8 @@ def _without_gradient(name: str, card: dict[str, Any]) -> bool:
     """Whether a recipe taught a module nothing: the last FFN of a pathway whose loss counts for nothing."""
     layers = card.get("base_shape", {}).get("num_hidden_layers", 0)
     stages = card.get("recipe", {}).get("stages", [])
-    for pathway, weight in (("mlp", "text_weight"), ("audio_mlp", "audio_weight")):
-        if name.startswith(f"model.layers.{layers - 1}.{pathway}."):
-            return bool(stages) and not any(stage.get(weight) for stage in stages)
-    return False
+    weight = load_family(family_info(card.get("family"))).checks.untaught(name, layers)
+    return weight is not None and bool(stages) and not any(stage.get(weight) for stage in stages)
 
 
 def _module_of(key: str) -> str:
@@ -179,10 +178,10 @@ def _changed_by_lora(model: PeftModel, layers: dict[str, nn.Module], batch: Batc
     plain: dict[str, Tensor] = {}
 
     def remember(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: plain.__setitem__(name, output.clone())
+        return lambda _module, _inputs, output: plain.__setitem__(name, output.clone())
 
     def compare(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             if name in plain and not torch.equal(plain.pop(name), output):
                 changed.add(name)
 
@@ -194,7 +193,7 @@ def _changed_by_lora(model: PeftModel, layers: dict[str, nn.Module], batch: Batc
         handles.append(layer.register_forward_hook(compare(name)))
     try:
         with torch.inference_mode():
-            base_of(model).model(**inputs_of(model, batch), use_cache=False)
+            family_of(model).label_logits(model, batch, 1, nullcontext())
     finally:
         for handle in handles:
             handle.remove()

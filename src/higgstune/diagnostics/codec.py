@@ -1,7 +1,6 @@
 """The codec: in eval mode, apart from the model, the same codes every time, and the one that the codes came from."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from higgstune.codec import Codec
 from higgstune.diagnostics.report import Finding, naming
 from higgstune.errors import DataError
+from higgstune.families.base import Spec
 
 CHECK = "codec"
 _SECONDS = 1.0  # of sound that is encoded and decoded
@@ -52,10 +52,10 @@ def check_codes(codec: Codec) -> list[Finding]:
     return [Finding(CHECK, "ok", text)]
 
 
-def check_fit(codec: Codec, config: Any) -> list[Finding]:
+def check_fit(codec: Codec, spec: Spec) -> list[Finding]:
     """The codes that the codec makes are those that the model predicts."""
     found = (codec.num_codebooks, codec.codebook_size)
-    expected = (config.num_codebooks, config.audio_stream_bos_id)
+    expected = (spec.num_codebooks, spec.codes)
     if found == expected:
         return [Finding(CHECK, "ok", f"{found[0]} codebooks of {found[1]}, as the checkpoint expects")]
     text = f"it has {found[0]} codebooks of {found[1]}, the checkpoint expects {expected[0]} of {expected[1]}"

@@ -1,7 +1,6 @@
 """The code store: it opens, its rows can be read, and its codes are of the model's kind."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from higgstune.data.messages import whisper_clips
 from higgstune.data.store import CodeStore, Row
 from higgstune.data.whisper_features import FOLDER, FeatureStore, read_feature_index
 from higgstune.diagnostics.report import Finding
-from higgstune.families.higgs_v2.extensions import WhisperSpec
+from higgstune.families.base import Spec, WhisperSpec
 
 CHECK = "data"
 ROWS = 16  # as many are looked at
@@ -21,11 +20,11 @@ _NOTHING_HEARD = (
 )
 
 
-def some_rows(store: CodeStore, most: int = ROWS) -> list[Row]:
-    """Up to `most` rows, those for validation first. Raises DataError for a damaged shard."""
+def first_rows(store: CodeStore, limit: int = ROWS) -> list[Row]:
+    """Up to `limit` rows, validation rows first. Raises DataError for a damaged shard."""
     validation, train = store.split("validation"), store.split("train")
-    chosen = list(validation[:most]) if len(validation) else []
-    return chosen + list(train[: most - len(chosen)])
+    chosen = list(validation[:limit]) if len(validation) else []
+    return chosen + list(train[: limit - len(chosen)])
 
 
 def shortened(row: Row, frames: int = MAX_FRAMES) -> Row:
@@ -66,14 +65,14 @@ def read_by_codes(row: Row) -> Row:
     return replace(row, messages=messages)
 
 
-def check_store(store: CodeStore, rows: list[Row], config: Any | None) -> list[Finding]:
+def check_store(store: CodeStore, rows: list[Row], spec: Spec | None) -> list[Finding]:
     """Splits, number of codebooks and range of the codes."""
     counts = {name: len(store.split(name)) for name in ("train", "validation")}
     text = f"{store.folder}: {counts['train']} training rows, {counts['validation']} for validation"
     if not counts["train"]:
         advice = "prepare more recordings, or a smaller --validation-fraction"
         return [Finding(CHECK, "failed", f"{text}: nothing to train on", advice)]
-    if problem := _code_problem(rows, config):
+    if problem := _code_problem(rows, spec):
         return [Finding(CHECK, "failed", f"{store.folder}: {problem}", "prepare the data with the checkpoint's codec")]
     if not counts["validation"]:
         advice = "training cannot tell learning from learning by heart: raise --validation-fraction in prepare"
@@ -81,16 +80,16 @@ def check_store(store: CodeStore, rows: list[Row], config: Any | None) -> list[F
     return [Finding(CHECK, "ok", text)]
 
 
-def _code_problem(rows: list[Row], config: Any | None) -> str | None:
+def _code_problem(rows: list[Row], spec: Spec | None) -> str | None:
     for row in rows:
         if row.codes.ndim != 2 or not len(row.codes):
             return f"row {row.id} has no codes"
-        if config is None:
+        if spec is None:
             continue
-        if row.codes.shape[1] != config.num_codebooks:
-            return f"row {row.id} has {row.codes.shape[1]} codebooks, the checkpoint {config.num_codebooks}"
-        if int(np.max(row.codes)) >= config.audio_stream_bos_id:
-            last = config.audio_stream_bos_id - 1
+        if row.codes.shape[1] != spec.num_codebooks:
+            return f"row {row.id} has {row.codes.shape[1]} codebooks, the checkpoint {spec.num_codebooks}"
+        if int(np.max(row.codes)) >= spec.codes:
+            last = spec.codes - 1
             return f"row {row.id} has the code {np.max(row.codes)}, the checkpoint's last is {last}"
     return None
 

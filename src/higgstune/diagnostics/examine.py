@@ -9,10 +9,9 @@ import torch
 from jinja2 import TemplateError
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import HiggsAudioV2Config
 
 from higgstune.batch.dataset import PLAIN, Rendering
-from higgstune.checkpoint_files import Layout, read_json, read_layout
+from higgstune.checkpoint_files import read_json
 from higgstune.codec import CODEC_FOLDER, Codec, checkpoint_codec, load_codec
 from higgstune.config.recipe import Recipe, load_recipe
 from higgstune.data.store import CodeStore, Row
@@ -26,17 +25,11 @@ from higgstune.diagnostics.machine import check_environment
 from higgstune.diagnostics.report import Finding, Report, in_order
 from higgstune.environment import choose_device, choose_dtype
 from higgstune.errors import CheckpointError, ConfigError, HiggstuneError
-from higgstune.families.higgs_v2.checkpoint import brings_audio_attention, read_config
-from higgstune.families.higgs_v2.extensions import conditioning_of
-from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
+from higgstune.families import family_in, load_family, read_layout
+from higgstune.families.base import Family, Layout, Prompter, Spec
 from higgstune.hub import fetch
-from higgstune.model.adapter_folder import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    adapter_card,
-    adapter_conditioning,
-    find_adapter,
-)
+from higgstune.inputs import ADAPTER_CONFIG, find_adapter
+from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, adapter_conditioning
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model, load_tokenizer
 
@@ -117,7 +110,7 @@ def doctor(
     target = choose_device(device)
     choose_dtype(dtype, target)
     names = Names(*(None if name is None else str(name) for name in (model, adapter, data, codec, recipe, revision)))
-    examination = _Examination(names, dtype, device, progress or (lambda check: None))
+    examination = _Examination(names, dtype, device, progress or (lambda _: None))
     examination.run()
     return in_order(examination.findings)
 
@@ -142,7 +135,9 @@ class _Examination:
     # Set by the checks that load them; a check that needs one says so and is skipped without.
     device: torch.device = field(init=False)
     folder: Path = field(init=False)
-    config: HiggsAudioV2Config = field(init=False)
+    family: Family = field(init=False)
+    config: Any = field(init=False)
+    spec: Spec = field(init=False)
     layout: Layout = field(init=False)
     prompter: Prompter = field(init=False)
     model: Any = field(init=False)
@@ -229,7 +224,7 @@ class _Examination:
     def _read_card(self) -> list[Finding]:
         assert self.names.adapter is not None
         folder = find_adapter(self.names.adapter)
-        config = read_json(folder / ADAPTER_CONFIG, "it is no adapter folder without it")
+        config = read_json(folder / ADAPTER_CONFIG, "an adapter folder needs it")
         try:
             card = adapter_card(folder)
             adapter_conditioning(folder)
@@ -245,7 +240,7 @@ class _Examination:
     def _open_store(self) -> list[Finding]:
         assert self.names.data is not None
         self.store = CodeStore.open(self.names.data)
-        self.rows = stores.some_rows(self.store)
+        self.rows = stores.first_rows(self.store)
         return []
 
     def _find_what_is_named(self) -> None:
@@ -272,20 +267,22 @@ class _Examination:
     def _read_config(self) -> list[Finding]:
         assert self.names.model is not None
         self.folder = fetch(self.names.model, what="checkpoint", revision=self.names.revision)
-        self.config = read_config(self.folder)
+        self.family = load_family(family_in(self.folder)[0])
+        self.config = self.family.read_config(self.folder)
+        self.spec = self.family.spec(self.config)
         return self._if_failed(
-            checkpoints.check_config(self.config), "ids", "the ids in config.json do not fit together"
+            checkpoints.check_config(self.family, self.config), "ids", "the ids in config.json do not fit together"
         )
 
     def _read_files(self) -> list[Finding]:
         self.layout = read_layout(self.folder)
-        found = checkpoints.check_tensors(self.layout, self.config)
+        found = checkpoints.check_tensors(self.layout, self.family, self.config)
         found += checkpoints.check_recorded_checksums(self.folder)
         return self._if_failed(found, "tensors", "the checkpoint's files are not those that they should be")
 
     def _read_tokenizer(self) -> list[Finding]:
-        tokenizer = load_tokenizer(self.folder, self.config)
-        self.prompter = Prompter(tokenizer, SpecialIds.from_config(self.config))
+        tokenizer = load_tokenizer(self.folder, self.family, self.config)
+        self.prompter = self.family.prompter(tokenizer, self.config)
         return [Finding("checkpoint", "ok", f"the tokenizer has {len(tokenizer)} tokens and fits the config")]
 
     def _load_model(self) -> list[Finding]:
@@ -296,7 +293,9 @@ class _Examination:
         return self._if_failed(found, "finite weights", "the checkpoint's weights are broken")
 
     def _look_at_rotary(self) -> list[Finding]:
-        found = checkpoints.check_stored_rotary(self.layout, self.config) + checkpoints.check_rotary(self.model)
+        found = checkpoints.check_stored_rotary(self.layout, self.family, self.config) + checkpoints.check_rotary(
+            self.model
+        )
         return self._if_failed(found, "rotary", "the rotary buffers are wrong")
 
     # Codec and data
@@ -310,7 +309,7 @@ class _Examination:
         name = self.names.codec if self.names.codec is not None else checkpoint_codec(self.folder)
         self.codec = load_codec(name, device=str(self.device))
         found = codecs.check_modes(self.codec, getattr(self, "model", None)) + codecs.check_codes(self.codec)
-        return found if "config" in self.absent else found + codecs.check_fit(self.codec, self.config)
+        return found if "config" in self.absent else found + codecs.check_fit(self.codec, self.spec)
 
     def _compare_revisions(self) -> list[Finding]:
         found = []
@@ -328,8 +327,8 @@ class _Examination:
 
     def _look_at_store(self) -> list[Finding]:
         assert self.store is not None
-        config = None if "config" in self.absent else self.config
-        found = stores.check_store(self.store, self.rows, config)
+        spec = None if "config" in self.absent else self.spec
+        found = stores.check_store(self.store, self.rows, spec)
         return self._if_failed(found, "rows", "the store's rows cannot be used")
 
     def _open_features(self) -> list[Finding]:
@@ -340,7 +339,7 @@ class _Examination:
             if self.adapter is not None:
                 shape = adapter_conditioning(self.adapter).whisper
             elif hasattr(self, "model"):
-                shape = conditioning_of(self.model).whisper
+                shape = self.family.extensions.of(self.model).whisper
         self.rendering, found = stores.find_features(self.store, self.rendering, named=named, shape=shape)
         return found
 
@@ -350,8 +349,7 @@ class _Examination:
         """Rows of the store, or built-in ones where there are none."""
         if self.rows and "rows" not in self.absent:
             return [self._readable(row) for row in self.rows]
-        codebooks, codes = self.config.num_codebooks, self.config.audio_stream_bos_id
-        return [prompt.built_in_row(codebooks, codes, seed=seed) for seed in (0, 1)]
+        return [prompt.built_in_row(self.spec.num_codebooks, self.spec.codes, seed=seed) for seed in (0, 1)]
 
     def _readable(self, row: Row) -> Row:
         return row if self.rendering.features is not None else stores.read_by_codes(row)
@@ -360,10 +358,10 @@ class _Examination:
         row = self._some_rows()[0]
         if self.store is not None and "rows" not in self.absent:
             row = self._readable(self.store[0])
-        found = prompt.check_same_prompt(self.prompter, row, self.rendering)
+        found = prompt.check_same_prompt(self.prompter, row, self.family.checks, self.rendering)
         self._if_failed(found, "prompt", "prompts differ between training and speaking")
-        found += prompt.check_tokens(self.prompter.tokenizer)
-        return found + prompt.check_chat_template(self.prompter.tokenizer, row)
+        found += prompt.check_tokens(self.prompter.tokenizer, self.family.checks)
+        return found + prompt.check_chat_template(self.prompter.tokenizer, row, self.family.checks)
 
     def _look_at_loss(self) -> list[Finding]:
         rows = [stores.read_by_codes(row) for row in self.rows]
@@ -388,8 +386,9 @@ class _Examination:
         if "tokenizer" in self.absent:
             return found
         rows = prompt.two_unequal(self._some_rows())
+        targets: Any = self.family.info.text_targets[0]
         batch = generation.collate(
-            self.model, [prompt.as_trained(self.prompter, row, self.rendering, "transcript") for row in rows]
+            self.model, [prompt.as_trained(self.prompter, row, self.rendering, targets) for row in rows]
         )
         return found + adapters.check_effect(self.peft_model, batch, adapter_card(self.adapter))
 
@@ -398,13 +397,14 @@ class _Examination:
         return generation.check_generation(model, self.prompter, self._some_rows(), what, self.rendering)
 
     def _compare_memory(self) -> list[Finding]:
-        dtype, attention = choose_dtype(self.dtype, self.device), brings_audio_attention(self.folder)
+        dtype = choose_dtype(self.dtype, self.device)
+        attention = self.family.extensions.written(self.folder).audio_attention
         if self.adapter is not None:
             attention |= adapter_conditioning(self.adapter).audio_attention
         if self.recipe is None:
             file = None if self.adapter is None else self.adapter / ADAPTER_WEIGHTS
             size = file.stat().st_size if file is not None and file.exists() else 0
-            plan = memory.speaking_plan(self.config, dtype, size, audio_attention=attention)
+            plan = memory.speaking_plan(self.family, self.config, dtype, size, audio_attention=attention)
         else:
             if self.store is None:
                 return [Finding("memory", "skipped", "without data there is no training to plan")]

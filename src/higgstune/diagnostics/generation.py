@@ -1,6 +1,7 @@
 """Speaking is training: the logits of a whole batch are those of generation, row by row through the KV cache."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,8 @@ from higgstune.batch.dataset import PLAIN, Rendering
 from higgstune.data.store import Row
 from higgstune.diagnostics.prompt import as_spoken, as_trained, two_unequal
 from higgstune.diagnostics.report import Finding
-from higgstune.families.base import Example
-from higgstune.families.higgs_v2.delay import build_frames
-from higgstune.families.higgs_v2.extensions import base_of
-from higgstune.families.higgs_v2.prompter import Prompter
-from higgstune.generate.engine import Decoder
+from higgstune.families import family_of
+from higgstune.families.base import Example, Prompter, base_of
 from higgstune.kernels.loss import IGNORE
 
 CHECK = "generation"
@@ -35,8 +33,9 @@ def check_generation(
     `model` is a native, an extended or a peft model in eval mode; `what` names it.
     """
     clips = two_unequal(rows)
-    forced = _teacher_forced(model, [as_trained(prompter, row, rendering) for row in clips])
-    stepped = _step_by_step(model, [as_spoken(prompter, row, rendering) for row in clips], clips)
+    trained = [as_trained(prompter, row, rendering) for row in clips]
+    forced = _teacher_forced(model, trained)
+    stepped = _step_by_step(model, [as_spoken(prompter, row, rendering) for row in clips], trained, clips)
     gap, allowed = _compare(torch.cat(forced), torch.cat(stepped), base_of(model))
     text = f"{what}: on {sum(map(len, forced))} rows of audio, logits of a batch and step by step differ by {gap:.2g}"
     if gap <= allowed:
@@ -52,33 +51,28 @@ def _compare(forced: Tensor, stepped: Tensor, base: Any) -> tuple[float, float]:
     """Logits [rows, K * V] of both ways -> their difference in spreads, and how much is allowed."""
     gaps, spread = (forced - stepped).abs(), max(1.0, forced.std().item())
     if base.dtype in (torch.bfloat16, torch.float16):
-        depth = max(1.0, base.config.num_hidden_layers / _HALF_LAYERS) ** 0.5
+        depth = max(1.0, family_of(base).spec(base.config).layers / _HALF_LAYERS) ** 0.5
         return gaps.mean().item() / spread, _HALF_TOLERANCE * depth
     return gaps.max().item() / spread, _TOLERANCE
 
 
 def collate(model: Any, examples: Sequence[Example]) -> Batch:
-    """Examples as a batch of the model's forward, with targets."""
-    config = base_of(model).config
-    return PaddedCollator(pad_id=config.pad_token_id or 0, stream_eos=config.audio_stream_eos_id)(examples)
-
-
-def inputs_of(model: Any, batch: Batch) -> Batch:
-    """A batch without its targets, on the model's device."""
-    device = next(model.parameters()).device
-    return {key: value.to(device) for key, value in batch.items() if not key.endswith(("_positions", "_targets"))}
+    """Examples as a padded batch with targets."""
+    return PaddedCollator.of(family_of(model).spec(base_of(model).config))(examples)
 
 
 def _teacher_forced(model: Any, examples: list[Example]) -> list[Tensor]:
-    """For each example the audio logits [rows, K * V] that predict rows 1, 2, ... of its last target, on the CPU."""
+    """For each example the audio logits [rows, K * V] that predict the rows of its last target, on the CPU."""
+    batch = collate(model, examples)
     with torch.inference_mode():
-        logits = model(**inputs_of(model, collate(model, examples))).logits
-    collected = []
-    for b, example in enumerate(examples):
+        logits = family_of(model).label_logits(model, batch, len(batch["audio_positions"]), nullcontext())
+    collected, start = [], 0
+    for example in examples:
         labelled = np.flatnonzero((example.audio_labels != IGNORE).any(-1))
-        positions = np.flatnonzero(example.audio_mask)[labelled] - 1
-        positions = positions[_last_run(positions) :]
-        collected.append(logits[b, torch.from_numpy(positions)].float().cpu())
+        positions = np.flatnonzero(example.audio_mask)[labelled]
+        of_example = logits["audio_logits"][start : start + len(positions)]
+        collected.append(of_example[_last_run(positions) :].float().cpu())
+        start += len(positions)
     return collected
 
 
@@ -88,14 +82,17 @@ def _last_run(positions: np.ndarray) -> int:
     return int(breaks[-1]) + 1 if len(breaks) else 0
 
 
-def _step_by_step(model: Any, prompts: list[Example], clips: Sequence[Row]) -> list[Tensor]:
-    """The same logits from generation: left-padded prompts in one batch, fed the clips' own rows."""
-    config = base_of(model).config
-    ids = {"bos_id": config.audio_stream_bos_id, "eos_id": config.audio_stream_eos_id}
-    rows = [build_frames(clip.codes, **ids)[0] for clip in clips]
-    collected: list[list[Tensor]] = [[] for _ in rows]
+def _step_by_step(model: Any, prompts: list[Example], examples: list[Example], clips: Sequence[Row]) -> list[Tensor]:
+    """The same logits from generation: prompts in one batch, fed the clips' own rows."""
+    family = family_of(model)
+    extra = family.spec(base_of(model).config).extra_rows
+    rows = [
+        example.audio_input_ids[-(len(clip.codes) + extra) :] for example, clip in zip(examples, clips, strict=True)
+    ]
     with torch.inference_mode():
-        decoder = Decoder(model, prompts)
+        decoder = family.decoder(model, prompts)
+        first = [] if decoder.logits is None else [decoder.logits.flatten(1).float().cpu()]
+        collected = [[logits[b] for logits in first] for b in range(len(rows))]
         for step in range(max(map(len, rows)) - 1):
             fed = np.stack([clip[min(step, len(clip) - 1)] for clip in rows])
             logits = decoder.step(torch.from_numpy(fed)).flatten(1).float().cpu()

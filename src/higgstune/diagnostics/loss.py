@@ -18,9 +18,8 @@ from higgstune.batch.dataset import PLAIN, Rendering, row_example
 from higgstune.data.store import Row
 from higgstune.diagnostics.data import shortened
 from higgstune.diagnostics.report import Finding
-from higgstune.families.higgs_v2.extensions import base_of
-from higgstune.families.higgs_v2.packed import with_training_forward
-from higgstune.families.higgs_v2.prompter import Prompter
+from higgstune.families import family_of
+from higgstune.families.base import Prompter, Spec, base_of
 from higgstune.kernels.loss import add_sums, label_counts
 from higgstune.training.metrics import IMPOSSIBLE_CODE_LOSS
 
@@ -46,7 +45,7 @@ class DataLoss:
 def check_loss(model: Any, prompter: Prompter, rows: Sequence[Row], rendering: Rendering = PLAIN) -> list[Finding]:
     """The base's audio loss on some rows, judged."""
     loss = measure_loss(model, prompter, rows, rendering)
-    return judge_loss(loss, math.log(model.config.codebook_size), untrained=never_trained(model), rows=len(rows))
+    return judge_loss(loss, math.log(_spec(model).classes), untrained=never_trained(model), rows=len(rows))
 
 
 def measure_loss(model: Any, prompter: Prompter, rows: Sequence[Row], rendering: Rendering = PLAIN) -> DataLoss:
@@ -142,9 +141,9 @@ _WORDS_ADVICE = (
 
 
 def _loss(model: Any, prompter: Prompter, rows: Sequence[Row], rendering: Rendering) -> PerCodebook:
-    with_training_forward(model)
+    family_of(model).pack_forward(model)
     device = next(model.parameters()).device
-    eos = model.config.audio_stream_eos_id
+    eos = _spec(model).stream_eos
     parts, counts = [], []
     for start in range(0, len(rows), _BATCH):
         batch = pack([row_example(prompter, row, "none", rendering) for row in rows[start : start + _BATCH]])
@@ -155,6 +154,10 @@ def _loss(model: Any, prompter: Prompter, rows: Sequence[Row], rendering: Render
     total, cells = add_sums(parts), add_sums(counts)
     codes: Tensor = (cells["audio"] - cells["audio_eos"]).clamp(min=1)
     return tuple(((total["audio_loss"] - total["audio_eos_loss"]) / codes).tolist())
+
+
+def _spec(model: Any) -> Spec:
+    return family_of(model).spec(base_of(model).config)
 
 
 def _undelayed(codes: np.ndarray) -> np.ndarray:

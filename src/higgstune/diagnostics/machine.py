@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from torch import nn
-from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgstune import torchaudio_compat
 from higgstune.config.recipe import Recipe
 from higgstune.diagnostics.report import Finding
-from higgstune.families.higgs_v2.checkpoint import empty_model
-from higgstune.families.higgs_v2.extensions import Conditioning, add_conditioning
+from higgstune.families.base import Conditioning, Family, Spec
+from higgstune.files import format_bytes
 from higgstune.planning.dry_run import ADAPTER, GRADIENTS, OPTIMIZER, WEIGHTS
 from higgstune.planning.survey import free_memory, machine_for
 
@@ -65,28 +65,29 @@ def training_plan(recipe: Recipe, device: torch.device) -> Plan:
 
 
 def speaking_plan(
-    config: HiggsAudioV2Config, dtype: torch.dtype, adapter_bytes: int = 0, *, audio_attention: bool = False
+    family: Family, config: Any, dtype: torch.dtype, adapter_bytes: int = 0, *, audio_attention: bool = False
 ) -> Plan:
     """Memory of speaking one clip of 30 s; `adapter_bytes` is the size of the adapter's file."""
-    heads = config.num_key_value_heads or config.num_attention_heads
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    per_position = 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+    base = family.spec(config)
+    per_position = 2 * base.layers * base.key_value_heads * base.head_dim * dtype.itemsize
+    with torch.device("meta"):
+        model = family.build(config)
+        family.extensions.add(model, Conditioning(audio_attention=audio_attention))
     return Plan(
         f"speaking a clip of {_SECONDS:g} s",
-        weights=_weight_bytes(_empty_model(config, Conditioning(audio_attention=audio_attention)), dtype)
-        + adapter_bytes,
+        weights=_weight_bytes(model, dtype) + adapter_bytes,
         trained=0,
-        activations=per_position * _longest(config),
+        activations=per_position * _longest(base),
     )
 
 
 def check_memory(plan: Plan, free: int, *, device: str) -> Finding:
     """The plan against what is free."""
-    parts = f"{_size(plan.weights)} weights, {_size(plan.activations)} KV cache"
+    parts = f"{format_bytes(plan.weights)} weights, {format_bytes(plan.activations)} KV cache"
     if plan.trained:
-        rest = f"{_size(plan.activations)} activations and all else"
-        parts = f"{_size(plan.weights)} weights, {_size(plan.trained)} trained, {rest}"
-    text = f"{plan.what} takes about {_size(plan.total)} ({parts}); {_size(free)} are free on {device}"
+        rest = f"{format_bytes(plan.activations)} activations and all else"
+        parts = f"{format_bytes(plan.weights)} weights, {format_bytes(plan.trained)} trained, {rest}"
+    text = f"{plan.what} takes about {format_bytes(plan.total)} ({parts}); {format_bytes(free)} are free on {device}"
     if plan.total > free:
         return Finding(CHECK, "failed", text, _advice(plan))
     if plan.total > (1 - LOW_HEADROOM) * free:
@@ -104,24 +105,12 @@ def _advice(plan: Plan) -> str:
     )
 
 
-def _empty_model(config: HiggsAudioV2Config, conditioning: Conditioning) -> HiggsAudioV2ForConditionalGeneration:
-    model = empty_model(config)
-    add_conditioning(model, conditioning)
-    return model
-
-
 def _weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     return dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
 
 
-def _longest(config: HiggsAudioV2Config) -> int:
-    return round(_SECONDS * 25) + config.num_codebooks + 1 + _PROMPT
-
-
-def _size(size: int) -> str:
-    if size < 1e9:
-        return f"{size / 1e6:.0f} MB"
-    return f"{size / 1e9:.1f} GB"
+def _longest(base: Spec) -> int:
+    return round(_SECONDS * 25) + base.extra_rows + _PROMPT
 
 
 ENVIRONMENT = "environment"
@@ -172,7 +161,7 @@ def check_device() -> Finding:
             "enough for the demo's miniature; for the released checkpoint use a GPU, and a PyTorch and driver that fit",
         )
     name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    text = f"{name}, {total / 1e9:.0f} GB"
+    text = f"{name}, {format_bytes(total)}"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return Finding(ENVIRONMENT, "ok", f"{text}, computes in bfloat16")
     return Finding(
@@ -194,7 +183,7 @@ def check_torchaudio() -> Finding:
 
 def check_disk(free: int, folder: Path | None = None) -> Finding:
     """Free bytes where runs are written."""
-    text = f"{free / 1e9:.1f} GB are free on the disk of {folder or Path.cwd()}"
+    text = f"{format_bytes(free)} are free on the disk of {folder or Path.cwd()}"
     advice = "make room, or work in a folder on another disk: checkpoints and stores are written below it"
     if free < _NO_DISK:
         return Finding(ENVIRONMENT, "failed", text, advice)

@@ -8,30 +8,13 @@ import numpy as np
 from jinja2 import TemplateError
 
 from higgstune.batch.dataset import PLAIN, TARGET, Rendering, row_conversation, row_example
-from higgstune.data.messages import Message, content_parts
+from higgstune.data.messages import DEFAULT_SCENE, Message, content_parts, speech_messages
 from higgstune.data.store import Row
 from higgstune.data.text import normalize_text
 from higgstune.diagnostics.report import Finding, naming
-from higgstune.families.base import Audio, Example, TextTargets
-from higgstune.families.higgs_v2.prompt import (
-    AUDIO_EOS,
-    AUDIO_OUT,
-    AUDIO_OUT_BOS,
-    BEGIN_OF_TEXT,
-    DEFAULT_SCENE,
-    END_OF_TURN,
-    SCENE_END,
-    SCENE_START,
-    render,
-    speech_messages,
-)
-from higgstune.families.higgs_v2.prompter import Prompter
+from higgstune.families.base import Audio, Checks, Example, Prompter, TextTargets
 
 CHECK = "prompt"
-_TOKENS = (
-    BEGIN_OF_TEXT, "<|start_header_id|>", "<|end_header_id|>", END_OF_TURN, SCENE_START, SCENE_END, AUDIO_OUT_BOS,
-    AUDIO_OUT, AUDIO_EOS,
-)  # fmt: skip
 
 
 def built_in_row(codebooks: int, codes: int, *, frames: int = 12, seed: int = 0) -> Row:
@@ -58,10 +41,10 @@ def as_spoken(prompter: Prompter, row: Row, rendering: Rendering = PLAIN) -> Exa
     return prompter.prompt(*_asked(row, rendering))
 
 
-def check_same_prompt(prompter: Prompter, row: Row, rendering: Rendering = PLAIN) -> list[Finding]:
-    """What training shows before a row's target is what speaking shows, up to and with `<|audio_out_bos|>`."""
+def check_same_prompt(prompter: Prompter, row: Row, checks: Checks, rendering: Rendering = PLAIN) -> list[Finding]:
+    """What training shows before a row's target is what speaking shows."""
     trained, spoken = as_trained(prompter, row, rendering), as_spoken(prompter, row, rendering)
-    problem = _first_difference(prompter, trained, spoken)
+    problem = _first_difference(prompter, trained, spoken, checks.prompt_end)
     if problem is None:
         rows = len(spoken.audio_input_ids)
         text = f"row {row.id}: the {len(spoken)} positions before the target are the same in training and speaking"
@@ -70,7 +53,7 @@ def check_same_prompt(prompter: Prompter, row: Row, rendering: Rendering = PLAIN
     return [Finding(CHECK, "failed", f"row {row.id}: {problem}", advice)]
 
 
-def check_chat_template(tokenizer: Any, row: Row) -> list[Finding]:
+def check_chat_template(tokenizer: Any, row: Row, checks: Checks) -> list[Finding]:
     """The checkpoint's own chat template writes the conversation as we do, in training and for generation."""
     if getattr(tokenizer, "chat_template", None) is None:
         return [Finding(CHECK, "skipped", "the checkpoint has no chat template to compare with")]
@@ -85,9 +68,9 @@ def check_chat_template(tokenizer: Any, row: Row) -> list[Finding]:
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         text = f"the checkpoint's chat template cannot write row {row.id}: {error}"
         return [Finding(CHECK, "failed", text, _TEMPLATE_ADVICE)]
-    ours = [render(messages), render(_before_target(asked), generation=True)]
+    ours = [checks.render(messages, generation=False), checks.render(_before_target(asked), generation=True)]
     for name, our, their in zip(("a training row", "a prompt to speak"), ours, theirs, strict=True):
-        if our != their:
+        if our is not None and our != their:
             text = f"the checkpoint's chat template writes {name} otherwise: {_around_difference(our, their)}"
             return [Finding(CHECK, "failed", text, _TEMPLATE_ADVICE)]
     return [Finding(CHECK, "ok", "the checkpoint's chat template writes the same prompt")]
@@ -99,14 +82,14 @@ _TEMPLATE_ADVICE = (
 )
 
 
-def check_tokens(tokenizer: Any) -> list[Finding]:
+def check_tokens(tokenizer: Any, checks: Checks) -> list[Finding]:
     """Each control token of the prompt is one id, alone and inside text, and is read back as itself."""
-    broken = [token for token in _TOKENS if not _is_one_token(tokenizer, token)]
+    broken = [token for token in checks.control_tokens if not _is_one_token(tokenizer, token)]
     if broken:
         text = f"the tokenizer does not keep {naming(broken)} as one token"
         advice = "use the tokenizer.json of the checkpoint: these tokens would be read as letters"
         return [Finding(CHECK, "failed", text, advice)]
-    return [Finding(CHECK, "ok", f"all {len(_TOKENS)} control tokens are one id each")]
+    return [Finding(CHECK, "ok", f"all {len(checks.control_tokens)} control tokens are one id each")]
 
 
 def _asked(row: Row, rendering: Rendering = PLAIN) -> tuple[Sequence[Message], list[Audio]]:
@@ -135,10 +118,10 @@ def _audio_parts(message: Message) -> int:
     return sum(part["type"] == "audio" for part in content_parts(message))
 
 
-def _first_difference(prompter: Prompter, trained: Example, spoken: Example) -> str | None:
+def _first_difference(prompter: Prompter, trained: Example, spoken: Example, prompt_end: str) -> str | None:
     ids, asked = trained.input_ids, spoken.input_ids
-    if int(asked[-1]) != prompter.tokenizer.convert_tokens_to_ids(AUDIO_OUT_BOS):
-        return f"the prompt to speak does not end with {AUDIO_OUT_BOS}"
+    if int(asked[-1]) != prompter.tokenizer.convert_tokens_to_ids(prompt_end):
+        return f"the prompt to speak does not end with {prompt_end}"
     if len(asked) > len(ids) or (ids[: len(asked)] != asked).any():
         shared = min(len(ids), len(asked))
         odd = np.flatnonzero(ids[:shared] != asked[:shared])

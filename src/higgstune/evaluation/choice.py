@@ -1,6 +1,6 @@
-"""Which of several checkpoints sounds best, by a declared rule: conditions that it must meet, and what is ranked by.
+"""Which of several checkpoints sounds best, by a declared rule: conditions that it must meet (gates), and a rank.
 
-Conditions and ranks are arithmetic over the metrics' names, such as `wer <= recording_wer + 0.1`, and nothing else.
+Gates and ranks are arithmetic over the metrics' names, such as `wer <= recording_wer + 0.1`, and nothing else.
 """
 
 import math
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from higgstune.config.expression import LOSS, STEP, Expression, Measures
 from higgstune.errors import ConfigError
 
-# What a listener turns away at once; the first of the ranks that was measured counts.
-# Of few clips one may fail: it is no more than a share of 1 / clips.
+# The gates reject what anybody would reject at once. With few clips, one may fail: its share is 1 / clips.
+# The first of the ranks that was measured counts.
 DEFAULT_GATES = ("cap_rate <= {share}", "short_rate <= {share}", "loop_rate <= {share}", "wer <= recording_wer + 0.2")
 _SHARE = 0.1
 DEFAULT_RANKS = ("similarity", "similarity_reference", "-wer", STEP)
@@ -19,16 +19,16 @@ DEFAULT_RANKS = ("similarity", "similarity_reference", "-wer", STEP)
 
 @dataclass(frozen=True)
 class Rule:
-    """Conditions, and what is ranked by: the highest is best."""
+    """Gates, and a rank: the highest is best."""
 
     gates: tuple[Expression, ...]
     rank: Expression
 
     @classmethod
     def of(cls, gates: Sequence[str] | None, rank: str | None, measured: Sequence[str], *, clips: int) -> "Rule":
-        """A rule as it is declared; what is not is the default one, of what is `measured` of so many clips.
+        """The declared rule; a part that is not declared is the default one, over the metrics `measured` on `clips`.
 
-        Raises ConfigError for expressions that are none, and for those that need what is not measured.
+        Raises ConfigError for invalid expressions, and for those that need a metric that is not measured.
         """
         known = {STEP, LOSS, *measured}
         for text in (*(gates or ()), *([] if rank is None else [rank])):
@@ -53,26 +53,26 @@ class Rule:
 class Choice:
     """The best of several candidates, and why."""
 
-    best: int  # its place among the candidates
-    broken: list[list[str]]  # of each candidate: the conditions that it does not meet
+    best: int  # index of the candidate
+    broken: list[list[str]]  # of each candidate: the gates that it does not pass
     ranks: list[float]  # of each candidate
 
     @property
     def healthy(self) -> bool:
-        """Whether the best one meets all conditions; where none does, it is one that breaks the fewest."""
+        """Whether the best candidate passes all gates; if none does, the best is one that breaks the fewest."""
         return not self.broken[self.best]
 
     def is_as_good(self, index: int) -> bool:
-        """Whether a candidate is the best one, or equal to it."""
+        """Whether a candidate is the best one or equal to it."""
         unknown = math.isnan(self.ranks[index]) and math.isnan(self.ranks[self.best])
         same = unknown or self.ranks[index] == self.ranks[self.best]
         return same and len(self.broken[index]) == len(self.broken[self.best])
 
 
 def choose(candidates: Sequence[Measures], rule: Rule) -> Choice:
-    """The candidate that meets all conditions and ranks highest; of equals the later one.
+    """The candidate that passes all gates and ranks highest; among equals, the later one.
 
-    Where none meets all, those that break the fewest are ranked. Raises ValueError where there is no candidate.
+    If none passes all, those that break the fewest are ranked. Raises ValueError if there is no candidate.
     """
     broken = [[gate.text for gate in rule.gates if not gate.holds(measures)] for measures in candidates]
     ranks = [rule.rank.value(measures) for measures in candidates]

@@ -1,7 +1,7 @@
-"""A folder of clips to be judged: `clips.jsonl`, its audio, and recordings of the voices that should be heard.
+"""A folder of clips to be judged: `clips.jsonl`, its audio, and recordings of the voices that the clips should have.
 
 FOLDER/
-  clips.jsonl              one clip a line: the fields of `Clip`, paths as seen from the folder
+  clips.jsonl              one clip per line: the fields of `Clip`, paths relative to the folder
   0001.wav ...
   voices/SPEAKER/*.wav     recordings of the speakers, to compare voices with
 """
@@ -24,13 +24,13 @@ from higgstune.files import write_file
 
 CLIPS_FILE = "clips.jsonl"
 VOICES_FOLDER = "voices"
-SAMPLES = "samples"  # folder of a stage: clips that it spoke while it was trained
+SAMPLES = "samples"  # folder of a stage, with the clips that were spoken during training
 _PATHS = ("file", "reference", "recording")
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One generated clip, and what it should be. Only `id`, `file` and `text` must be known."""
+    """One generated clip, and what is known about it. Only `id`, `file` and `text` are required."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -39,20 +39,20 @@ class Clip:
     text: str  # what it should say
     language: str | None = None  # ISO 639-1
     speaker: str | None = None  # whose voice it should have: a folder of `voices/`
-    reference: Path | None = None  # the recording that was given to imitate
-    reference_text: str | None = None  # what is said in it
+    reference: Path | None = None  # the recording whose voice it imitates
+    reference_text: str | None = None  # the words of the reference
     recording: Path | None = None  # a person's recording of the same text
     seed: int | None = None
-    hit_cap: bool | None = None  # the frame cap ended it; where not known, its duration tells
+    hit_cap: bool | None = None  # whether the frame cap ended it; None: judged by its duration
 
 
 _CLIP = TypeAdapter(Clip)
 
 
 def read_clips(folder: str | Path) -> list[Clip]:
-    """The clips of a folder: of its `clips.jsonl`, or, without one, of audio files with a .txt beside each.
+    """The clips of a folder: from its `clips.jsonl` or, without one, from audio files with a .txt beside each.
 
-    Raises DataError for a wrong row, a file that is missing or outside of the folder, or where there is no clip.
+    Raises DataError for a wrong row, for a file that is missing or outside the folder, and if there is no clip.
     """
     folder = Path(folder)
     index = folder / CLIPS_FILE
@@ -73,7 +73,7 @@ def read_clips(folder: str | Path) -> list[Clip]:
 
 
 def read_voices(folder: str | Path) -> dict[str, list[Path]]:
-    """The recordings of each speaker below `voices/`, by name; empty where there are none."""
+    """The recordings of each speaker below `voices/`, by name."""
     voices = Path(folder) / VOICES_FOLDER
     found = {
         speaker.name: sorted(path for path in speaker.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES)
@@ -84,7 +84,7 @@ def read_voices(folder: str | Path) -> dict[str, list[Path]]:
 
 
 def write_clips(folder: Path, clips: Sequence[Clip]) -> None:
-    """Write `clips.jsonl` for clips whose files lie below the folder. Raises WorkError where the disk refuses."""
+    """Write `clips.jsonl` for clips whose files lie below the folder. Raises WorkError if the disk refuses."""
     rows = [asdict(clip) for clip in clips]
     for row in rows:
         row |= {key: row[key].relative_to(folder).as_posix() for key in _PATHS if row[key] is not None}
@@ -112,13 +112,13 @@ def _parsed(folder: Path, number: int, line: str) -> Clip:
     for key, path in places.items():
         try:
             if not is_within(path, folder):
-                raise DataError(f"{where}: {key} leaves the folder: {path}")
+                raise DataError(f"{where}: {key} is outside the folder: {path}")
             if not path.is_file():
                 raise DataError(f"{where}: {key} is missing: {path}")
         except ValueError as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{where}: {key} is no name of a file: {error}") from error
+            raise DataError(f"{where}: {key} is not a valid file name: {error}") from error
     return replace(clip, **places)
 
 
@@ -132,6 +132,6 @@ def _of_recordings(folder: Path) -> list[Clip]:
             raise DataError(f"{folder / name}: {row.content}")
         text = (row.content.text or "").strip()
         if not text:
-            raise DataError(f"{folder / name}: the text beside it is empty: write what should be said")
+            raise DataError(f"{folder / name}: the text beside it is empty: write the words that the clip should say")
         clips.append(Clip(name.with_suffix("").as_posix(), folder / name, text))
     return clips

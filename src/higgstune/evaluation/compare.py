@@ -9,11 +9,12 @@ from typing import Any
 
 from higgstune.checkpoint_files import read_json
 from higgstune.config.expression import LOSS, STEP, Expression
+from higgstune.config.recipe import Quantize
 from higgstune.environment import choose_device
 from higgstune.errors import ConfigError, DataError
 from higgstune.evaluation.choice import Choice, Rule, choose
 from higgstune.evaluation.clips import Clip
-from higgstune.evaluation.evaluate import ADAPTER, BASE, CLIPS, RECORDINGS, Progress, SetResult, evaluate, kind_of
+from higgstune.evaluation.evaluate import RECORDINGS, EvaluationResult, SpeechSettings, evaluate
 from higgstune.evaluation.judges import AUTO, load_judges
 from higgstune.evaluation.judges.base import OPTIONS, Judges, role_of
 from higgstune.evaluation.report.compare import Comparison, Contender, check_number, write_comparison
@@ -24,50 +25,52 @@ from higgstune.evaluation.score import compare as differences_of
 from higgstune.evaluation.test_sets import VALIDATION
 from higgstune.families.sampling import Sampling
 from higgstune.files import write_file
-from higgstune.kernels.quantize import Quantize
+from higgstune.inputs import ADAPTER, BASE, CLIPS, RUN_STATE, find_adapter, kind_of
 from higgstune.metrics import METRICS, SIGNIFICANT, Difference, Evaluation
-from higgstune.model.adapter_folder import RUN_STATE, adapter_card, adapter_conditioning, find_adapter
+from higgstune.model.adapter_folder import adapter_card, adapter_conditioning
+from higgstune.progress import Progress
 
-_MOST_TEXTS = 40  # with players
+_MAX_TEXTS = 40  # with players
 _RANK_WITHOUT_JUDGES = "-abs(duration_ratio - 1)"
 
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """What `compare` found, by the systems' names, in the order in which they were given."""
+    """The result of `compare`, by the systems' names, in the order in which they were given."""
 
     evaluations: dict[str, Evaluation]
-    differences: dict[str, dict[str, Difference]]  # of each but the first from it
+    settings: dict[str, SpeechSettings | None]  # None: an external folder of clips
+    differences: dict[str, dict[str, Difference]]  # every system but the first minus the first, by metric
     best: str | None  # None: several are equal by the rule
     rule: str
     choice: Choice
     page: Path
 
     @property
-    def told(self) -> str:
-        """Which is best, in words, and how sure that is."""
+    def conclusion(self) -> str:
+        """Which system is best, in words, and how certain that is."""
         equal = [name for index, name in enumerate(self.evaluations) if self.choice.is_as_good(index)]
-        told = f"{self.best} ({self.rule})" if self.best else f"none of {', '.join(equal)}: equal ({self.rule})"
+        text = f"{self.best} ({self.rule})" if self.best else f"none of {', '.join(equal)}: equal ({self.rule})"
         if broken := self.choice.broken[self.choice.best]:
-            told += f"; it does not meet {', '.join(broken)}, and no other breaks less"
+            text += f"; it does not meet {', '.join(broken)}, and no other breaks less"
         differences = [one for found in self.differences.values() for one in found.values()]
         if not any(difference.p_holm < SIGNIFICANT for difference in differences):
-            told += "; no measure differs clearly"
-        return told
+            text += "; no measure differs clearly"
+        return text
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the clips' rows."""
+        """Everything except the rows of the clips."""
         return {
             "systems": {
-                name: {key: value for key, value in asdict(found).items() if key != "clips"}
-                for name, found in self.evaluations.items()
+                name: found.without_clips() | {"settings": None if settings is None else asdict(settings)}
+                for (name, found), settings in zip(self.evaluations.items(), self.settings.values(), strict=True)
             },
             "differences": {
                 name: {metric: asdict(difference) for metric, difference in found.items()}
                 for name, found in self.differences.items()
             },
             "best": self.best,
-            "told": self.told,
+            "conclusion": self.conclusion,
             "rule": self.rule,
             "broken": dict(zip(self.evaluations, self.choice.broken, strict=True)),
             "page": str(self.page),
@@ -80,6 +83,7 @@ class _System:
 
     target: Path
     evaluation: Evaluation
+    settings: SpeechSettings | None
     clips: dict[str, Clip]  # by id
     recordings: dict[str, Clip]
     facts: dict[str, str]
@@ -111,58 +115,53 @@ def compare(
 ) -> ComparisonResult:
     """Evaluate two or more runs, adapters, bases or folders of clips on the same texts, and write a page into `out`.
 
-    The first one is what the others are held against. `gates` and `rank` say which is best (see `choice.Rule`);
-    `command` is what made the page. `out` is a folder; what is spoken is kept in it, as in `evaluate`. `whisper` is for
-    those adapters that listen, `quantize` for every base.
+    The others are compared with the first one. `gates` and `rank` decide which is best (see `choice.Rule`); `command`
+    is shown on the page. `out` is a folder; as in `evaluate`, it keeps the speech. `whisper` applies to the adapters
+    that were trained with Whisper, `quantize` to every base.
 
-    Raises as `evaluate`; DataError where systems did not speak the same texts.
+    Raises as `evaluate`, and DataError if systems did not speak the same texts.
     """
     places = [Path(target) for target in targets]
     check_number(len(places))
     names = _names(places)
-    listens = [_listens(place) for place in places]
-    if whisper is not None and not any(listens):
-        raise ConfigError("--whisper has no effect: no adapter here was trained to hear through Whisper")
+    with_whisper = [_uses_whisper(place) for place in places]
+    if whisper is not None and not any(with_whisper):
+        raise ConfigError("--whisper has no effect: no adapter here was trained with Whisper")
     judges = load_judges(asr, speaker_judge, quality_judge, device=str(choose_device(device)))
     _check_early(places, [*(gates or ()), *([] if rank is None else [rank])], judges)
-    if data is None:  # one for all: its rows are spoken, and its voices are what all are held against
+    if data is None:  # one store for all: its rows are spoken, and clips are compared with its voices
         found_store = _store_of(places)
         if texts == VALIDATION or (found_store is not None and Path(found_store).exists()):
             data = found_store
     out = Path(out)
     systems = {}
-    for name, place, hears in zip(names, places, listens, strict=True):
+    for name, place, uses_whisper in zip(names, places, with_whisper, strict=True):
         found = evaluate(
-            place, texts=texts, out=out / name, data=data, whisper=whisper if hears else None, quantize=quantize,
+            place, texts=texts, out=out / name, data=data, whisper=whisper if uses_whisper else None, quantize=quantize,
             base=False, judges=judges, sampling=sampling, seed=seed, limit=limit, language=language,
-            batch_size=batch_size, device=device, dtype=dtype, progress=_of(name, progress),
+            batch_size=batch_size, device=device, dtype=dtype, progress=_named_progress(name, progress),
         )  # fmt: skip
-        systems[name] = _system(place, found.adapter, found.texts)
+        systems[name] = _system(place, found)
     evaluations = {name: system.evaluation for name, system in systems.items()}
-    first = evaluations[names[0]]
-    differences = {}
-    for name in names[1:]:
-        try:
-            differences[name] = differences_of(first, evaluations[name], seed=seed)
-        except DataError as error:
-            raise DataError(f"{names[0]} and {name}: {error}") from error
+    differences = _differences(evaluations, seed)
     rule, choice = _choose(evaluations, gates, rank)
     page = out / "compare.html"
     best = names[choice.best] if sum(map(choice.is_as_good, range(len(names)))) == 1 else None
-    result = ComparisonResult(evaluations, differences, best, str(rule), choice, page)
+    settings = {name: system.settings for name, system in systems.items()}
+    result = ComparisonResult(evaluations, settings, differences, best, str(rule), choice, page)
     write_comparison(_page(systems, result, texts, seed, command), page)
     write_file(out / "compare.json", json.dumps(result.as_json(), indent=1, ensure_ascii=False) + "\n")
     return result
 
 
 def _check_early(places: Sequence[Path], expressions: Sequence[str], judges: Judges) -> None:
-    """What would fail after hours of speaking fails now. Raises ConfigError, CheckpointError."""
+    """Find now what would else fail after hours of speaking. Raises ConfigError, CheckpointError."""
     for place in places:
         kind = kind_of(place)
         if kind == ADAPTER:
             find_adapter(place)
         elif kind == BASE and not place.exists() and (place.is_absolute() or len(place.parts) != 2):
-            raise ConfigError(f"{place} is not there: no folder, and no OWNER/NAME of a base at the hub")
+            raise ConfigError(f"{place} does not exist, and it is not the hub id (OWNER/NAME) of a base")
     roles = {"asr": judges.asr, "speaker": judges.speaker, "naturalness": judges.quality}
     for text in expressions:
         for name in Expression(text).names:
@@ -172,18 +171,18 @@ def _check_early(places: Sequence[Path], expressions: Sequence[str], judges: Jud
                 raise ConfigError(f"{text!r} needs {name}, and no judge of it was named ({OPTIONS[role]})")
 
 
-def _listens(place: Path) -> bool:
-    """Whether it is an adapter that hears references through Whisper; a base knows its own."""
+def _uses_whisper(place: Path) -> bool:
+    """Whether it is an adapter that encodes references with Whisper; a base names its own Whisper."""
     return kind_of(place) == ADAPTER and adapter_conditioning(find_adapter(place)).whisper is not None
 
 
-def _of(name: str, progress: Progress | None) -> Progress | None:
-    """Progress that tells whose it is."""
+def _named_progress(name: str, progress: Progress | None) -> Progress | None:
+    """Progress whose stages begin with a system's name."""
     return None if progress is None else lambda what, done, total: progress(f"{name}: {what}", done, total)
 
 
 def _names(places: Sequence[Path]) -> list[str]:
-    """The folders' names; with their parents' where two are the same."""
+    """The folders' names, with their parents' names if two are the same."""
     for depth in range(1, 5):
         names = ["-".join(place.resolve().parts[-depth:]) for place in places]
         if len(set(names)) == len(names):
@@ -192,7 +191,7 @@ def _names(places: Sequence[Path]) -> list[str]:
 
 
 def _store_of(places: Sequence[Path]) -> str | None:
-    """The store that the first of the runs was trained on: all speak its rows."""
+    """The store that the first of the runs was trained on: all systems speak its rows."""
     for place in places:
         if (place / RUN_STATE).is_file():
             state = read_json(place / RUN_STATE, "")
@@ -204,18 +203,32 @@ def _store_of(places: Sequence[Path]) -> str | None:
     return None
 
 
-def _system(target: Path, adapter: Path | None, found: SetResult) -> _System:
-    name = next(name for name in reversed(found.systems) if name != RECORDINGS)
+def _system(target: Path, found: EvaluationResult) -> _System:
+    measured = found.texts
+    name = next(name for name in reversed(measured.systems) if name != RECORDINGS)
     state = read_json(target / RUN_STATE, "") if (target / RUN_STATE).is_file() else {"stages": {}}
-    card = {} if adapter is None else adapter_card(adapter)
+    card = {} if found.adapter is None else adapter_card(found.adapter)
     return _System(
         target,
-        found.systems[name],
-        {clip.id: clip for clip in found.clips[name]},
-        {clip.id: clip for clip in found.clips.get(RECORDINGS, [])},
+        measured.systems[name],
+        found.settings,
+        {clip.id: clip for clip in measured.clips[name]},
+        {clip.id: clip for clip in measured.clips.get(RECORDINGS, [])},
         {"folder": str(target), **facts_of(card, state["stages"])} if name != BASE else {"folder": str(target)},
         state["stages"],
     )
+
+
+def _differences(evaluations: dict[str, Evaluation], seed: int) -> dict[str, dict[str, Difference]]:
+    """Of every system but the first, from the first."""
+    (name_of_first, first), *others = evaluations.items()
+    differences = {}
+    for name, evaluation in others:
+        try:
+            differences[name] = differences_of(first, evaluation, seed=seed)
+        except DataError as error:
+            raise DataError(f"{name_of_first} and {name}: {error}") from error
+    return differences
 
 
 def _choose(evaluations: dict[str, Evaluation], gates: Sequence[str] | None, rank: str | None) -> tuple[Rule, Choice]:
@@ -241,14 +254,14 @@ def _page(
         )
         for name, system in systems.items()
     ]
-    asked = all(kind_of(system.target) != CLIPS for system in systems.values())
-    spoken = f"The same texts ({texts}), voices and seeds." if asked else "Clips of the same texts."
+    all_spoken_here = all(kind_of(system.target) != CLIPS for system in systems.values())
+    origin = f"The same texts ({texts}), voices and seeds." if all_spoken_here else "Clips of the same texts."
     return Comparison(
         title=" or ".join(systems) if len(systems) == 2 else f"{len(systems)} systems",
-        introduction=f"{spoken} Best: {result.told}.",
+        introduction=f"{origin} Best: {result.conclusion}.",
         contenders=contenders,
         sections=[_section(systems)],
-        measures_note="A difference is over the clips that both systems have measured, a column over all of its own.",
+        measures_note="A difference covers the clips that both systems have measured, a column all clips of its own.",
         judges=first.evaluation.judges,
         not_measured=first.evaluation.not_measured,
         commands=[("compare again", shlex.join(command))] if command else [],
@@ -257,16 +270,17 @@ def _page(
 
 
 def _section(systems: dict[str, _System]) -> Section:
-    """Every text that all have spoken, the one that came out worst first."""
+    """Every text that all systems have spoken, the worst first."""
     rows = {name: {row["id"]: row for row in system.evaluation.clips} for name, system in systems.items()}
-    shared = [key for key in next(iter(rows.values())) if all(key in found for found in rows.values())]
+    shared = [str(key) for key in next(iter(rows.values())) if all(key in found for found in rows.values())]
     shared.sort(key=lambda key: max(badness(found[key]) for found in rows.values()), reverse=True)
     recordings = next(iter(systems.values())).recordings
     items = []
-    for key in shared[:_MOST_TEXTS]:
+    for key in shared[:_MAX_TEXTS]:
         takes = [take_of(rows[name][key], system.clips[key].file) for name, system in systems.items()]
         recording = [take_of({}, recordings[key].file) if key in recordings else None] if recordings else []
         row = next(iter(rows.values()))[key]
-        items.append(Item(row["text"], [*recording, *takes], language=row.get("language")))
-    note = f"The {len(items)} of {len(shared)} texts that came out worst." if len(items) < len(shared) else ""
-    return Section("Listen", [*(["recording"] if recordings else []), *systems], items, note)
+        language = row.get("language")
+        items.append(Item(str(row["text"]), [*recording, *takes], language=None if language is None else str(language)))
+    note = f"The {len(items)} of {len(shared)} texts with the worst results." if len(items) < len(shared) else ""
+    return Section("All systems", [*(["recording"] if recordings else []), *systems], items, note)

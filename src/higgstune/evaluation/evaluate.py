@@ -1,27 +1,28 @@
-"""The verb `evaluate`: speak the texts of a set with an adapter and with its base, and measure both."""
+"""The verb `evaluate`: speak a set of texts with an adapter and with its base, and measure both."""
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from higgstune.checkpoint_files import read_json, sha256_of
+from higgstune.config.recipe import Quantize
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore
 from higgstune.environment import choose_device
 from higgstune.errors import ConfigError, DataError
 from higgstune.evaluation.clips import CLIPS_FILE, Clip, read_clips, read_voices
 from higgstune.evaluation.items import (
-    MOST_ROWS,
+    MAX_ROWS,
     EvalItem,
     file_name,
     items_from_rows,
     items_from_sentences,
     only_language,
-    some_rows,
+    round_robin_rows,
     speakers_of,
     synthesize_items,
     write_voices,
@@ -37,35 +38,45 @@ from higgstune.families.sampling import Sampling
 from higgstune.files import alone_in, write_file
 from higgstune.generate.speak import load_base
 from higgstune.generate.speaker import Speaker
-from higgstune.kernels.quantize import Quantize
+from higgstune.inputs import ADAPTER, ADAPTER_CONFIG, BASE, CLIPS, RUN_STATE, find_adapter, kind_of
 from higgstune.metrics import METRICS, SIGNIFICANT, Difference, Evaluation, verdict
-from higgstune.model.adapter_folder import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    RUN_STATE,
-    adapter_card,
-    base_fingerprint,
-    find_adapter,
-)
+from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, base_fingerprint
+from higgstune.model.load import ModelAndTokenizers
+from higgstune.progress import Progress, silent
 
 _LOG = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
-RECORDINGS, BASE, ADAPTER, CLIPS = "recordings", "base", "adapter", "clips"
-FOLDER = "evaluation"  # in a run's folder, or beside an adapter
+RECORDINGS = "recordings"
+FOLDER = "evaluation"  # inside a run's folder, or the suffix of a folder beside an adapter
+
+
+@dataclass(frozen=True)
+class SpeechSettings:
+    """How the clips of an evaluation were spoken."""
+
+    sampling: Sampling
+    seed: int
+    limit: int | None  # texts of each set; None: all, or `MAX_ROWS` rows
+    dtype: str  # of the base, such as "bfloat16" or "float32-4bit"
+    device: str
+    adapter: str | None
+    checkpoint: str
+    codec: str
+    store: str | None
+    store_as_trained_on: bool | None  # None: unknown, or there is no store or no adapter
 
 
 @dataclass(frozen=True)
 class SetResult:
-    """What was measured on one set of texts."""
+    """The measurements of one set of texts."""
 
-    name: str  # as it was asked for
-    systems: dict[str, Evaluation]  # of recordings (where there are any), base (unless left out), adapter
+    name: str  # the set as it was requested
+    systems: dict[str, Evaluation]  # recordings (if there are any), base (unless left out), adapter
     clips: dict[str, list[Clip]]  # by system, in the order of the texts
     differences: dict[str, Difference]  # adapter minus base, by metric
 
     @property
     def worse(self) -> list[str]:
-        """Metrics that are worse with the adapter, where chance does not explain it."""
+        """Metrics that are significantly worse with the adapter."""
         if not self.differences:
             return []
         before, after = self.systems[BASE].summary, self.systems[ADAPTER].summary
@@ -77,62 +88,59 @@ class SetResult:
         ]
 
     @property
-    def told(self) -> str:
-        """What got worse with the adapter, in words, or that so few clips could not show it."""
+    def conclusion(self) -> str:
+        """What got worse with the adapter, in words, or that there are too few clips to show it."""
         if self.worse:
             return f"worse: {', '.join(self.worse)}"
-        asked = [found for found in self.differences.values() if (found.low, found.high) != (0, 0)]
-        if asked and all(len(asked) * smallest_p(found.clips) >= SIGNIFICANT for found in asked):
-            clips = max(found.clips for found in asked)
+        varying = [found for found in self.differences.values() if (found.low, found.high) != (0, 0)]
+        if varying and all(len(varying) * smallest_p(found.clips) >= SIGNIFICANT for found in varying):
+            clips = max(found.clips for found in varying)
             return f"{clips} clips are too few to show that anything is worse (or better)"
         return "nothing is clearly worse"
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the clips' rows, which are in the set's own file."""
+        """Everything except the rows of the clips, which are in the set's own file."""
         return {
             "set": self.name,
             "worse": self.worse,
-            "told": self.told,
-            "systems": {
-                name: {key: value for key, value in asdict(found).items() if key != "clips"}
-                for name, found in self.systems.items()
-            },
+            "conclusion": self.conclusion,
+            "systems": {name: found.without_clips() for name, found in self.systems.items()},
             "differences": {name: asdict(difference) for name, difference in self.differences.items()},
         }
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What `evaluate` found."""
+    """The result of `evaluate`."""
 
-    folder: Path  # where speech, answers of judges and `NAME.json` for each set lie
-    adapter: Path | None  # None: a base, or clips from elsewhere
+    folder: Path  # holds the speech, the judges' answers and `NAME.json` for each set
+    adapter: Path | None  # None: a base, or an external folder of clips
     texts: SetResult
     guard: list[SetResult]  # texts and voices that must not get worse
-    settings: dict[str, Any]
+    settings: SpeechSettings | None  # None: an external folder of clips
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the clips' rows, which are in the sets' own files."""
+        """Everything except the rows of the clips, which are in the sets' own files."""
         return {
             "folder": str(self.folder),
-            "settings": self.settings,
+            "settings": None if self.settings is None else asdict(self.settings),
             **self.texts.as_json(),
             "guard": {guarded.name: guarded.as_json() for guarded in self.guard},
         }
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """Who speaks: a base with its adapter, and what the adapter was trained on."""
+class _System:
+    """A base, alone or with an adapter, that speaks the texts."""
 
     speaker: Speaker
     name: str  # BASE or ADAPTER
-    identity: str  # names base, adapter and codec by their content
+    identity: str  # identifies base, adapter and codec by their content
 
 
 @dataclass(frozen=True)
-class _Material:
-    """What clips are held against."""
+class _Context:
+    """What the texts of all sets are taken from, and what their clips are measured against."""
 
     store: CodeStore | None
     voices: dict[str, list[Path]]
@@ -140,7 +148,8 @@ class _Material:
     folder: Path
     seed: int
     limit: int | None
-    language: str | None = None
+    language: str | None
+    settings: SpeechSettings | None
 
 
 def evaluate(
@@ -168,87 +177,101 @@ def evaluate(
     dtype: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult:
-    """Speak `texts` and what is to be guarded with an adapter (its folder or its run's) and its base, and measure.
+    """Speak `texts` and the `guard` sets with an adapter (its folder or its run's) and with its base, and measure them.
 
-    `texts` and each of `guard` is `validation` (rows of the store that the adapter was trained on, or of `data`),
-    built-in languages, a file of sentences or a `meta.lst` (see `read_sentences`); at the most `limit` of each, of rows
-    100 where it is not given. `language` is that of sentences that name none; the store's, where it has only one. What
-    is spoken is kept in `out`, and spoken once for each adapter, text, voice and seed; what judges said is kept, too.
+    `texts` and each entry of `guard` is `validation` (rows of the store that the adapter was trained on, or of `data`),
+    built-in languages, a file of sentences or a `meta.lst` (see `read_sentences`). `limit` caps the texts of each set;
+    without it, at most 100 rows of a store are spoken. `language` applies to sentences that name none; the default is
+    the store's language, if it has only one. Speech is kept in `out` and reused for the same adapter, text, voice and
+    seed; the judges' answers are kept as well.
 
-    `whisper` names the Whisper checkpoint of an adapter, or of a base alone, that listens, where it has moved;
-    `quantize` ("4bit") puts the base into 4 bits. `judges` that are loaded already take the place of
-    the specs of three (see `load_judges`).
+    `whisper` is the new place of the Whisper checkpoint that an adapter, or a base alone, was trained with. `quantize`
+    ("4bit") loads the base in 4 bits. `judges` that are already loaded replace the three specs (see `load_judges`).
 
-    `target` may also be a base, or a folder of clips from elsewhere (see `read_clips`), which are measured as they are.
+    `target` may also be a base, or an external folder of clips (see `read_clips`), which are measured as they are.
 
-    Raises ConfigError, DataError, CheckpointError for wrong input, WorkError where a judge fails or the disk refuses.
+    Raises ConfigError, DataError or CheckpointError for wrong input, WorkError if a judge fails or the disk refuses.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}: it must be at least 1")
     if guard and not base:
-        raise ConfigError("guard needs the base, which tells what was there before: leave out --no-base")
+        raise ConfigError("guard needs the base to compare with: leave out --no-base")
     target = Path(target)
-    show = progress or (lambda what, done, total: None)
+    show = progress or silent
     kind = kind_of(target)
     adapter = find_adapter(target) if kind == ADAPTER else None
     folder = Path(out) if out is not None else target if kind == CLIPS else _folder_of(target, adapter)
     if judges is None:
         judges = load_judges(asr, speaker_judge, quality_judge, device=str(choose_device(device)))
-    names = [texts, *dict.fromkeys(name for name in guard if name != texts)]
-    drawn = sampling or Sampling()
-    for name in names if kind != CLIPS else ():
-        if name != VALIDATION:
-            # What is wrong with it is told before a model is loaded.
-            check_languages(judges, [sentence.language or language for sentence in read_sentences(name)])
     if kind == CLIPS:
         return _evaluate_clips(target, judges, folder, seed, show)
+    names = [texts, *dict.fromkeys(name for name in guard if name != texts)]
+    _check_sets(names, judges, language)
     loaded = load_base(
         target if adapter is None else model, adapter, codec=codec, dtype=dtype, device=device, quantize=quantize
     )
-    store = _store(data, adapter, needed=VALIDATION in names, codec_revision=loaded.audio_tokenizer.revision)
-    as_trained = _is_as_trained(store, adapter)
-    if store is not None and as_trained is False:
+    store = _open_store(data, adapter, needed=VALIDATION in names, codec_revision=loaded.audio_tokenizer.revision)
+    settings = SpeechSettings(
+        sampling or Sampling(), seed, limit, _precision(loaded, quantize), str(loaded.model.device),
+        None if adapter is None else str(adapter), loaded.checkpoint, loaded.codec,
+        None if store is None else str(store.folder), _is_as_trained(store, adapter),
+    )  # fmt: skip
+    if store is not None and settings.store_as_trained_on is False:
         _LOG.warning(
-            "the store %s is not the one that the adapter was trained on, or has other rows since: rows that are held "
-            "out now may have been trained on", store.folder,
+            "the store %s is not the one that the adapter was trained on, or it has changed since: its held-out rows "
+            "may have been trained on", store.folder,
         )  # fmt: skip
     with alone_in(folder, "evaluation", "nothing was spoken"):
-        material = _Material(store, {}, cached(judges, folder / "judged"), folder, seed, limit, language)
+        context = _Context(store, {}, cached(judges, folder / "judged"), folder, seed, limit, language, settings)
         spoken: dict[str, dict[str, list[Clip]]] = {name: {} for name in names}
-        dtype = str(loaded.model.dtype).removeprefix("torch.") + (f"-{quantize}" if quantize else "")
-        identity = f"{base_fingerprint(loaded.model)} {dtype} {loaded.audio_tokenizer.revision}"
-        subjects: list[Callable[[], _Subject]] = []
-        if base or adapter is None:
-            own = whisper if adapter is None else None
-            subjects.append(lambda: _Subject(Speaker(loaded, whisper=own), BASE, identity))
-        if adapter is not None:
-            files = " ".join(sha256_of(adapter / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
-            subjects.append(lambda: _Subject(Speaker(loaded, adapter, whisper=whisper), ADAPTER, f"{identity} {files}"))
-        for make in subjects:  # one after the other: an adapter stays on the base
-            subject = make()
+        for system in _systems(loaded, adapter, settings, whisper, with_base=base):
             for name in names:
-                asked = _ask(name, subject.speaker, material)
-                spoken[name][subject.name] = synthesize_items(
-                    asked, subject.speaker, folder, system=subject.identity, sampling=drawn, batch_size=batch_size,
-                    progress=show, what=f"speaking {name}, {subject.name}",
+                spoken[name][system.name] = synthesize_items(
+                    _items(name, system.speaker, context), system.speaker, folder, system=system.identity,
+                    sampling=settings.sampling, batch_size=batch_size, progress=show,
+                    what=f"speaking {name}, {system.name}",
                 )  # fmt: skip
-        settings = {
-            "sampling": asdict(drawn), "seed": seed, "limit": limit,
-            "dtype": dtype,
-            "device": str(loaded.model.device), "adapter": None if adapter is None else str(adapter),
-            "checkpoint": loaded.checkpoint, "codec": loaded.codec,
-            "store": None if store is None else str(store.folder), "store_as_trained_on": as_trained,
-        }  # fmt: skip
         if store is not None:
-            heard = [clip.speaker for found in spoken.values() for clips in found.values() for clip in clips]
-            material = replace(material, voices=write_voices(store, loaded.audio_tokenizer, folder, heard))
-        results = [_measure(name, spoken[name], material, settings, show) for name in names]
+            speakers = [clip.speaker for found in spoken.values() for clips in found.values() for clip in clips]
+            context = replace(context, voices=write_voices(store, loaded.audio_tokenizer, folder, speakers))
+        results = [_measure(name, spoken[name], context, show) for name in names]
         return EvaluationResult(folder, adapter, results[0], results[1:] if guard else [], settings)
 
 
-def _measure(
-    name: str, spoken: dict[str, list[Clip]], material: _Material, settings: dict[str, Any], show: Progress
-) -> SetResult:
+def set_file(name: str) -> str:
+    """The name of a set's file, without its suffix."""
+    return name if name.replace(",", "").isalnum() else file_name(name)
+
+
+def _check_sets(names: Sequence[str], judges: Judges, language: str | None) -> None:
+    """Find what is wrong with the sets before a model is loaded."""
+    for name in names:
+        if name != VALIDATION:
+            check_languages(judges, [sentence.language or language for sentence in read_sentences(name)])
+
+
+def _precision(loaded: ModelAndTokenizers, quantize: Quantize | None) -> str:
+    return str(loaded.model.dtype).removeprefix("torch.") + (f"-{quantize}" if quantize else "")
+
+
+def _systems(
+    loaded: ModelAndTokenizers,
+    adapter: Path | None,
+    settings: SpeechSettings,
+    whisper: str | Path | None,
+    *,
+    with_base: bool,
+) -> Iterator[_System]:
+    """The base, then the adapter, each made when the one before has spoken: an adapter stays on the base."""
+    identity = f"{base_fingerprint(loaded.model)} {settings.dtype} {loaded.audio_tokenizer.revision}"
+    if with_base or adapter is None:
+        yield _System(Speaker(loaded, whisper=whisper if adapter is None else None), BASE, identity)
+    if adapter is not None:
+        files = " ".join(sha256_of(adapter / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
+        yield _System(Speaker(loaded, adapter, whisper=whisper), ADAPTER, f"{identity} {files}")
+
+
+def _measure(name: str, spoken: dict[str, list[Clip]], context: _Context, show: Progress) -> SetResult:
     """Score every system's clips of a set, and write `NAME.json`."""
     first = next(iter(spoken.values()))
     recorded = [
@@ -259,68 +282,66 @@ def _measure(
     clips = ({RECORDINGS: recorded} if recorded else {}) | spoken
     systems = {}
     for system, some in clips.items():
-        tell = partial(_tell, show, f"{name}, {system}")
-        found = score(some, material.judges, material.voices, seed=material.seed, progress=tell)
-        systems[system] = replace(found, settings=settings if system != RECORDINGS else {})
+        report = partial(_show_system, show, f"{name}, {system}")
+        systems[system] = score(some, context.judges, context.voices, seed=context.seed, progress=report)
     differences = (
-        differences_of(systems[BASE], systems[ADAPTER], seed=material.seed)
+        differences_of(systems[BASE], systems[ADAPTER], seed=context.seed)
         if BASE in spoken and ADAPTER in spoken
         else {}
     )
     result = SetResult(name, systems, clips, differences)
-    rows = {system: found.clips for system, found in systems.items()}
-    content = {**result.as_json(), "clips": rows}
-    write_file(material.folder / f"{set_file(name)}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    content = {
+        "settings": None if context.settings is None else asdict(context.settings),
+        **result.as_json(),
+        "clips": {system: found.clips for system, found in systems.items()},
+    }
+    write_file(context.folder / f"{set_file(name)}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return result
 
 
-def _tell(show: Progress, of: str, what: str, done: int, total: int) -> None:
-    show(f"{what}, {of}", done, total)
-
-
-def set_file(name: str) -> str:
-    """The name of a set's file, without its ending."""
-    return name if name.replace(",", "").isalnum() else file_name(name)
+def _show_system(show: Progress, system: str, what: str, done: int, total: int) -> None:
+    show(f"{what}, {system}", done, total)
 
 
 def _evaluate_clips(folder: Path, judges: Judges, out: Path, seed: int, show: Progress) -> EvaluationResult:
-    """Clips from elsewhere, as one system."""
+    """Measure an external folder of clips as one system."""
     if not (folder / CLIPS_FILE).exists():
         for inside in (RUN_STATE, ADAPTER_CONFIG):
             if found := sorted(folder.glob(f"*/{inside}")):
-                raise ConfigError(f"{folder} is no run and no adapter, but has one in it: evaluate {found[0].parent}")
+                raise ConfigError(
+                    f"{folder} is neither a run nor an adapter, but contains one: evaluate {found[0].parent}"
+                )
     clips = read_clips(folder)
-    material = _Material(None, read_voices(folder), cached(judges, out / "judged"), out, seed, None)
+    context = _Context(None, read_voices(folder), cached(judges, out / "judged"), out, seed, None, None, None)
     with alone_in(out, "evaluation", "nothing was judged"):
-        result = _measure(CLIPS, {CLIPS: clips}, material, {}, show)
-    return EvaluationResult(out, None, result, [], {})
+        result = _measure(CLIPS, {CLIPS: clips}, context, show)
+    return EvaluationResult(out, None, result, [], None)
 
 
-def _ask(name: str, speaker: Speaker, material: _Material) -> list[EvalItem]:
+def _items(name: str, speaker: Speaker, context: _Context) -> list[EvalItem]:
+    """The items of a set, in their order."""
+    store = context.store
     if name == VALIDATION:
-        assert material.store is not None
-        rows = some_rows(material.store.split(VALIDATION), material.limit or MOST_ROWS)
-        asked = items_from_rows(
-            rows, speaker, material.folder, seed=material.seed, features=_features(material.store, speaker)
-        )
-        if not asked:
+        assert store is not None
+        rows = round_robin_rows(store.split(VALIDATION), context.limit or MAX_ROWS)
+        items = items_from_rows(rows, speaker, context.folder, seed=context.seed, features=_features(store, speaker))
+        if not items:
             raise DataError(
-                f"{material.store.folder} has no validation rows to be read: prepare it with a --validation-fraction, "
+                f"{store.folder} has no validation rows that can be spoken: prepare it with a --validation-fraction, "
                 "or name other texts with --set"
             )
-        return asked
-    store = material.store
+        return items
     return items_from_sentences(
-        _some(read_sentences(name), material.limit),
+        _limited(read_sentences(name), context.limit),
         speaker,
-        seed=material.seed,
+        seed=context.seed,
         known=[] if store is None else speakers_of(store),
-        language=material.language or (None if store is None else only_language(store)),
+        language=context.language or (None if store is None else only_language(store)),
     )
 
 
-def _some(sentences: Sequence[Sentence], limit: int | None) -> list[Sentence]:
-    """The first of each language in turn."""
+def _limited(sentences: Sequence[Sentence], limit: int | None) -> list[Sentence]:
+    """The first `limit` sentences, taking the languages in turn."""
     turns: dict[str | None, int] = {}
     ranked = []
     for index, sentence in enumerate(sentences):
@@ -331,26 +352,28 @@ def _some(sentences: Sequence[Sentence], limit: int | None) -> list[Sentence]:
 
 
 def _features(store: CodeStore, speaker: Speaker) -> FeatureStore | None:
-    """What Whisper hears in a store's clips, where the model listens and the store was prepared for it."""
+    """The Whisper features of a store's clips; None if the model does not use Whisper or the store lacks them."""
     if speaker.whisper_spec is None:
         return None
     try:
         return FeatureStore.open(store.folder, speaker.whisper_spec.checkpoint, speaker.whisper_spec.revision)
     except DataError:
-        return None  # references are heard anew, by the encoder itself
+        return None  # the encoder itself computes the features of the references
 
 
-def _store(data: str | Path | None, adapter: Path | None, *, needed: bool, codec_revision: str) -> CodeStore | None:
+def _open_store(
+    data: str | Path | None, adapter: Path | None, *, needed: bool, codec_revision: str
+) -> CodeStore | None:
     """The store whose rows and voices are used: `data`, or the one that the adapter was trained on."""
     card = {} if adapter is None else adapter_card(adapter)
     place = data or card.get("recipe", {}).get("data", {}).get("store")
     if place is None or (data is None and not needed and not Path(place).exists()):
         if needed:
-            raise DataError("validation rows are those of a store: name it with --data, or other texts with --set")
+            raise DataError("validation rows come from a store: name it with --data, or other texts with --set")
         return None
     if data is None and not Path(place).exists():
         raise DataError(
-            f"the store {place} that the adapter was trained on is not there as seen from {Path.cwd()}: name it with "
+            f"the store {place} that the adapter was trained on does not exist, seen from {Path.cwd()}: name it with "
             "--data"
         )
     store = CodeStore.open(place)
@@ -363,22 +386,15 @@ def _store(data: str | Path | None, adapter: Path | None, *, needed: bool, codec
 
 
 def _is_as_trained(store: CodeStore | None, adapter: Path | None) -> bool | None:
-    """Whether a store has the rows that an adapter was trained on; None where its run does not say."""
+    """Whether a store has the rows that an adapter was trained on; None if its run does not say."""
     if store is None or adapter is None or not (adapter.parent.parent / RUN_STATE).is_file():
         return None
     before = read_json(adapter.parent.parent / RUN_STATE, "").get("trained_on", {}).get("store")
     return None if before is None else before == [shard.sha256 for shard in store.shards]
 
 
-def kind_of(target: Path) -> str:
-    """What is to be evaluated; what is no folder is the name of a base at the hub."""
-    if (target / ADAPTER_CONFIG).exists() or (target / RUN_STATE).exists():
-        return ADAPTER
-    return BASE if not target.is_dir() or (target / "config.json").exists() else CLIPS
-
-
 def _folder_of(target: Path, adapter: Path | None) -> Path:
-    """Of a run in its folder; of a single adapter beside it; of a base in the working directory."""
+    """Inside a run's folder; beside a single adapter; for a base, in the working directory."""
     if (target / RUN_STATE).exists():
         return target / FOLDER
     return Path(f"{target.name}-{FOLDER}") if adapter is None else adapter.with_name(f"{adapter.name}-{FOLDER}")

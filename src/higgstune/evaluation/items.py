@@ -1,9 +1,9 @@
-"""What a model is asked to say for an evaluation, and what that is held against: texts, voices, recordings."""
+"""The items of an evaluation: texts to speak, with the voices and recordings that their clips are compared with."""
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,30 +13,31 @@ import numpy as np
 from higgstune.batch.dataset import Features
 from higgstune.codec import Codec
 from higgstune.data.audio import write_wav
+from higgstune.data.messages import DEFAULT_SCENE
 from higgstune.data.store import CodeStore, Row, SplitView
 from higgstune.errors import DataError
 from higgstune.evaluation.clips import VOICES_FOLDER, Clip
 from higgstune.evaluation.test_sets import Sentence
-from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE
 from higgstune.families.sampling import Sampling
 from higgstune.files import write_file
 from higgstune.generate.speaker import Request, Speaker, Voice
+from higgstune.progress import Progress
 
 UNNAMED = "unnamed"  # the speaker of rows that name none
-_VOICE_CLIPS = 8  # recordings of a speaker that voices are compared with
-_MOST_VOICES = 20  # speakers to tell those who are spoken from
-MOST_ROWS = 100  # of a store, where nobody says how many
-_SPEECH = "speech"  # folder of what was spoken
+MAX_ROWS = 100  # of a store, if no limit is given
+_VOICE_CLIPS = 8  # recordings per speaker that voices are compared with
+_MAX_VOICES = 20  # speakers in all: those of the items, and others as a contrast
+_SPEECH = "speech"  # folder
 _RECORDINGS = "recordings"
 
 
 @dataclass(frozen=True)
 class EvalItem:
-    """One text to be spoken: what the model is given, and what is known of how it should come out."""
+    """One text to be spoken: the model's input, and what is known about the clip that should result."""
 
     id: str
     request: Request
-    clip: Clip  # without its audio: `file` is where it will lie
+    clip: Clip  # not spoken yet: `file` is empty
 
 
 def items_from_rows(
@@ -47,10 +48,10 @@ def items_from_rows(
     seed: int,
     features: Features | None = None,
 ) -> list[EvalItem]:
-    """The texts of a store's rows, in their voices and scenes, and their recordings through the codec.
+    """The texts of a store's rows, in their voices and scenes, with their recordings through the codec.
 
-    Recordings and references are written below `folder`. `features` are what Whisper hears in the store's clips, where
-    the model listens. Conversations are passed over: they are no texts to be read.
+    Recordings and references are written below `folder`. `features` are the Whisper features of the store's clips, for
+    a model that uses Whisper. Conversations are skipped: they are not texts to be read aloud.
     """
     return [_item_from_row(row, speaker, folder, seed, features) for row in rows if row.messages is None]
 
@@ -63,13 +64,13 @@ def items_from_sentences(
     known: Sequence[str] = (),
     language: str | None = None,
 ) -> list[EvalItem]:
-    """The sentences of a test set. `known` are the speakers that were trained on, see `speaker_of`; `language` is that
-    of sentences which name none.
+    """The sentences of a test set. `known` are the speakers of the training data (see `speaker_of`); `language` applies
+    to sentences that name none.
 
     Raises DataError for a reference that cannot be read.
     """
     voices: dict[tuple[Path, str], Voice] = {}
-    asked = []
+    items = []
     for sentence in sentences:
         voice = None
         if sentence.reference is not None:
@@ -87,13 +88,14 @@ def items_from_sentences(
             recording=sentence.recording,
             seed=own,
         )
-        asked.append(EvalItem(sentence.id, Request(sentence.text, voice, DEFAULT_SCENE, own), clip))
-    return asked
+        items.append(EvalItem(sentence.id, Request(sentence.text, voice, DEFAULT_SCENE, own), clip))
+    return items
 
 
 def speaker_of(text: Row | Sentence, known: Sequence[str]) -> str | None:
-    """Whose voice a text should have: that of the speaker whom it names; else of its reference, which is nobody known;
-    else of the only speaker that was trained on, or nobody's.
+    """The speaker whose voice a text should have: the one that it names; None if it has a reference instead, which is
+    an unknown voice; else the only speaker of the training data, if there is only one. A row without either is
+    `UNNAMED`.
     """
     reference = text.reference_codes if isinstance(text, Row) else text.reference
     if text.speaker or reference is not None:
@@ -101,32 +103,33 @@ def speaker_of(text: Row | Sentence, known: Sequence[str]) -> str | None:
     return UNNAMED if isinstance(text, Row) else known[0] if len(known) == 1 else None
 
 
-def some_rows(rows: SplitView, count: int) -> list[Row]:
-    """The first utterances of every speaker in turn, at the most `count` of them."""
+def round_robin_rows(rows: SplitView, limit: int) -> list[Row]:
+    """At most `limit` utterances, taking the speakers in turn."""
     turns = sorted((turn, index) for found in _utterances(rows).values() for turn, index in enumerate(found))
-    return [rows[index] for _, index in turns[:count]]
+    return [rows[index] for _, index in turns[:limit]]
 
 
 def speakers_of(store: CodeStore) -> list[str]:
-    """Names of those who speak in the training rows that are no conversations."""
+    """Names of the speakers of all training rows that are not conversations, sorted."""
     return sorted(_utterances(store.split("train")))
 
 
 def only_language(store: CodeStore) -> str | None:
-    """The language of all training rows, where they have one."""
+    """The language of the training rows, if all have the same one."""
     named = set(store.metadata["language"].slice(0, len(store.split("train"))).to_pylist())
     return named.pop() if len(named) == 1 else None
 
 
 def write_voices(store: CodeStore, codec: Codec, folder: Path, speakers: Iterable[str | None]) -> dict[str, list[Path]]:
-    """Recordings of training rows, through the codec, below `folder`: of these speakers, by name, and of some others to
-    tell them from.
+    """Write recordings of training rows, decoded by the codec, below `folder`; return them by speaker.
+
+    They are of `speakers`, and of some others as a contrast.
     """
     voices: dict[str, list[Path]] = {}
     train = store.split("train")
     found = _utterances(train)
     wanted = [name for name in dict.fromkeys(speakers) if name in found]
-    others = sorted(found.keys() - set(wanted))[: max(0, _MOST_VOICES - len(wanted))]
+    others = sorted(found.keys() - set(wanted))[: max(0, _MAX_VOICES - len(wanted))]
     for name in (*wanted, *others):
         indices = found[name]
         spread = np.unique(np.linspace(0, len(indices) - 1, _VOICE_CLIPS).round().astype(int))
@@ -137,10 +140,10 @@ def write_voices(store: CodeStore, codec: Codec, folder: Path, speakers: Iterabl
 
 
 def _utterances(rows: SplitView) -> dict[str, list[int]]:
-    """Positions of the rows that are no conversations, by speaker, without reading a code."""
-    light = rows.store.metadata.slice(rows.indices.start, len(rows))
+    """Indices of the rows that are not conversations, by speaker. Reads no codes."""
+    metadata = rows.store.metadata.slice(rows.indices.start, len(rows))
     found: dict[str, list[int]] = {}
-    columns = light["speaker"].to_pylist(), light["messages"].is_null().to_pylist()
+    columns = metadata["speaker"].to_pylist(), metadata["messages"].is_null().to_pylist()
     for index, (speaker, is_utterance) in enumerate(zip(*columns, strict=True)):
         if is_utterance:
             found.setdefault(speaker or UNNAMED, []).append(index)
@@ -148,41 +151,42 @@ def _utterances(rows: SplitView) -> dict[str, list[int]]:
 
 
 def synthesize_items(
-    asked: Sequence[EvalItem],
+    items: Sequence[EvalItem],
     speaker: Speaker,
     folder: Path,
     *,
     system: str,
     sampling: Sampling,
     batch_size: int = 8,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     what: str = "speaking",
 ) -> list[Clip]:
-    """Speak what is asked into `folder`; what was spoken before by the same system is kept.
+    """Speak the items into `folder`; return their clips. Clips that the same system spoke earlier are reused.
 
-    `system` names model, adapter and codec by their content. A clip is known by it, its text, seed, voice and sampling.
+    `system` identifies model, adapter and codec by their content. It is part of a clip's key, as are text, scene, seed,
+    voice and sampling.
     """
-    places = [folder / _SPEECH / f"{_key(item.request, system, sampling)}.json" for item in asked]
-    missing = [index for index, place in enumerate(places) if _known(place) is None]
+    places = [folder / _SPEECH / f"{_key(item.request, system, sampling)}.json" for item in items]
+    missing = [index for index, place in enumerate(places) if _read_note(place) is None]
     for first in range(0, len(missing), batch_size):
         batch = missing[first : first + batch_size]
-        spoken = speaker.say_each([asked[index].request for index in batch], sampling=sampling, batch_size=batch_size)
+        spoken = speaker.say_each([items[index].request for index in batch], sampling=sampling, batch_size=batch_size)
         for index, speech in zip(batch, spoken, strict=True):
             write_wav(places[index].with_suffix(".wav"), speech.waveform, speech.sample_rate)
             note = {
                 "text": speech.text,
-                "seed": asked[index].request.seed,
+                "seed": items[index].request.seed,
                 "hit_cap": speech.hit_cap,
                 "system": system,
             }
             write_file(places[index], json.dumps(note, ensure_ascii=False))
         if progress is not None:
             progress(what, first + len(batch), len(missing))
-    return [_spoken(item, place) for item, place in zip(asked, places, strict=True)]
+    return [_spoken(item, place) for item, place in zip(items, places, strict=True)]
 
 
 def file_name(name: str) -> str:
-    """A name for the file of an id or a speaker, whatever characters that has."""
+    """A file name for an id or a speaker, whatever characters it has."""
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:40]
     return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
@@ -196,7 +200,7 @@ def _item_from_row(row: Row, speaker: Speaker, folder: Path, seed: int, features
         reference = _decoded(row.reference_codes, speaker.codec, place, name)
         voice = Voice(row.reference_text or "", row.reference_codes)
         if speaker.uses_whisper and features is not None and row.reference_sha256 is not None:
-            voice = replace(voice, heard=features.heard(row.reference_sha256))
+            voice = replace(voice, whisper_features=features.read(row.reference_sha256))
         elif speaker.uses_whisper:
             voice = speaker.reference(reference, voice.text)
     own = _seed(seed, row.text)
@@ -216,12 +220,12 @@ def _item_from_row(row: Row, speaker: Speaker, folder: Path, seed: int, features
 
 
 def _seed(seed: int, text: str) -> int:
-    """Of each text another one, wherever it stands: were it the same for all, their draws would not be independent."""
+    """A seed of its own for each text, whatever its place: with a shared seed, draws would not be independent."""
     return seed + int.from_bytes(hashlib.sha256(text.encode()).digest()[:3], "big")
 
 
 def _decoded(codes: np.ndarray, codec: Codec, folder: Path, name: str) -> Path:
-    """A file of what `name` names by its content, written once for each codec."""
+    """The file of decoded codes, written once for each codec; `name` identifies the codes by their content."""
     path = folder / f"{hashlib.sha256(f'{name} {codec.revision}'.encode()).hexdigest()[:24]}.wav"
     if not path.exists():
         write_wav(path, codec.decode(codes), codec.sample_rate)
@@ -231,27 +235,27 @@ def _decoded(codes: np.ndarray, codec: Codec, folder: Path, name: str) -> Path:
 def _key(request: Request, system: str, sampling: Sampling) -> str:
     voice = None
     if request.voice is not None:
-        heard = request.voice.heard
-        parts = [request.voice.codes] if heard is None else [heard.features]
+        encoded = request.voice.whisper_features
+        parts = [request.voice.codes] if encoded is None else [encoded.features]
         voice = [request.voice.text, *(hashlib.sha256(part.tobytes()).hexdigest() for part in parts)]
     said = [system, request.text, request.scene, request.seed, voice, asdict(sampling)]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:24]
 
 
-def _known(place: Path) -> dict[str, Any] | None:
+def _read_note(place: Path) -> dict[str, Any] | None:
     if not (place.is_file() and place.with_suffix(".wav").is_file()):
         return None
     try:
         note = json.loads(place.read_text(encoding="utf-8"))
         if not isinstance(note, dict) or not isinstance(note.get("hit_cap"), bool):
-            raise ValueError("it does not say how the clip ended")
+            raise ValueError("it lacks hit_cap")
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place} is damaged ({error}): remove it, and it will be spoken again") from error
+        raise DataError(f"{place} is damaged ({error}): remove it to have its text spoken again") from error
     return note
 
 
 def _spoken(item: EvalItem, place: Path) -> Clip:
-    note = _known(place)
+    note = _read_note(place)
     assert note is not None
     values = {**vars(item.clip), "file": place.with_suffix(".wav"), "hit_cap": note["hit_cap"]}
     return Clip(**values)

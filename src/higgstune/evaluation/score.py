@@ -1,10 +1,10 @@
 """All metrics of a set of clips, and the comparison of two systems that spoke the same texts.
 
-clips -> rows (one a clip: columns of `METRICS`) -> sums -> estimates
+clips -> rows (one per clip: columns of `METRICS`) -> sums -> estimates
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from higgstune.evaluation.voices import Voices, add_reference_similarity, add_si
 from higgstune.evaluation.waveform_checks import examine, find_loop, pace
 from higgstune.generate.chunks import expected_seconds
 from higgstune.metrics import METRICS, Confusion, Difference, Estimate, Evaluation, Metric
+from higgstune.progress import Progress, silent
 
-Progress = Callable[[str, int, int], None]  # what is done, how many are done, of how many
 Rows = list[dict[str, Any]]
-MOST_RECORDINGS = 32  # of a speaker, whose prosody is taken as usual
+MAX_RECORDINGS = 32  # of a speaker, from which their usual prosody is computed
 _NO_ASR = "no ASR was named (--asr)"
 _NO_SPEAKER = "no speaker judge was named (--speaker-judge)"
 
@@ -38,25 +38,25 @@ def score(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure everything that can be measured of these clips; the rest is in `not_measured`, with the reason.
+    """Measure everything that can be measured of these clips; `not_measured` gives the reasons for the rest.
 
     `voices` are recordings of the speakers, by name. The same clips, judges and seed give the same numbers. Raises
-    DataError for a clip that cannot be read, WorkError where a judge fails.
+    DataError for a clip that cannot be read, WorkError if a judge fails.
     """
-    tell = progress or (lambda stage, done, of: None)
+    report = progress or silent
     voices = dict(voices or {})
     rows: Rows = [_row(clip) for clip in clips]
-    _add_sound(clips, rows, voices, tell)
-    confusion = _add_judged(clips, rows, judges, voices, tell)
+    _add_waveform_measures(clips, rows, voices, report)
+    confusion = _add_judged(clips, rows, judges, voices, report)
     summary = {metric.name: found for metric in METRICS if (found := _estimate(metric, rows, seed)) is not None}
     missing = {m.name: _why(m.name, clips, judges, voices) for m in METRICS if m.name not in summary}
     return Evaluation(_names(judges), summary, missing, rows, confusion)
 
 
 def compare(a: Evaluation, b: Evaluation, *, seed: int = 0) -> dict[str, Difference]:
-    """Each metric of b minus that of a, on clips of the same id that both measured.
+    """Each metric of b minus that of a, on the clips (by id) that both measured.
 
-    Raises DataError where no clip is in both, where one id has two texts, or where other judges were asked.
+    Raises DataError if no clip is in both, if an id has two texts, or if the judges differ.
     """
     in_a, in_b = ({row["id"]: row for row in evaluation.clips} for evaluation in (a, b))
     pairs = [(in_a[name], in_b[name]) for name in in_a if name in in_b]
@@ -70,9 +70,9 @@ def compare(a: Evaluation, b: Evaluation, *, seed: int = 0) -> dict[str, Differe
             raise DataError(f"two judges ({role}): {a.judges[role]} and {b.judges[role]}: evaluate both with one")
     each = {metric.name: _difference(metric, pairs, seed) for metric in METRICS}
     found = {name: difference for name, difference in each.items() if difference is not None}
-    asked = [name for name, difference in found.items() if (difference.low, difference.high) != (0, 0)]
-    together = dict(zip(asked, holm([found[name].p for name in asked]), strict=True))
-    return {name: replace(difference, p_holm=together.get(name, 1.0)) for name, difference in found.items()}
+    varying = [name for name, difference in found.items() if (difference.low, difference.high) != (0, 0)]
+    corrected = dict(zip(varying, holm([found[name].p for name in varying]), strict=True))
+    return {name: replace(difference, p_holm=corrected.get(name, 1.0)) for name, difference in found.items()}
 
 
 def _row(clip: Clip) -> dict[str, Any]:
@@ -80,12 +80,12 @@ def _row(clip: Clip) -> dict[str, Any]:
     return {"id": clip.id, "text": clip.text} | {key: value for key, value in known.items() if value is not None}
 
 
-def _add_sound(clips: Sequence[Clip], rows: Rows, voices: Voices, tell: Progress) -> None:
-    """Fill what the waveforms alone tell: health, loops, prosody."""
+def _add_waveform_measures(clips: Sequence[Clip], rows: Rows, voices: Voices, report: Progress) -> None:
+    """Fill in what needs the waveforms alone: health, loops, prosody."""
     usual = _usual_prosody(clips, voices)
     lengths, paces = _spoken_lengths(clips)
     for done, (clip, row) in enumerate(zip(clips, rows, strict=True)):
-        tell("listening", done, len(clips))
+        report("measuring waveforms", done, len(clips))
         waveform, rate = _read(clip.file)
         if clip.recording is not None:
             expected = lengths[clip.recording]
@@ -100,11 +100,11 @@ def _add_sound(clips: Sequence[Clip], rows: Rows, voices: Voices, tell: Progress
         speaker, own = usual.get(voice_of(clip, voices) or ""), prosody(waveform, rate)
         if speaker is not None and own is not None:
             row |= {name: _number(value) for name, value in against(own, speaker).items()}
-    tell("listening", len(clips), len(clips))
+    report("measuring waveforms", len(clips), len(clips))
 
 
 def _spoken_lengths(clips: Sequence[Clip]) -> tuple[dict[Path, float], dict[str | None, float]]:
-    """Seconds of recordings, and each speaker's pace from all recordings whose text is known."""
+    """The length of every recording in seconds, and each speaker's pace over all recordings with a known text."""
     lengths: dict[Path, float] = {}
     spoken: dict[str | None, dict[Path, str]] = defaultdict(dict)
     for clip in clips:
@@ -119,34 +119,36 @@ def _spoken_lengths(clips: Sequence[Clip]) -> tuple[dict[Path, float], dict[str 
 
 
 def _usual_prosody(clips: Sequence[Clip], voices: Voices) -> dict[str, Prosody]:
-    """Of the speakers of these clips, from their recordings, evenly spread over all of them."""
+    """The usual prosody of the clips' speakers, from recordings spread evenly over all that each of them has."""
     usual = {}
     for name in sorted({voice for clip in clips if (voice := voice_of(clip, voices)) is not None}):
         files = voices[name]
-        chosen = [files[len(files) * i // MOST_RECORDINGS] for i in range(MOST_RECORDINGS)]
+        chosen = [files[len(files) * i // MAX_RECORDINGS] for i in range(MAX_RECORDINGS)]
         measured = [found for file in dict.fromkeys(chosen) if (found := prosody(*_read(file))) is not None]
         if measured:
             usual[name] = average(measured)
     return usual
 
 
-def _add_judged(clips: Sequence[Clip], rows: Rows, judges: Judges, voices: Voices, tell: Progress) -> Confusion | None:
-    """Fill what judges tell, and return which speakers are confused."""
+def _add_judged(
+    clips: Sequence[Clip], rows: Rows, judges: Judges, voices: Voices, report: Progress
+) -> Confusion | None:
+    """Fill in the judges' columns, and return which speakers are confused."""
     confusion = None
     if judges.asr is not None:
-        tell("transcribing", 0, len(clips))
+        report("transcribing", 0, len(clips))
         add_errors(clips, rows, judges.asr)
         add_leaks(clips, rows, judges.asr)
-        tell("transcribing", len(clips), len(clips))
+        report("transcribing", len(clips), len(clips))
     if judges.speaker is not None:
-        tell("comparing voices", 0, len(clips))
+        report("comparing voices", 0, len(clips))
         confusion = add_similarity(clips, rows, voices, judges.speaker)
         add_reference_similarity(clips, rows, judges.speaker)
-        tell("comparing voices", len(clips), len(clips))
+        report("comparing voices", len(clips), len(clips))
     if judges.quality is not None:
-        tell("rating", 0, len(clips))
+        report("rating", 0, len(clips))
         _add_naturalness(clips, rows, judges.quality)
-        tell("rating", len(clips), len(clips))
+        report("rating", len(clips), len(clips))
     return confusion
 
 
@@ -172,7 +174,7 @@ def _sums(metric: Metric, rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray
 
 
 def _estimate(metric: Metric, rows: Rows, seed: int) -> Estimate | None:
-    """None where no clip was measured, or none has a word."""
+    """None if no clip was measured, or if the denominators sum to zero."""
     measured = [row for row in rows if metric.column in row]
     tops, bottoms = _sums(metric, measured)
     if bottoms.sum() == 0:
@@ -189,7 +191,7 @@ def _difference(metric: Metric, pairs: Sequence[tuple[Any, Any]], seed: int) -> 
     value = ratio(*b) - ratio(*a)
     low, high = difference_interval(a, b, seed=seed)
     goal = {"one": 1.0, "zero": 0.0}.get(metric.better)
-    if goal is not None:  # whether one is nearer to it, clip by clip: that they differ says nothing of that
+    if goal is not None:  # test which one is nearer to the goal, not merely whether they differ
         a, b = ((np.abs(tops - goal * bottoms), bottoms) for tops, bottoms in (a, b))
     p = permutation_p(a, b, seed=seed)
     return Difference(value, low, high, p, p, len(measured))
@@ -209,7 +211,7 @@ def _why(name: str, clips: Sequence[Clip], judges: Judges, voices: Voices) -> st
         "speaker_accuracy": [(judges.speaker is None, _NO_SPEAKER), (not known, no_voice),
                              (len(voices) < 2, "there is only one voice to choose from")],
         "naturalness": [(judges.quality is None, "no judge of naturalness was named (--quality-judge)")],
-        "f0_shift": [(not known, no_voice), (True, "no voiced sound was found in clips or recordings")],
+        "f0_shift": [(not known, no_voice), (True, "clips or recordings have no voiced sound")],
     }  # fmt: skip
     alike = {"cer": "wer", "babble_rate": "wer", "recording_cer": "recording_wer", "leak_wer": "leak_rate",
              "f0_spread": "f0_shift", "energy_spread": "f0_shift"}  # fmt: skip
@@ -218,7 +220,7 @@ def _why(name: str, clips: Sequence[Clip], judges: Judges, voices: Voices) -> st
 
 
 def _number(value: float) -> float:
-    """As it stands in a row: flags as 0 and 1, all else with six digits."""
+    """A value for a row: flags as 0 and 1, anything else with six digits."""
     return int(value) if isinstance(value, bool | np.bool_) else round(float(value), 6)
 
 

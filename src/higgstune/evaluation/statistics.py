@@ -1,6 +1,6 @@
 """Ratios of sums over clips: their bootstrap intervals, and the paired comparison of two systems.
 
-Everything is drawn from a seed, so the same numbers come out every time.
+All random draws come from a seed, so results are reproducible.
 """
 
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 RESAMPLES = 2000  # of the bootstrap
-PERMUTATIONS = 9999  # of the paired test, where not all can be tried
+PERMUTATIONS = 9999  # of the paired test, if there are too many to try all
 _LEVEL = 0.95
-_BLOCK = 1 << 22  # cells of one random matrix
+_BLOCK = 1 << 22  # entries of one random matrix
 
 
 def ratio(numerators: np.ndarray, denominators: np.ndarray) -> float:
@@ -21,8 +21,8 @@ def ratio(numerators: np.ndarray, denominators: np.ndarray) -> float:
 def ratio_interval(numerators: np.ndarray, denominators: np.ndarray, *, seed: int) -> tuple[float, float]:
     """The 95 % percentile bootstrap interval of `ratio` over clips (Efron 1979): both [clips].
 
-    Resamples whose denominators sum to zero have no ratio and are left out. One clip has nothing to resample: its
-    interval is its own value.
+    Resamples whose denominators sum to zero have no ratio and are left out. With a single clip there is nothing to
+    resample: the interval is its value.
     """
     tops, bottoms = _resampled([numerators, denominators], seed)
     return _percentiles(_ratios(tops, bottoms))
@@ -31,18 +31,18 @@ def ratio_interval(numerators: np.ndarray, denominators: np.ndarray, *, seed: in
 def difference_interval(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray], *, seed: int) -> tuple[
     float, float
 ]:  # fmt: skip
-    """The interval of ratio(b) - ratio(a), whose clips are resampled in pairs; a, b: (numerators, denominators)."""
+    """The interval of ratio(b) - ratio(a), with clips resampled in pairs; a, b: (numerators, denominators)."""
     top_a, bottom_a, top_b, bottom_b = _resampled([*a, *b], seed)
     return _percentiles(_ratios(top_b, bottom_b) - _ratios(top_a, bottom_a))
 
 
 def permutation_p(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray], *, seed: int) -> float:
-    """The two-sided p-value of ratio(b) - ratio(a) if it made no difference which system spoke which clip of a pair.
+    """The two-sided p-value of ratio(b) - ratio(a), under the hypothesis that the systems are exchangeable.
 
-    Clips are swapped within pairs: all 2**clips ways where these are at most 10,000, else 9,999 random ones and the
-    one that was seen (Phipson and Smyth 2010, so p is never zero).
+    Clips are swapped within pairs: in all 2**clips ways if these are at most 10,000, else in 9,999 random ones and the
+    observed one (Phipson and Smyth 2010, so p is never zero).
     """
-    seen = abs(ratio(*b) - ratio(*a))
+    observed = abs(ratio(*b) - ratio(*a))
     count, exact = len(a[0]), 2 ** len(a[0]) <= PERMUTATIONS + 1
     sums_a, sums_b = [part.sum() for part in a], [part.sum() for part in b]
     more = total = 0
@@ -51,21 +51,21 @@ def permutation_p(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndar
         ratios_a = _ratios(sums_a[0] + moved[0], sums_a[1] + moved[1])
         ratios_b = _ratios(sums_b[0] - moved[0], sums_b[1] - moved[1])
         drawn = np.abs(ratios_b - ratios_a)
-        # A ratio that cannot be formed is as extreme as any; rounding must not hide a tie.
-        more += int(np.sum(~(drawn < seen - 1e-9 * max(seen, 1))))
+        # An undefined ratio counts as extreme; rounding must not hide a tie.
+        more += int(np.sum(~(drawn < observed - 1e-9 * max(observed, 1))))
         total += len(drawn)
     return more / total if exact else (more + 1) / (total + 1)
 
 
 def smallest_p(clips: int) -> float:
-    """The least that `permutation_p` can say of so many pairs: 2 / 2^clips while all ways are tried."""
+    """The smallest value that `permutation_p` can have for so many pairs: 2 / 2^clips while all swaps are tried."""
     return max(2 / 2**clips if clips < 1000 else 0.0, 1 / (PERMUTATIONS + 1))
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values for several questions at once, by Holm (1979), in the order of `p`.
+    """p-values corrected for multiple tests by Holm (1979), in the order of `p`.
 
-    Where nothing differs, the chance that any of them falls below 0.05 is at most 0.05.
+    If nothing differs, the chance that any of them falls below 0.05 is at most 0.05.
     """
     adjusted, largest = [0.0] * len(p), 0.0
     for rank, index in enumerate(sorted(range(len(p)), key=lambda i: p[i])):

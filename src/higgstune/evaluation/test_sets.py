@@ -1,9 +1,9 @@
-"""Test sets: the sentences that are spoken to be judged.
+"""Test sets: sentences to be spoken for an evaluation.
 
-en,de          built in: 100 sentences a language, a third each with numbers, with names, and long
-FILE.txt       a sentence a line
-.../meta.lst   the format of Seed-TTS-eval, with references to imitate: id|prompt text|prompt wav|text, and perhaps
-               |wav, a recording of the text; paths are as seen from the file's folder
+en,de          built in: 100 sentences per language, a third each with numbers, with names, and long
+FILE.txt       one sentence per line
+.../meta.lst   the format of Seed-TTS-eval, with references to imitate: id|prompt text|prompt wav|text, and optionally
+               |wav, a recording of the text; paths are relative to the file's folder
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,32 +17,32 @@ from higgstune.data.source import is_within, read_whole
 from higgstune.data.text import find_control_tokens, is_speakable
 from higgstune.errors import ConfigError, DataError
 
-VALIDATION = "validation"  # rows of a store, which are read elsewhere
+VALIDATION = "validation"  # not a test set of this module: rows of a store
 LANGUAGES = ("ar", "de", "en", "es", "vi", "zh")  # built in, ISO 639-1
-_FIELDS = "id|prompt text|prompt wav|text, and perhaps |wav"
-PROBE_SECONDS = 0.1  # seconds of audio: what cannot be read is told before anything is spoken
-_LONGEST_ID = 200  # bytes, so that it fits into a file's name
+PROBE_SECONDS = 0.1  # of audio that are read at once, so that a broken file fails before anything is spoken
+_FIELDS = "id|prompt text|prompt wav|text, and optionally |wav"
+_MAX_ID_BYTES = 200  # so that it fits into a file name
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """What is to be said, and, where a test set tells it, in whose voice."""
+    """A text to be spoken and, if the test set names one, its voice."""
 
-    id: str  # fit for a file's name
+    id: str  # fit for a file name
     text: str
     language: str | None  # ISO 639-1
     speaker: str | None = None
     reference: Path | None = None  # a recording to imitate
-    reference_text: str | None = None  # what is said in it
+    reference_text: str | None = None  # the words of the reference
     recording: Path | None = None  # a person's recording of the text
 
 
 def read_sentences(spec: str) -> list[Sentence]:
-    """The sentences of a test set, in its order; see this module for what a spec may be.
+    """The sentences of a test set, in its order; the module's docstring lists the possible specs.
 
-    The language of a meta.lst is the name of its folder, as in Seed-TTS-eval ("zh"), where it is one of `LANGUAGES`.
-    Raises ConfigError for an unknown set, and DataError, with file and line, for one that cannot be read, has no
-    sentence, an empty one, two of one id, or names audio that is missing or outside of its folder.
+    The language of a meta.lst is the name of its folder, as in Seed-TTS-eval ("zh"), if it is one of `LANGUAGES`.
+    Raises ConfigError for an unknown set, and DataError, with file and line, for a file that cannot be read, has no
+    sentence, an empty one or an id twice, or names audio that is missing or outside its folder.
     """
     path = Path(spec).expanduser()
     suffix = path.suffix.lower()
@@ -57,7 +57,7 @@ def read_sentences(spec: str) -> list[Sentence]:
         if language not in LANGUAGES:
             raise ConfigError(
                 f"there is no test set {shown(language)}: give validation (rows of the store), a .txt or a .lst file, "
-                f"or a language that is built in; {did_you_mean(language, (VALIDATION, *LANGUAGES))}"
+                f"or a built-in language; {did_you_mean(language, (VALIDATION, *LANGUAGES))}"
             )
     if len(set(languages)) < len(languages):
         raise ConfigError(f"the test sets {spec} name a language twice")
@@ -83,7 +83,7 @@ def _of_meta(path: Path) -> list[Sentence]:
     for where, line in _lines(path):
         sentence = _parsed(line.split("|"), folder, language, where)
         if first := found.get(sentence.id):
-            raise DataError(f"{where}: the id {sentence.id} is that of {first}, too: give each row its own")
+            raise DataError(f"{where}: the id {sentence.id} is used at {first} too: give each row its own")
         found[sentence.id] = where
         sentences.append(sentence)
     return sentences
@@ -104,9 +104,9 @@ def _parsed(fields: Sequence[str], folder: Path, language: str | None, where: st
 
 
 def _checked_id(name: str, where: str) -> str:
-    """It becomes a file's name. Raises DataError for one that cannot, or would be a path."""
+    """The id, which becomes a file name. Raises DataError for one that cannot, or would be a path."""
     is_name = name and not name.startswith(".") and name.isprintable() and not set(name) & set('/\\:*?"<>')
-    if not is_name or len(name.encode()) > _LONGEST_ID:
+    if not is_name or len(name.encode()) > _MAX_ID_BYTES:
         raise DataError(f"{where}: the id {shown(name)} cannot name a file: use letters, digits, - and _")
     return name
 
@@ -115,7 +115,7 @@ def _checked(text: str, where: str, what: str = "text") -> str:
     if not is_speakable(text):
         raise DataError(f"{where}: the {what} {shown(text)} has nothing to say")
     if tokens := find_control_tokens(text):
-        raise DataError(f"{where}: the {what} has {tokens[0]}, which the model reads as structure: remove it")
+        raise DataError(f"{where}: the {what} has {tokens[0]}, which is a control token of the model: remove it")
     return text
 
 
@@ -137,7 +137,7 @@ def _audio(folder: Path, name: str, where: str) -> Path:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Where each line with something in it stands, and the line. Raises DataError where there is none, or no UTF-8."""
+    """The place and text of each line that is not blank. Raises DataError if there is none, or if it is not UTF-8."""
     content = read_whole(path)
     try:
         text = content.decode("utf-8-sig")

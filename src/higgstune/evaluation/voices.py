@@ -17,9 +17,9 @@ Voices = Mapping[str, Sequence[Path]]
 
 
 def voice_of(clip: Clip, voices: Voices) -> str | None:
-    """Whose recordings a clip is held against: its speaker's, or, named none, the only voice there is.
+    """The voice that a clip is compared with: its speaker's or, for a clip that names none, the only voice there is.
 
-    A clip that names no speaker but has a reference imitates that, and none of the voices.
+    A clip that names no speaker but has a reference imitates the reference, and none of the voices.
     """
     if clip.speaker is not None:
         return clip.speaker if clip.speaker in voices else None
@@ -27,28 +27,29 @@ def voice_of(clip: Clip, voices: Voices) -> str | None:
 
 
 def add_reference_similarity(clips: Sequence[Clip], rows: Rows, judge: SpeakerJudge) -> None:
-    """Fill `similarity_reference` (and, for each model, `similarity_reference MODEL`) of clips that have one."""
+    """Fill in `similarity_reference` (and `similarity_reference MODEL` for each model) for clips with a reference."""
     by_reference = defaultdict(list)
     for index, clip in enumerate(clips):
         if clip.reference is not None:
             by_reference[clip.reference].append(index)
     for reference, chosen in by_reference.items():
-        _fill(rows, chosen, "similarity_reference", _asked(judge, [reference], [clips[i].file for i in chosen]))
+        _fill(rows, chosen, "similarity_reference", _similarities(judge, [reference], [clips[i].file for i in chosen]))
 
 
 def add_similarity(clips: Sequence[Clip], rows: Rows, voices: Voices, judge: SpeakerJudge) -> Confusion | None:
-    """Fill `similarity` (and `similarity MODEL`) of clips with a known voice, and `right_speaker` among two or more.
+    """Fill in `similarity` (and `similarity MODEL`) for clips with a known voice, and `right_speaker` if there are two
+    voices or more.
 
-    The judge is asked once for each voice. The main model alone says who is nearest.
+    The judge is called once for each voice. Only its main model decides who is nearest.
     """
     chosen = [index for index, clip in enumerate(clips) if voice_of(clip, voices) is not None]
     if not chosen:
         return None
     owners = [str(voice_of(clips[index], voices)) for index in chosen]
-    heard = [voice for voice in voices if voice in owners]
-    names = heard + [voice for voice in voices if voice not in owners]
+    with_clips = [voice for voice in voices if voice in owners]
+    names = with_clips + [voice for voice in voices if voice not in owners]
     files = [clips[index].file for index in chosen]
-    found = [_asked(judge, voices[name], files) for name in names]
+    found = [_similarities(judge, voices[name], files) for name in names]
     own = [names.index(owner) for owner in owners]
     models = list(found[0])
     _fill(rows, chosen, "similarity", {m: [found[at][m][row] for row, at in enumerate(own)] for m in models})
@@ -58,26 +59,26 @@ def add_similarity(clips: Sequence[Clip], rows: Rows, voices: Voices, judge: Spe
     nearest = table.argmax(axis=0)
     for row, index in enumerate(chosen):
         as_near = table[:, row] >= table[own[row], row]
-        rows[index]["right_speaker"] = int(as_near.sum() == 1)  # a judge that cannot tell two voices apart finds none
-    return _confusion(names, len(heard), table, nearest, np.array(own))
+        rows[index]["right_speaker"] = int(as_near.sum() == 1)  # a tie is not right
+    return _confusion(names, len(with_clips), table, nearest, np.array(own))
 
 
-def _confusion(names: list[str], heard: int, table: np.ndarray, nearest: np.ndarray, own: np.ndarray) -> Confusion:
-    means = [table[:, own == row].mean(axis=1).round(6).tolist() for row in range(heard)]
-    counts = [np.bincount(nearest[own == row], minlength=len(names)).tolist() for row in range(heard)]
+def _confusion(names: list[str], rows: int, table: np.ndarray, nearest: np.ndarray, own: np.ndarray) -> Confusion:
+    means = [table[:, own == row].mean(axis=1).round(6).tolist() for row in range(rows)]
+    counts = [np.bincount(nearest[own == row], minlength=len(names)).tolist() for row in range(rows)]
     return Confusion(names, means, counts)
 
 
-def _asked(judge: SpeakerJudge, references: Sequence[Path], files: Sequence[Path]) -> dict[str, list[float]]:
+def _similarities(judge: SpeakerJudge, references: Sequence[Path], files: Sequence[Path]) -> dict[str, list[float]]:
     found = judge.similarities(references, files)
     check_answers(judge.name, found, len(files))
     return found
 
 
 def check_answers(judge: str, found: Mapping[str, Sequence[float]], files: int) -> None:
-    """Raises WorkError where a judge did not give one finite number for each file, by one model at least."""
+    """Raises WorkError if a judge did not give one finite number for each file, by at least one model."""
     if not found:
-        raise WorkError(f"the judge {judge} answered with no model's numbers")
+        raise WorkError(f"the judge {judge} gave no numbers")
     for model, values in found.items():
         if len(values) != files or not np.isfinite(values).all():
             raise WorkError(f"the judge {judge} ({model}) did not give one finite number for each of {files} files")
@@ -90,6 +91,6 @@ def _fill(rows: Rows, chosen: Sequence[int], column: str, by_model: Mapping[str,
 
 
 def fill(rows: Rows, chosen: Sequence[int], column: str, values: Sequence[float]) -> None:
-    """Put values of chosen clips into their rows."""
+    """Put the values of the chosen clips into a column of their rows."""
     for index, value in zip(chosen, values, strict=True):
         rows[index][column] = round(float(value), 6)

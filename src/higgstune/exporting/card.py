@@ -1,4 +1,4 @@
-"""The model card, README.md of a merged or exported folder: what it is, from what, how to use it, which licence."""
+"""The model card, README.md of an exported folder: content, origin, use, licence."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,52 +13,46 @@ from higgstune.checkpoint_files import folder_card, write_checksums
 from higgstune.codec import CODEC_FOLDER
 from higgstune.exporting.layouts import LayoutName, licence_files
 from higgstune.exporting.source import MERGED, Source
-from higgstune.exporting.verify import HeldOut, Logits, MergeCheck
+from higgstune.exporting.verify import ExportCheck, HeldOut, Logits
+from higgstune.families import load_family
+from higgstune.families.base import Family
 
 Kind = Literal["native", "extended", "original", "peft"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_LIBRARY = {"native": "transformers", "extended": "higgstune", "original": "boson_multimodal", "peft": "peft"}
-_WHAT = {
-    "native": "A checkpoint in the layout of transformers (`HiggsAudioV2ForConditionalGeneration`), which vLLM-Omni "
-    "reads, too",
-    "extended": "A checkpoint in Higgstune's extended layout: the native one with modules for which the native class "
-    "has no place, so that only Higgstune loads it",
-    "original": "A checkpoint in the original layout (`higgs_audio`), as boson_multimodal loads it",
-    "peft": "A LoRA adapter that peft loads on its base",
-}
 _CONSENT = (
-    "A voice belongs to a person. The speakers of the recordings must have agreed to this use; who passes this folder "
-    "on answers for that, and writes here who agreed, to what and when: *(to be filled in)*. Do not pass what the "
-    "model says off as a person's own words, and say that it is synthetic where listeners could take it for real."
+    "A voice belongs to a person. The speakers of the recordings must have consented to this use; whoever passes this "
+    "folder on answers for that, and writes here who consented, to what and when: *(to be filled in)*. Do not pass the "
+    "model's speech off as a person's own words, and say that it is synthetic where people could take it for real."
 )
-_LICENCE = (
-    "The released Higgs Audio v2 model and its codec come under Boson AI's community licence, which is built on Meta's "
-    "Llama 3 licence, and what is made from them does, too. Its duties are in the LICENSE file in your copy of the "
-    "base and of the codec: read both before you use or pass on this folder. Higgstune's own Apache-2.0 licence is "
-    "that of the software alone, not of these weights."
-)
-
-_ON_4_BITS = (
-    "It was trained on a base in 4 bits (QLoRA: nf4, double quantisation). What is compared here is the same adapter "
-    "on the whole base, which speaks slightly differently."
+_TRAINED_IN_4_BITS = (
+    "It was trained on a base in 4 bits (QLoRA: nf4, double quantisation). The comparison below is of the same adapter "
+    "on the unquantised base, which speaks slightly differently."
 )
 
 
 @dataclass(frozen=True)
-class Made:
-    """What the card tells of the folder itself."""
+class AudioLoss:
+    """Audio loss on the compared clips, in nats, with and without the modules that were left out."""
+
+    with_modules: float
+    without_modules: float
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Facts of the card about the folder itself."""
 
     kind: Kind
     title: str
     dtype: str
     codec: str
-    codec_comes_along: bool
+    has_codec: bool
     licences: tuple[str, ...]  # files, from the folder
     base_fingerprint: str
-    check: MergeCheck
-    conditioning: tuple[str, ...] = ()  # names of the extensions that are in it
+    check: ExportCheck
+    conditioning: tuple[str, ...] = ()  # its extensions, in words
     dropped: tuple[str, ...] = ()
-    loss: Mapping[str, float] | None = None  # where modules were dropped: audio loss with and without
+    loss: AudioLoss | None = None  # with and without the dropped modules
     base_bits: int | None = None
 
 
@@ -67,122 +61,107 @@ def public_name(name: str) -> str:
     return name if _HUB_ID.fullmatch(name) and not Path(name).is_dir() else Path(name).name
 
 
-def model_card(source: Source, made: Made) -> str:
+def model_card(source: Source, facts: CardFacts) -> str:
     """The whole README.md."""
     sections = [
-        f"# {_plain(made.title)}",
-        f"{_WHAT[made.kind]}. Made with Higgstune {higgstune.__version__} from "
+        f"# {_plain(facts.title)}",
+        f"{_family(source).export.descriptions[facts.kind]}. Made with Higgstune {higgstune.__version__} from "
         f"`{_code(public_name(source.checkpoint))}`.",
-        *_what_is_missing(made),
+        *_notes(facts),
         "## Speaking",
-        _speaking(source, made),
+        _speaking(source, facts),
         "## Base model",
-        _base(source, made),
+        _base(source, facts),
         "## Data",
         _data(source.card),
         "## Training",
         _training(source.card),
         "## Check",
-        _check(made),
+        _check(facts),
         "## Licence",
-        _licence(made),
+        _licence(source, facts),
         "## Consent",
         _CONSENT,
     ]
-    return _front_matter(source, made) + "\n\n".join(sections) + "\n"
+    return _front_matter(source, facts) + "\n\n".join(sections) + "\n"
 
 
-def _front_matter(source: Source, made: Made) -> str:
-    facts: dict[str, Any] = {
+def _front_matter(source: Source, facts: CardFacts) -> str:
+    matter: dict[str, Any] = {
         "base_model": public_name(source.checkpoint),
-        "base_model_relation": "adapter" if made.kind == "peft" else "finetune",
-        "library_name": _LIBRARY[made.kind],
+        "base_model_relation": "adapter" if facts.kind == "peft" else "finetune",
+        "library_name": _family(source).export.libraries[facts.kind],
         "pipeline_tag": "text-to-speech",
         "license": "other",
         "license_name": "see-the-license-file",
-        "tags": ["text-to-speech", "higgs-audio-v2", "higgstune", "lora"],
+        "tags": ["text-to-speech", source.layout.family.title.lower().replace(" ", "-"), "higgstune", "lora"],
     }
-    if made.licences:
-        facts["license_link"] = made.licences[0]
-    return f"---\n{yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)}---\n\n"
+    if facts.licences:
+        matter["license_link"] = facts.licences[0]
+    return f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---\n\n"
 
 
-def _what_is_missing(made: Made) -> list[str]:
+def _notes(facts: CardFacts) -> list[str]:
     notes = []
-    if made.conditioning:
-        notes.append(f"It carries {' and '.join(made.conditioning)} beside the native class.")
-    if made.dropped:
-        loss = made.loss or {}
+    if facts.conditioning:
+        notes.append(f"It carries {' and '.join(facts.conditioning)} beside the native class.")
+    if facts.dropped:
+        assert facts.loss is not None
         notes.append(
-            f"**It is not all that was trained**: {', '.join(f'`{name}`' for name in made.dropped)} were left out, for "
-            f"which this layout has no place. Audio loss on the compared clips: {loss['with']:.3f} nats with them, "
-            f"{loss['without']:.3f} without."
+            f"**It is not all that was trained**: {', '.join(f'`{name}`' for name in facts.dropped)} were left out, "
+            f"for which this layout has no place. Audio loss on the compared clips: {facts.loss.with_modules:.3f} nats "
+            f"with them, {facts.loss.without_modules:.3f} without."
         )
     return notes
 
 
-def _speaking(source: Source, made: Made) -> str:
-    own = "--adapter" if made.kind == "peft" else "--model"
+def _speaking(source: Source, facts: CardFacts) -> str:
+    own = "--adapter" if facts.kind == "peft" else "--model"
     lines = [f'```sh\nhiggstune speak "Good morning." {own} THIS_FOLDER --out morning.wav\n```']
-    if ((source.card.get("recipe") or {}).get("data") or {}).get("reference") == "scene":
+    if _recipe_of(source)["data"].get("reference") == "scene":
         lines.append(
             "It was trained with references in the scene"
             + (
-                ", which are heard by what was left out: without it they are read by their codes, untrained."
-                if any("audio_encoder_proj" in name for name in made.dropped)
-                else ": one needs no words. `speak` of Higgstune knows that."
+                ", which are encoded by a module that was left out: without it the model reads their codes, untrained."
+                if facts.dropped and _recipe_of(source)["model"].get("whisper")
+                else ": a reference needs no words. `higgstune speak` knows that."
             )
         )
-    if made.kind in ("native", "peft"):
-        lines.append(f"In Python:\n\n```python\n{_python(source, made)}\n```")
-    if made.kind == "original":
+    usage = _family(source).export.usage(
+        facts.kind, base=public_name(source.checkpoint), dtype=facts.dtype, bits=facts.base_bits
+    )
+    if usage is not None:
+        lines.append(usage)
+    if facts.base_bits is not None:
         lines.append(
-            "With the original engine:\n\n```python\nfrom boson_multimodal.serve.serve_engine import "
-            'HiggsAudioServeEngine\n\nengine = HiggsAudioServeEngine("THIS_FOLDER", "CODEC")\n```'
-        )
-    if made.base_bits is not None:
-        lines.append(
-            f"The weights are stored whole; with these settings bitsandbytes makes {made.base_bits} bits of those of "
-            "the linear layers, heads left out, while it loads them. What that costs in quality was not measured."
+            "The weights are stored unquantised. With these settings bitsandbytes quantises the linear layers, "
+            f"but not the heads, to {facts.base_bits} bits as it loads them. The loss of quality was not measured."
         )
     return "\n\n".join(lines)
 
 
-def _python(source: Source, made: Made) -> str:
-    loaded = public_name(source.checkpoint) if made.kind == "peft" else "THIS_FOLDER"
-    imports, options = ["HiggsAudioV2ForConditionalGeneration"], ["use_text_head=True"]
-    setup = []
-    if made.base_bits is not None:
-        imports.insert(0, "BitsAndBytesConfig")
-        options += ["quantization_config=quantization", 'device_map="auto"']
-        bits = ["load_in_8bit=True"]
-        if made.base_bits == 4:
-            bits = ["load_in_4bit=True", 'bnb_4bit_quant_type="nf4"', "bnb_4bit_compute_dtype=torch.bfloat16"]
-        skipped = 'llm_int8_skip_modules=["audio_lm_head", "text_lm_head"]'
-        setup = ["quantization = BitsAndBytesConfig(", f"    {', '.join(bits)},", f"    {skipped},", ")"]
-    else:
-        options.append(f"dtype=torch.{made.dtype}")
-    lines = ["import torch"] if made.base_bits != 8 else []
-    if made.kind == "peft":
-        lines.append("from peft import PeftModel")
-    lines += [f"from transformers import {', '.join(imports)}", "", *setup]
-    lines.append(f'model = HiggsAudioV2ForConditionalGeneration.from_pretrained("{loaded}", {", ".join(options)})')
-    if made.kind == "peft":
-        lines.append('model = PeftModel.from_pretrained(model, "THIS_FOLDER")')
-    return "\n".join(lines)
+def _family(source: Source) -> Family:
+    return load_family(source.layout.family)
 
 
-def _base(source: Source, made: Made) -> str:
+def _recipe_of(source: Source) -> dict[str, dict[str, Any]]:
+    """The parts of the adapter's recipe, empty where its card has none."""
+    recipe = source.card.get("recipe") or {}
+    return {key: recipe.get(key) or {} for key in ("model", "data")}
+
+
+def _base(source: Source, facts: CardFacts) -> str:
     rows = {
         "name": public_name(source.checkpoint),
+        "model family": source.layout.family.title,
         "revision": source.revision or source.card.get("revision") or "not recorded",
-        "fingerprint of its weights": made.base_fingerprint,
-        "codec": public_name(made.codec) + (", in the sub-folder `codec`" if made.codec_comes_along else ""),
+        "fingerprint of its weights": facts.base_fingerprint,
+        "codec": public_name(facts.codec) + (", in the sub-folder `codec`" if facts.has_codec else ""),
         "revision of the codec": source.card.get("codec_revision") or "not recorded",
         "adapter (sha256 of its weights)": source.weights_sha256,
-        "stored as": made.dtype,
+        "stored as": facts.dtype,
     }
-    if made.kind == "peft":
+    if facts.kind == "peft":
         rows["stored as"] = "adapter alone; the base is loaded beside it"
     return _table(("base", ""), [(key, str(value)) for key, value in rows.items()])
 
@@ -209,9 +188,9 @@ def _training(card: Mapping[str, Any]) -> str:
     if recipe.get("lora"):
         notes.append("LoRA: " + ", ".join(f"{key} {value}" for key, value in recipe["lora"].items()) + ".")
     if card.get("base_quantized"):
-        notes.append(_ON_4_BITS)
+        notes.append(_TRAINED_IN_4_BITS)
     if recipe.get("init_adapter"):
-        notes.append(f"It went on from another adapter, `{_code(Path(recipe['init_adapter']).name)}`.")
+        notes.append(f"It continues from another adapter, `{_code(Path(recipe['init_adapter']).name)}`.")
     return "\n\n".join(notes)
 
 
@@ -220,24 +199,25 @@ def _metrics(metrics: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value:.4g}" for key, value in shown.items()) or "not measured"
 
 
-def _check(made: Made) -> str:
-    check = made.check
+def _check(facts: CardFacts) -> str:
+    check = facts.check
     what = "largest" if check.dtype == "float32" else "mean"
     clips = f"{check.origin} ({check.clips} of them; {what} difference of a logit, {check.dtype})"
-    if made.kind == "peft":
-        return f"On its base the adapter moves the logits by {check.from_base:.2e}, on {clips}."
-    less = " without the modules that were left out" if made.dropped else ""
+    if facts.kind == "peft":
+        return f"On its base the adapter changes the logits by {check.from_base:.2e}, on {clips}."
+    less = " without the modules that were left out" if facts.dropped else ""
     return (
-        f"Loaded again after writing, on {clips}: {check.from_adapter:.2e} from the base with its adapter{less} "
+        f"Loaded from the written files, on {clips}: {check.from_adapter:.2e} from the base with its adapter{less} "
         f"(tolerance {check.tolerance:.0e}), {check.from_base:.2e} from the base alone."
     )
 
 
-def _licence(made: Made) -> str:
-    if made.licences:
-        files = ", ".join(f"[{name}]({name})" for name in made.licences)
-        return f"{_LICENCE}\n\nCopied along: {files}."
-    return f"{_LICENCE}\n\nThe base's folder had no LICENSE file to copy along: get it from the base model's page."
+def _licence(source: Source, facts: CardFacts) -> str:
+    note = _family(source).export.licence_note
+    if facts.licences:
+        files = ", ".join(f"[{name}]({name})" for name in facts.licences)
+        return f"{note}\n\nCopied along: {files}."
+    return f"{note}\n\nThe base's folder had no LICENSE file to copy along: get it from the base model's page."
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -260,7 +240,7 @@ def _code(text: str) -> str:
 
 @dataclass(frozen=True)
 class Written:
-    """What is known once the checkpoint is written and the models are gone from memory."""
+    """A written checkpoint, once the models are freed: its facts, and the logits to compare with."""
 
     layout: LayoutName
     dtype: str
@@ -269,10 +249,10 @@ class Written:
     adapted: Logits
     base_fingerprint: str
     codec: str
-    codec_comes_along: bool
+    has_codec: bool
     conditioning: tuple[str, ...]
     dropped: tuple[str, ...]
-    loss: dict[str, float] | None
+    loss: AudioLoss | None
 
 
 def describe(
@@ -280,21 +260,21 @@ def describe(
     folder: Path,
     name: str,
     written: Written,
-    check: MergeCheck,
+    check: ExportCheck,
     fingerprint: str,
     base_bits: int | None,
 ) -> None:
-    """README.md and higgstune.json: what was merged, and the checksum of each weight file.
+    """Write README.md and higgstune.json: adapter and base, and the checksum of each weight file.
 
-    `name` is the folder's at last; `fingerprint` that of the merged weights.
+    `name` is the folder's final name, `fingerprint` that of the merged weights.
     """
     licences = [*licence_files(folder), *licence_files(folder / CODEC_FOLDER)]
-    made = Made(
+    facts = CardFacts(
         kind=written.layout,
         title=name,
         dtype=written.dtype,
         codec=written.codec,
-        codec_comes_along=written.codec_comes_along,
+        has_codec=written.has_codec,
         licences=tuple(path.relative_to(folder).as_posix() for path in licences),
         base_fingerprint=written.base_fingerprint,
         check=check,
@@ -303,8 +283,9 @@ def describe(
         loss=written.loss,
         base_bits=base_bits,
     )
-    (folder / "README.md").write_text(model_card(source, made), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(source, facts), encoding="utf-8")
     merged = {
+        "family": source.layout.family.name,
         "adapter_sha256": source.weights_sha256,
         "base": public_name(source.checkpoint),
         "revision": source.revision,
@@ -314,7 +295,7 @@ def describe(
         "dtype": written.dtype,
         "dropped": list(written.dropped),
         "check": asdict(check),
-        "base_merged": folder_card(source.base).get(MERGED),  # where a run was begun on a merged checkpoint
+        "base_merged": folder_card(source.base).get(MERGED),  # where the base is itself a merged checkpoint
     }
     write_checksums(
         folder, higgstune=higgstune.__version__, merged=merged, codec=public_name(written.codec),
@@ -323,7 +304,7 @@ def describe(
 
 
 def _without_folders(value: Any) -> Any:
-    """An adapter's card with the last names of folders only: a merged checkpoint is passed on to strangers."""
+    """An adapter's card with the last names of folders only: strangers will read it."""
     if isinstance(value, dict):
         return {key: _without_folders(item) for key, item in value.items()}
     if isinstance(value, list):

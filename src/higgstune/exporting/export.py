@@ -1,23 +1,21 @@
-"""`export`: a run as other software takes it: transformers and vLLM-Omni, the original engine, peft."""
+"""`export`: write a run as other software loads it: transformers and vLLM-Omni, the original engine, peft."""
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 from higgstune.errors import ConfigError, VerificationError
-from higgstune.exporting.card import Made, model_card
-from higgstune.exporting.layouts import LayoutName, licence_files
-from higgstune.exporting.merge import check_base_bits, load_source, logits_of, merge, summary_of
-from higgstune.exporting.source import Progress, Source, open_source, stored_dtype
-from higgstune.exporting.verify import MOVES, MergeCheck, difference, held_out
-from higgstune.families.higgs_v2.extensions import conditioning_modules
-from higgstune.files import check_new, new_folder
-from higgstune.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_fingerprint, write_card
+from higgstune.exporting.card import AudioLoss, CardFacts, model_card
+from higgstune.exporting.layouts import licence_files, output_folder
+from higgstune.exporting.merge import MergeOptions, load_source, logits_of, merge_into, summary_of
+from higgstune.exporting.options import Format, check_options
+from higgstune.exporting.source import Source, open_source, stored_dtype
+from higgstune.exporting.verify import MIN_CHANGE, ExportCheck, difference, held_out
+from higgstune.files import NOTHING_KEPT, check_new, writing
+from higgstune.inputs import ADAPTER_CONFIG
+from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, base_fingerprint, write_card
 from higgstune.model.adapters import load_adapter
-
-Format = Literal["native", "boson", "peft"]
-_LAYOUT: dict[str, LayoutName] = {"native": "native", "boson": "original"}
+from higgstune.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -25,96 +23,99 @@ class ExportResult:
     """An exported folder."""
 
     folder: Path
-    format: str
-    check: MergeCheck
-    dropped: tuple[str, ...]  # modules that were left out
-    loss: dict[str, float] | None  # where some were: audio loss on the compared clips, with and without them
+    format: Format
+    dtype: str | None  # of the merged weights; None for an adapter alone
+    check: ExportCheck
+    dropped: tuple[str, ...] = ()  # modules that were left out
+    loss: AudioLoss | None = None  # with and without the modules that were left out
 
 
 def export(
     run: str | Path,
     out: str | Path,
     *,
-    format: str,
+    format: str | None = None,
+    drop_modules: bool = False,
+    dtype: str | None = None,
+    base_bits: int | None = None,
+    whisper: str | Path | None = None,
+    data: str | Path | None = None,
     model: str | Path | None = None,
     revision: str | None = None,
     codec: str | Path | None = None,
-    data: str | Path | None = None,
-    dtype: str | None = None,
-    drop_modules: bool = False,
-    base_bits: int | None = None,
-    whisper: str | Path | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Write the adapter of a run's or an adapter's folder into `out` as other software loads it.
+    """Write the adapter of a run's or an adapter's folder into the new folder `out`, as other software loads it.
 
-    `format` is native (merged, the layout of transformers, which vLLM-Omni reads), boson (merged, the layout of
-    boson_multimodal) or peft (the adapter alone, for plain peft on the native class). The other arguments are those of
-    `merge`. `base_bits` (4, 8) notes in the card how to load the base so, in native and peft.
+    `format` is one of
 
-    Raises as `merge`; ConfigError, too, for an adapter whose modules plain peft would leave out.
+        native    merged with its base, in the layout of transformers, which vLLM-Omni reads, too
+        extended  merged, in Higgstune's layout: native with audio attention and Whisper, which only Higgstune loads
+        boson     merged, in the layout of boson_multimodal
+        peft      the adapter alone, for plain peft on the native class
+
+    and, where not given, native, or extended when the native class has no place for modules of the adapter.
+    `drop_modules` writes native without these modules. `dtype` (float32, bfloat16) is that of the merged weights; that
+    of the base's files where not given. `base_bits` (4, 8) only adds to the card how to load the base that way.
+    `whisper` names the encoder for boson, `model`, `revision` and `codec` base and codec, where they have moved;
+    `data` is a store to compare on.
+
+    Raises ConfigError, CheckpointError or DataError for wrong input, VerificationError when the exported model does
+    not give the logits of base + adapter, WorkError when disk or memory is too small. `out` does not exist then.
     """
-    if format not in get_args(Format):
-        raise ConfigError(f"--format {format}: one of {', '.join(get_args(Format))}")
-    check_base_bits(base_bits)
-    if format == "boson" and base_bits is not None:
-        raise ConfigError("--base-bits has no effect with --format boson: the original engine loads no such base")
-    if format != "peft":
-        merged = merge(
-            run, out, model=model, revision=revision, codec=codec, data=data, dtype=dtype, layout=_LAYOUT[format],
-            drop_modules=drop_modules, base_bits=base_bits, whisper=whisper, device=device, progress=progress,
-        )  # fmt: skip
-        return ExportResult(merged.folder, format, merged.check, merged.dropped, merged.loss)
-    if dtype is not None or drop_modules or whisper is not None:
-        option = "--dtype" if dtype is not None else "--drop-modules" if drop_modules else "--whisper"
-        raise ConfigError(f"{option} has no effect with --format peft: the adapter is passed on as it was trained")
     out = Path(out)
+    check_options(format, drop_modules=drop_modules, dtype=dtype, base_bits=base_bits, whisper=whisper)
     check_new(out)
     source = open_source(run, model=model, revision=revision, codec=codec)
     check_new(out, source.base, source.adapter)
-    with new_folder(out) as folder:
-        check = _write_adapter(source, folder, out.name, data, base_bits, device)
-    if progress is not None:
-        progress("comparing", 1, 1)
-    return ExportResult(out, format, check, (), None)
+    show = progress or silent
+    with output_folder(out) as folder:
+        if format == "peft":
+            check = _write_adapter(source, folder, out.name, data, base_bits, device)
+            show("comparing", 1, 1)
+            return ExportResult(out, "peft", None, check)
+        options = MergeOptions(format, drop_modules, dtype, base_bits, whisper, device)
+        merged = merge_into(folder, out.name, source, options, data, show)
+    return ExportResult(out, merged.format, merged.dtype, merged.check, merged.dropped, merged.loss)
 
 
 def _write_adapter(
     source: Source, folder: Path, name: str, data: str | Path | None, base_bits: int | None, device: str | None
-) -> MergeCheck:
-    for part in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        shutil.copyfile(source.adapter / part, folder / part)
-    write_card(folder, source.card)
-    for path in licence_files(source.base):
-        shutil.copyfile(path, folder / path.name)
+) -> ExportCheck:
+    with writing(folder, NOTHING_KEPT):
+        for part in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            shutil.copyfile(source.adapter / part, folder / part)
+        write_card(folder, source.card)
+        for path in licence_files(source.base):
+            shutil.copyfile(path, folder / path.name)
     dtype = stored_dtype(source.layout, wanted="float32")
     loaded = load_source(source, dtype, device)
     clips = held_out(source, loaded, data)
     fingerprint, base = base_fingerprint(loaded.model), logits_of(loaded.model, clips.batch)
     adapted = load_adapter(loaded.model, folder)
-    if modules := summary_of(conditioning_modules(adapted)):
+    if modules := summary_of(loaded.family.extensions.modules(adapted)):
         raise ConfigError(
             f"plain peft would load this adapter without {', '.join(modules)}, which its native base does not have: "
-            "`higgstune merge` keeps them, in the extended or the original layout"
+            "--format extended and --format boson keep them"
         )
     moved = difference(logits_of(adapted, clips.batch), base, dtype)
-    if not moved > MOVES[dtype]:
+    if not moved > MIN_CHANGE[dtype]:
         raise VerificationError(
             f"the adapter {source.adapter} hardly changes the base: its logits by {moved:.2e} ({dtype}), which is not "
-            f"more than {MOVES[dtype]:.0e}"
+            f"more than {MIN_CHANGE[dtype]:.0e}"
         )
-    check = MergeCheck(dtype, 0.0, 0.0, moved, clips.clips, clips.origin)
-    made = Made(
+    check = ExportCheck(dtype, 0.0, 0.0, moved, clips.clips, clips.origin)
+    facts = CardFacts(
         kind="peft",
         title=name,
         dtype=dtype,
         codec=loaded.codec,
-        codec_comes_along=False,
+        has_codec=False,
         licences=tuple(path.name for path in licence_files(folder)),
         base_fingerprint=fingerprint,
         check=check,
         base_bits=base_bits,
     )
-    (folder / "README.md").write_text(model_card(source, made), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(source, facts), encoding="utf-8")
     return check

@@ -1,4 +1,4 @@
-"""The clips on which a written checkpoint is compared with what it was made from."""
+"""The comparison of an exported model with base + adapter: on which clips, and within which tolerance."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +13,11 @@ from torch import Tensor
 from higgstune.batch.collate import Batch, PaddedCollator
 from higgstune.batch.dataset import PLAIN, Rendering, RowExamples, probe_rows
 from higgstune.checkpoint_files import safetensors_keys
-from higgstune.data.shard_reader import INDEX_NAME
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore
 from higgstune.errors import CheckpointError, DataError, VerificationError
 from higgstune.exporting.source import Source
-from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
+from higgstune.inputs import INDEX_NAME
 from higgstune.kernels.loss import IGNORE
 from higgstune.model.adapter_folder import adapter_conditioning
 from higgstune.model.load import ModelAndTokenizers
@@ -26,12 +25,12 @@ from higgstune.training.verify import MARGIN
 from higgstune.training.verify import TOLERANCE as RELOAD_TOLERANCE
 
 CLIPS = 4
-_POSITIONS = 256  # audio and text each: as many as `probe_logits` looks at
+_POSITIONS = 256  # labelled positions, audio and text each: as many as `probe_logits` takes
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A batch with labelled positions spread over all its clips, and where it is from."""
+    """A batch with labelled positions spread over all its clips, and the origin of the clips."""
 
     batch: Batch
     clips: int
@@ -39,25 +38,25 @@ class HeldOut:
 
 
 def held_out(
-    source: Source, loaded: ModelAndTokenizers, data: str | Path | None = None, *, hears: bool = True
+    source: Source, loaded: ModelAndTokenizers, data: str | Path | None = None, *, with_whisper: bool = True
 ) -> HeldOut:
     """Validation rows of the store `data`, else of the store that the adapter was trained on, else the run's probe.
 
-    Without `hears`, rows of a store are as a model without Whisper sees them: all audio by its codes.
+    Without `with_whisper`, rows of a store are rendered for a model without Whisper: all audio as codes.
 
     Raises DataError when the store was encoded by another codec, or when there is neither store nor probe.
     """
     recorded = _recorded_store(source.card)
     if data is not None:
-        return _from_store(Path(data), source, loaded, hears)
+        return _from_store(Path(data), source, loaded, with_whisper)
     if recorded is not None and (recorded / INDEX_NAME).exists():
-        return _from_store(recorded, source, loaded, hears)
+        return _from_store(recorded, source, loaded, with_whisper)
     probe = source.run / "verify" / "probe.safetensors"
     if probe.exists():
         return _from_probe(probe)
     raise DataError(
-        f"there is nothing to compare on: the store {recorded or 'that the adapter was trained on'} is not here, and "
-        f"{probe} is not, either; name a prepared store with --data"
+        f"no clips to compare on: neither the store {recorded or 'that the adapter was trained on'} nor {probe} "
+        "exists; name a prepared store with --data"
     )
 
 
@@ -66,33 +65,32 @@ def _recorded_store(card: dict[str, Any]) -> Path | None:
     return Path(store).expanduser() if store else None
 
 
-def _from_store(folder: Path, source: Source, loaded: ModelAndTokenizers, hears: bool) -> HeldOut:
+def _from_store(folder: Path, source: Source, loaded: ModelAndTokenizers, with_whisper: bool) -> HeldOut:
     store = CodeStore.open(folder)
     if store.info.codec_revision != loaded.audio_tokenizer.revision:
         raise DataError(
             f"{folder} was encoded by the codec {store.info.codec} (revision {store.info.codec_revision}); this "
-            f"model speaks through {loaded.codec} (revision {loaded.audio_tokenizer.revision}): name another store "
-            "with --data"
+            f"model uses {loaded.codec} (revision {loaded.audio_tokenizer.revision}): name another store with --data"
         )
-    rendering = _rendering(folder, source, hears)
+    rendering = _rendering(folder, source, with_whisper)
     splits = [("validation", store.split("validation")), ("training", store.split("train"))]
     what, rows = probe_rows(splits, rendering)
     if not rows:
         raise DataError(f"{folder} has no rows to compare on: name another store with --data")
-    prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
+    prompter = loaded.prompter
     examples = RowExamples(rows, prompter, "transcript", rendering)
-    collate = PaddedCollator(pad_id=loaded.config.pad_token_id or 0, stream_eos=loaded.config.audio_stream_eos_id)
+    collate = PaddedCollator.of(loaded.spec)
     clips = min(CLIPS, len(examples))
     return HeldOut(
         _spread(collate([examples[i] for i in range(clips)])), clips, f"{what} clips of the store {folder.name}"
     )
 
 
-def _rendering(store: Path, source: Source, hears: bool) -> Rendering:
-    """As the adapter was trained to see rows. Raises DataError when its Whisper features are not in the store."""
+def _rendering(store: Path, source: Source, with_whisper: bool) -> Rendering:
+    """How the adapter's training rendered rows. Raises DataError when its Whisper features are not in the store."""
     shape = adapter_conditioning(source.adapter).whisper
     place = source.card.get("recipe", {}).get("data", {}).get("reference", PLAIN.reference)
-    if shape is None or not hears:
+    if shape is None or not with_whisper:
         return Rendering(place)
     try:
         return Rendering(place, FeatureStore.open(store, shape.checkpoint, shape.revision))
@@ -101,7 +99,7 @@ def _rendering(store: Path, source: Source, hears: bool) -> Rendering:
 
 
 def _from_probe(path: Path) -> HeldOut:
-    safetensors_keys(path)  # tells a truncated file with a message of its own
+    safetensors_keys(path)  # a truncated file has a message of its own
     batch = {key: value for key, value in load_file(path).items() if not key.endswith("_logits")}
     if "input_ids" not in batch:
         raise CheckpointError(f"{path} holds no batch: name a prepared store with --data")
@@ -109,7 +107,7 @@ def _from_probe(path: Path) -> HeldOut:
 
 
 def _spread(batch: Batch) -> Batch:
-    """As many labelled positions as are looked at, evenly over the batch: the first ones are all of its first clip."""
+    """At most `_POSITIONS` labelled positions of each kind, evenly over the batch: the first are all of one clip."""
     result = dict(batch)
     for kind in ("audio", "text"):
         positions = batch[f"{kind}_positions"]
@@ -119,17 +117,17 @@ def _spread(batch: Batch) -> Batch:
 
 
 Logits = Mapping[str, Tensor]
-# Of the largest difference of a logit (float32), of the mean difference (bfloat16, where each weight is rounded once
-# more, to 1 part in 256). What was measured, and where: docs/sharing.md.
+# For the largest difference of a logit (float32) or the mean difference (bfloat16, where each weight is rounded once
+# more, to 1 part in 256). docs/sharing.md has the measurements.
 TOLERANCE = {"float32": 5e-4, "bfloat16": 0.2}
-# An adapter moves the base's logits by more than this, or training would not have let it pass.
-MOVES = {dtype: MARGIN * tolerance for dtype, tolerance in RELOAD_TOLERANCE.items()}
-NEARER = 2  # the merged model is this many times nearer to base + adapter than to the base
+# An adapter changes the base's logits by more than this: training refuses a weaker one.
+MIN_CHANGE = {dtype: MARGIN * tolerance for dtype, tolerance in RELOAD_TOLERANCE.items()}
+MIN_RATIO = 2  # the merged model must be this many times nearer to base + adapter than to the base
 
 
 @dataclass(frozen=True)
-class MergeCheck:
-    """What was compared, and how it came out; differences are those of `TOLERANCE`'s dtype."""
+class ExportCheck:
+    """The result of the comparison; differences are the largest (float32) or mean (bfloat16) one of a logit."""
 
     dtype: str
     tolerance: float
@@ -138,10 +136,19 @@ class MergeCheck:
     clips: int
     origin: str  # of the clips
 
+    @property
+    def summary(self) -> str:
+        """In one line, for people."""
+        kind = "largest" if self.dtype == "float32" else "mean"
+        merged = (
+            f"{self.from_adapter:.2e} from base + adapter (at most {self.tolerance:.0e}), " if self.tolerance else ""
+        )
+        return f"{merged}{self.from_base:.2e} from the base ({kind} difference of a logit, {self.clips} {self.origin})"
 
-def check_merged(merged: Logits, adapted: Logits, base: Logits, *, dtype: str, held_out: HeldOut) -> MergeCheck:
+
+def check_merged(merged: Logits, adapted: Logits, base: Logits, *, dtype: str, held_out: HeldOut) -> ExportCheck:
     """Compare logits on the same positions. Raises VerificationError unless merged is adapted, and not base."""
-    result = MergeCheck(
+    result = ExportCheck(
         dtype=dtype,
         tolerance=TOLERANCE[dtype],
         from_adapter=difference(merged, adapted, dtype),
@@ -150,22 +157,22 @@ def check_merged(merged: Logits, adapted: Logits, base: Logits, *, dtype: str, h
         origin=held_out.origin,
     )
     what = "largest" if dtype == "float32" else "mean"
-    if not result.from_base > MOVES[dtype]:
+    if not result.from_base > MIN_CHANGE[dtype]:
         raise VerificationError(
             f"the merged model hardly differs from the base: its logits by {result.from_base:.2e} ({what} difference, "
-            f"{dtype}), which is not more than {MOVES[dtype]:.0e}: the adapter is not in it, or too weak for {dtype}"
-            + ("; --dtype float32 keeps a weak one" if dtype == "bfloat16" else "")
+            f"{dtype}), not more than {MIN_CHANGE[dtype]:.0e}: the adapter is not in it, or too weak for {dtype}"
+            + ("; --dtype float32 preserves a weak one" if dtype == "bfloat16" else "")
         )
     if not result.from_adapter <= result.tolerance:
         raise VerificationError(
             f"the merged model is not the base with its adapter: logits differ by {result.from_adapter:.2e} ({what} "
             f"difference, {dtype}), more than {result.tolerance:.0e}; it was not kept"
         )
-    if not NEARER * result.from_adapter <= result.from_base:
+    if not MIN_RATIO * result.from_adapter <= result.from_base:
         raise VerificationError(
             f"the merged model differs from the base with its adapter by {result.from_adapter:.2e} and from the base "
             f"alone by {result.from_base:.2e} ({what} difference, {dtype}): rounding drowns this adapter; "
-            "--dtype float32 keeps it"
+            "--dtype float32 preserves it"
         )
     return result
 
@@ -177,7 +184,7 @@ def difference(a: Logits, b: Logits, dtype: str) -> float:
 
 
 def audio_loss(logits: Logits, batch: Batch) -> float:
-    """Mean cross entropy of the labelled cells, in nats: audio logits [M, K * V], targets [M, K]."""
+    """Mean cross entropy of the label entries, in nats: audio logits [M, K * V], targets [M, K]."""
     targets = batch["audio_targets"]
-    cells = logits["audio_logits"].unflatten(-1, (targets.shape[1], -1)).flatten(0, 1)
-    return F.cross_entropy(cells, targets.flatten(), ignore_index=IGNORE).item()
+    entries = logits["audio_logits"].unflatten(-1, (targets.shape[1], -1)).flatten(0, 1)
+    return F.cross_entropy(entries, targets.flatten(), ignore_index=IGNORE).item()

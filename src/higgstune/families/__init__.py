@@ -1,0 +1,76 @@
+"""The registry of model families, by the `model_type` of a checkpoint's config.json or by the name in artefacts.
+
+A lookup of a `FamilyInfo` imports neither torch nor transformers; `family_of` and `load_family` import a family's code.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from higgstune.checkpoint_files import read_json, safetensors_keys, weight_files
+from higgstune.errors import CheckpointError, ConfigError
+from higgstune.families import higgs_v2
+from higgstune.families.base import Family, FamilyInfo, Layout, base_of
+
+DEFAULT_FAMILY = higgs_v2.INFO.name  # of artefacts that name none
+_KNOWN: dict[str, FamilyInfo] = {}
+
+
+def register(info: FamilyInfo) -> None:
+    """Register a family, whose name and model types must be unique."""
+    _KNOWN[info.name] = info
+
+
+register(higgs_v2.INFO)
+
+
+def family_info(name: str | None) -> FamilyInfo:
+    """The family with this name; None means the default one. Raises ConfigError."""
+    found = _KNOWN.get(DEFAULT_FAMILY if name is None else name)
+    if found is None:
+        raise ConfigError(f"unknown model family {name!r}: use one of {', '.join(_KNOWN)}")
+    return found
+
+
+def load_family(info: FamilyInfo) -> Family:
+    """Import the family's code."""
+    family: Family = import_module(info.code).FAMILY
+    return family
+
+
+def family_of(model: Any) -> Family:
+    """The family of a loaded model, or of the one inside a peft model."""
+    model_type = base_of(model).config.model_type
+    return load_family(next(info for info in _KNOWN.values() if model_type in info.model_types))
+
+
+def family_in(folder: Path) -> tuple[FamilyInfo, str, dict[str, Any]]:
+    """The family of a checkpoint folder, its layout, and its config.json. Raises CheckpointError."""
+    config = read_json(folder / "config.json", "a checkpoint folder needs it")
+    model_type = config.get("model_type")
+    for info in _KNOWN.values():
+        if (kind := info.model_types.get(str(model_type))) is not None:
+            return info, kind, config
+    expected = ", ".join(f"{name} ({kind})" for info in _KNOWN.values() for name, kind in info.model_types.items())
+    raise CheckpointError(f"{folder / 'config.json'} has the model_type {model_type!r}: expected one of {expected}")
+
+
+def read_layout(folder: Path) -> Layout:
+    """Check that config and weights exist and are whole. Raises CheckpointError naming the file and what to do."""
+    info, kind, config = family_in(folder)
+    weights = weight_files(folder)
+    keys = frozenset(key for file in weights for key in safetensors_keys(file))
+    return Layout(folder, info, kind, config, weights, keys)
+
+
+def check_family(what: str, name: str | None, base: FamilyInfo) -> None:
+    """Raises CheckpointError if an artefact (`what`, such as "the adapter runs/a") is not of its base's family.
+
+    `name` is the family that the artefact records, or a model type of that family; None means the default one.
+    """
+    recorded = DEFAULT_FAMILY if name is None else name
+    if recorded != base.name and recorded not in base.model_types:
+        raise CheckpointError(
+            f"{what} belongs to the model family {recorded}, the base to {base.title} ({base.name}): use the base that "
+            "it was made for"
+        )

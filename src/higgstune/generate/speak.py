@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import get_args
 
 from higgstune.checkpoint_files import read_json
-from higgstune.data.audio import check_wav_name, write_wav
-from higgstune.data.messages import ReferencePlace
+from higgstune.config.recipe import Quantize
+from higgstune.data.audio import write_wav
+from higgstune.data.messages import DEFAULT_SCENE, ReferencePlace
 from higgstune.errors import CheckpointError, InputError
-from higgstune.families.higgs_v2.prompt import DEFAULT_SCENE
+from higgstune.families import family_in
 from higgstune.families.sampling import Sampling
 from higgstune.generate.speaker import Speaker, _trained_place
-from higgstune.kernels.quantize import Quantize
-from higgstune.model.adapter_folder import adapter_card, find_adapter
+from higgstune.hub import fetch
+from higgstune.inputs import check_wav_name, find_adapter
+from higgstune.model.adapter_folder import adapter_card, check_adapter_family
 from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
 
 
@@ -36,6 +38,9 @@ def load_base(
     if model is None:
         raise InputError("name a base (--model) or an adapter (--adapter)")
     try:
+        if adapter is not None:
+            folder = fetch(model, what="checkpoint", revision=revision, weights=False)
+            check_adapter_family(adapter, family_in(folder)[0])
         return load_model_and_tokenizers(
             model, codec=codec, dtype=dtype, device=device, revision=revision, quantize=quantize
         )
@@ -101,8 +106,8 @@ def speak(
     needs_words = reference is not None and (reference_place or _trained_place(*folders)) == "turn"
     if needs_words != bool(words) and (needs_words or reference is None):
         raise InputError(
-            "a reference needs both the recording (--reference) and its words (--reference-text), where it is an "
-            "earlier turn (--reference-place)"
+            "a reference needs both the recording (--reference) and its transcript (--reference-text), unless the "
+            "adapter was trained with references in the scene"
         )
     texts = [text] if isinstance(text, str) else list(text)
     files = [Path(out)] if isinstance(text, str) else [Path(out) / f"{i:04d}.wav" for i in range(1, len(texts) + 1)]

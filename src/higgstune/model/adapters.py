@@ -1,154 +1,126 @@
-"""LoRA adapters: which layers, how they start, how they are loaded. Everything trained is inside one peft folder."""
+"""LoRA adapters: adding, continuing, loading and unloading. A peft folder holds everything that was trained."""
 
 import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgstune.checkpoint_files import read_json
+from higgstune.config.recipe import AttentionTraining, Lora
 from higgstune.errors import CheckpointError, ConfigError
-from higgstune.families.higgs_v2.audio_attention import ATTENTION, NORM
-from higgstune.families.higgs_v2.extensions import (
-    PROJECTOR,
-    Conditioning,
-    add_conditioning,
-    conditioning_of,
-)
-from higgstune.families.higgs_v2.lora import _FULL_AND_AUDIO_ATTENTION, _FULL_TARGETS, _PATTERNS, _TEXT_TARGETS
+from higgstune.families import family_of
+from higgstune.families.base import Conditioning, Family
+from higgstune.inputs import ADAPTER_CONFIG
 from higgstune.kernels.quantize import dequantized
 from higgstune.model.adapter_folder import (
     ADAPTER_CARD,
-    ADAPTER_CONFIG,
-    _checked_weights,
     adapter_conditioning,
     check_shapes,
+    checked_weights,
     read_adapter_config,
 )
 
-StageKind = Literal["text", "full"]
 
-AttentionTraining = Literal["lora", "full"]
-
-
-class Lora(BaseModel):
-    """The shape of the adapter; the same in all stages of a run."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    r: int = Field(16, ge=1, description="rank")
-    alpha: float = Field(32.0, gt=0, description="scaling: alpha / r (alpha / sqrt(r) with rslora)")
-    dropout: float = Field(0.0, ge=0, lt=1)
-    rslora: bool = False
-    dora: bool = False
-
-    def config(self, kind: StageKind, conditioning: Conditioning, attention: AttentionTraining) -> LoraConfig:
-        """As peft wants it, for the layers of a stage on a model with these extensions.
-
-        Audio attention is trained by LoRA or in full, never both: of a module that is trained in full, peft would
-        silently leave out the LoRA.
-        """
-        saved = [PROJECTOR] if conditioning.whisper is not None else []
-        targets = {"text": _TEXT_TARGETS, "full": _FULL_TARGETS}[kind]
-        if conditioning.audio_attention and kind == "full":
-            if attention == "full":
-                saved += [ATTENTION, NORM]
-            else:
-                targets = _FULL_AND_AUDIO_ATTENTION
-        return LoraConfig(
-            r=self.r,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]
-            lora_dropout=self.dropout,
-            use_rslora=self.rslora,
-            use_dora=self.dora,
-            target_modules=targets,
-            modules_to_save=saved or None,
-            bias="none",
-        )
+def lora_config(
+    lora: Lora, family: Family, kind: str, conditioning: Conditioning, attention: AttentionTraining
+) -> LoraConfig:
+    """peft's configuration for the layers of a stage on a model with these extensions."""
+    targets = family.lora_targets(kind, conditioning, attention)
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        target_modules=targets.pattern,
+        modules_to_save=list(targets.in_full) or None,
+        bias="none",
+    )
 
 
 def add_lora(
-    model: HiggsAudioV2ForConditionalGeneration,
+    model: Any,
     lora: Lora,
-    kind: StageKind,
+    kind: str,
     conditioning: Conditioning | None = None,
     attention: AttentionTraining = "lora",
 ) -> PeftModel:
-    """The model with a fresh adapter on the layers of a stage; all base weights are frozen.
+    """The model with a new adapter on the layers of a stage; all base weights are frozen.
 
-    `conditioning` says which of the model's extensions are trained; all, where not given. The projector of Whisper
-    features is trained in both kinds of stages, its positions being text's; audio attention in full stages, in the way
+    `conditioning` says which of the model's extensions are trained (None: all). The projector of Whisper features is
+    trained in both kinds of stages, since its tokens take the text pathway; audio attention in full stages, in the way
     that `attention` says.
     """
-    trained = conditioning_of(model) if conditioning is None else conditioning
+    family = family_of(model)
+    trained = family.extensions.of(model) if conditioning is None else conditioning
     if kind == "full":
         check_directions(model, lora, trained, attention)
-    return _with_adapter(model, lora.config(kind, trained, attention))
+    return with_adapter(model, lora_config(lora, family, kind, trained, attention))
 
 
 def continue_lora(
-    model: HiggsAudioV2ForConditionalGeneration,
+    model: Any,
     folder: Path,
     lora: Lora,
-    kind: StageKind,
+    kind: str,
     conditioning: Conditioning | None = None,
     attention: AttentionTraining = "lora",
 ) -> PeftModel:
-    """The model with a stage's adapter that goes on from an earlier one in `folder`.
+    """The model with a stage's adapter that continues an earlier one in `folder`.
 
-    Layers that the earlier adapter does not have start at zero. Raises ConfigError when its LoRA shape is another,
-    CheckpointError when it has layers that this stage does not.
+    Layers that the earlier adapter lacks start at zero. Raises ConfigError if its LoRA shape differs, CheckpointError
+    if it has layers that this stage does not train.
     """
     check_same_shape(folder, lora)
-    weights = _checked_weights(folder, model)
+    weights = checked_weights(folder, model)
     peft_model = add_lora(model, lora, kind, conditioning, attention)
-    begins_with = adapter_state(peft_model)
-    unknown = sorted(weights.keys() - begins_with.keys())
+    initial = adapter_state(peft_model)
+    unknown = sorted(weights.keys() - initial.keys())
     if unknown:
         raise CheckpointError(
             f"the adapter {folder} has {len(unknown)} tensors that this stage does not train, such as {unknown[0]}: "
-            "a text stage cannot follow a full one, audio attention is trained in one way, and what the adapter was "
-            "conditioned on (model.audio_attention, model.whisper) stays on"
+            "a text stage cannot follow a full one, audio attention keeps its way of training, and the extensions of "
+            "the adapter (model.audio_attention, model.whisper) must stay on"
         )
-    _set_weights(peft_model, begins_with | weights, folder)
+    _set_weights(peft_model, initial | weights, folder)
     return peft_model
 
 
-def load_adapter(model: HiggsAudioV2ForConditionalGeneration, folder: Path, *, checksum: bool = True) -> PeftModel:
+def load_adapter(model: Any, folder: Path, *, checksum: bool = True) -> PeftModel:
     """The model with a trained adapter, frozen and in eval mode.
 
     Extensions that the adapter was trained with (audio attention, Whisper) are added to the model first, in place.
-    Raises CheckpointError when the folder is no adapter or damaged, was trained on another base, or holds other
-    tensors than the adapter on this base has (peft alone would leave them out in silence).
+    Raises CheckpointError if the folder is not an adapter, is damaged, was trained on another base, or holds other
+    tensors than the adapter needs on this base (peft alone would silently ignore them).
     """
-    weights = _checked_weights(folder, model, checksum=checksum)
-    config = read_adapter_config(folder / ADAPTER_CONFIG, _PATTERNS)
-    add_conditioning(model, adapter_conditioning(folder))
+    weights = checked_weights(folder, model, checksum=checksum)
+    config = read_adapter_config(folder / ADAPTER_CONFIG, family_of(model).lora_patterns)
+    family_of(model).extensions.add(model, adapter_conditioning(folder))
     check_shapes(config, model, weights, folder)
     try:
-        peft_model = _with_adapter(model, config)
+        peft_model = with_adapter(model, config)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"the adapter {folder} does not fit this base: {error}") from error
     expected = adapter_state(peft_model).keys()
     if expected != weights.keys():
         odd = sorted(expected ^ weights.keys())
         raise CheckpointError(
-            f"the adapter {folder} does not fit this base: {len(odd)} tensors are in only one of them, such as "
-            f"{odd[0]}; is it the base that the adapter was trained on, and does the folder have its {ADAPTER_CARD}?"
+            f"the adapter {folder} does not fit this base: {len(odd)} tensors are missing or unknown, such as "
+            f"{odd[0]}. Check that the base is the one that the adapter was trained on, and that the folder has its "
+            f"{ADAPTER_CARD}"
         )
     _set_weights(peft_model, weights, folder)
     return peft_model.requires_grad_(False).eval()
 
 
 def unload_adapter(model: PeftModel) -> None:
-    """Take the adapter off again, in place: the base is as it was before, its extensions untrained, too."""
-    # peft would leave the trained copies of modules that are trained in full in the base.
+    """Remove the adapter, in place: the base is as before, with untrained extensions."""
+    # peft would leave trained copies of modules that are trained in full in the base.
     wrapped = [(name, part) for name, part in model.named_modules() if isinstance(part, ModulesToSaveWrapper)]
     for name, part in wrapped:
         parent, _, attribute = name.rpartition(".")
@@ -157,58 +129,58 @@ def unload_adapter(model: PeftModel) -> None:
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter's tensors under the names that peft saves them with."""
+    """The adapter's tensors under the names with which peft saves them."""
     from peft import get_peft_model_state_dict
 
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def adapted_layers(model: PeftModel) -> list[str]:
-    """Full paths of the layers that carry LoRA, in order."""
+    """Full paths of the layers with LoRA, in order."""
     return sorted(cast(list[str], model.base_model.targeted_module_names))
 
 
 def check_same_shape(folder: Path, lora: Lora) -> None:
-    """Raises ConfigError naming both values when an adapter's LoRA shape is not the recipe's."""
-    config = read_json(folder / ADAPTER_CONFIG, "it is no adapter folder without it")
+    """Raises ConfigError naming both values if an adapter's LoRA shape is not the recipe's."""
+    config = read_json(folder / ADAPTER_CONFIG, "an adapter folder needs it")
     wanted = {"r": lora.r, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "use_dora": lora.dora}
     for key, value in wanted.items():
         if config.get(key) != value:
             raise ConfigError(
                 f"the adapter {folder} has {key} {config.get(key)}, the recipe {value}: "
-                "a stage that goes on from an adapter needs the same LoRA shape"
+                "a stage that continues an adapter needs the same LoRA shape"
             )
 
 
 @contextlib.contextmanager
 def _without_deprecations() -> Iterator[None]:
-    """peft 0.21 asks transformers 5.23 for an attribute by a name that is going out of use; no user can mend that."""
+    """Hide a warning that no user can act on: peft 0.21 reads a deprecated attribute of transformers 5.23."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
 
-def check_directions(
-    model: HiggsAudioV2ForConditionalGeneration, lora: Lora, trained: Conditioning, attention: AttentionTraining
-) -> None:
-    """DoRA divides by the norm of a weight's rows. Raises ConfigError for audio attention that begins with none."""
+def check_directions(model: Any, lora: Lora, trained: Conditioning, attention: AttentionTraining) -> None:
+    """Raises ConfigError for DoRA on audio attention whose rows start at zero: DoRA divides by their norm."""
     if not (lora.dora and trained.audio_attention and attention == "lora"):
         return
+    owns, attended = family_of(model).extensions.owns, Conditioning(audio_attention=True)
     for name, weight in model.named_parameters():
-        if f".{ATTENTION}." in name and weight.ndim > 1 and bool((dequantized(weight) == 0).all(dim=1).any()):
+        if owns(name, attended) and weight.ndim > 1 and bool((dequantized(weight) == 0).all(dim=1).any()):
             raise ConfigError(
-                f"lora.dora has no direction to start from in {name}, which is zero: set lora.dora: false, or "
+                f"lora.dora cannot start from {name}, whose rows are zero: set lora.dora: false, or "
                 "model.audio_attention: full"
             )
 
 
-def _with_adapter(model: HiggsAudioV2ForConditionalGeneration, config: LoraConfig) -> PeftModel:
+def with_adapter(model: Any, config: LoraConfig) -> PeftModel:
+    """The model with peft's layers, untrained; modules that are trained in full are in float32."""
     with _without_deprecations():
         peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
     for part in peft_model.modules():
         if isinstance(part, ModulesToSaveWrapper):
-            part.modules_to_save.float()  # as peft does with LoRA: small steps are lost in bfloat16
+            part.modules_to_save.float()  # as peft does with LoRA: bfloat16 loses small steps
     return peft_model
 
 

@@ -21,27 +21,24 @@ from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from higgstune.batch.collate import Packed
-from higgstune.families.higgs_v2.extensions import Conditioning, add_conditioning, base_of
-from higgstune.families.higgs_v2.packed import with_training_forward
+from higgstune.config.recipe import AttentionTraining, Lora, Quantize
+from higgstune.families.base import Conditioning, Family, Spec
 from higgstune.kernels.loss import LossWeights, combine, label_counts
 from higgstune.kernels.memory import checkpoint_first
-from higgstune.kernels.quantize import _IN_4_BITS, Quantize, quantized_bytes
-from higgstune.model.adapters import AttentionTraining, Lora, StageKind, _with_adapter
+from higgstune.kernels.quantize import bytes_in_4_bits, layers_in_4_bits
+from higgstune.model.adapters import lora_config, with_adapter
 
 
 class FourBits(nn.Linear):
     """What `bitsandbytes.nn.Linear4bit` keeps and takes, without its numbers. Made on the meta device."""
 
-    def __init__(self, name: str, whole: nn.Linear) -> None:
-        """`name` is the layer's full path."""
+    def __init__(self, whole: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = whole.in_features, whole.out_features
         self.shape, self.dtype = whole.weight.shape, whole.weight.dtype
-        alone = _Holder(name, whole.weight)
-        packed = torch.empty(quantized_bytes(alone, self.dtype, audio_attention=True), dtype=torch.uint8)
+        packed = torch.empty(bytes_in_4_bits(whole.weight), dtype=torch.uint8)
         self.packed = nn.Parameter(packed, requires_grad=False)
         self.bias = whole.bias
 
@@ -53,18 +50,6 @@ class FourBits(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., F]."""
         return _Product.apply(x, self.packed, self.shape, self.dtype)
-
-
-class _Holder(nn.Module):
-    """A module with one weight under its full path, to be counted."""
-
-    def __init__(self, name: str, weight: Tensor) -> None:
-        super().__init__()
-        self._only = name, nn.Parameter(weight, requires_grad=False)
-
-    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The one weight."""
-        yield f"{self._only[0]}.weight", self._only[1]
 
 
 class _Product(Function):
@@ -80,17 +65,12 @@ class _Product(Function):
         return grad @ packed.new_empty(ctx.shape, dtype=ctx.dtype), None, None, None
 
 
-def layers_in_4_bits(model: nn.Module) -> list[str]:
-    """Full paths of the layers of a model that would be in 4 bits."""
-    return [name for name, _ in model.named_modules() if _IN_4_BITS.fullmatch(name)]
-
-
 def put_in_4_bits(model: nn.Module, names: list[str]) -> None:
     """Exchange layers of a model on the meta device for stand-ins, in place."""
     for name in names:
         whole = model.get_submodule(name)
         assert isinstance(whole, nn.Linear)
-        model.set_submodule(name, FourBits(name, whole))
+        model.set_submodule(name, FourBits(whole))
 
 
 Bytes = Counter[str]  # by kind
@@ -128,12 +108,10 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every operation comes by here."""
         if func is _DEVICE:
-            return args[0].device  # kernels ask a fake tensor for it more often than they compute
+            return args[0].device  # kernels query the device of fake tensors more often than they compute
         out = kwargs.get("out") if kwargs else None
         if isinstance(out, FakeTensor) and out.numel():
-            return (
-                out  # nothing to compute and nothing made, and PyTorch does not cache the shapes of such an operation
-            )
+            return out  # allocates nothing, and PyTorch does not cache the result's shape here
         result = func(*args, **(kwargs or {}))
         if func.namespace == "aten":
             for value in (result,) if isinstance(result, Tensor) else tree_iter(result):
@@ -174,10 +152,12 @@ Peaks = dict[str, Bytes]  # part of an optimizer step -> what is alive when that
 class StepSpec:
     """What is trained in a stage: everything that memory follows from, but for the layers and the pack."""
 
-    config: HiggsAudioV2Config
+    family: Family
+    config: Any
+    base: Spec  # the numbers of `config`
     dtype: torch.dtype
     lora: Lora
-    kind: StageKind
+    kind: str
     own: Conditioning  # what the checkpoint brings
     trained: Conditioning  # with what is added
     attention: AttentionTraining
@@ -189,17 +169,17 @@ class StepSpec:
 def dry_run(spec: StepSpec, pack: Packed, layers: tuple[int, int], *, validation: Packed | None = None) -> Peaks:
     """One optimizer step of a model with `layers`: the first so many computed again, so many others.
 
-    Peaks: `start` (before the step), `forward` (with the heads), `backward` of the first and last layer of either sort, `step`, and, with a
-    pack of validation rows, `validation`.
+    Peaks: `start` (before the step), `forward` (with the heads), `backward` of the first and last layer of either sort,
+    `step`, and, with a pack of validation rows, `validation`.
     """
     again, kept = layers
     model = _model(spec, again + kept)
     with FakeTensorMode(), ExitStack() as stack:
         _from_meta(model)
         tracker = Tracker()
-        base = base_of(model)
-        checkpoint_first(base.model.layers, again)
-        _mark_backward(base.model.layers, again, tracker)
+        decoder_layers = spec.family.layers(model)
+        checkpoint_first(decoder_layers, again)
+        _mark_backward(decoder_layers, again, tracker)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for tensor in (*model.parameters(), *model.buffers()):
             tracker.count(tensor, ADAPTER if tensor.requires_grad else WEIGHTS)
@@ -234,7 +214,7 @@ def _step(spec: StepSpec, model: PeftModel, optimizer: Any, pack: Packed, tracke
     tracker.begin("forward", ACTIVATIONS)
     with _kernels(spec):
         sums = model(**pack)
-    loss = combine(sums, label_counts(pack, eos_id=spec.config.audio_stream_eos_id), LossWeights())
+    loss = combine(sums, label_counts(pack, eos_id=spec.base.stream_eos), LossWeights())
     tracker.begin("heads", TRANSIENT)
     with _kernels(spec, autocast=False):
         loss.backward()
@@ -257,15 +237,15 @@ def _kernels(spec: StepSpec, *, autocast: bool = True) -> Iterator[None]:
 
 def _model(spec: StepSpec, layers: int) -> PeftModel:
     """The model of a stage on the meta device."""
-    config = type(spec.config).from_dict(spec.config.to_dict() | {"num_hidden_layers": layers})
+    family = spec.family
     with torch.device("meta"):
-        model = HiggsAudioV2ForConditionalGeneration._from_config(config, use_text_head=True, dtype=spec.dtype)
-        add_conditioning(model, spec.own)
-        in_4_bits = layers_in_4_bits(model) if spec.quantize is not None else []
-        add_conditioning(model, spec.trained)
+        model = family.build(spec.config, layers=layers, dtype=spec.dtype)
+        family.extensions.add(model, spec.own)
+        in_4_bits = layers_in_4_bits(model, family.four_bits) if spec.quantize is not None else []
+        family.extensions.add(model, spec.trained)
         put_in_4_bits(model, in_4_bits)
-        with_training_forward(model)
-        return _with_adapter(model, spec.lora.config(spec.kind, spec.trained, spec.attention))
+        family.pack_forward(model)
+        return with_adapter(model, lora_config(spec.lora, family, spec.kind, spec.trained, spec.attention))
 
 
 def _from_meta(model: nn.Module) -> None:

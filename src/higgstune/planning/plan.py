@@ -14,7 +14,7 @@ from higgstune.batch.collate import Packed
 from higgstune.config.recipe import Recipe, Stage
 from higgstune.environment import choose_dtype
 from higgstune.planning.dry_run import ADAPTER, KINDS, OPTIMIZER, WEIGHTS, Bytes, Peaks, StepSpec, dry_run
-from higgstune.planning.survey import Machine, Packs, Survey, dtype_of, is_native, packs_of, steps_of, survey
+from higgstune.planning.survey import Machine, Packs, Survey, dtype_of, packs_of, steps_of, survey
 
 _DRY_RUN_LAYERS = 2  # layers of a sort
 _LASTING = (WEIGHTS, ADAPTER, OPTIMIZER)  # there between two steps
@@ -31,7 +31,7 @@ class Footprint:
 
     def peak(self, again: int) -> Bytes:
         """Bytes by kind when they are most, in a step or in a validation, with so many layers computed again."""
-        layers = self.spec.config.num_hidden_layers
+        layers = self.spec.base.layers
         return max(self.segments(again, layers - again).values(), key=Counter.total)
 
     def segments(self, again: int, kept: int) -> Peaks:
@@ -135,7 +135,7 @@ class Planner:
 
     def checkpointed(self, recipe: Recipe, stage: Stage) -> int:
         """How many layers are computed again: all, none or, with `auto`, the fewest with which the stage fits."""
-        layers = self.seen.config.num_hidden_layers
+        layers = self.seen.spec.layers
         if recipe.gradient_checkpointing != "auto":
             return layers if recipe.gradient_checkpointing else 0
         usable = self.machine.usable()
@@ -175,7 +175,9 @@ class Planner:
     def spec(self, recipe: Recipe, stage: Stage) -> StepSpec:
         """What is trained in a stage."""
         return StepSpec(
+            family=self.seen.family,
             config=self.seen.config,
+            base=self.seen.spec,
             dtype=self.dtype(recipe),
             lora=recipe.lora,
             kind=stage.kind,
@@ -203,7 +205,7 @@ class Planner:
         return StagePlan(
             name=stage.name,
             kind=stage.kind,
-            layers=self.seen.config.num_hidden_layers,
+            layers=self.seen.spec.layers,
             checkpointed=again,
             memory=memory | {"process": beside},
             loading=loading,
@@ -231,7 +233,7 @@ class Planner:
         if self.machine.kind == "cuda":
             return weights + _CUDA_WORKSPACE
         files, dtype = self.seen.files, {torch.float32: "F32", torch.bfloat16: "BF16"}.get(self.dtype(recipe))
-        as_it_lies = is_native(self.seen.folder) and recipe.model.quantize is None
+        as_it_lies = self.seen.is_plain and recipe.model.quantize is None
         copied = sum(size for stored, size in files.items() if not as_it_lies or stored != dtype)
         return self.process + self.codec + weights + copied
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from higgstune.config.recipe import Recipe, Stage, load_recipe
+from higgstune.files import format_bytes
 from higgstune.planning.dry_run import KINDS
 from higgstune.planning.plan import Planner, RunPlan, StagePlan
 from higgstune.planning.speed import Speed, measure
-from higgstune.planning.suggestions import Option, options, size, told
+from higgstune.planning.suggestions import Option, options, told
 from higgstune.planning.survey import machine_for, parse_memory, row_examples
 
 _ROWS = {
@@ -55,9 +56,9 @@ class PlanReport:
         """The table: what, then one cell a stage."""
         stages = self.plan.stages
         for kind in (*KINDS, "process"):
-            yield _ROWS[kind], *(size(stage.memory[kind]) for stage in stages)
-        yield "while loading", *(size(stage.loading) for stage in stages)
-        yield "peak", *(size(stage.peak) for stage in stages)
+            yield _ROWS[kind], *(format_bytes(stage.memory[kind]) for stage in stages)
+        yield "while loading", *(format_bytes(stage.loading) for stage in stages)
+        yield "peak", *(format_bytes(stage.peak) for stage in stages)
         yield "layers computed again", *(f"{stage.checkpointed} of {stage.layers}" for stage in stages)
         yield "largest pack", *(f"{stage.positions} tokens" for stage in stages)
         yield "mean pack", *(f"{stage.tokens_per_pack:.0f} tokens" for stage in stages)
@@ -68,13 +69,15 @@ class PlanReport:
 
     def verdict(self) -> str:
         """Whether it fits, in words, with options where it does not."""
-        machine, peak = self.plan.machine, size(self.plan.peak)
+        machine, peak = self.plan.machine, format_bytes(self.plan.peak)
         if self.fits is None:
             return f"The peak is {peak}; what {machine.kind} has is not known here: say it with --memory 16GB"
         assert machine.memory is not None
         if self.fits:
-            return f"It fits: {peak} of {size(machine.memory)} on {machine.kind}"
-        return f"It does not fit: it takes {peak}, {machine.kind} has {size(machine.memory)}\n{told(self.options)}"
+            return f"It fits: {peak} of {format_bytes(machine.memory)} on {machine.kind}"
+        return (
+            f"It does not fit: it takes {peak}, {machine.kind} has {format_bytes(machine.memory)}\n{told(self.options)}"
+        )
 
 
 def plan(

@@ -8,8 +8,9 @@ import torch
 
 from higgstune.config.recipe import Recipe, Stage
 from higgstune.errors import HiggstuneError, Interrupted, TrainingError
+from higgstune.files import format_bytes
 from higgstune.planning.plan import Planner
-from higgstune.planning.suggestions import options, size, told
+from higgstune.planning.suggestions import options, told
 from higgstune.planning.survey import MARGIN, machine_for, processes
 
 _LOG = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class RunMemory:
             assert self._planner is not None
             _LOG.warning(
                 "this run will hardly fit: its peak is %s of %s on %s; `higgstune train --plan` says what would",
-                size(self._plan.peak), size(self._planner.machine.memory or 0), self._planner.machine.kind,
+                format_bytes(self._plan.peak), format_bytes(self._planner.machine.memory or 0),
+                self._planner.machine.kind,
             )  # fmt: skip
 
     def checkpointed(self, stage: Stage) -> int:
@@ -80,7 +82,7 @@ class RunMemory:
         except _ACCIDENTS as error:
             _LOG.warning("what would fit could not be planned (%s: %s)", type(error).__name__, error)
             found = _USUAL
-        return f"Its plan takes {size(peak)}; {size(room)} is what it may take.\n{found}"
+        return f"Its plan takes {format_bytes(peak)}; {format_bytes(room)} is what it may take.\n{found}"
 
 
 def _first_line(error: BaseException) -> str:

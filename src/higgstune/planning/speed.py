@@ -10,12 +10,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-from higgstune.batch.collate import pack, positions, tensors_to
-from higgstune.families.base import Example
-from higgstune.families.higgs_v2.extensions import add_conditioning, base_of
-from higgstune.families.higgs_v2.packed import with_training_forward
+from higgstune.batch.collate import count_tokens, pack, tensors_to
+from higgstune.families.base import Example, Spec
 from higgstune.kernels.memory import checkpoint_first
 from higgstune.kernels.quantize import quantize_layers
 from higgstune.model.adapters import add_lora
@@ -49,40 +46,40 @@ def measure(spec: StepSpec, examples: list[Example], device: torch.device, *, la
     `examples` are those of a pack; on a CPU a part of them is timed. Of `layers`, the first `again` are computed again:
     a layer is timed only as it is trained.
     """
-    if device.type == "cpu" and _bytes(spec.config, spec.dtype) > _LARGEST:
+    if device.type == "cpu" and _bytes(spec.base, spec.dtype) > _LARGEST:
         return None
     batch = tensors_to(pack(_some(examples) if device.type == "cpu" else examples), device)
-    tokens = positions(batch)
+    tokens = count_tokens(batch)
     model = _one_layer(spec, device)
-    base = base_of(model)
+    decoder = spec.family.layers(model)
 
     def train() -> float:
         return _seconds(lambda: packed_loss(model, batch).backward(), device)
 
     kept = train() if again < layers else 0.0
-    checkpoint_first(base.model.layers, 1)
+    checkpoint_first(decoder, 1)
     recomputed = train() if again else 0.0
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     update = _seconds(torch.optim.AdamW(trained, fused=True).step, device)
-    del base.model.layers[0]
-    base.model.norm.weight.requires_grad_(True)  # so that the heads have a backward pass
+    del decoder[0]
+    spec.family.final_norm(model).requires_grad_(True)  # so that the heads have a backward pass
     outside = train()
     one = max(kept - outside, 0.0)
     return Speed(one / tokens, max(recomputed - outside, one) / tokens, outside / tokens, update)
 
 
 def _one_layer(spec: StepSpec, device: torch.device) -> PeftModel:
-    config = type(spec.config).from_dict(spec.config.to_dict() | {"num_hidden_layers": 1})
+    family = spec.family
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         with torch.device(device):
-            model: Any = HiggsAudioV2ForConditionalGeneration._from_config(config, use_text_head=True, dtype=spec.dtype)
+            model = family.build(spec.config, layers=1, dtype=spec.dtype)
         for parameter in model.parameters():
             parameter.data.uniform_(-0.02, 0.02)
-        add_conditioning(model, spec.own)
+        family.extensions.add(model, spec.own)
         if spec.quantize is not None:
-            quantize_layers(model, device)
-        add_conditioning(model, spec.trained)
-        with_training_forward(model)
+            quantize_layers(model, family.four_bits, device)
+        family.extensions.add(model, spec.trained)
+        family.pack_forward(model)
         return add_lora(model, spec.lora, spec.kind, spec.trained, spec.attention).train()
 
 
@@ -112,7 +109,7 @@ def _some(examples: list[Example]) -> list[Example]:
     return chosen
 
 
-def _bytes(config: HiggsAudioV2Config, dtype: torch.dtype) -> int:
-    embeddings = config.hidden_size * (2 * config.vocab_size + 2 * config.num_codebooks * config.codebook_size)
-    layer = 4 * config.hidden_size**2 + 6 * config.hidden_size * config.intermediate_size
+def _bytes(base: Spec, dtype: torch.dtype) -> int:
+    embeddings = base.hidden_size * (2 * base.vocab_size + 2 * base.num_codebooks * base.classes)
+    layer = 4 * base.hidden_size**2 + 6 * base.hidden_size * base.intermediate_size
     return dtype.itemsize * (embeddings + layer)

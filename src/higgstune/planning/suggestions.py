@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from higgstune.config.recipe import Recipe, Stage
+from higgstune.files import format_bytes
 from higgstune.planning.plan import Planner, RunPlan, with_stages
 
 WANTED = 3
@@ -52,13 +53,8 @@ def told(found: list[Option]) -> str:
     if not found:
         return "Nothing that was tried would fit: shorter clips (prepare --max-seconds), or more memory"
     only = "" if len(found) >= WANTED else f" (no more than {len(found)} of those that were tried)"
-    lines = [f"  {option.change}: {size(option.peak)}, about {option.time:.2f} x the time" for option in found]
+    lines = [f"  {option.change}: {format_bytes(option.peak)}, about {option.time:.2f} x the time" for option in found]
     return "\n".join([f"What would fit{only}, the quickest first:", *lines])
-
-
-def size(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
 def _fitting(planner: Planner, room: int, ways: Iterator[list[_Variant]]) -> Iterator[Option]:

@@ -8,30 +8,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
-from transformers import HiggsAudioV2Config
 
 from higgstune.batch.collate import Packed, pack
 from higgstune.batch.dataset import Rendering, RowExamples
 from higgstune.batch.packing import Pack, PackSampler
-from higgstune.checkpoint_files import read_json
 from higgstune.codec import CODEC_FOLDER
 from higgstune.config.recipe import Recipe, Stage
 from higgstune.environment import choose_device
 from higgstune.errors import CheckpointError, ConfigError
-from higgstune.families.higgs_v2.checkpoint import brings_audio_attention, read_config
-from higgstune.families.higgs_v2.extensions import CONDITIONING_KEY, Conditioning, WhisperSpec
-from higgstune.families.higgs_v2.prompt import AUDIO_IN
-from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
+from higgstune.families import family_in, load_family
+from higgstune.families.base import Conditioning, Family, Prompter, Spec, WhisperSpec
 from higgstune.hub import fetch
-from higgstune.kernels.attention import SHORT_RUN
+from higgstune.kernels.attention import SHORT_SEGMENT
 from higgstune.model.load import load_tokenizer
-from higgstune.planning.training_data import TrainingData
+from higgstune.planning.training_data import TrainingData, check_families
 
 _CLIPS = 200_000  # of all epochs together whose packs are made, the first epoch apart
 
@@ -41,12 +37,19 @@ class Survey:
     """A recipe's checkpoint and data, from their small files."""
 
     folder: Path
-    config: HiggsAudioV2Config
+    family: Family
+    is_plain: bool  # transformers itself reads the folder, and takes its file as it lies
+    config: Any
     own: Conditioning  # what the checkpoint brings
     trained: Conditioning  # with what the recipe adds
     data: TrainingData
     prompter: Prompter
     rendering: Rendering
+
+    @cached_property
+    def spec(self) -> Spec:
+        """The numbers of the checkpoint."""
+        return self.family.spec(self.config)
 
     @cached_property
     def files(self) -> dict[str, int]:
@@ -77,23 +80,31 @@ class Packs:
 def survey(recipe: Recipe) -> Survey:
     """Raises CheckpointError, DataError or ConfigError for what is missing or does not fit."""
     folder = fetch(recipe.model.checkpoint, what="checkpoint", revision=recipe.model.revision, weights=False)
-    config = read_config(folder)
+    info, kind, _ = family_in(folder)
+    family = load_family(info)
+    config = family.read_config(folder)
     data = TrainingData.open(recipe)
-    prompter = Prompter(load_tokenizer(folder, config), SpecialIds.from_config(config))
+    check_families(recipe, data.stores)
+    prompter = family.prompter(load_tokenizer(folder, family, config), config)
     features = shape = None
     if recipe.model.whisper is not None:
         features = data.features(recipe.model.whisper)
         index, token_id = features.index, prompter.whisper_token_id
-        if not isinstance(token_id, int):
-            raise CheckpointError(f"the tokenizer in {folder} has no {AUDIO_IN}: it cannot hear through Whisper")
+        if token_id is None:
+            raise CheckpointError(
+                f"the tokenizer in {folder} has no token for Whisper features: leave out model.whisper"
+            )
         shape = WhisperSpec(
             checkpoint=index.checkpoint, revision=index.revision, d_model=index.d_model,
             chunk_frames=index.chunk_frames, token_id=token_id,
         )  # fmt: skip
-    own = _own_conditioning(folder)
+    own = family.extensions.written(folder)
     attention = bool(recipe.model.audio_attention) or own.audio_attention
     trained = Conditioning(audio_attention=attention, whisper=shape)
-    return Survey(folder, config, own, trained, data, prompter, Rendering(recipe.data.reference, features))
+    is_plain = kind == family.export.layouts[0]
+    return Survey(
+        folder, family, is_plain, config, own, trained, data, prompter, Rendering(recipe.data.reference, features)
+    )
 
 
 def packs_of(
@@ -116,7 +127,7 @@ def packs_of(
         return pack([rows[i] for i in indices], share_prefix=recipe.lora.dropout == 0)
 
     shared = packed(max(every, key=len))["shared_at"].shape[1]
-    pair = _weight_of_a_pair(seen.config) if keeps_probabilities else 0.0
+    pair = _weight_of_a_pair(seen.spec) if keeps_probabilities else 0.0
     heaviest = _heaviest(every, lengths, shared, pair)
     return Packs(lengths, first, [packed(indices) for indices in heaviest])
 
@@ -139,7 +150,7 @@ def _heaviest(packs: Sequence[Pack], lengths: NDArray[np.int64], shared: int, pa
     """
     positions = np.array([lengths[made].sum() for made in packs])
     rows = positions - shared * (np.array([len(made) for made in packs]) - 1)
-    of_clips = np.where(lengths <= SHORT_RUN, lengths, 0) ** 2
+    of_clips = np.where(lengths <= SHORT_SEGMENT, lengths, 0) ** 2
     pairs = pair * np.array([of_clips[made].sum() for made in packs])
     found: list[int] = []
     for measure, clearly in ((rows + pairs, 0.0), (rows, 1.02), (positions, 1.02), (pairs, 1.1)):
@@ -149,12 +160,11 @@ def _heaviest(packs: Sequence[Pack], lengths: NDArray[np.int64], shared: int, pa
     return [packs[index] for index in found]
 
 
-def _weight_of_a_pair(config: HiggsAudioV2Config) -> float:
+def _weight_of_a_pair(base: Spec) -> float:
     """Of what a layer keeps in float32, roughly: a probability of half of all pairs by head, against one position's."""
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    of_a_position = 4 * config.hidden_size + 3 * config.intermediate_size + 2 * heads * head_dim
-    return config.num_attention_heads / 2 / of_a_position
+    heads = base.heads + 2 * base.key_value_heads
+    of_a_position = 4 * base.hidden_size + 3 * base.intermediate_size + 2 * heads * base.head_dim
+    return base.heads / 2 / of_a_position
 
 
 def row_examples(seen: Survey, stage: Stage, split: str) -> RowExamples:
@@ -175,22 +185,10 @@ def stored_bytes(folder: Path) -> dict[str, int]:
     return found
 
 
-def is_native(folder: Path) -> bool:
-    """Whether transformers itself reads the checkpoint, which takes its file as it lies."""
-    return read_json(folder / "config.json", "").get("model_type") == "higgs_audio_v2"
-
-
 def dtype_of(recipe: Recipe, device: str) -> torch.dtype:
     """The dtype that the base will have on a device that may not be here: `auto` is bfloat16 on a GPU."""
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     return named.get(recipe.model.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
-
-
-def _own_conditioning(folder: Path) -> Conditioning:
-    written = read_json(folder / "config.json", "it is no checkpoint folder without it").get(CONDITIONING_KEY)
-    if written is not None:
-        return Conditioning.model_validate(written)
-    return Conditioning(audio_attention=brings_audio_attention(folder))
 
 
 DeviceKind = Literal["cpu", "cuda"]

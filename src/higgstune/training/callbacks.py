@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: training ends after its step, with a checkpoint; what is not training ends at once."""
+"""Callbacks of a stage: signals that end training, and its progress on the terminal."""
 
 import logging
 import signal
@@ -13,28 +13,29 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import override
 
 from higgstune.errors import Interrupted
 from higgstune.training.distributed import PendingReduce, Processes
 
 _LOG = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_SAME_KEYPRESS = 1.0  # seconds: a launcher passes on what the terminal has sent already
+_SAME_KEYPRESS = 1.0  # seconds: a launcher passes on a signal that the terminal has sent already
 
 
 class StopSignals(TrainerCallback):
-    """Ends training where a signal asks for it, in all processes after the same step."""
+    """SIGTERM and SIGINT: training ends after its step, with a checkpoint, in all processes; the rest ends at once."""
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
         self._received = 0
         self._received_at = 0.0
         self._training = False
-        self._asked: PendingReduce | None = None  # about the step before: no step waits for the others
+        self._pending: PendingReduce | None = None  # of the step before: no step waits for other processes
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Signals are handled here inside of it; not in a thread, where Python allows no handlers."""
+        """Handles the signals within it; in another thread than the main one Python allows no handlers."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -45,38 +46,41 @@ class StopSignals(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        again = self._received and number == signal.SIGINT and time.monotonic() - self._received_at > _SAME_KEYPRESS
-        if not self._received:  # kept: somebody may catch what is raised here, and then training ends after its step
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        repeated = self._received and number == signal.SIGINT and time.monotonic() - self._received_at > _SAME_KEYPRESS
+        if not self._received:  # kept: where the error below is caught, training ends after its step
             self._received, self._received_at = number, time.monotonic()
-        if not self._training or again:
+        if not self._training or repeated:
             raise Interrupted(number)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """From now on steps are finished."""
+    @override
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """From now on the running step is finished first."""
         self._training = True
 
+    @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop where any process was asked to."""
+        """Save and stop where any process has received a signal."""
         if self._processes.count == 1:
-            asked = self._received
+            number = self._received
         else:
-            asked = 0 if self._asked is None else self._asked.result()
-            self._asked = self._processes.largest(self._received)
-        if asked:
+            number = 0 if self._pending is None else self._pending.result()
+            self._pending = self._processes.all_reduce_max(self._received)
+        if number:
             if state.is_world_process_zero:
-                _LOG.warning("%s: ending after this step, with a checkpoint", signal.Signals(asked).name)
+                _LOG.warning("%s: ending after this step, with a checkpoint", signal.Signals(number).name)
             control.should_save = True
             control.should_training_stop = True
 
     def end_training(self) -> None:
-        """All processes: raises Interrupted in all of them where any was asked to stop. Signals end the run again."""
-        if self._asked is not None:
-            self._asked.result()
-            self._asked = None
-        received = self._processes.largest(self._received).result()
+        """From now on a signal ends the run at once.
+
+        Raises Interrupted in all processes where any of them has received one.
+        """
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+        received = self._processes.all_reduce_max(self._received).result()
         self._training = False
         if received or self._received:  # also one that came meanwhile
             raise Interrupted(received or self._received)
@@ -104,23 +108,26 @@ class ProgressReport(TrainerCallback):
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
 
+    @override
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar, on a terminal and in the first process only; say where a stage is gone on with."""
+        """Open the bar, on a terminal and in the first process only; say where a stage resumes."""
         if state.is_world_process_zero and state.global_step:
-            self.console.print(f"{self.stage} goes on after step {state.global_step}", highlight=False)
+            self.console.print(f"{self.stage} resumes after step {state.global_step}", highlight=False)
         if state.is_world_process_zero and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.bar = Progress(*columns, TextColumn("{task.fields[numbers]}"), console=self.console)
             self.bar.start()
             self.task = self.bar.add_task(self.stage, total=state.max_steps, completed=state.global_step, numbers="")
 
+    @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
+    @override
     def on_log(
         self,
         args: TrainingArguments,
@@ -140,14 +147,13 @@ class ProgressReport(TrainerCallback):
                 f"{self.stage} {state.global_step}/{state.max_steps}  {numbers}", highlight=False, soft_wrap=True
             )
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    @override
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Close the bar."""
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back, also after an error."""
+        """Release the terminal, also after an error."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

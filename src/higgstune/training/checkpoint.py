@@ -1,6 +1,6 @@
-"""The folder of a checkpoint: written beside its place, sealed with checksums, renamed. Whole, or not there.
+"""The folder of a checkpoint, which is complete or does not exist: written under another name, sealed, then renamed.
 
-A checkpoint holds safetensors and JSON alone, so that one from a stranger can be read without running what it says.
+A checkpoint holds safetensors and JSON alone, so that reading a stranger's runs no code.
 """
 
 import json
@@ -9,12 +9,15 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -23,6 +26,7 @@ from higgstune.errors import CheckpointError
 from higgstune.files import sync_files, sync_folder, writing
 
 SEAL = "checkpoint.json"
+TRAINING_STATE = "training.safetensors"  # optimizer, random numbers, what was not logged yet
 _PREFIX = "checkpoint-"
 _INCOMPLETE = "incomplete"  # where a checkpoint is written before it gets its name
 _LOG = logging.getLogger(__name__)
@@ -30,19 +34,19 @@ _LOG = logging.getLogger(__name__)
 
 @contextmanager
 def new_checkpoint(parent: Path, step: int, notes: dict[str, Any], *, keep: int | None = None) -> Iterator[Path]:
-    """A folder to write a checkpoint into, which is `parent/checkpoint-STEP` in the end, sealed with `notes`.
+    """A folder to write a checkpoint into, which is then sealed with `notes` and named `parent/checkpoint-STEP`.
 
-    The newest `keep` checkpoints stay, all where it is not given. Raises WorkError where the disk refuses; then those
-    before are as they were.
+    Keeps the newest `keep` checkpoints, or all. Raises WorkError where the disk refuses; the checkpoints before it are
+    then unchanged.
     """
     staged, final = parent / _INCOMPLETE, parent / f"{_PREFIX}{step}"
     try:
-        with writing(final, "the checkpoints before it are as they were", again="go on with --resume"):
+        with writing(final, "the checkpoints before it are unchanged", again="resume with --resume"):
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir(parents=True)
             yield staged
             _seal(staged, notes)
-            if not _is_whole(final):  # a run that went back to an earlier one writes the same again
+            if not _is_whole(final):  # a run that resumed from an earlier one writes the same bytes
                 _remove(final)
                 os.replace(staged, final)
                 sync_folder(parent)
@@ -53,7 +57,7 @@ def new_checkpoint(parent: Path, step: int, notes: dict[str, Any], *, keep: int 
 
 
 def newest_checkpoint(parent: Path) -> Path | None:
-    """The newest whole checkpoint; one that is damaged is told of, and gets another name for a look at it."""
+    """The newest complete checkpoint. Warns of damaged ones, and renames them to keep them for inspection."""
     found = _by_step(parent)
     for folder in reversed(found):
         try:
@@ -66,21 +70,57 @@ def newest_checkpoint(parent: Path) -> Path | None:
         else:
             return folder
     if found:
-        _LOG.warning("no checkpoint in %s is whole: the stage begins anew", parent)
+        _LOG.warning("no checkpoint in %s is complete: the stage starts over", parent)
     return None
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """What a checkpoint was sealed with. Raises CheckpointError unless every file is the one that was written."""
-    seal = read_json(folder / SEAL, "a checkpoint is not whole without it")
+    """The notes that a checkpoint was sealed with. Raises CheckpointError unless every file is as it was written."""
+    seal = read_json(folder / SEAL, "the checkpoint is incomplete without it")
     files = seal.get("files")
     if not isinstance(files, dict):
-        raise CheckpointError(f"{folder / SEAL} is damaged: it names no files")
+        raise CheckpointError(f"{folder / SEAL} is damaged: it lists no files")
     for name, sha256 in files.items():
         path = folder / name
         if Path(name).name != name or not path.is_file() or sha256_of(path) != sha256:
             raise CheckpointError(f"{path} is missing, cut off or changed (checksum)")
     return seal
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read, but for the model's weights."""
+
+    folder: Path
+    notes: dict[str, Any]  # see `HiggsAudioTrainer._save_checkpoint`
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Checkpoint":
+        """Raises CheckpointError as `read_checkpoint`."""
+        return cls(folder, read_checkpoint(folder), load_file(folder / TRAINING_STATE))
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors that were saved as `under(name, ...)`."""
+        return part(name, self.tensors)
+
+
+@contextmanager
+def resuming(checkpoint: str | Path) -> Iterator[Path]:
+    """The folder of a checkpoint. Raises CheckpointError, with its name, for content that does not fit."""
+    try:
+        yield Path(checkpoint)
+    except (CheckpointError, KeyError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"cannot resume from {checkpoint}: {error}") from error
+
+
+def save_weights(model: Any, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Save an adapter alone, as peft does, or else a whole model; `weights`: see `trained_state`."""
+    if isinstance(model, PeftModel):
+        # "auto" would ask the hub about the base's vocabulary, which no adapter here changes.
+        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    else:
+        model.save_pretrained(str(folder), state_dict=weights)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -108,13 +148,13 @@ def _by_step(parent: Path) -> list[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Without its seal first, so that what a crash leaves of it is not taken for a checkpoint."""
+    """The seal first, so that what a crash leaves is not taken for a checkpoint."""
     (folder / SEAL).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, by the name that it is saved under."""
+    """The trained parameters, by the names that they are saved under."""
     own = dict(model.named_parameters())
     if not isinstance(model, PeftModel):
         return {name: parameter for name, parameter in own.items() if parameter.requires_grad}
@@ -122,13 +162,13 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor on the CPU; all processes together gather one that is sharded."""
+    """A tensor on the CPU; all processes gather a sharded one together."""
     gathered = value.full_tensor() if isinstance(value, DTensor) else value
     return gathered.detach().cpu().contiguous()
 
 
 def like(value: Tensor, place: Tensor) -> Tensor:
-    """A whole tensor on the device of another, and sharded as it is."""
+    """A whole tensor on the device of `place`, and sharded as `place` is."""
     moved = value.to(place.device)
     if isinstance(place, DTensor):
         return distribute_tensor(moved, place.device_mesh, place.placements, src_data_rank=None)
@@ -163,7 +203,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 def set_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave. Raises CheckpointError unless it is of what this model trains."""
+    """Restore what `optimizer_tensors` gave. Raises CheckpointError unless it belongs to these parameters."""
     odd = sorted(parameters.keys() ^ {key.rpartition(" ")[0] for key in tensors})
     if odd:
         raise CheckpointError(f"its optimizer is not that of this model: {len(odd)} names differ, such as {odd[0]}")
@@ -183,7 +223,7 @@ def random_states() -> dict[str, Tensor]:
 
 
 def set_random_states(tensors: Mapping[str, Tensor], *, rank: int, processes: int, seed: int) -> None:
-    """Go on drawing where each process was; where they were another number, each begins with a seed of its own."""
+    """Restore each process's generators; with another number of processes, seed each one by its rank instead."""
     if len(tensors["cpu"]) != processes:
         torch.manual_seed(seed + rank)
         return

@@ -16,11 +16,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from higgstune.errors import ConfigError
+from higgstune.families import family_of
 
 Value = TypeVar("Value")
-# Collectives give up after minutes; preparing data, or the proof of a large model, may take longer.
-_PATIENCE = timedelta(days=9)
-_OTHER_WAYS = {  # accelerate's own sharding would go past what is saved, resumed and proven here
+# Collectives time out after minutes; preparing data, or verifying a large model, may take longer.
+_TIMEOUT = timedelta(days=9)
+_REFUSED = {  # accelerate's own sharding is unknown to saving, resuming and verifying here
     "ACCELERATE_USE_FSDP": "set parallel: fsdp in the recipe, and leave accelerate's FSDP off",
     "ACCELERATE_USE_DEEPSPEED": "it is not supported; set parallel: fsdp in the recipe for a base that does not fit",
     "ACCELERATE_USE_MEGATRON_LM": "it is not supported; set parallel: fsdp in the recipe for a base that does not fit",
@@ -29,17 +30,17 @@ _OTHER_WAYS = {  # accelerate's own sharding would go past what is saved, resume
 
 
 class Processes:
-    """This process among those of the run, and what they tell each other outside of training steps."""
+    """This process among those of the run, and what they exchange outside of training steps."""
 
     def __init__(self, *, cpu: bool) -> None:
         """Joins the others. Raises ConfigError for accelerate's FSDP and DeepSpeed."""
-        for variable, advice in _OTHER_WAYS.items():
+        for variable, advice in _REFUSED.items():
             if os.environ.get(variable, "").lower() in ("true", "1"):
                 raise ConfigError(f"{variable} is set: {advice}")
         state = PartialState(cpu=cpu)
         self.rank: int = state.process_index
         self.count: int = state.num_processes
-        self._group = dist.new_group(timeout=_PATIENCE, backend="gloo") if state.use_distributed else None
+        self._group = dist.new_group(timeout=_TIMEOUT, backend="gloo") if state.use_distributed else None
 
     @property
     def is_main(self) -> bool:
@@ -52,7 +53,7 @@ class Processes:
             dist.barrier(self._group)
 
     def broadcast(self, value: Value) -> Value:
-        """The first process' value, in all of them."""
+        """The first process's value, in all of them."""
         if self._group is None:
             return value
         box = [value]
@@ -67,8 +68,8 @@ class Processes:
         dist.all_gather_object(box, value, group=self._group)
         return box
 
-    def largest(self, value: int) -> "PendingReduce":
-        """Ask for the largest of all processes' values; all must ask."""
+    def all_reduce_max(self, value: int) -> "PendingReduce":
+        """The largest of all processes' values, without waiting for it; all processes together."""
         box = torch.tensor(value)
         if self._group is None:
             return PendingReduce(box, None)
@@ -76,14 +77,14 @@ class Processes:
 
 
 class PendingReduce:
-    """A number that is being agreed on while work goes on."""
+    """A number that is being reduced over the processes while they work."""
 
     def __init__(self, box: torch.Tensor, work: "dist.Work | None") -> None:
         self._box = box
         self._work = work
 
     def result(self) -> int:
-        """The number, once all have named theirs."""
+        """The number, once all processes have given theirs."""
         if self._work is not None:
             self._work.wait()
         return int(self._box)
@@ -96,10 +97,10 @@ def shard(model: PeftModel, device: torch.device) -> None:
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     base: Any = model.get_base_model()
-    for layer in base.model.layers:
+    for layer in family_of(model).layers(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    base._is_fsdp_managed_module = True  # what transformers knows such a model by
+    base._is_fsdp_managed_module = True  # by which transformers recognises such a model
 
 
 def is_sharded(model: Any) -> bool:
@@ -114,7 +115,7 @@ def sharded_parameters(model: nn.Module) -> int:
 
 @contextmanager
 def embedding_and_heads(model: Any) -> Iterator[None]:
-    """All processes: what stands outside of the layers is gathered inside of it, for whoever calls parts of a model."""
+    """Gather what is outside of the layers, to call parts of a sharded model; all processes together."""
     if not is_sharded(model):
         yield
         return

@@ -1,18 +1,16 @@
-"""A recipe as one job: its stages in order, resumable, each proven by loading what it saved."""
+"""A recipe as one job: its stages in order, each resumable, and verified by loading what it saved."""
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 
 from higgstune.batch.dataset import RowExamples
-from higgstune.config.recipe import Recipe, load_recipe
+from higgstune.config.recipe import Recipe, Stage, load_recipe
 from higgstune.data.store import CodeStore
 from higgstune.environment import choose_device, choose_dtype, versions
 from higgstune.errors import CheckpointError, ConfigError, DataError, HiggstuneError, WorkError
@@ -20,48 +18,40 @@ from higgstune.evaluation.items import only_language
 from higgstune.evaluation.judges import check_languages, load_judges
 from higgstune.evaluation.judges.base import Judges
 from higgstune.evaluation.report.run_report import write_run_report
-from higgstune.families.higgs_v2.extensions import add_conditioning
-from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
-from higgstune.model.adapter_folder import adapter_card, adapter_conditioning, find_adapter
+from higgstune.inputs import find_adapter
+from higgstune.model.adapter_folder import adapter_card, adapter_conditioning
 from higgstune.model.adapters import check_directions
 from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
 from higgstune.planning.run_memory import RunMemory
-from higgstune.planning.training_data import TrainingData
+from higgstune.planning.training_data import TrainingData, check_families
 from higgstune.training.callbacks import StopSignals
 from higgstune.training.distributed import Processes
+from higgstune.training.result import RunResult, StageResult
 from higgstune.training.run_dir import RunFolder
 from higgstune.training.sample_eval import rule_of, texts_to_speak
 from higgstune.training.setup import RunSetup, check_packs, resolve_setup
-from higgstune.training.stage import Job, train_stage
+from higgstune.training.stage import Job, is_sharded_run, train_stage
 
 _LOG = logging.getLogger(__name__)
-_LOST = ("Connection closed by peer", "Connection reset by peer", "gloo")  # how a broken collective reads
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A finished run."""
-
-    folder: Path
-    adapter: Path  # of the last stage
-    stages: dict[str, Any]  # by name: steps, layers, parameters, last losses, verification
+_LOST = ("Connection closed by peer", "Connection reset by peer", "gloo")  # in errors of a broken collective
 
 
 def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False) -> RunResult:
-    """Train a recipe into the run folder `out`; with `resume`, go on where an earlier run of it stopped.
+    """Train a recipe into the run folder `out`; with `resume`, continue where an earlier run of it stopped.
 
     In each process of torchrun or `accelerate launch` it trains a share. SIGTERM and SIGINT end it with a checkpoint.
 
-    Raises ConfigError (the folder is in use, or the recipe is another one than it began with), DataError,
-    CheckpointError, TrainingError (what is seen cannot be), VerificationError (what was saved is not what was trained),
-    WorkError (the disk refuses, or another process has ended), Interrupted (by a signal).
+    Raises ConfigError (the folder is in use, or the run was started with another recipe), DataError, CheckpointError,
+    TrainingError (training diverged, or its losses are impossible), VerificationError (what was saved is not what was
+    trained), WorkError (the disk refuses, or another process has ended), Interrupted (by a signal).
     """
+    # 1. Check the recipe, join the other processes, and check the run folder.
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     device = choose_device(_device(recipe.model.device))
     processes = Processes(cpu=device.type == "cpu")
     if processes.count > 1 and device.type == "cuda":
-        device = PartialState().device  # each has a GPU of its own, by its number on the machine
+        device = PartialState().device  # each has its own GPU, by its number on the machine
     stop = StopSignals(processes)
     run = RunFolder(Path(out), recipe, is_main=processes.is_main, processes=processes.count)
     with stop.installed(), _attribute_rank_failures(processes):
@@ -75,62 +65,92 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
 
 def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torch.device) -> RunResult:
     recipe = run.recipe
-    judges = _judges(recipe, device) if run.is_main else Judges()  # what was spoken is judged by one process
-    memory = RunMemory(recipe)  # before anything is loaded: what is free then is what training may take
+
+    # 2. Load the judges, and plan the memory: what is free before anything else is loaded is what training may take.
+    judges = _judges(recipe, device) if run.is_main else Judges()  # one process judges the samples
+    memory = RunMemory(recipe)
+
+    # 3. Open the data.
     data = TrainingData.open(recipe)
-    store = data.store
-    loaded = _load(recipe, device, processes)
-    check_store(store, loaded)
-    _check_codebook_weights(recipe, loaded.config.num_codebooks)
-    adapter = _first_adapter(recipe, loaded)
-    setup = resolve_setup(recipe, data, loaded)
+
+    # 4. Load the base, and check that it fits data, adapter and recipe.
+    check_families(recipe, data.stores)
+    base = _load(recipe, device, processes)
+    check_store(data.store, base)
+    _check_codebook_weights(recipe, base.spec.num_codebooks)
+    adapter = _first_adapter(recipe, base)
+    setup = resolve_setup(recipe, data, base)
     _check_same_encoder(adapter, setup)
-    add_conditioning(loaded.model, setup.conditioning)
-    check_directions(loaded.model, recipe.lora, setup.conditioning, setup.attention)
-    prompter = Prompter(loaded.tokenizer, SpecialIds.from_config(loaded.config))
+    base.family.extensions.add(base.model, setup.conditioning)
+    check_directions(base.model, recipe.lora, setup.conditioning, setup.attention)
+
+    # 5. Prepare the prompts, and check that packs can hold them.
+    prompter = base.prompter
     examples = {
         name: RowExamples(data.rows(name), prompter, "none", setup.rendering) for name in ("train", "validation")
     }
     check_packs(recipe, list(examples.values()))
-    trained_on = {**data.identity, "base": setup.base_fingerprint}
-    if processes.broadcast(trained_on) != trained_on:
-        raise DataError(
-            f"this process sees another store or base than the first one does: {store.folder} and {loaded.checkpoint} "
-            "must be the same on all machines, and no preparation may be at work"
-        )
+
+    # 6. Take the run folder. Not earlier: a wrong store or checkpoint must not leave a run that cannot be resumed.
+    trained_on: dict[str, str | list[str]] = {**data.identity, "base": setup.base_fingerprint}
+    _check_same_everywhere(processes, trained_on, data.store, base)
     if run.is_main:
-        if recipe.evaluation.clips:
-            texts = texts_to_speak(recipe.evaluation, store)
-            rule_of(recipe.evaluation, texts, store, judges)
-            check_languages(judges, [text.language or only_language(store) for text in texts])
+        _check_evaluation(recipe, data.store, judges)
         memory.warn()
-        # Only now is the folder taken: a wrong store or checkpoint must not leave a run that cannot go on.
         run.begin(trained_on, versions(device))
     run.state = processes.broadcast(run.state)
-    base: ModelAndTokenizers | None = loaded
-    del loaded
+
+    # 7. Train each stage: add its adapter, train, choose a step, save, verify.
+    job = Job(run, processes, stop, memory, device, data.store, setup, examples, judges)
+    bases = [base]
+    del base
     for stage in recipe.stages:
         if not run.has_finished(stage):
-            if base is None:
-                base = _load(recipe, device, processes)
-                add_conditioning(base.model, setup.conditioning)
-            job = Job(run, processes, stop, memory, device, base, store, setup, examples, judges)
-            run.finished(stage, train_stage(job, stage, adapter))
-            if job.sharded:
-                del job, base
-                base = None  # each process had but a share of it
-                gc.collect()
-            processes.wait()  # the next stage begins from what the first process has written
+            run.finished(stage, _train_one(job, stage, bases, adapter))
+            processes.wait()  # the next stage starts from what the first process has written
         adapter = run.adapter(stage)
     assert adapter is not None
+
+    # 8. Report.
     run.close()
     if run.is_main:
         _report(run.folder)
-    return RunResult(run.folder, adapter, run.state["stages"])
+    return RunResult(run.folder, adapter, run.state.stages)
+
+
+def _train_one(job: Job, stage: Stage, bases: list[ModelAndTokenizers], adapter: Path | None) -> StageResult:
+    """One stage on the base in `bases`, which holds the only reference to it: one that was sharded is loaded anew."""
+    if not bases:
+        bases.append(_load(job.recipe, job.device, job.processes))
+        bases[0].family.extensions.add(bases[0].model, job.setup.conditioning)
+    result = train_stage(job, stage, bases[0], adapter)
+    if job.sharded:  # this process has only a share of it
+        bases.clear()
+        gc.collect()
+    return result
+
+
+def _check_same_everywhere(
+    processes: Processes, trained_on: Mapping[str, str | list[str]], store: CodeStore, base: ModelAndTokenizers
+) -> None:
+    """All processes: raises DataError where one has another store or base than the first one."""
+    if processes.broadcast(trained_on) != trained_on:
+        raise DataError(
+            f"this process sees another store or base than the first one: {store.folder} and {base.checkpoint} must be "
+            "the same on all machines, and no preparation may be running"
+        )
+
+
+def _check_evaluation(recipe: Recipe, store: CodeStore, judges: Judges) -> None:
+    """Raises DataError or ConfigError for texts that cannot be spoken or judged, or a rule without its measures."""
+    if recipe.evaluation.clips:
+        texts = texts_to_speak(recipe.evaluation, store)
+        rule_of(recipe.evaluation, texts, store, judges)
+        check_languages(judges, [text.language or only_language(store) for text in texts])
 
 
 def _report(folder: Path) -> None:
-    """A page that cannot be written is no reason to say that the run failed."""
+    """A page that cannot be written does not fail the run."""
     try:
         write_run_report(folder)
     except HiggstuneError as error:
@@ -145,7 +165,7 @@ def _judges(recipe: Recipe, device: torch.device) -> Judges:
 def _load(recipe: Recipe, device: torch.device, processes: Processes) -> ModelAndTokenizers:
     """The recipe's model on the device; where it will be sharded, on the CPU, so that no device holds all of it."""
     settings = recipe.model
-    sharded = recipe.parallel == "fsdp" and processes.count > 1
+    sharded = is_sharded_run(recipe, processes)
     return load_model_and_tokenizers(
         settings.checkpoint,
         codec=settings.codec,
@@ -158,7 +178,7 @@ def _load(recipe: Recipe, device: torch.device, processes: Processes) -> ModelAn
 
 @contextmanager
 def _attribute_rank_failures(processes: Processes) -> Iterator[None]:
-    """Raises WorkError in place of what a process says that waited for one that has ended."""
+    """Raises WorkError in place of the error of a process that waited for one that has ended."""
     try:
         yield
     except RuntimeError as error:
@@ -174,13 +194,13 @@ def check_store(store: CodeStore, loaded: ModelAndTokenizers) -> None:
     if store.info.codec_revision != loaded.audio_tokenizer.revision:
         raise DataError(
             f"{store.folder} was encoded by the codec {store.info.codec} (revision {store.info.codec_revision}); this "
-            f"checkpoint speaks through {loaded.codec} (revision {loaded.audio_tokenizer.revision}): prepare the data "
+            f"checkpoint uses {loaded.codec} (revision {loaded.audio_tokenizer.revision}): prepare the data "
             "with that codec, or name the store's codec in the recipe (model.codec)"
         )
 
 
 def _first_adapter(recipe: Recipe, loaded: ModelAndTokenizers) -> Path | None:
-    """Where the first stage goes on from. Raises CheckpointError for an adapter that speaks another codec's codes."""
+    """The adapter that the first stage starts from. Raises CheckpointError where it was trained with another codec."""
     if recipe.init_adapter is None:
         return None
     folder = find_adapter(recipe.init_adapter)
@@ -194,13 +214,13 @@ def _first_adapter(recipe: Recipe, loaded: ModelAndTokenizers) -> Path | None:
 
 
 def _check_same_encoder(adapter: Path | None, setup: RunSetup) -> None:
-    """Raises CheckpointError for an adapter to go on from that hears through another Whisper encoder."""
+    """Raises CheckpointError where the first adapter was trained with another Whisper encoder than the store's."""
     trained_with = None if adapter is None else adapter_conditioning(adapter).whisper
     now = setup.conditioning.whisper
     if trained_with is not None and now is not None and trained_with.revision != now.revision:
         raise CheckpointError(
-            f"init_adapter {adapter} was trained to hear through {trained_with.checkpoint} (revision "
-            f"{trained_with.revision}), the store has features of {now.checkpoint} (revision {now.revision})"
+            f"init_adapter {adapter} was trained with features of {trained_with.checkpoint} (revision "
+            f"{trained_with.revision}), the store has those of {now.checkpoint} (revision {now.revision})"
         )
 
 

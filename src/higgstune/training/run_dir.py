@@ -1,104 +1,138 @@
-"""The folder of a run: `recipe.yaml`, `run.json`, and a folder for each stage. One job at a time has it."""
+"""The folder of a run: `recipe.yaml`, `run.json`, and a folder for each stage. It belongs to one job at a time."""
 
 import json
 import os
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import Timeout
+from pydantic import TypeAdapter, ValidationError
 
 import higgstune
 from higgstune.checkpoint_files import read_json
 from higgstune.config.recipe import Recipe, Stage, load_recipe, save_recipe
 from higgstune.errors import ConfigError, WorkError
 from higgstune.files import lock_file, refusal, write_file, writing
-from higgstune.model.adapter_folder import RUN_STATE
+from higgstune.inputs import RUN_STATE
+from higgstune.training.result import StageResult
 
 RECIPE_FILE = "recipe.yaml"
 _LOCK = ".lock"
 # A run that was killed in its first moment has left no more than these.
 _OURS = (RECIPE_FILE, RUN_STATE, _LOCK, f".{RECIPE_FILE}", f".{RUN_STATE}")
-# What a run that goes on may have otherwise than it began: it changes nothing of what is trained, but for rounding.
+# Keys of a recipe that may change when a run resumes: they change nothing of what is trained, but for rounding.
 FREE = ("parallel", "gradient_checkpointing", "compile", "save_steps", "save_total_limit", "report_to")
-# A process that was killed lets go of the lock at once, but for those that build its examples: they notice after 5 s.
-_UNTIL_FREE = 10.0  # seconds
+_UNTIL_FREE = 10.0  # seconds that a job before this one may take to end
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that has a run's folder."""
+
+    host: str
+    pid: int
+
+
+@dataclass
+class RunState:
+    """The content of `run.json`."""
+
+    processes: int  # that the run started with: a step's share of the data stays what it was then
+    status: Literal["running", "finished"] = "running"
+    higgstune: str = higgstune.__version__
+    stages: dict[str, StageResult] = field(default_factory=dict)  # those that are finished
+    adapter: str | None = None  # of the last of them, within the folder
+    trained_on: dict[str, str | list[str]] = field(default_factory=dict)  # checksums
+    environment: dict[str, str] = field(default_factory=dict)
+    held_by: Holder | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunState":
+        """Raises CheckpointError where it is missing or damaged, ConfigError where it is of another version."""
+        written = read_json(folder / RUN_STATE, "without it this is not a run's folder")
+        try:
+            return _RUN_STATE.validate_python(written)
+        except ValidationError as error:
+            at = ".".join(map(str, error.errors()[0]["loc"]))
+            raise ConfigError(
+                f"the run {folder} was written by another version of Higgstune ({at} of {RUN_STATE}) and cannot be "
+                "resumed: give another --out"
+            ) from error
+
+    def to_json(self) -> str:
+        """The content of `run.json`, without what is None."""
+        tree = asdict(self) | {"stages": {name: stage.as_json() for name, stage in self.stages.items()}}
+        return json.dumps({key: value for key, value in tree.items() if value is not None}, indent=2)
+
+
+_RUN_STATE = TypeAdapter(RunState)
 
 
 class RunFolder:
-    """What a run has done so far, and the right to go on with it."""
+    """What a run has done so far, and the right to continue it."""
 
     def __init__(self, folder: Path, recipe: Recipe, *, is_main: bool, processes: int) -> None:
         self.folder = folder
         self.recipe = recipe
         self.is_main = is_main  # the one of several processes that writes
-        self.state: dict[str, Any] = {
-            "status": "running",
-            "higgstune": higgstune.__version__,
-            "processes": processes,  # that it began with: a step's share of the data stays what it was then
-            "stages": {},
-        }
+        self.state = RunState(processes)
         self._lock = lock_file(folder / _LOCK)
 
     def check(self, *, resume: bool) -> None:
-        """Raises ConfigError when the folder cannot be taken or gone on with; writes nothing but the lock."""
+        """Raises ConfigError when the folder cannot be taken or resumed; writes nothing but the lock."""
         if not (self.folder / RUN_STATE).exists():
             if self.folder.is_dir() and any(not p.name.startswith(_OURS) for p in self.folder.iterdir()):
-                raise ConfigError(f"{self.folder} exists and is no run: give another --out")
+                raise ConfigError(f"{self.folder} exists and is not a run: give another --out")
             return
         self._hold()
-        self.read()
-        if self.state["status"] == "finished":
-            adapter = self.folder / str(self.state.get("adapter"))
+        self.state = RunState.read(self.folder)
+        if self.state.status == "finished":
+            adapter = self.folder / str(self.state.adapter)
             raise ConfigError(
                 f"the run {self.folder} is finished and is not overwritten: its adapter is {adapter}; give another "
                 "--out to train again"
             )
         if not resume:
-            raise ConfigError(
-                f"the run {self.folder} was begun already: continue it with --resume, or give another --out"
-            )
-        begun_with = load_recipe(self.folder / RECIPE_FILE, commands=True)
-        changed = _differences(_mathematics(begun_with), _mathematics(self.recipe))
+            raise ConfigError(f"the run {self.folder} exists already: resume it with --resume, or give another --out")
+        before = load_recipe(self.folder / RECIPE_FILE, commands=True)
+        changed = _differences(_mathematics(before), _mathematics(self.recipe))
         if changed:
             raise ConfigError(
-                f"the run {self.folder} was begun with another recipe ({', '.join(changed)} differ): continue it with "
-                f"{self.folder / RECIPE_FILE}, of which data.workers, {', '.join(FREE)} may change, or give another "
-                "--out"
+                f"the run {self.folder} was started with another recipe ({', '.join(changed)} differ): resume it with "
+                f"{self.folder / RECIPE_FILE}, of which {', '.join(FREE)} may change, or give another --out"
             )
         self._claim()
 
-    def read(self) -> None:
-        """What the folder says of the run."""
-        self.state = read_json(self.folder / RUN_STATE, "it is no run's folder without it")
-
-    def begin(self, trained_on: dict[str, Any], environment: dict[str, str]) -> None:
+    def begin(self, trained_on: Mapping[str, str | list[str]], environment: dict[str, str]) -> None:
         """Take the folder, unless the run has it; `environment` is what it is trained with, now.
 
-        Raises ConfigError when another job has taken it meanwhile, or the run was begun on another store or base.
+        Raises ConfigError when another job has taken it meanwhile, or the run was started on another store or base.
         """
-        for name, before in self.state.get("trained_on", {}).items():
+        for name, before in self.state.trained_on.items():
             if before != trained_on[name]:
                 raise ConfigError(
-                    f"the run {self.folder} was begun on another {name}: its content has changed since. Put it back to "
-                    "go on, or give another --out"
+                    f"the run {self.folder} was started on another {name}, whose content has changed since: restore "
+                    "it, or give another --out"
                 )
-        self.state["trained_on"] = trained_on
-        self.state["environment"] = environment
+        self.state.trained_on = dict(trained_on)
+        self.state.environment = environment
         with writing(self.folder, "nothing was trained"):
             self.folder.mkdir(parents=True, exist_ok=True)
         if not self._lock.is_locked:
             self._hold()
             self.check(resume=False)
-        save_recipe(self.recipe, self.folder / RECIPE_FILE)  # a run that goes on may have other `FREE` values
+        save_recipe(self.recipe, self.folder / RECIPE_FILE)  # a resumed run may have other `FREE` values
         self._claim()
 
     def release(self) -> None:
-        """Another job may have it."""
-        if self._lock.is_locked and self.state.pop("held_by", None) is not None:
-            with suppress(WorkError):  # where the disk is full, which has been said
+        """Let another job have it."""
+        if self._lock.is_locked and self.state.held_by is not None:
+            self.state.held_by = None
+            with suppress(WorkError):  # where the disk is full, which was reported before
                 self._save()
         self._lock.release()
 
@@ -109,49 +143,45 @@ class RunFolder:
         return self.stage_folder(stage) / "adapter"
 
     def packs_per_step(self, stage: Stage) -> int:
-        """Of all processes that it began with together: on any other number a step stays what it was."""
-        processes: int = self.state.get("processes", 1)
-        return stage.gradient_accumulation * processes
+        """Of all processes that the run started with together: on any other number a step stays what it was."""
+        return stage.gradient_accumulation * self.state.processes
 
     def has_finished(self, stage: Stage) -> bool:
-        return stage.name in self.state["stages"]
+        return stage.name in self.state.stages
 
-    def finished(self, stage: Stage, result: dict[str, Any]) -> None:
-        self.state["stages"][stage.name] = result
-        self.state["adapter"] = self.adapter(stage).relative_to(self.folder).as_posix()
+    def finished(self, stage: Stage, result: StageResult) -> None:
+        self.state.stages[stage.name] = result
+        self.state.adapter = self.adapter(stage).relative_to(self.folder).as_posix()
         self._save()
 
     def close(self) -> None:
-        self.state["status"] = "finished"
+        self.state.status = "finished"
         self._save()
 
     def _hold(self) -> None:
         try:
             self._lock.acquire(timeout=_UNTIL_FREE)
         except Timeout:
-            self.read()
-            holder = self.state.get("held_by", {})
+            holder = RunState.read(self.folder).held_by
+            who = "" if holder is None else f" (process {holder.pid} on {holder.host})"
             raise ConfigError(
-                f"another job trains into {self.folder} (process {holder.get('pid')} on {holder.get('host')}): wait "
-                "for its end or stop it, or give another --out"
+                f"another job trains into {self.folder}{who}: wait for it to end or stop it, or give another --out"
             ) from None
         except OSError as error:
             raise WorkError(refusal(self.folder, error, "nothing was trained")) from error
 
     def _claim(self) -> None:
         """Say who has the folder, for others who want it."""
-        self.state["held_by"] = {"host": socket.gethostname(), "pid": os.getpid()}
+        self.state.held_by = Holder(socket.gethostname(), os.getpid())
         self._save()
 
     def _save(self) -> None:
         if self.is_main:
-            write_file(self.folder / RUN_STATE, json.dumps(self.state, indent=2))
+            write_file(self.folder / RUN_STATE, self.state.to_json())
 
 
 def _mathematics(recipe: Recipe) -> dict[str, Any]:
-    tree = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in FREE}
-    del tree["data"]["workers"]
-    return tree
+    return {key: value for key, value in recipe.model_dump(mode="json").items() if key not in FREE}
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
-"""What a stage says while it is trained: a few texts at each validation, written down and measured.
+"""Samples of a stage while it is trained: a few texts that are spoken at each validation, saved and measured.
 
-A loss does not tell how a model sounds. The texts, voices and seeds are the same each time, so that what changes is the
-adapter.
+A loss does not show how a model sounds. Texts, voices and seeds are the same each time, so that only the adapter
+changes.
 """
 
 import logging
@@ -31,7 +31,7 @@ from higgstune.evaluation.items import (
     items_from_rows,
     items_from_sentences,
     only_language,
-    some_rows,
+    round_robin_rows,
     speaker_of,
     speakers_of,
     write_voices,
@@ -45,8 +45,10 @@ from higgstune.files import write_file
 from higgstune.generate.speaker import Speaker, Speech
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.distributed import Processes
+from higgstune.training.result import Candidate, ChosenStep
 
-_DECIBELS = 80.0  # below the loudest that is drawn
+_LOG = logging.getLogger(__name__)
+_DECIBELS = 80.0  # that are drawn, below the loudest
 
 
 def mel_image(clips: Sequence[tuple[str, np.ndarray, int]]) -> np.ndarray:
@@ -77,7 +79,7 @@ def _decibels(waveform: np.ndarray, rate: int) -> np.ndarray:
 
 
 class Candidates:
-    """Steps after which a stage was listened to, in order, and what was measured then."""
+    """The steps of a stage whose samples were measured, in order."""
 
     def __init__(self, rule: Rule, patience: int | None) -> None:
         self.rule = rule
@@ -85,7 +87,7 @@ class Candidates:
         self.entries: list[dict[str, Any]] = []
 
     def add(self, step: int, measures: Mapping[str, float]) -> bool:
-        """Note a step; whether it is the best one now. A stage's start is no candidate: nothing is trained there."""
+        """Add a step; whether it is the best one now. Step 0, where nothing is trained yet, is not a candidate."""
         if step == 0:
             return False
         self.entries = [entry for entry in self.entries if entry[STEP] != step]
@@ -99,46 +101,41 @@ class Candidates:
 
     @property
     def exhausted(self) -> bool:
-        """Whether as many steps as `patience` says brought nothing better."""
+        """Whether the last `patience` steps brought nothing better."""
         return bool(self.patience and self.entries) and len(self.entries) - 1 - self.choice.best >= (self.patience or 0)
 
-    def told(self) -> dict[str, Any]:
-        """The choice, for a run's result."""
+    def summary(self) -> ChosenStep:
+        """The best step, for a run's result."""
         choice = self.choice
-        return {
-            "step": self.entries[choice.best][STEP],
-            "rule": str(self.rule),
-            "healthy": choice.healthy,
-            "candidates": [
-                entry | {"broken": broken, "rank": rank}
-                for entry, broken, rank in zip(self.entries, choice.broken, choice.ranks, strict=True)
-            ],
-        }
+        candidates = [
+            Candidate(entry[STEP], {key: value for key, value in entry.items() if key != STEP}, broken, rank)
+            for entry, broken, rank in zip(self.entries, choice.broken, choice.ranks, strict=True)
+        ]
+        return ChosenStep(candidates[choice.best].step, str(self.rule), choice.healthy, candidates)
 
 
-_LOG = logging.getLogger(__name__)
 _ALWAYS = ("cap_rate", "short_rate", "silence", "trailing_silence", "duration_ratio", "loop_rate")
 _OF_VOICES = ("f0_shift", "f0_spread", "energy_spread")
 
 
 def texts_to_speak(settings: EvaluationSettings, store: CodeStore) -> list[Row] | list[Sentence]:
-    """Sentences where the recipe names some; else rows for validation, or for training where there are none.
+    """Sentences where the recipe names some; else rows of the validation split, or else of the training split.
 
-    Raises DataError or ConfigError where there is nothing to be read.
+    Raises DataError or ConfigError where there is nothing to speak.
     """
     if settings.texts is not None:
         return read_sentences(settings.texts)[: settings.clips]
-    rows = some_rows(store.split("validation"), settings.clips) or some_rows(store.split("train"), settings.clips)
+    rows = round_robin_rows(store.split("validation"), settings.clips)
+    rows = rows or round_robin_rows(store.split("train"), settings.clips)
     if not rows:
         raise ConfigError(
-            f"{store.folder} has conversations alone, which are not spoken: name evaluation.texts, or set "
-            "evaluation.clips: 0"
+            f"{store.folder} has only conversations, which are not spoken: set evaluation.texts, or evaluation.clips: 0"
         )
     return rows
 
 
 def rule_of(settings: EvaluationSettings, texts: Sequence[Row | Sentence], store: CodeStore, judges: Judges) -> Rule:
-    """How the best step is chosen. Raises ConfigError for a rule that needs what is not measured of these texts."""
+    """The rule that chooses the best step. Raises ConfigError where it needs what these texts do not measure."""
     known = speakers_of(store)
     voiced = any(speaker_of(text, known) in known for text in texts)
     names = [*_ALWAYS, *(_OF_VOICES if voiced else ())]
@@ -163,7 +160,7 @@ def _has_reference(text: Row | Sentence) -> bool:
 
 
 class SampleEvaluation:
-    """Speaks and measures for one stage."""
+    """Speaks and measures the samples of one stage."""
 
     def __init__(
         self,
@@ -179,9 +176,9 @@ class SampleEvaluation:
         features: Features | None = None,
         writer: SummaryWriter | None = None,
     ) -> None:
-        """`folder` is where it is all written. `judges` are those of the first process, which writes and measures.
-        `together`: all processes speak all texts, because each has but a share of the weights; else they share the
-        texts. `features` are what Whisper hears in the store's clips.
+        """Samples are saved into `folder`. `judges` are those of the first process, which saves and measures.
+        `together`: all processes speak all texts, because each has only a share of the weights; otherwise they divide
+        the texts. `features` are the Whisper features of the store's clips.
 
         Raises as `texts_to_speak` and `rule_of`.
         """
@@ -194,10 +191,10 @@ class SampleEvaluation:
         self.writer = writer
         texts = texts_to_speak(settings, store)
         rule = rule_of(settings, texts, store, judges) if processes.is_main else None
-        if not processes.is_main:  # the first one has decoded the recordings then, and written them down for all
+        if not processes.is_main:  # until the first one has decoded and saved the recordings, for all
             processes.wait()
-        self.asked = self._ask(texts, store, features)
-        spoken = [item.clip.speaker for item in self.asked]
+        self.items = self._items(texts, store, features)
+        spoken = [item.clip.speaker for item in self.items]
         self.voices = write_voices(store, loaded.audio_tokenizer, folder, spoken)
         if processes.is_main:
             processes.wait()
@@ -206,7 +203,7 @@ class SampleEvaluation:
         assert chosen_by is not None
         self.candidates = Candidates(chosen_by, settings.patience)
 
-    def _ask(self, texts: Sequence[Row | Sentence], store: CodeStore, features: Features | None) -> list[EvalItem]:
+    def _items(self, texts: Sequence[Row | Sentence], store: CodeStore, features: Features | None) -> list[EvalItem]:
         speaker, seed = Speaker(self.loaded, reference_place=self.reference_place), self.settings.seed
         rows = [text for text in texts if isinstance(text, Row)]
         sentences = [text for text in texts if isinstance(text, Sentence)]
@@ -216,13 +213,13 @@ class SampleEvaluation:
             *items_from_sentences(sentences, speaker, seed=seed, known=known, language=language),
         ]
 
-    def listen(self, model: Any, step: int) -> dict[str, float]:
-        """Speak with the model as it is now; what was measured, in all processes."""
+    def evaluate(self, model: Any, step: int) -> dict[str, float]:
+        """Speak with the model as it is now; the measures, in all processes."""
         speaker = Speaker(self.loaded, model=model, reference_place=self.reference_place)
-        every = range(len(self.asked))
+        every = range(len(self.items))
         mine = every if self.together else every[self.processes.rank :: self.processes.count]
         spoken = speaker.say_each(
-            [self.asked[index].request for index in mine],
+            [self.items[index].request for index in mine],
             sampling=Sampling(temperature=self.settings.temperature),
             sync_logits=self.processes.broadcast if self.together else None,
         )
@@ -235,11 +232,13 @@ class SampleEvaluation:
     def _write_and_measure(self, spoken: Sequence[Speech], step: int) -> dict[str, float]:
         place = self.folder / f"step-{step:06d}"
         clips: list[Clip] = []
-        for number, (item, speech) in enumerate(zip(self.asked, spoken, strict=True), 1):
+        for number, (item, speech) in enumerate(zip(self.items, spoken, strict=True), 1):
             file = place / f"{number:02d}.wav"
             write_wav(file, speech.waveform, speech.sample_rate)
             clips.append(replace(item.clip, file=file, hit_cap=speech.hit_cap))
-        write_clips(place, [replace(clip, reference=None, recording=None) for clip in clips])  # those lie elsewhere
+        write_clips(
+            place, [replace(clip, reference=None, recording=None) for clip in clips]
+        )  # those are outside of this folder
         image = mel_image([(speech.text, speech.waveform, speech.sample_rate) for speech in spoken])
         imsave(place / "mel.png", image)
         if self.writer is not None:
@@ -249,7 +248,7 @@ class SampleEvaluation:
         try:
             evaluation = score(clips, self.judges, self.voices)
         except (HiggstuneError, RuntimeError) as error:  # also a judge's device that is out of memory
-            _LOG.warning("step %d: what was spoken is not measured: %s", step, error)
+            _LOG.warning("step %d: the samples were not measured: %s", step, error)
             return {}
         write_file(place / "evaluation.json", evaluation.to_json())
         return {name: estimate.value for name, estimate in evaluation.summary.items()}

@@ -1,4 +1,4 @@
-"""The adapter's folder: what peft loads, and a card that says what else it needs and what it came from."""
+"""The adapter's folder: the files that peft loads, and a card with what else it needs and what it came from."""
 
 import os
 import shutil
@@ -15,9 +15,10 @@ from higgstune.data.shard_reader import SPLITS
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import portable_name
 from higgstune.files import sync_files, sync_folder
-from higgstune.model.adapter_folder import base_shape, write_card
+from higgstune.model.adapter_folder import write_card
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.metrics import last_metrics
+from higgstune.training.result import TrainedStage
 from higgstune.training.setup import RunSetup
 
 
@@ -37,11 +38,11 @@ def save_adapter(folder: Path, model: PeftModel, card: dict[str, Any], weights: 
 
 
 def adapter_card_of(
-    recipe: Recipe, loaded: ModelAndTokenizers, store: CodeStore, setup: RunSetup, stages: Mapping[str, Any]
+    recipe: Recipe, loaded: ModelAndTokenizers, store: CodeStore, setup: RunSetup, stages: Mapping[str, TrainedStage]
 ) -> dict[str, Any]:
-    """What an adapter says of itself: its base and codec, how it was made, and from what.
+    """The card of an adapter: its base and codec, how it was made, and from what.
 
-    `stages` are the results of all stages so far, by name; the last one's adapter is saved.
+    `stages` are all stages so far, by name; the last one's adapter is saved.
     """
     return {
         "higgstune": higgstune.__version__,
@@ -49,13 +50,14 @@ def adapter_card_of(
         "revision": loaded.revision,
         "codec": portable_name(loaded.codec),
         "codec_revision": loaded.audio_tokenizer.revision,
-        "base_shape": base_shape(loaded.config),
+        "family": loaded.family.info.name,
+        "base_shape": loaded.spec.card(),
         "base_fingerprint": setup.base_fingerprint,
         "base_quantized": recipe.model.quantize,  # while it was trained; it belongs on the whole base as well
         "conditioning": setup.conditioning.model_dump(),
         "stage": list(stages)[-1],
         "stages": [
-            {"name": name, "kind": done["kind"], "steps": done["steps"], "metrics": last_metrics(done["history"])}
+            {"name": name, "kind": done.kind, "steps": done.steps, "metrics": last_metrics(done.history)}
             for name, done in stages.items()
         ],
         "data": {

@@ -5,16 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from higgstune.batch.dataset import Rendering, RowExamples
-from higgstune.config.recipe import Recipe
+from higgstune.config.recipe import AttentionTraining, Recipe
 from higgstune.data.messages import requests_whisper, whisper_clips
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureIndex, JoinedFeatureStore
 from higgstune.errors import CheckpointError, ConfigError, DataError
-from higgstune.families.higgs_v2.extensions import Conditioning, WhisperSpec, conditioning_of
-from higgstune.families.higgs_v2.prompt import AUDIO_IN
+from higgstune.families.base import Conditioning, WhisperSpec
 from higgstune.kernels.quantize import is_quantized
 from higgstune.model.adapter_folder import base_fingerprint
-from higgstune.model.adapters import AttentionTraining
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.planning.training_data import TrainingData
 
@@ -31,7 +29,7 @@ class RunSetup:
 
 def resolve_setup(recipe: Recipe, data: TrainingData, loaded: ModelAndTokenizers) -> RunSetup:
     """Raises ConfigError, DataError or CheckpointError when the recipe's conditioning cannot be."""
-    own = conditioning_of(loaded.model)
+    builtin = loaded.family.extensions.of(loaded.model)
     in_full = recipe.model.whisper is not None or recipe.model.audio_attention == "full"
     for stage in recipe.stages:
         if stage.full_learning_rate is not None and not in_full:
@@ -39,7 +37,7 @@ def resolve_setup(recipe: Recipe, data: TrainingData, loaded: ModelAndTokenizers
                 f"full_learning_rate of stage {stage.name} has no effect: nothing is trained in full without "
                 "model.whisper or model.audio_attention: full"
             )
-    if is_quantized(loaded.model) and own.audio_attention and recipe.model.audio_attention == "full":
+    if is_quantized(loaded.model) and builtin.audio_attention and recipe.model.audio_attention == "full":
         raise ConfigError(
             f"{loaded.checkpoint} brings audio attention, which model.quantize: {recipe.model.quantize} puts into "
             "4 bits with the rest, and 4 bits cannot be trained in full: set model.audio_attention: lora, or leave "
@@ -51,9 +49,9 @@ def resolve_setup(recipe: Recipe, data: TrainingData, loaded: ModelAndTokenizers
         for store in data.stores:
             _check_features(recipe, store, features)
         shape = _whisper_spec(features.index, loaded)
-        if own.whisper is not None and own.whisper.revision != shape.revision:
+        if builtin.whisper is not None and builtin.whisper.revision != shape.revision:
             raise CheckpointError(
-                f"{loaded.checkpoint} was trained with a Whisper encoder of the revision {own.whisper.revision}, "
+                f"{loaded.checkpoint} was trained with a Whisper encoder of the revision {builtin.whisper.revision}, "
                 f"{recipe.model.whisper} has {shape.revision}: prepare with --whisper {loaded.checkpoint}"
             )
     else:
@@ -64,7 +62,7 @@ def resolve_setup(recipe: Recipe, data: TrainingData, loaded: ModelAndTokenizers
                     "model.whisper"
                 )
     return RunSetup(
-        Conditioning(audio_attention=bool(recipe.model.audio_attention) or own.audio_attention, whisper=shape),
+        Conditioning(audio_attention=bool(recipe.model.audio_attention) or builtin.audio_attention, whisper=shape),
         recipe.model.audio_attention or "lora",
         Rendering(recipe.data.reference, features),
         base_fingerprint(loaded.model),
@@ -75,15 +73,15 @@ def check_packs(recipe: Recipe, splits: Sequence[RowExamples]) -> None:
     """Raises ConfigError for a stage whose packs cannot hold the longest row of all splits, and names that row."""
     filled = [examples for examples in splits if len(examples)]
     longest = max(filled, key=lambda examples: int(examples.lengths().max()))
-    positions = int(longest.lengths().max())
+    tokens_needed = int(longest.lengths().max())
     row = longest.rows[int(longest.lengths().argmax())]
     for index, stage in enumerate(recipe.stages):
         tokens = stage.pack_size.tokens
-        if tokens is not None and tokens < positions:
+        if tokens is not None and tokens < tokens_needed:
             raise ConfigError(
                 f"stages.{index}.batch_tokens is {tokens}, but row {row.id} of the {row.split} split alone has "
-                f"{positions} positions (text, and 25 a second of audio): raise it to {positions} or more, or prepare "
-                "with a smaller --max-seconds"
+                f"{tokens_needed} tokens (text, and 25 per second of audio): raise it to {tokens_needed} or more, or "
+                "prepare with a smaller --max-seconds"
             )
 
 
@@ -103,9 +101,11 @@ def _check_features(recipe: Recipe, store: CodeStore, features: JoinedFeatureSto
 
 
 def _whisper_spec(index: FeatureIndex, loaded: ModelAndTokenizers) -> WhisperSpec:
-    token_id = loaded.tokenizer.convert_tokens_to_ids(AUDIO_IN)
-    if not isinstance(token_id, int):
-        raise CheckpointError(f"the tokenizer of {loaded.checkpoint} has no {AUDIO_IN}: it cannot hear through Whisper")
+    token_id = loaded.prompter.whisper_token_id
+    if token_id is None:
+        raise CheckpointError(
+            f"the tokenizer of {loaded.checkpoint} has no token for Whisper features: leave out model.whisper"
+        )
     return WhisperSpec(
         checkpoint=index.checkpoint,
         revision=index.revision,

@@ -1,9 +1,9 @@
-"""One stage of a run: trained or gone on with, saved, and proven."""
+"""One stage of a run: trained or resumed, saved, and verified."""
 
 import gc
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,50 +12,50 @@ from peft import PeftModel
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from typing_extensions import override
 
 from higgstune.batch.collate import Batch, PaddedCollator, pack, tensors_to
 from higgstune.batch.dataset import RowExamples, probe_rows
 from higgstune.batch.packing import PackSize
-from higgstune.config.recipe import Recipe, Stage
+from higgstune.config.recipe import Compile, Recipe, Stage
 from higgstune.data.store import CodeStore
 from higgstune.errors import Interrupted
 from higgstune.evaluation.clips import SAMPLES
 from higgstune.evaluation.judges.base import Judges
 from higgstune.families.base import Example
-from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.files import writing
 from higgstune.kernels.loss import LossWeights
 from higgstune.kernels.memory import checkpoint_first
 from higgstune.model.adapters import adapted_layers, add_lora, continue_lora, unload_adapter
-from higgstune.model.compiled import Compile, compile_layers, is_worth_it
+from higgstune.model.compiled import compile_layers, is_worth_it
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.planning.run_memory import RunMemory
 from higgstune.training.callbacks import ProgressReport, StopSignals
 from higgstune.training.checkpoint import newest_checkpoint, trained_state
 from higgstune.training.distributed import Processes, shard, sharded_parameters
+from higgstune.training.result import ChosenStep, StageResult, TrainedStage
 from higgstune.training.run_dir import RunFolder
-from higgstune.training.sample_eval import Candidates, SampleEvaluation
+from higgstune.training.sample_eval import SampleEvaluation
 from higgstune.training.save import adapter_card_of, save_adapter
 from higgstune.training.setup import RunSetup
 from higgstune.training.trainer import HiggsAudioTrainer
-from higgstune.training.verify import probe_logits, verify_in_fresh_process, write_probe
+from higgstune.training.verify import Verification, probe_logits, verify_in_fresh_process, write_probe
 
 _LOG = logging.getLogger(__name__)
 _PROBE_CLIPS = 4
 _COMPILED_WITH = 3  # clips
-_LOOKED_AT = 16
+_COMPILE_CANDIDATES = 16  # clips, of which the shortest are taken
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all stages of a run have in common."""
+    """What all stages of a run have in common, but for the base."""
 
     run: RunFolder
     processes: Processes
     stop: StopSignals
     memory: RunMemory
     device: torch.device  # of this process
-    loaded: ModelAndTokenizers
     store: CodeStore
     setup: RunSetup
     examples: Mapping[str, RowExamples]  # by split
@@ -67,8 +67,13 @@ class Job:
 
     @property
     def sharded(self) -> bool:
-        """Whether weights are spread over the processes; one alone has them all."""
-        return self.recipe.parallel == "fsdp" and self.processes.count > 1
+        """Whether weights are spread over the processes."""
+        return is_sharded_run(self.recipe, self.processes)
+
+
+def is_sharded_run(recipe: Recipe, processes: Processes) -> bool:
+    """Whether weights are spread over the processes; one alone has all of them."""
+    return recipe.parallel == "fsdp" and processes.count > 1
 
 
 class _Compiling(TrainerCallback):
@@ -79,8 +84,9 @@ class _Compiling(TrainerCallback):
         self.rows = rows
         self.size = size
 
+    @override
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if not is_worth_it(self.wanted, state.max_steps):  # of the whole stage: one that goes on does as it began
+        if not is_worth_it(self.wanted, state.max_steps):  # of the whole stage: one that resumes does as it did before
             return
         difference = compile_layers(kwargs["model"].train(), tensors_to(pack(self._clips()), args.device))
         if difference is None and self.wanted is True:
@@ -88,7 +94,7 @@ class _Compiling(TrainerCallback):
 
     def _clips(self) -> list[Example]:
         """A few short ones that fit into a pack."""
-        shortest = sorted((self.rows[i] for i in range(min(_LOOKED_AT, len(self.rows)))), key=len)
+        shortest = sorted((self.rows[i] for i in range(min(_COMPILE_CANDIDATES, len(self.rows)))), key=len)
         if self.size.tokens is None:
             return shortest[: min(_COMPILED_WITH, self.size.clips)]
         chosen = shortest[:_COMPILED_WITH]
@@ -97,115 +103,95 @@ class _Compiling(TrainerCallback):
         return chosen
 
 
-def train_stage(job: Job, stage: Stage, start_from: Path | None) -> dict[str, Any]:
-    """Train, save and prove one stage; the base is left as it was, but where it is sharded.
+def train_stage(job: Job, stage: Stage, base: ModelAndTokenizers, start_from: Path | None) -> StageResult:
+    """Train, save and verify one stage. Afterwards the base is as it was, but where it is sharded.
 
     Raises Interrupted (a checkpoint is kept), TrainingError, VerificationError, WorkError.
     """
-    recipe, loaded, run = job.recipe, job.loaded, job.run
-    torch.manual_seed(recipe.seed)  # the adapter's start, the same for the same recipe
-    model = _with_adapter(job, stage, start_from)
-    again = job.processes.broadcast(job.memory.checkpointed(stage))  # by what is free, which is not the same for all
-    checkpoint_first(loaded.model.model.layers, again)
+    seed = job.recipe.seed
+
+    # 1. Add the adapter, which starts the same for the same recipe.
+    torch.manual_seed(seed)
+    model = _with_adapter(job, stage, base, start_from)
+
+    # 2. Choose the layers to recompute, and spread the weights over the processes.
+    recomputed = job.processes.broadcast(job.memory.checkpointed(stage))  # free memory differs between processes
+    checkpoint_first(base.family.layers(base.model), recomputed)
     if job.sharded:
         shard(model, job.device)
+
+    # 3. Train, or resume from the newest checkpoint.
+    checkpoint = _newest_checkpoint(job, stage)
+    trainer = _trainer(job, stage, base, model, resumes=checkpoint is not None)
+    if job.processes.count > 1:  # each draws a dropout of its own
+        torch.manual_seed(seed + job.processes.rank)
+    with job.memory.explained(stage):
+        _train_or_resume(trainer, checkpoint)
+    _end_training(job, stage, trainer.state.global_step)
+
+    # 4. Choose the step that the stage ends with.
+    trained = TrainedStage(
+        kind=stage.kind,
+        steps=trainer.state.global_step,
+        layers=len(adapted_layers(model)),
+        compiled=base.model.compiler_stance is not None,
+        checkpointed_layers=min(recomputed, base.config.num_hidden_layers),
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        sharded_parameters=sharded_parameters(model),
+        # Without `Trainer`'s last entry: its means are of this process alone, which may have resumed the stage.
+        history=[entry for entry in trainer.state.log_history if "train_runtime" not in entry],
+        stopped_early=trainer.ran_out_of_patience,
+        chosen=_choose(trainer, job.recipe.evaluation.which),
+    )
+    del trainer  # memory for a second base: gradients and moments are freed, which are part of reference cycles
+    gc.collect()
+
+    # 5. Save the adapter, and verify it in a fresh process.
+    verification = _save_and_verify(job, stage, base, model, trained)
+    if not job.sharded:
+        unload_adapter(model)
+    return StageResult(**vars(trained), verification=verification)
+
+
+def _with_adapter(job: Job, stage: Stage, base: ModelAndTokenizers, start_from: Path | None) -> PeftModel:
+    base.family.pack_forward(base.model)
+    lora, conditioning, attention = job.recipe.lora, job.setup.conditioning, job.setup.attention
+    if start_from is None:
+        return add_lora(base.model, lora, stage.kind, conditioning, attention)
+    return continue_lora(base.model, start_from, lora, stage.kind, conditioning, attention)
+
+
+def _newest_checkpoint(job: Job, stage: Stage) -> Path | None:
+    """The first process's choice, also where another one cannot read a file."""
+    folder = job.run.stage_folder(stage) / "checkpoints"
+    return job.processes.broadcast(newest_checkpoint(folder) if job.run.is_main else None)
+
+
+def _trainer(job: Job, stage: Stage, base: ModelAndTokenizers, model: PeftModel, *, resumes: bool) -> HiggsAudioTrainer:
     train_rows, validation_rows = (
         job.examples[name].with_targets(stage.text_targets) for name in ("train", "validation")
     )
-    found = newest_checkpoint(run.stage_folder(stage) / "checkpoints") if run.is_main else None
-    checkpoint = job.processes.broadcast(found)  # the same for all, also where one of them reads a file wrongly
     writer = _writer(job, stage)
-    listening = _listening(job, stage, writer)
-    evaluate = len(validation_rows) > 0 or listening is not None
-    trainer = HiggsAudioTrainer(
-        loaded,
-        _training_arguments(job, stage, evaluate=evaluate, evaluate_first=evaluate and checkpoint is None),
+    samples = _sample_evaluation(job, stage, base, writer)
+    evaluate = len(validation_rows) > 0 or samples is not None
+    return HiggsAudioTrainer(
+        base,
+        _training_arguments(job, stage, base, evaluate=evaluate, evaluate_first=evaluate and not resumes),
         train_dataset=train_rows,
         eval_dataset=validation_rows if evaluate else None,
         model=model,
         weights=LossWeights(stage.text_weight, stage.audio_weight, stage.codebook_weights),
         batch_tokens=stage.pack_size.tokens,
-        packs_per_step=run.packs_per_step(stage),
+        packs_per_step=job.run.packs_per_step(stage),
         full_learning_rate=stage.rate_of_full_modules,
-        listening=listening,
+        sample_evaluation=samples,
         callbacks=_callbacks(job, stage, writer),
     )
-    if job.processes.count > 1:  # each draws a dropout of its own
-        torch.manual_seed(recipe.seed + job.processes.rank)
-    with job.memory.explained(stage):
-        _train_or_resume(trainer, checkpoint)
-    steps = trainer.state.global_step
-    try:
-        job.stop.end_training()
-    except Interrupted as interrupted:
-        raise Interrupted(
-            interrupted.number, f"after step {steps} of {stage.name}, which is kept; go on with --resume"
-        ) from None
-    result: dict[str, Any] = {
-        "kind": stage.kind,
-        "steps": steps,
-        "layers": len(adapted_layers(model)),
-        "compiled": loaded.model.compiler_stance is not None,
-        "checkpointed_layers": min(again, loaded.config.num_hidden_layers),
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "sharded_parameters": sharded_parameters(model),
-        # Without `Trainer`'s last line: its means are of this process alone, which may have gone on with the stage.
-        "history": [entry for entry in trainer.state.log_history if "train_runtime" not in entry],
-    }
-    if listening is not None and listening.candidates.entries:
-        result["stopped_early"] = listening.candidates.exhausted and steps < trainer.state.max_steps
-        result["chosen"] = _choose(trainer, listening.candidates, recipe.evaluation.which)
-    del trainer  # a second base has to fit beside it: gradients and moments go, which stand in circles
-    gc.collect()
-    _save_and_prove(job, stage, model, train_rows, result)
-    if not job.sharded:
-        unload_adapter(model)
-    return result
-
-
-def _with_adapter(job: Job, stage: Stage, start_from: Path | None) -> PeftModel:
-    recipe, base = job.recipe, job.loaded.model
-    with_training_forward(base)
-    conditioning, attention = job.setup.conditioning, job.setup.attention
-    if start_from is None:
-        return add_lora(base, recipe.lora, stage.kind, conditioning, attention)
-    return continue_lora(base, start_from, recipe.lora, stage.kind, conditioning, attention)
-
-
-def _save_and_prove(job: Job, stage: Stage, model: PeftModel, rows: RowExamples, result: dict[str, Any]) -> None:
-    """Write the adapter, load it in a fresh process, compare, and note in `result` how that came out."""
-    run = job.run
-    if not (run.is_main or job.sharded):
-        return
-    probe = run.stage_folder(stage) / "verify" / "probe.safetensors"
-    batch = _probe_batch(job.store, rows, job.loaded)
-    logits = probe_logits(model, batch)
-    weights = trained_state(model)
-    if run.is_main:
-        card = adapter_card_of(job.recipe, job.loaded, job.store, job.setup, run.state["stages"] | {stage.name: result})
-        with writing(run.adapter(stage), "its checkpoints are kept", again="go on with --resume"):
-            write_probe(batch, logits, probe)
-            save_adapter(run.adapter(stage), model, card, weights)
-    if not job.sharded:
-        _free(model)
-    verification = verify_in_fresh_process(
-        adapter=run.adapter(stage),
-        checkpoint=job.loaded.checkpoint,
-        revision=job.loaded.revision,
-        dtype=str(job.loaded.model.dtype).removeprefix("torch."),
-        device=str(job.device),
-        probe=probe,
-        quantize=job.recipe.model.quantize,
-        among=job.processes if job.sharded else None,
-    )
-    if not job.sharded:
-        torch.nn.Module.to(job.loaded.model, job.device)
-    result["verification"] = asdict(verification)
 
 
 def _train_or_resume(trainer: HiggsAudioTrainer, checkpoint: Path | None) -> None:
-    if checkpoint is not None and trainer.ended_at(checkpoint):
-        trainer.take_over(checkpoint)  # `Trainer.train` would take one more step
+    if checkpoint is not None and trainer.is_complete_at(checkpoint):
+        trainer.restore_complete(checkpoint)  # `Trainer.train` would take one more step
         return
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
@@ -215,21 +201,77 @@ def _train_or_resume(trainer: HiggsAudioTrainer, checkpoint: Path | None) -> Non
                 callback.close()
 
 
-def _choose(trainer: HiggsAudioTrainer, candidates: Candidates, which: Literal["best", "last"]) -> dict[str, Any]:
-    """Which evaluated step the stage ends with, and why; its weights are in the model then."""
-    told = candidates.told()
+def _end_training(job: Job, stage: Stage, steps: int) -> None:
+    """Raises Interrupted where a signal has ended training."""
+    try:
+        job.stop.end_training()
+    except Interrupted as interrupted:
+        raise Interrupted(
+            interrupted.number, f"after step {steps} of {stage.name}, which is kept; resume with --resume"
+        ) from None
+
+
+def _choose(trainer: HiggsAudioTrainer, which: Literal["best", "last"]) -> ChosenStep | None:
+    """The evaluated step that the stage ends with, whose weights are in the model then; None without samples."""
+    best = trainer.best_step
+    if best is None:
+        return None
     if which == "last":
-        return told | {"step": trainer.state.global_step, "rule": "the last step"}
-    if not told["healthy"]:
+        return replace(best, step=trainer.state.global_step, rule="the last step")
+    if not best.healthy:
         _LOG.warning(
             "no evaluated step meets all conditions (%s): step %d breaks the fewest. Listen before you use it",
-            told["rule"], told["step"],
+            best.rule, best.step,
         )  # fmt: skip
     trainer.take_best()
-    return told
+    return best
 
 
-def _training_arguments(job: Job, stage: Stage, *, evaluate: bool, evaluate_first: bool) -> TrainingArguments:
+def _save_and_verify(
+    job: Job, stage: Stage, base: ModelAndTokenizers, model: PeftModel, trained: TrainedStage
+) -> Verification:
+    """Save the adapter, load it in a fresh process, and compare; the result, in all processes."""
+    verification = None
+    if job.run.is_main or job.sharded:
+        verification = _saved_and_verified(job, stage, base, model, trained)
+    shared = job.processes.broadcast(verification)
+    assert shared is not None
+    return shared
+
+
+def _saved_and_verified(
+    job: Job, stage: Stage, base: ModelAndTokenizers, model: PeftModel, trained: TrainedStage
+) -> Verification:
+    run = job.run
+    probe = run.stage_folder(stage) / "verify" / "probe.safetensors"
+    batch = _probe_batch(job, base)
+    logits = probe_logits(model, batch)
+    weights = trained_state(model)
+    if run.is_main:
+        card = adapter_card_of(job.recipe, base, job.store, job.setup, run.state.stages | {stage.name: trained})
+        with writing(run.adapter(stage), "its checkpoints are kept", again="resume with --resume"):
+            write_probe(batch, logits, probe)
+            save_adapter(run.adapter(stage), model, card, weights)
+    if not job.sharded:
+        _free(model)
+    verification = verify_in_fresh_process(
+        adapter=run.adapter(stage),
+        checkpoint=base.checkpoint,
+        revision=base.revision,
+        dtype=str(base.model.dtype).removeprefix("torch."),
+        device=str(job.device),
+        probe=probe,
+        quantize=job.recipe.model.quantize,
+        among=job.processes if job.sharded else None,
+    )
+    if not job.sharded:
+        torch.nn.Module.to(base.model, job.device)
+    return verification
+
+
+def _training_arguments(
+    job: Job, stage: Stage, base: ModelAndTokenizers, *, evaluate: bool, evaluate_first: bool
+) -> TrainingArguments:
     recipe = job.recipe
     return TrainingArguments(
         output_dir=str(job.run.stage_folder(stage) / "checkpoints"),
@@ -247,11 +289,10 @@ def _training_arguments(job: Job, stage: Stage, *, evaluate: bool, evaluate_firs
         eval_on_start=evaluate_first,
         save_steps=recipe.save_steps,
         save_total_limit=recipe.save_total_limit,
-        bf16=job.loaded.model.dtype == torch.bfloat16,
+        bf16=base.model.dtype == torch.bfloat16,
         use_cpu=job.device.type == "cpu",
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # of rotary embeddings, which nothing changes
-        dataloader_num_workers=recipe.data.workers,
         dataloader_pin_memory=job.device.type == "cuda",
         seed=recipe.seed,
         report_to=[name for name in recipe.report_to if name != "tensorboard"],
@@ -259,11 +300,13 @@ def _training_arguments(job: Job, stage: Stage, *, evaluate: bool, evaluate_firs
     )
 
 
-def _listening(job: Job, stage: Stage, writer: SummaryWriter | None) -> SampleEvaluation | None:
+def _sample_evaluation(
+    job: Job, stage: Stage, base: ModelAndTokenizers, writer: SummaryWriter | None
+) -> SampleEvaluation | None:
     if job.recipe.evaluation.clips == 0:
         return None
     return SampleEvaluation(
-        job.loaded,
+        base,
         job.store,
         job.recipe.evaluation,
         job.run.stage_folder(stage) / SAMPLES,
@@ -293,12 +336,13 @@ def _callbacks(job: Job, stage: Stage, writer: SummaryWriter | None) -> list[Tra
     return callbacks
 
 
-def _probe_batch(store: CodeStore, examples: RowExamples, loaded: ModelAndTokenizers) -> Batch:
-    """A few clips; their transcripts are labelled whatever the stage does, so that text logits are compared too."""
-    splits = [(name, store.split(name)) for name in ("validation", "train")]
+def _probe_batch(job: Job, base: ModelAndTokenizers) -> Batch:
+    """A few clips, with labelled transcripts whatever the stage's labels are, so that text logits are compared too."""
+    splits = [(name, job.store.split(name)) for name in ("validation", "train")]
+    examples = job.examples["train"]
     _, rows = probe_rows(splits, examples.rendering)
     probe = RowExamples(rows, examples.prompter, "transcript", examples.rendering)
-    collate = PaddedCollator(pad_id=loaded.config.pad_token_id or 0, stream_eos=loaded.config.audio_stream_eos_id)
+    collate = PaddedCollator.of(base.spec)
     return collate([probe[i] for i in range(min(_PROBE_CLIPS, len(probe)))])
 
 

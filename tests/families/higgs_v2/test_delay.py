@@ -64,6 +64,6 @@ def test_torch_codes_are_taken_too() -> None:
         (np.zeros(8, dtype=int), "at least one"),
     ],
 )
-def test_what_is_no_codes_is_refused(codes: np.ndarray, names: str) -> None:
+def test_arrays_that_are_not_codes_are_refused(codes: np.ndarray, names: str) -> None:
     with pytest.raises(DataError, match=names):
         build_frames(codes)

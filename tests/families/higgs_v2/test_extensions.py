@@ -13,31 +13,31 @@ from tiny_checkpoint import random_codes, tiny_prompter
 from torch import Tensor
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2Model
 
-from higgstune.batch.collate import PaddedCollator, feature_tensors, pack
+from higgstune.batch.collate import PaddedCollator, pack
 from higgstune.batch.dataset import TARGET
-from higgstune.checkpoint_files import read_layout
 from higgstune.codec.base import WhisperFeatures
+from higgstune.config.recipe import Lora
+from higgstune.data.messages import speech_messages
 from higgstune.errors import ConfigError, DataError
-from higgstune.families.base import Example
-from higgstune.families.higgs_v2.audio_attention import find_audio_rows
-from higgstune.families.higgs_v2.checkpoint import read_original
+from higgstune.families import read_layout
+from higgstune.families.base import Conditioning, Example, WhisperSpec
+from higgstune.families.higgs_v2.audio_attention import find_audio_frames
+from higgstune.families.higgs_v2.decoder import Decoder
 from higgstune.families.higgs_v2.delay import build_frames
 from higgstune.families.higgs_v2.extensions import (
-    Conditioning,
-    WhisperSpec,
     add_conditioning,
     check_features,
     conditioning_modules,
     conditioning_of,
     remove_conditioning,
 )
+from higgstune.families.higgs_v2.original import read_original
 from higgstune.families.higgs_v2.packed import with_training_forward
-from higgstune.families.higgs_v2.prompt import speech_messages
 from higgstune.families.higgs_v2.prompter import Prompter
-from higgstune.generate.engine import Decoder
+from higgstune.families.padded import feature_tensors
 from higgstune.kernels.loss import IGNORE, head_sums
 from higgstune.model.adapter_folder import base_fingerprint
-from higgstune.model.adapters import Lora, add_lora
+from higgstune.model.adapters import add_lora
 from higgstune.model.load import load_model
 
 CODES = 64
@@ -55,9 +55,9 @@ def both(prompter: Prompter) -> Conditioning:
     return Conditioning(audio_attention=True, whisper=shape(prompter))
 
 
-def heard(positions: int, seed: int, *chunks: int) -> WhisperFeatures:
-    features = np.random.default_rng(seed).normal(size=(positions, D_MODEL)).astype(np.float16)
-    return WhisperFeatures(features, chunks or (positions,))
+def encoded(tokens: int, seed: int, *chunks: int) -> WhisperFeatures:
+    features = np.random.default_rng(seed).normal(size=(tokens, D_MODEL)).astype(np.float16)
+    return WhisperFeatures(features, chunks or (tokens,))
 
 
 def golden_outputs(folder: Path, golden: Golden) -> tuple[Any, dict[str, Tensor], Tensor, Tensor]:
@@ -117,18 +117,18 @@ def test_the_references_logits_need_every_part(part: str, tmp_path: Path) -> Non
     assert (moved - audio)[rows].abs().max() > 1e-3
 
 
-def examples(prompter: Prompter, *, listens: bool) -> list[Example]:
+def examples(prompter: Prompter, *, whisper: bool) -> list[Example]:
     """Unequal lengths: with a reference as an earlier turn, without any, with a voice in the scene."""
     made = []
     for index, (text, frames, place) in enumerate(
         [("Hello.", 9, "turn"), ("Good morning.", 5, None), ("Sun.", 7, "scene")]
     ):
         target, reference = (random_codes(n, seed=index + n, codes=CODES) for n in (frames, 4))
-        audio: list[Any] = [] if place is None else [heard(6, index) if place == "scene" and listens else reference]
-        asked = speech_messages(
+        audio: list[Any] = [] if place is None else [encoded(6, index) if place == "scene" and whisper else reference]
+        request = speech_messages(
             text, context=[("Hi.", "r")] if place == "turn" else [], voice="r" if place == "scene" else None
         )
-        made.append(prompter.example([*asked, TARGET], [*audio, target], text_targets="transcript"))
+        made.append(prompter.example([*request, TARGET], [*audio, target], text_targets="transcript"))
     return made
 
 
@@ -142,18 +142,18 @@ def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def test_extensions_start_as_an_exact_identity_and_follow_from_the_base() -> None:
     model, prompter = tiny_prompter(codes=CODES)
-    batch = inputs_of(collate(examples(prompter, listens=True)))
+    batch = inputs_of(collate(examples(prompter, whisper=True)))
     features = batch.pop("whisper_features")
     fingerprint = base_fingerprint(model)
     with torch.no_grad():
         before = model(**batch).logits
-        twin = copy.deepcopy(model)
-        for one in (model, twin):
-            torch.manual_seed(one is twin)  # no random number takes part
+        other = copy.deepcopy(model)
+        for one in (model, other):
+            torch.manual_seed(one is other)  # no random number takes part
             add_conditioning(one, both(prompter))
         after = model(**batch, whisper_features=features).logits
     assert torch.equal(before, after)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert base_fingerprint(model) == fingerprint
     assert conditioning_of(model) == both(prompter)
     assert len(conditioning_modules(model)) == 2 * 2 + 1
@@ -178,7 +178,7 @@ def test_what_a_checkpoint_brings_stays_its_own(tmp_path: Path) -> None:
 def test_dora_has_no_direction_in_a_zero_weight() -> None:
     model, _ = tiny_prompter(codes=CODES)
     add_conditioning(model, Conditioning(audio_attention=True))
-    with pytest.raises(ConfigError, match="no direction to start from"):
+    with pytest.raises(ConfigError, match=r"lora\.dora cannot start from"):
         add_lora(model, Lora(r=2, dora=True), "full")
     add_lora(model, Lora(r=2, dora=True), "full", attention="full")
 
@@ -214,24 +214,24 @@ def trained_like(model: Any, prompter: Prompter) -> Any:
 def test_every_gradient_of_the_extensions_flows() -> None:
     model, prompter = tiny_prompter(codes=CODES)
     with_training_forward(trained_like(model, prompter))
-    sums = model(**pack(examples(prompter, listens=True)))
+    sums = model(**pack(examples(prompter, whisper=True)))
     (sums["audio_loss"].sum() + sums["text_loss"]).backward()
     added = [p for name, p in model.named_parameters() if "audio_attn" in name or "audio_encoder_proj" in name]
     assert added
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in added)
 
 
-def test_a_batch_that_hears_nothing_still_reaches_the_projector() -> None:
+def test_a_batch_without_whisper_features_still_reaches_the_projector() -> None:
     model, prompter = tiny_prompter(codes=CODES)
     with_training_forward(trained_like(model, prompter))
-    model(**pack(examples(prompter, listens=False)))["audio_loss"].sum().backward()
+    model(**pack(examples(prompter, whisper=False)))["audio_loss"].sum().backward()
     assert torch.equal(model.model.audio_encoder_proj.linear.weight.grad, torch.zeros(64, D_MODEL))
 
 
 def test_attentions_and_hidden_states_can_be_looked_at() -> None:
     model, prompter = tiny_prompter(codes=CODES)
     trained_like(model, prompter).set_attn_implementation("eager")
-    batch = inputs_of(collate(examples(prompter, listens=True)))
+    batch = inputs_of(collate(examples(prompter, whisper=True)))
     with torch.no_grad():
         seen = model.model(**batch, output_attentions=True, output_hidden_states=True)
     rows, positions = batch["audio_input_ids"].shape[1], batch["input_ids"].shape[1]
@@ -254,7 +254,7 @@ def test_a_cache_that_went_another_way_is_refused() -> None:
 def test_autocast_over_a_float32_base_works_as_in_the_native_class() -> None:
     model, prompter = tiny_prompter(codes=CODES)
     add_conditioning(model, Conditioning(audio_attention=True))
-    batch = inputs_of(collate(examples(prompter, listens=False)))
+    batch = inputs_of(collate(examples(prompter, whisper=False)))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.isfinite(model(**batch).logits).all()
 
@@ -263,19 +263,19 @@ def test_flash_attention_is_refused() -> None:
     model, _ = tiny_prompter(codes=CODES)
     add_conditioning(model, Conditioning(audio_attention=True))
     model.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(ValueError, match="cannot tell examples apart"):
-        find_audio_rows(model.config, torch.zeros(1, 1, 64), None, 1, torch.zeros(1, 1), (torch.zeros(1),) * 2, None)
+    with pytest.raises(ValueError, match="cannot separate examples"):
+        find_audio_frames(model.config, torch.zeros(1, 1, 64), None, 1, torch.zeros(1, 1), (torch.zeros(1),) * 2, None)
 
 
-def test_as_many_features_as_positions() -> None:
+def test_feature_counts_match_their_tokens() -> None:
     model, prompter = tiny_prompter(codes=CODES)
-    asked = speech_messages("Sun.", voice="r")
+    request = speech_messages("Sun.", voice="r")
     with pytest.raises(ValueError, match="a projector"):
-        Decoder(model, [prompter.prompt(asked, [heard(6, 1)])])
+        Decoder(model, [prompter.prompt(request, [encoded(6, 1)])])
     add_conditioning(model, both(prompter))
     with pytest.raises(DataError, match="6 Whisper features"):
-        heard(6, 1, 5)
-    batch = inputs_of(collate(examples(prompter, listens=True)))
+        encoded(6, 1, 5)
+    batch = inputs_of(collate(examples(prompter, whisper=True)))
     check_features(model, batch)
     with pytest.raises(ValueError, match="12 Whisper features for 6"):
         check_features(model, batch | {"whisper_features": batch["whisper_features"].repeat(2, 1)})
@@ -284,14 +284,14 @@ def test_as_many_features_as_positions() -> None:
 def test_features_without_a_projector_are_refused() -> None:
     model, prompter = tiny_prompter(codes=CODES)
     with pytest.raises(ValueError, match="a projector"):
-        with_training_forward(model)(**pack(examples(prompter, listens=True)))
+        with_training_forward(model)(**pack(examples(prompter, whisper=True)))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_examples_equal_padded_ones_and_single_ones(attention: str) -> None:
     model, prompter = tiny_prompter(codes=CODES)
     trained_like(model, prompter).set_attn_implementation(attention)
-    made = examples(prompter, listens=True)
+    made = examples(prompter, whisper=True)
     with torch.no_grad():
         padded = model(**inputs_of(collate(made))).logits
         single = [model(**inputs_of(collate([example]))).logits[0] for example in made]
@@ -320,7 +320,7 @@ def test_audio_sees_earlier_audio_of_its_own_example_only() -> None:
     # All that is left is audio attention: the shared one gives nothing on.
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
-    made = examples(prompter, listens=False)[:2]
+    made = examples(prompter, whisper=False)[:2]
     batch = in_one_sequence([*made[:1], *made[:1]])
     changed = {**batch, "audio_input_ids": batch["audio_input_ids"].clone()}
     row = 3
@@ -340,11 +340,11 @@ def test_teacher_forced_logits_equal_step_by_step_generation(dtype: torch.dtype,
     made, prompts, targets = [], [], []
     for i, (text, frames) in enumerate([("Hello.", 6), ("Good morning.", 11), ("Sun.", 3)]):
         target = random_codes(frames, seed=i, codes=CODES)
-        # One hears a voice, in two chunks; one has a reference by its codes; one has no audio in its prompt at all.
-        asked = speech_messages(text, context=[("Hi.", "r")] if i == 1 else [], voice="r" if i == 0 else None)
-        audio: list[Any] = [[heard(7, 3, 5, 2)], [random_codes(5, 9, codes=CODES)], []][i]
-        made.append(prompter.example([*asked, TARGET], [*audio, target]))
-        prompts.append(prompter.prompt(asked, audio))
+        # One has a voice in two Whisper chunks, one a reference by its codes, one no audio in its prompt.
+        request = speech_messages(text, context=[("Hi.", "r")] if i == 1 else [], voice="r" if i == 0 else None)
+        audio: list[Any] = [[encoded(7, 3, 5, 2)], [random_codes(5, 9, codes=CODES)], []][i]
+        made.append(prompter.example([*request, TARGET], [*audio, target]))
+        prompts.append(prompter.prompt(request, audio))
         targets.append(build_frames(target, bos_id=CODES, eos_id=CODES + 1)[0])
     assert prompts[0].prompt.count("<|audio_bos|><|AUDIO|><|audio_eos|>") == 2
     with torch.inference_mode():

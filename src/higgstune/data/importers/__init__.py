@@ -1,4 +1,4 @@
-"""Any source that people have -> rows: the kind is found out from what is there."""
+"""Any kind of source -> rows; the kind follows from the files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,37 +7,30 @@ from higgstune.data.importers.chatml import is_trainer_json, load_json, read_tra
 from higgstune.data.importers.folder import has_audio, read_folder
 from higgstune.data.importers.table import read_table
 from higgstune.data.manifest import Utterance, read_manifest
-from higgstune.data.shard_reader import INDEX_NAME
 from higgstune.data.source import SourceRow
 from higgstune.errors import DataError
+from higgstune.inputs import INDEX_NAME, check_source, unknown_kind
 
 _MANIFESTS = ("manifest.jsonl", "metadata.jsonl")
-_UNDERSTOOD = """What is understood:
-- a folder of recordings (wav, flac, mp3, ogg, opus), each with a .txt or .lab of the same name
-- a folder with an LJSpeech metadata.csv (id|text|normalised text) and wavs/, or such a table itself
-- a manifest, one JSON object a line: a .jsonl file, or a folder with manifest.jsonl or metadata.jsonl
-- a ChatML list: a .json file with [{"messages": [...]}, ...]
-- a metadata.json with {"samples": [...]}, or its folder"""
 
 
 def read_source(path: str | Path, *, allow_outside: bool = False) -> Iterator[SourceRow]:
-    """The rows of a source, each with its place and either what it says or why it cannot be used.
+    """The rows of a source, each with its place and either its content or the reason why it cannot be used.
 
-    A row of which a path leaves the folder of the source is refused unless `allow_outside`. Raises DataError at once
-    for a source that is missing, of an unknown kind or ambiguous, and on the way for one that cannot be read or has no
-    row.
+    A row with a path that leaves the source's folder is refused unless `allow_outside`. Raises DataError at once for a
+    source that is missing, of an unknown kind or ambiguous, and during iteration for one that cannot be read or has no
+    rows.
     """
     path = Path(path)
+    check_source(path)
     if path.is_dir():
         return _read_folder(path, allow_outside)
-    if not path.exists():
-        raise DataError(f"there is no {path}. {_UNDERSTOOD}")
     return _read_file(path, allow_outside)
 
 
 def _read_folder(folder: Path, allow_outside: bool) -> Iterator[SourceRow]:
     if (folder / INDEX_NAME).is_file():
-        raise DataError(f"{folder} is a prepared code store already: name the recordings it was made from")
+        raise DataError(f"{folder} is a code store, which is prepared already: name the recordings it was made from")
     found = [folder / name for name in (*_MANIFESTS, "metadata.csv") if (folder / name).is_file()]
     metadata = folder / "metadata.json"
     if metadata.is_file() and is_trainer_json(load_json(metadata)):
@@ -48,7 +41,7 @@ def _read_folder(folder: Path, allow_outside: bool) -> Iterator[SourceRow]:
     if found:
         return _read_file(found[0], allow_outside)
     if not has_audio(folder, allow_outside=allow_outside):
-        raise DataError(f"{folder} holds no recording and no manifest. {_UNDERSTOOD}")
+        raise unknown_kind(folder)
     return read_folder(folder, allow_outside=allow_outside)
 
 
@@ -62,7 +55,7 @@ def _read_file(path: Path, allow_outside: bool) -> Iterator[SourceRow]:
         data = load_json(path)
         if is_trainer_json(data):
             return read_trainer_json(path, data, allow_outside=allow_outside)
-    raise DataError(f"{path} is of no known kind. {_UNDERSTOOD}")
+    raise unknown_kind(path)
 
 
 def _manifest_rows(path: Path, allow_outside: bool) -> Iterator[SourceRow]:

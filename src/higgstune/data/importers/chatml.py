@@ -1,4 +1,4 @@
-"""Rows from the formats of this model's earlier trainers: a ChatML list, `metadata.json` with samples."""
+"""Rows from the formats of earlier trainers of this model: a ChatML list, `metadata.json` with samples."""
 
 import json
 import math
@@ -21,17 +21,17 @@ _SAMPLE_KEYS = (
     *("speaker_id", "speaker", "speaker_name", "scene", "language"),
     *("ref_audio_file", "ref_transcript", "ref_transcript_file", "ref_speakers"),
 )
-# Known, and of no use here: what they say is measured again, or the trainers never read them either.
+# Known, but not used: Higgstune measures these itself, or the trainers never read them either.
 _IGNORED_SAMPLE_KEYS = (
     *("duration", "emotion", "gender", "quality_score", "original_audio_path", "user_instruction"),
     *("task_type", "num_ref_speakers", "sample_rate"),
 )
-_NO_OBJECT = RowError("bad_row", "it is no object with keys")
-_UNKNOWN = ("", "unknown", "unknown_speaker")  # what the converters write for want of a name
+_NO_OBJECT = RowError("bad_row", "it is not an object with keys")
+_UNKNOWN = ("", "unknown", "unknown_speaker")  # written by the converters where a name is missing
 
 
 def load_json(path: Path) -> Any:
-    """Decode a JSON file. Raises DataError saying where it is broken."""
+    """Decode a JSON file. Raises DataError, with the place, where it is broken."""
     content = read_whole(path)
     try:
         return json.loads(content.decode("utf-8-sig"))
@@ -56,7 +56,7 @@ def read_trainer_json(path: Path, data: Any, *, allow_outside: bool = False) -> 
     else:
         items, place, convert = data, path.name, _from_chatml
     if not items:
-        raise DataError(f"{path} has no sample")
+        raise DataError(f"{path} has no samples")
     for number, item in enumerate(items):
         row = SourceRow(f"{place}[{number}]", path.parent, _NO_OBJECT, allow_outside=allow_outside)
         yield _converted(row, item, convert) if isinstance(item, dict) else row
@@ -65,7 +65,7 @@ def read_trainer_json(path: Path, data: Any, *, allow_outside: bool = False) -> 
 def _converted(
     row: SourceRow, item: dict[str, Any], convert: Callable[[SourceRow, dict[str, Any]], Utterance]
 ) -> SourceRow:
-    item = {key: None if _is_nan(value) else value for key, value in item.items()}  # NaN stands for nothing
+    item = {key: None if _is_nan(value) else value for key, value in item.items()}  # NaN stands for a missing value
     row = replace(row, id=_text(item.get("id")), audio=_text(item.get("audio_file")))
     try:
         return replace(row, content=convert(row, item))
@@ -79,7 +79,7 @@ def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def _from_chatml(row: SourceRow, item: dict[str, Any]) -> Utterance:
+def _from_chatml(row: SourceRow, item: dict[str, Any]) -> Utterance:  # noqa: ARG001  (as `_from_sample`)
     _check_spelling(item, _CHATML_KEYS)
     misc = item.get("misc")
     misc = misc if isinstance(misc, dict) else {}
@@ -97,20 +97,20 @@ def _from_chatml(row: SourceRow, item: dict[str, Any]) -> Utterance:
 
 def _from_sample(row: SourceRow, item: dict[str, Any]) -> Utterance:
     _check_spelling(item, _SAMPLE_KEYS, _IGNORED_SAMPLE_KEYS)
-    said: dict[str, Any] = {
+    values: dict[str, Any] = {
         "id": _text(item.get("id")) or _text(item.get("audio_id")),
         "speaker": next(filter(None, map(_text, map(item.get, ("speaker_id", "speaker", "speaker_name")))), None),
         "language": _text(item.get("language")),
     }
     audio, text, scene = item.get("audio_file"), _transcript(row, item, ""), _scene(item.get("scene"))
     if item.get("ref_speakers"):
-        said["messages"] = _multi_speaker_messages(row, item["ref_speakers"], audio, text, scene)
+        values["messages"] = _multi_speaker_messages(row, item["ref_speakers"], audio, text, scene)
     else:
-        said |= {"audio": audio, "text": text, "scene": scene}
+        values |= {"audio": audio, "text": text, "scene": scene}
         if item.get("ref_audio_file"):
-            said["reference_audio"] = item["ref_audio_file"]
-            said["reference_text"] = _transcript(row, item, "ref_")
-    return parse_utterance(said)
+            values["reference_audio"] = item["ref_audio_file"]
+            values["reference_text"] = _transcript(row, item, "ref_")
+    return parse_utterance(values)
 
 
 def _transcript(row: SourceRow, item: dict[str, Any], prefix: str) -> Any:
@@ -126,7 +126,7 @@ def _transcript(row: SourceRow, item: dict[str, Any], prefix: str) -> Any:
 
 
 def _multi_speaker_messages(row: SourceRow, speakers: Any, audio: Any, text: Any, scene: str | None) -> list[Any]:
-    """What the earlier trainer makes of `ref_speakers`: a turn for each of the voices, then the target's."""
+    """`ref_speakers` as the earlier trainer reads them: a turn for each of the voices, then the target's."""
     if not isinstance(speakers, list) or not all(isinstance(speaker, dict) for speaker in speakers):
         raise RowError("bad_row", "ref_speakers must be a list of objects with ref_audio_file and ref_transcript")
     messages: list[Any] = [{"role": "scene", "content": scene}] if scene else []
@@ -143,7 +143,7 @@ def _audio(path: Any) -> dict[str, Any]:
 
 
 def _scene(scene: Any) -> str | None:
-    """The sentence that the earlier trainer makes of a tag such as quiet_room; a sentence stays one."""
+    """A tag such as quiet_room becomes a sentence, as in the earlier trainer; a sentence is unchanged."""
     text = _text(scene)
     if text is None or not re.fullmatch(r"[\w-]+", text):
         return text
@@ -151,7 +151,7 @@ def _scene(scene: Any) -> str | None:
 
 
 def _text(value: Any) -> str | None:
-    """A name as text: the formats hold numbers, too, and words for what is not known."""
+    """A name as text; None for other values, and for words such as 'unknown'. The formats hold numbers, too."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         return None
     text = str(value).strip()
@@ -159,7 +159,7 @@ def _text(value: Any) -> str | None:
 
 
 def _check_spelling(item: dict[str, Any], known: tuple[str, ...], ignored: tuple[str, ...] = ()) -> None:
-    """Keys of other people's tools are passed over, unless one looks like a slip of a key that matters."""
+    """Refuse a key that looks like a misspelling of a known one; other unknown keys are ignored."""
     for key in item:
         if key not in known + ignored and (near := get_close_matches(key[:100], known, n=1, cutoff=0.85)):
             raise RowError("bad_row", f"the key {shown(key)} is unknown; did you mean {near[0]!r}?")

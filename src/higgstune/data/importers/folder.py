@@ -1,4 +1,4 @@
-"""Rows from a folder of recordings, each with its transcript in a .txt or .lab of the same name."""
+"""Rows from a folder of recordings, each with its transcript in a .txt or .lab file of the same name."""
 
 import codecs
 import os
@@ -22,9 +22,9 @@ _BYTE_ORDER_MARKS = {
 
 
 def read_folder(folder: Path, *, allow_outside: bool = False) -> Iterator[SourceRow]:
-    """One row for each recording below a folder, in the order of their paths; hidden files are passed over.
+    """One row for each recording below a folder, in the order of their paths; hidden files are skipped.
 
-    A recording without a transcript, or in a format that is not read, comes as its RowError; so does a link that leads
+    A recording without a transcript, or in an unsupported format, is yielded as its RowError; so is a link that leads
     out of the folder, unless `allow_outside`.
     """
     for path, siblings in _audio_files(folder, allow_outside):
@@ -37,21 +37,21 @@ def read_folder(folder: Path, *, allow_outside: bool = False) -> Iterator[Source
 
 
 def has_audio(folder: Path, *, allow_outside: bool = False) -> bool:
-    """Whether there is any recording below a folder, or a link to be refused."""
+    """Whether there is a recording, or a link to refuse, below a folder."""
     return next(_audio_files(folder, allow_outside), None) is not None
 
 
 def read_transcript(path: Path) -> str:
     """The text of a transcript file. Raises RowError where it is missing, too long, not UTF-8 (or UTF-16)."""
-    if not is_file(path):  # a pipe would be waited for
-        raise RowError("no_transcript", f"there is no transcript {path.name}")
+    if not is_file(path):  # reading a pipe would block
+        raise RowError("no_transcript", f"there is no transcript file {path.name}")
     try:
         with open(path, "rb") as file:
             data = file.read(_MAX_TRANSCRIPT + 1)
     except (OSError, ValueError) as error:
         raise RowError("no_transcript", f"the transcript {path.name} cannot be read: {error}") from error
     if len(data) > _MAX_TRANSCRIPT:
-        raise RowError("no_transcript", f"{path.name} is longer than 1 MB: it is no transcript of one clip")
+        raise RowError("no_transcript", f"{path.name} is longer than 1 MB: it is not the transcript of one clip")
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         return data.decode(encoding)
@@ -64,10 +64,10 @@ def _utterance(folder: Path, location: str, siblings: dict[str, str], allow_outs
         raise RowError("bad_row", "the name of the file or of its folder is not UTF-8: rename it")
     path = path_within(folder, location, allow_outside)
     if path.suffix.lower() in _FOREIGN_SUFFIXES:
-        raise RowError("unsupported_format", f"{path.suffix} is not read: convert it to flac or wav")
+        raise RowError("unsupported_format", f"{path.suffix} is not supported: convert it to flac or wav")
     names = [siblings[key] for suffix in TRANSCRIPT_SUFFIXES if (key := path.stem + suffix) in siblings]
     if not names:
-        raise RowError("no_transcript", f"there is no {path.stem}.txt or .lab beside it")
+        raise RowError("no_transcript", f"there is no {path.stem}.txt or .lab file beside it")
     transcript = path_within(folder, str(Path(location).with_name(names[0])), allow_outside)
     return Utterance(audio=location, text=read_transcript(transcript))
 
@@ -75,7 +75,7 @@ def _utterance(folder: Path, location: str, siblings: dict[str, str], allow_outs
 def _audio_files(folder: Path, allow_outside: bool) -> Iterator[tuple[Path, dict[str, str]]]:
     """Recordings, and the names beside each by stem and lower-case suffix. Folders are visited once.
 
-    A linked folder that leads out is not visited unless `allow_outside`, and comes as if it were a recording.
+    A link to a folder outside is not visited unless `allow_outside`, and is yielded as if it were a recording.
     """
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):

@@ -1,4 +1,4 @@
-"""Rows from an LJSpeech `metadata.csv`, and from its relatives with a header."""
+"""Rows from an LJSpeech `metadata.csv`, and from similar tables with a header."""
 
 import csv
 import io
@@ -13,18 +13,11 @@ from higgstune.data.source import SourceRow, path_within, read_whole
 from higgstune.errors import DataError
 
 _FOLDERS = ("wavs", "", "wav", "audio", "clips")
-_COLUMNS = {  # what a header may call a column; the first name that is there counts
+_COLUMNS = {  # the names of a column in a header; the first one that is present counts
     "audio": ("audio", "audio_file", "file", "file_name", "filename", "path", "wav", "clip", "id"),
     "id": ("id",),
     "text": (
-        *(
-            "normalised_text",
-            "normalized_text",
-            "normalised text",
-            "normalized text",
-            "normalised",
-            "normalized",
-        ),
+        *("normalised_text", "normalized_text", "normalised text", "normalized text", "normalised", "normalized"),
         *("text", "transcript", "transcription", "sentence"),
     ),
     "raw_text": ("text", "transcript", "transcription", "sentence"),
@@ -38,66 +31,66 @@ _HINT = "one clip a line: id|text or id|text|normalised text, or a header such a
 def read_table(path: Path, *, allow_outside: bool = False) -> Iterator[SourceRow]:
     """The rows of `id|text`, `id|text|normalised text`, `id|speaker|text|score`, or a table with a header.
 
-    With a header the columns may come in any order, separated by `|` or commas; unknown ones are passed over.
-    The normalised text is taken where there is one. An id is looked for with any known suffix in `wavs/` and
-    beside the table. Raises DataError for a table that cannot be read or has no row.
+    With a header the columns may come in any order, separated by `|` or commas; unknown ones are skipped.
+    The normalised text is used where there is one. The recording of an id is looked for, with any known suffix, in
+    `wavs/` and beside the table. Raises DataError for a table that cannot be read or has no rows.
     """
     lines = _lines(path)
     header = _header(lines[0][1])
     rows = lines[1:] if header else lines
     if not rows:
-        raise DataError(f"{path} has a header and no row: write {_HINT}")
-    for number, cells in rows:
+        raise DataError(f"{path} has a header but no rows: write {_HINT}")
+    for number, fields in rows:
         location = f"{path.name}:{number}"
         try:
-            row = _utterance(path.parent, _named(header, cells) if header else _plain(cells), allow_outside)
+            row = _utterance(path.parent, _named(header, fields) if header else _plain(fields), allow_outside)
         except RowError as error:
-            yield SourceRow(location, path.parent, error, id=cells[0] or None)
+            yield SourceRow(location, path.parent, error, id=fields[0] or None)
         else:
             yield SourceRow(location, path.parent, row, row.id, row.audio, allow_outside)
 
 
 def _lines(path: Path) -> list[tuple[int, list[str]]]:
-    """The cells of every line that is not empty, with the line's number from 1."""
+    """The fields of every line that is not empty, with the line's number from 1."""
     text = read_whole(path).decode("utf-8-sig", errors="surrogateescape")
     plain = [(n, line.rstrip("\r")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not plain:
         raise DataError(f"{path} is empty: write {_HINT}")
     if "|" in plain[0][1]:
-        return [(n, [cell.strip() for cell in line.split("|")]) for n, line in plain]
+        return [(n, [field.strip() for field in line.split("|")]) for n, line in plain]
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(cells)]
+        lines = [(reader.line_num, [field.strip() for field in fields]) for fields in reader if any(fields)]
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num} cannot be read: {error}; write {_HINT}") from error
     if not lines or not _header(lines[0][1]):
-        raise DataError(f"{path} is no table of clips: write {_HINT}")
+        raise DataError(f"{path} is not a table of clips: write {_HINT}")
     return lines
 
 
-def _header(cells: Sequence[str]) -> dict[str, int]:
-    """Where the columns are, by their meaning; empty for a line that is no header."""
-    names = [cell.lower() for cell in cells]
-    places = {
+def _header(fields: Sequence[str]) -> dict[str, int]:
+    """The index of each column, by its meaning; empty for a line that is not a header."""
+    names = [field.lower() for field in fields]
+    columns = {
         meaning: names.index(name)
         for meaning, known in _COLUMNS.items()
         if (name := next((name for name in known if name in names), None)) is not None
     }
-    return places if "audio" in places and "text" in places else {}
+    return columns if "audio" in columns and "text" in columns else {}
 
 
-def _named(header: dict[str, int], cells: Sequence[str]) -> dict[str, str]:
-    if len(cells) <= max(header.values()):
-        raise RowError("bad_row", f"{len(cells)} columns, the header needs {max(header.values()) + 1}")
-    return {meaning: cells[place] for meaning, place in header.items()}
+def _named(header: dict[str, int], fields: Sequence[str]) -> dict[str, str]:
+    if len(fields) <= max(header.values()):
+        raise RowError("bad_row", f"{len(fields)} columns, but the header needs {max(header.values()) + 1}")
+    return {meaning: fields[index] for meaning, index in header.items()}
 
 
-def _plain(cells: Sequence[str]) -> dict[str, str]:
-    if len(cells) in (2, 3):
-        return {"audio": cells[0], "id": cells[0], "text": cells[-1], "raw_text": cells[1]}
-    if len(cells) == 4 and _is_number(cells[3]):
-        return {"audio": cells[0], "id": cells[0], "speaker": cells[1], "text": cells[2]}
-    raise RowError("bad_row", f"{len(cells)} columns without a header: write {_HINT}")
+def _plain(fields: Sequence[str]) -> dict[str, str]:
+    if len(fields) in (2, 3):
+        return {"audio": fields[0], "id": fields[0], "text": fields[-1], "raw_text": fields[1]}
+    if len(fields) == 4 and _is_number(fields[3]):
+        return {"audio": fields[0], "id": fields[0], "speaker": fields[1], "text": fields[2]}
+    raise RowError("bad_row", f"{len(fields)} columns without a header: write {_HINT}")
 
 
 def _utterance(folder: Path, values: dict[str, str], allow_outside: bool) -> Utterance:
@@ -118,7 +111,7 @@ def _utterance(folder: Path, values: dict[str, str], allow_outside: bool) -> Utt
 def _find_audio(folder: Path, name: str, allow_outside: bool) -> str:
     """The path, relative to the table, of the recording that a line names. Raises RowError without one.
 
-    Whether there is a file outside of the folder is not even looked for unless `allow_outside`.
+    No path outside of the folder is even looked up unless `allow_outside`.
     """
     if not name:
         raise RowError("bad_row", "the line names no recording")
@@ -127,7 +120,10 @@ def _find_audio(folder: Path, name: str, allow_outside: bool) -> str:
             path = Path(place, name + suffix).as_posix()
             if is_file(path_within(folder, path, allow_outside)):
                 return path
-    raise RowError("missing_audio", f"there is no wavs/{_without_suffix(name)}{AUDIO_SUFFIXES[0]} nor any other")
+    raise RowError(
+        "missing_audio",
+        f"there is no recording {_without_suffix(name)}, in wavs/ or beside the table, with any known suffix",
+    )
 
 
 def _without_suffix(name: str) -> str:

@@ -1,15 +1,16 @@
-"""Judges of speech: what was said, whose voice it is, and how natural it sounds.
+"""Judges of speech: an ASR for the words, a speaker judge for the voice, a quality judge for the naturalness.
 
 A judge is given as a spec, which is one of
 
     a folder      of a model: ~/models/whisper-large-v3
     a name        of a model: large-v3, microsoft/wavlm-base-plus-sv, distillmos
     a command     two words or more, or the path of a program: "python judge.py asr"; see `command`
+
+`base` has the protocols, `asr` and `models` the models, `command` the judges that are programs, and `cache` keeps the
+answers of any of them.
 """
 
 from collections.abc import Iterable
-
-from huggingface_hub import try_to_load_from_cache
 
 from higgstune.errors import ConfigError
 from higgstune.evaluation.judges.base import Judges, QualityJudge, SpeakerJudge, Transcriber
@@ -20,22 +21,22 @@ from higgstune.evaluation.judges.command import (
     command_words,
 )
 
-# Equal-error thresholds on real speech: a judge's own word for "the same speaker".
+# Cosines at the equal error rate on real speech: above them a judge means the same speaker.
 SAME_SPEAKER = {"resemblyzer": 0.757, "campplus": 0.581}
 DEFAULT_SPEAKER = "microsoft/wavlm-base-plus-sv"
-AUTO = "auto"  # the default model of a role, where it is on this disk; nothing is fetched for it
+AUTO = "auto"  # the default model of a role, if it is in the hub's cache; it is never downloaded
 DISTILLMOS = "distillmos"
 
 
 def load_judges(
     asr: str | None = None, speaker: str | None = None, quality: str | None = None, *, device: str = "cpu"
 ) -> Judges:
-    """The judges of these specs, their models loaded onto `device`.
+    """The judges of these specs, with their models loaded onto `device`.
 
     ASR: a Whisper of faster-whisper, by name ("large-v3") or CTranslate2 folder, or of transformers, by folder or hub
-    id. Speaker: a WavLM x-vector model of transformers, by folder or hub id; "auto" is `DEFAULT_SPEAKER` where that was
-    fetched before, else nobody. Quality: "distillmos".
-    Each may be a command. Raises ConfigError for a spec that leads to no judge, or needs an extra that is not
+    id. Speaker: a WavLM x-vector model of transformers, by folder or hub id; "auto" is `DEFAULT_SPEAKER` if it is in
+    the hub's cache, else no judge. Quality: "distillmos".
+    Each may also be a command. Raises ConfigError for a spec that names no judge or needs an extra that is not
     installed, and CheckpointError for a model that cannot be loaded.
     """
     return Judges(
@@ -46,13 +47,13 @@ def load_judges(
 
 
 def check_languages(judges: Judges, languages: Iterable[str | None]) -> None:
-    """Raises ConfigError for a language that the ASR does not know, before anything is spoken for it."""
+    """Raises ConfigError for a language that the ASR does not support, before anything is spoken in it."""
     for language in dict.fromkeys(languages):
         if judges.asr is not None:
             judges.asr.transcribe([], language=language)
 
 
-# The modules of models import their libraries, so each is imported where a judge of it is asked for.
+# The modules of models import their libraries, so each is imported when one of its judges is needed.
 def _transcriber(spec: str, device: str) -> Transcriber:
     if words := command_words(spec):
         return ExternalTranscriber(words)
@@ -63,12 +64,14 @@ def _transcriber(spec: str, device: str) -> Transcriber:
 
 def _speaker_judge(spec: str, device: str) -> SpeakerJudge | None:
     if spec == AUTO:
+        from huggingface_hub import try_to_load_from_cache
+
         if not isinstance(try_to_load_from_cache(DEFAULT_SPEAKER, "config.json"), str):
             return None
         spec = DEFAULT_SPEAKER
     if words := command_words(spec):
         return ExternalSpeakerJudge(words)
-    from higgstune.evaluation.judges.speaker import WavLM
+    from higgstune.evaluation.judges.models import WavLM
 
     return WavLM(spec, device=device)
 
@@ -78,6 +81,6 @@ def _quality_judge(spec: str, device: str) -> QualityJudge:
         return ExternalQualityJudge(words)
     if spec != DISTILLMOS:
         raise ConfigError(f"there is no quality judge {spec!r}: give {DISTILLMOS!r}, or a command")
-    from higgstune.evaluation.judges.speaker import DistillMos
+    from higgstune.evaluation.judges.models import DistillMos
 
     return DistillMos(device=device)

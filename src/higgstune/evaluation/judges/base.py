@@ -1,6 +1,6 @@
-"""What all judges share: three small protocols, how they hear a file, and how they are named.
+"""What all judges share: the three protocols, how they read a file, and how results name them.
 
-Each is named in every result with its version and its weights' hash: a number without its judge means nothing.
+Every result names its judge with version and hash of the weights: a number without its judge means nothing.
 """
 
 import hashlib
@@ -12,37 +12,35 @@ from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
-from higgstune.checkpoint_files import MALFORMED, sha256_of
+from higgstune.checkpoint_files import malformed_errors, sha256_of
 from higgstune.data.audio import read_audio, resample
 from higgstune.errors import CheckpointError, ConfigError, DataError
 
-RATE = 16_000  # Hz: what every one of them was trained on
-SHORTEST = RATE // 10  # samples; in less there is no speech, and not enough for their first layers
-# What is said of a file that is shorter.
-NO_VOICE = 0.0  # its similarity to any voice
-WORST = 1.0  # its mean opinion score
+RATE = 16_000  # Hz, at which all judges were trained
+MIN_SAMPLES = RATE // 10  # a shorter file has no speech, and too few samples for the first layers. It gets:
+NO_VOICE = 0.0  # as its similarity to any voice
+WORST = 1.0  # as its mean opinion score
 NO_REFERENCE = "there is no recording of the speaker, of 0.1 s or more, to compare with"
 
 
 class Transcriber(Protocol):
-    """Writes down what is said."""
+    """Transcribes speech (ASR)."""
 
     name: str  # with version
 
     def transcribe(
         self, files: Sequence[Path], *, language: str | None = None, seconds: float | None = None
     ) -> list[str]:
-        """One text a file, empty where nothing is heard; with `seconds`, of the beginning alone.
+        """One transcript per file, empty if there is no speech; with `seconds`, of the beginning only.
 
-        `language` is an ISO 639-1 code; without one, the judge finds it out, file by file.
+        `language` is an ISO 639-1 code; without one, the judge detects the language of each file.
         """
         ...
 
 
 class SpeakerJudge(Protocol):
-    """Says how near a voice is to another."""
+    """Measures how similar voices are."""
 
     name: str  # with version
 
@@ -52,7 +50,7 @@ class SpeakerJudge(Protocol):
 
 
 class QualityJudge(Protocol):
-    """Says how natural speech sounds."""
+    """Rates how natural speech sounds."""
 
     name: str  # with version
 
@@ -63,7 +61,7 @@ class QualityJudge(Protocol):
 
 @dataclass(frozen=True)
 class Judges:
-    """Who judges; None where no one does."""
+    """The judge of each role; None if the role has no judge."""
 
     asr: Transcriber | None = None
     speaker: SpeakerJudge | None = None
@@ -74,7 +72,7 @@ OPTIONS = {"asr": "--asr", "speaker": "--speaker-judge", "naturalness": "--quali
 
 
 def role_of(metric: str) -> str | None:
-    """The role of the judge that a metric needs; None where it needs none."""
+    """The role of the judge that a metric needs; None if it needs no judge."""
     if metric.startswith(("wer", "cer", "babble_", "recording_", "leak_")):
         return "asr"
     if metric.startswith(("similarity", "speaker_")):
@@ -82,8 +80,8 @@ def role_of(metric: str) -> str | None:
     return "naturalness" if metric == "naturalness" else None
 
 
-def hear(file: Path, *, seconds: float | None = None) -> np.ndarray:
-    """A file, or its first `seconds`: [samples] float32 mono at 16 kHz.
+def read_for_judge(file: Path, *, seconds: float | None = None) -> np.ndarray:
+    """The waveform of a file, or of its first `seconds`: [samples] float32 mono at 16 kHz.
 
     Raises DataError for a file that cannot be read, or has samples that are not finite.
     """
@@ -94,7 +92,7 @@ def hear(file: Path, *, seconds: float | None = None) -> np.ndarray:
 
 
 def model_name(library: str, name: str | Path, weights: Sequence[Path]) -> str:
-    """How a judge is named in results: library and version, the model's name, and 8 digits of its weights' sha256."""
+    """A judge's name in results: library and version, the model's name, and 8 digits of its weights' sha256."""
     digests = [sha256_of(path) for path in weights]
     whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return f"{library} {version(library)}, {short_name(name)} {whole[:8]}"
@@ -103,13 +101,15 @@ def model_name(library: str, name: str | Path, weights: Sequence[Path]) -> str:
 def load_weights(model_class: Any, folder: Path, what: str, **options: Any) -> Any:
     """A model of transformers from its folder, in float32 and eval mode; `what` names it in errors.
 
-    Raises CheckpointError where it cannot be loaded, or lacks a weight, which would be made up at random.
+    Raises CheckpointError if it cannot be loaded or lacks a weight, which would be initialised at random.
     """
+    import torch
+
     try:
         model, found = model_class.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, dtype=torch.float32, **options
         )
-    except (*MALFORMED, UnpicklingError) as error:
+    except malformed_errors(UnpicklingError) as error:
         raise CheckpointError(f"the {what} {folder} cannot be loaded: {error}") from error
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(
@@ -120,7 +120,7 @@ def load_weights(model_class: Any, folder: Path, what: str, **options: Any) -> A
 
 
 def short_name(name: str | Path) -> str:
-    """The last part of a folder's path or of a hub id; in the hub's cache, that of the repository."""
+    """The last part of a folder's path or of a hub id; for a folder in the hub's cache, the repository's name."""
     path = Path(name)
     path = path.resolve() if path.is_dir() else path
     if path.parent.name == "snapshots":
@@ -129,11 +129,13 @@ def short_name(name: str | Path) -> str:
 
 
 def check_language(language: str | None, known: Sequence[str], judge: str) -> str | None:
-    """The code of a language as Whisper has it: "zh" of "zh-CN". Raises ConfigError where the judge cannot hear it."""
+    """Whisper's code of a language: "zh" for "zh-CN". Raises ConfigError if the judge does not support it."""
     if language is None:
         return None
     code = language.replace("_", "-").split("-")[0].lower()
     if code not in known:
-        knows = "English only" if list(known) == ["en"] else f"{len(known)} languages, and not this one"
-        raise ConfigError(f"{judge} cannot hear the language {language!r}: it knows {knows}; name another ASR")
+        supported = "English only" if list(known) == ["en"] else f"{len(known)} other languages"
+        raise ConfigError(
+            f"{judge} does not support the language {language!r}, it supports {supported}: name another ASR"
+        )
     return code

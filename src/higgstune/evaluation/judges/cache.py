@@ -1,4 +1,4 @@
-"""Judges that remember what they have said of a file: an evaluation that was cut off goes on where it was."""
+"""Judges whose answers are cached on disk, so that an evaluation that was interrupted resumes where it was."""
 
 import hashlib
 import json
@@ -12,11 +12,11 @@ from higgstune.evaluation.judges.base import Judges, QualityJudge, SpeakerJudge,
 from higgstune.files import write_file
 
 _LOG = logging.getLogger(__name__)
-_AT_ONCE = 16  # files that a judge is given before its answers are written down
+_BATCH = 16  # files that a judge gets before its answers are saved
 
 
 def cached(judges: Judges, folder: Path) -> Judges:
-    """The same judges, with their answers kept in `folder`, by judge, question and content of the files."""
+    """The same judges, with their answers cached in `folder` by judge, question and content of the files."""
     return Judges(
         None if judges.asr is None else _Transcriber(judges.asr, folder),
         None if judges.speaker is None else _Speaker(judges.speaker, folder),
@@ -25,21 +25,21 @@ def cached(judges: Judges, folder: Path) -> Judges:
 
 
 class _Answers:
-    """A file of answers for each judge."""
+    """The cached answers of one judge, in one file."""
 
     def __init__(self, folder: Path, judge: str) -> None:
         self.path = folder / f"{hashlib.sha256(judge.encode()).hexdigest()[:16]}.json"
         self.judge = judge
 
-    def of(self, question: Any, files: Sequence[Path], ask: Callable[[Sequence[Path]], Sequence[Any]]) -> list[Any]:
-        """One answer a file; `ask` is asked for those that are not known."""
+    def of(self, question: Any, files: Sequence[Path], judge: Callable[[Sequence[Path]], Sequence[Any]]) -> list[Any]:
+        """One answer per file; `judge` answers for the files that are not cached."""
         known = self._read()
         keys = [hashlib.sha256(json.dumps([question, sha256_of(file)]).encode()).hexdigest() for file in files]
         missing = {key: file for key, file in zip(keys, files, strict=True) if key not in known}
         waiting = list(missing)
-        for first in range(0, len(waiting), _AT_ONCE):
-            batch = waiting[first : first + _AT_ONCE]
-            known |= dict(zip(batch, ask([missing[key] for key in batch]), strict=True))
+        for first in range(0, len(waiting), _BATCH):
+            batch = waiting[first : first + _BATCH]
+            known |= dict(zip(batch, judge([missing[key] for key in batch]), strict=True))
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_file(self.path, json.dumps({"judge": self.judge, "answers": known}, ensure_ascii=False))
         return [known[key] for key in keys]
@@ -50,7 +50,7 @@ class _Answers:
         try:
             answers: dict[str, Any] = dict(json.loads(self.path.read_text(encoding="utf-8"))["answers"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            _LOG.warning("%s is damaged (%s): the judge is asked again", self.path, error)
+            _LOG.warning("%s is damaged (%s): the judge's answers are computed anew", self.path, error)
             return {}
         return answers
 

@@ -1,4 +1,4 @@
-"""Two or more systems on one page: metrics, differences, curves, clips side by side, and a blind test."""
+"""The page that compares systems: metrics, differences, curves, clips side by side, and a blind test."""
 
 import hashlib
 import json
@@ -13,11 +13,11 @@ from higgstune.errors import ConfigError
 from higgstune.evaluation.report.curves import History, overlaid_evaluations, overlaid_losses
 from higgstune.evaluation.report.measures import System, change_rows, changes_of, metric_rows
 from higgstune.evaluation.report.page import Table, pages, unmeasured
-from higgstune.evaluation.report.players import Section, heard, section_view
+from higgstune.evaluation.report.players import Section, has_transcripts, section_view
 from higgstune.files import write_file
 from higgstune.metrics import Confusion
 
-_LABELS = "ABCDEFGH"  # one a system, in the blind test
+_LABELS = "ABCDEFGH"  # of the systems in the blind test
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Contender:
 
     system: System  # with its differences from the first one
     facts: Mapping[str, str] = field(default_factory=dict)
-    histories: Mapping[str, History] = field(default_factory=dict)  # what the trainer logged, by stage
+    histories: Mapping[str, History] = field(default_factory=dict)  # the trainer's log, by stage
     evaluations: Mapping[str, History] = field(default_factory=dict)  # metrics by step during training, by stage
     confusion: Confusion | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the page shows. Clips of columns named like a system take part in the blind test, shuffled by `seed`."""
+    """The contents of the page. The blind test takes the columns named like a system, and shuffles them by `seed`."""
 
     title: str
     introduction: str
@@ -49,9 +49,9 @@ class Comparison:
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Write the page. Raises ConfigError where the systems cannot be told apart or are too many.
+    """Write the page. Raises ConfigError if two systems have one name or there are too many.
 
-    Raises DataError for a clip that cannot be read, WorkError where the disk refuses.
+    Raises DataError for a clip that cannot be read, WorkError if the disk refuses.
     """
     systems = [contender.system for contender in comparison.contenders]
     _check(systems)
@@ -62,7 +62,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
         comparison=comparison,
         systems=systems,
         tables=[(f"table{i}", table.title) for i, table in enumerate(comparison.tables)],
-        heard=heard(comparison.sections),
+        has_transcripts=has_transcripts(comparison.sections),
         metrics=metric_rows(systems),
         not_measured=unmeasured(comparison.not_measured),
         differences=[
@@ -78,10 +78,10 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def blind_test(comparison: Comparison, sections: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The sets of the blind test as the page's script reads them; None where no text has two clips to tell apart.
+    """The sets of the blind test as the page's script reads them; None if no text has two clips to compare.
 
-    `sections` are views with the ids of the players. Each set is one text: the systems' clips in a shuffled order,
-    every order as often as any other as far as their number allows. Votes belong to the test that has their `key`.
+    `sections` are views with the ids of the players. Each set is one text: the systems' clips in a shuffled order, with
+    every order used equally often as far as their number allows. `key` ties saved votes to this test.
     """
     names = [contender.system.name for contender in comparison.contenders]
     sets = []
@@ -97,13 +97,13 @@ def blind_test(comparison: Comparison, sections: Sequence[Mapping[str, Any]]) ->
     if not sets:
         return None
     _shuffle(sets, comparison.seed)
-    told = json.dumps([names, sets, _clips_of(sections)], ensure_ascii=False)
-    key = hashlib.sha256(told.encode()).hexdigest()[:16]
+    content = json.dumps([names, sets, _clips_of(sections)], ensure_ascii=False)
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
     return {"key": key, "systems": names, "sets": sets, "labels": _LABELS, "seed": comparison.seed}
 
 
 def check_number(systems: int) -> None:
-    """Raises ConfigError for fewer than two systems, and for more than a page can show."""
+    """Raises ConfigError for fewer than two systems, or for more than a page can show."""
     if not 2 <= systems <= len(_LABELS):
         raise ConfigError(f"{systems} systems cannot be compared on a page: give 2 to {len(_LABELS)}")
 
@@ -121,10 +121,10 @@ def _clips_of(sections: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _shuffle(sets: list[dict[str, Any]], seed: int) -> None:
-    """Shuffle the sets, and the takes in each so that no system stands first more often than chance would have it."""
+    """Shuffle the sets, and the takes of each so that every system stands first equally often."""
     draw = random.Random(seed)
     draw.shuffle(sets)
-    orders: dict[int, list[tuple[int, ...]]] = {}  # by number of takes: those still to be used
+    orders: dict[int, list[tuple[int, ...]]] = {}  # by number of takes: orders that are not used yet
     for entry in sets:
         count = len(entry["takes"])
         if not orders.get(count):

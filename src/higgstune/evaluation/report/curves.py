@@ -1,4 +1,4 @@
-"""What happened during training, as figures: a small panel for each stage or metric, readable however many they are."""
+"""Figures of a training run: one small panel per stage or metric, so that any number of them stays readable."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,10 @@ from higgstune.evaluation.report.measures import WORDS
 from higgstune.evaluation.report.svg import CODEBOOKS, INK, SERIES, inline_svg, new_axis, property_of
 from higgstune.metrics import METRICS, Metric
 
-History = Sequence[Mapping[str, Any]]  # what the trainer logged, as in `run.json`; or what an evaluation found, by step
+History = Sequence[Mapping[str, Any]]  # entries by step: the trainer's log, as in `run.json`, or evaluations
 Series = tuple[list[float], list[float]]  # steps, values
 
-_POINTS = 160  # of a curve; more are averaged in groups
+_MAX_POINTS = 160  # of a curve; more are averaged in groups
 _DASHES = ("", "5 3", "1.5 2", "7 2 1.5 2", "3 1.5", "9 3")
 _LOSSES = (("audio_loss", "audio"), ("text_loss", "text"))
 
@@ -41,7 +41,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels that share a legend. False where there is nothing to show."""
+    """Panels that share a legend. False if there is nothing to show."""
 
     keys: Sequence[Key]
     panels: Sequence[Panel]
@@ -58,7 +58,7 @@ class _Curve:
 
 
 def losses_figure(stages: Mapping[str, History]) -> Figure:
-    """Text and audio loss of training and validation in nats a token, one panel a stage."""
+    """Text and audio loss of training and validation in nats per token, one panel per stage."""
 
     def curves(history: History) -> list[_Curve]:
         found: list[_Curve] = []
@@ -74,7 +74,7 @@ def losses_figure(stages: Mapping[str, History]) -> Figure:
 
 
 def codebooks_figure(stages: Mapping[str, History]) -> Figure:
-    """The training loss of each codebook in nats a code, one panel a stage."""
+    """The training loss of each codebook in nats per code, one panel per stage."""
 
     def curves(history: History) -> list[_Curve]:
         found: list[_Curve] = []
@@ -89,9 +89,9 @@ def codebooks_figure(stages: Mapping[str, History]) -> Figure:
 
 
 def evaluations_figure(stages: Mapping[str, History], chosen: tuple[str, int] | None = None) -> Figure:
-    """Metrics of the clips spoken during training over each stage's steps, one panel a metric.
+    """Metrics of the clips spoken during training, over each stage's steps: one panel per metric.
 
-    `chosen`: stage and step of the chosen checkpoint, which is marked.
+    `chosen` is the stage and step of the chosen checkpoint, which is marked.
     """
     panels = {}
     for metric in METRICS:
@@ -109,7 +109,7 @@ def evaluations_figure(stages: Mapping[str, History], chosen: tuple[str, int] | 
 
 
 def overlaid_losses(systems: Mapping[str, Mapping[str, History]]) -> Figure:
-    """Losses of several runs, each by stage, over the steps of all stages: one panel a loss."""
+    """Losses of several runs, each by stage, over the steps of all stages: one panel per loss."""
     names = [("audio_loss", "audio, training"), ("eval_audio_loss", "audio, validation"),
              ("text_loss", "text, training"), ("eval_text_loss", "text, validation")]  # fmt: skip
     panels = {label: _overlaid(systems, key, 1.0) for key, label in names}
@@ -117,7 +117,7 @@ def overlaid_losses(systems: Mapping[str, Mapping[str, History]]) -> Figure:
 
 
 def overlaid_evaluations(systems: Mapping[str, Mapping[str, History]]) -> Figure:
-    """Metrics of several runs during training over the steps of all stages: one panel a metric."""
+    """Metrics of several runs during training, over the steps of all stages: one panel per metric."""
     panels = {_metric_title(m): _overlaid(systems, m.name, 100.0 if m.percent else 1.0) for m in METRICS}
     return _figure("evaluations", panels, "", across=True)
 
@@ -147,7 +147,7 @@ def _overlaid(systems: Mapping[str, Mapping[str, History]], name: str, factor: f
 
 
 def _key(label: str, i: int, *, marker: bool = False) -> Key:
-    """The i-th of several curves: colours repeat after six, and then with other dashes."""
+    """The legend entry of the i-th curve: colours repeat after six, with other dashes."""
     return Key(label, property_of(SERIES[i % 6]), _DASHES[(i + i // 6) % 6], marker)
 
 
@@ -159,7 +159,7 @@ def _figure(
     *,
     across: bool = False,
 ) -> Figure:
-    """Panels of the curves that have points, and a legend of those."""
+    """Panels and a legend for the curves that have points."""
     keys: dict[str, Key] = {}
     made: list[Panel] = []
     for title, curves in panels.items():
@@ -185,7 +185,7 @@ def _panel(
             _mark(axis, curve, chosen[1])
     axis.set(xlabel="step, over all stages" if across else "step", ylabel=label)
     axis.locator_params(nbins=5)
-    summary = f"{title}. " + "; ".join(_told(curve) for curve in curves) + "."
+    summary = f"{title}. " + "; ".join(_in_words(curve) for curve in curves) + "."
     return Panel(title, inline_svg(axis, name, summary), summary)
 
 
@@ -197,8 +197,8 @@ def _mark(axis: Any, curve: _Curve, step: int) -> None:
             axis.plot([x], [y], "o", markersize=9, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.6)
 
 
-def _told(curve: _Curve) -> str:
-    """A curve in words, for who cannot see it."""
+def _in_words(curve: _Curve) -> str:
+    """A curve in words, for readers who cannot see it."""
     steps, values = curve.points
     if len(steps) == 1:
         return f"{curve.key.label}: {values[0]:.3g} at step {steps[0]:.0f}"
@@ -213,8 +213,8 @@ def _series(history: History, key: str) -> Series:
 
 
 def _thinned(series: Series) -> Series:
-    """At most `_POINTS` points, each the mean of its group: a curve of thousands is only noise and bytes."""
-    if len(series[0]) <= _POINTS:
+    """At most `_MAX_POINTS` points, each the mean of its group: thousands of points would add only noise and bytes."""
+    if len(series[0]) <= _MAX_POINTS:
         return series
-    groups = [np.array_split(np.array(values), _POINTS) for values in series]
+    groups = [np.array_split(np.array(values), _MAX_POINTS) for values in series]
     return [float(group.mean()) for group in groups[0]], [float(group.mean()) for group in groups[1]]

@@ -1,4 +1,4 @@
-"""Metrics of systems as rows of a table, with intervals, differences and what they mean in words."""
+"""Metrics of systems as rows of tables: values, intervals, differences, and verdicts in words."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +10,8 @@ from higgstune.metrics import (
     Difference,
     Estimate,
     Metric,
-    _finite,
     by_name,
+    is_finite,
     shown,
     verdict,
 )
@@ -28,7 +28,7 @@ _AT_A_GLANCE = ("wer", "similarity", "cap_rate", "naturalness")
 
 @dataclass(frozen=True)
 class System:
-    """A column: recordings, the base, an adapter. What a metric lacks in `summary` was not measured."""
+    """A column: recordings, the base, an adapter. Metrics that `summary` lacks were not measured."""
 
     name: str
     summary: Mapping[str, Estimate]  # by metric
@@ -37,7 +37,7 @@ class System:
 
 @dataclass(frozen=True)
 class Cell:
-    """One value as it is shown, its interval, and where it lies in the row's plot, in percent (None: not measured)."""
+    """A value and its interval as text, and its place in the row's plot in percent (None: not measured)."""
 
     value: str
     interval: str = ""
@@ -58,18 +58,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Change:
-    """A metric before and after, on the same clips; `difference` None: not measured. `subject`: of which texts."""
+    """A metric before and after, on the same clips; `difference` is None if it was not measured."""
 
     metric: str
     before: Estimate | None
     after: Estimate | None
     difference: Difference | None
-    subject: str = ""
+    texts: str = ""  # the set of texts, if the table has several
 
 
 @dataclass(frozen=True)
 class ChangeRow:
-    """A change as it is shown."""
+    """A change as text."""
 
     label: str
     better: str
@@ -99,7 +99,7 @@ def metric_rows(systems: Sequence[System]) -> list[Row]:
 
 
 def change_rows(changes: Sequence[Change]) -> list[ChangeRow]:
-    """What got worse first, then what got better, then what is not clear."""
+    """Changes for the worse first, then for the better, then unclear ones, then those that were not measured."""
     order = ["worse", "better", "no clear difference", NOT_MEASURED]
     return sorted((_change_row(change) for change in changes), key=lambda row: order.index(row.verdict))
 
@@ -114,10 +114,10 @@ def changes_of(first: System, system: System) -> list[Change]:
 
 
 def glances(systems: Sequence[System]) -> list[Glance]:
-    """The last system's most telling numbers, beside those of the others."""
+    """The last system's most important numbers, beside those of the others."""
     found = []
     for metric in by_name(_AT_A_GLANCE):
-        values = [(system.name, _told(metric, system.summary.get(metric.name))) for system in systems]
+        values = [(system.name, _text(metric, system.summary.get(metric.name))) for system in systems]
         if values and values[-1][1] != NOT_MEASURED:
             others = [(name, value) for name, value in values[:-1] if value != NOT_MEASURED]
             found.append(Glance(metric.label, *values[-1], others, WORDS[metric.better]))
@@ -129,13 +129,13 @@ def metric_of(name: str) -> Metric:
     return {metric.name: metric for metric in METRICS}[name]
 
 
-def value_told(name: str, value: float | None) -> str:
-    """A metric's value for people; "not measured" for None and NaN."""
-    return NOT_MEASURED if value is None or not _finite(value) else _shown(metric_of(name), value)
+def value_text(name: str, value: float | None) -> str:
+    """A metric's value as text; "not measured" for None and NaN."""
+    return NOT_MEASURED if value is None or not is_finite(value) else _shown(metric_of(name), value)
 
 
 def _row(metric: Metric, estimates: Sequence[Estimate | None]) -> Row:
-    known = [e for e in estimates if e is not None and _finite(e.value, e.low, e.high)]
+    known = [e for e in estimates if e is not None and is_finite(e.value, e.low, e.high)]
     scale = _scale(metric, known)
     cells = [_cell(metric, e, scale) if e in known and e is not None else _bare(metric, e) for e in estimates]
     goal = {"one": 1.0, "zero": 0.0}.get(metric.better)
@@ -145,8 +145,8 @@ def _row(metric: Metric, estimates: Sequence[Estimate | None]) -> Row:
 
 
 def _bare(metric: Metric, estimate: Estimate | None) -> Cell:
-    """A value without a plot: there is none, or its interval is not known."""
-    return Cell(_told(metric, estimate), clips=0 if estimate is None else estimate.clips)
+    """A cell without a mark in the plot: it has no value, or its interval is unknown."""
+    return Cell(_text(metric, estimate), clips=0 if estimate is None else estimate.clips)
 
 
 def _cell(metric: Metric, estimate: Estimate, scale: tuple[float, float] | None) -> Cell:
@@ -157,7 +157,7 @@ def _cell(metric: Metric, estimate: Estimate, scale: tuple[float, float] | None)
 
 
 def _scale(metric: Metric, estimates: Sequence[Estimate]) -> tuple[float, float] | None:
-    """Ends of a row's plot: around all intervals, from 0 where that is near, with the best value where there is one."""
+    """Ends of a row's plot: around all intervals and the metric's best value, and from 0 if that is near."""
     if not estimates:
         return None
     ends = [e.low for e in estimates] + [e.high for e in estimates]
@@ -171,24 +171,24 @@ def _scale(metric: Metric, estimates: Sequence[Estimate]) -> tuple[float, float]
 
 
 def _percent(value: float, scale: tuple[float, float]) -> float:
-    """Where a value lies, with room at both ends for the marks."""
+    """A value's place in the plot in percent, with room at both ends for the marks."""
     return round(4 + 92 * (value - scale[0]) / (scale[1] - scale[0]), 2)
 
 
 def _change_row(change: Change) -> ChangeRow:
     metric, difference = metric_of(change.metric), change.difference
-    label = f"{metric.label}, {change.subject}" if change.subject else metric.label
-    told = verdict(metric, change.before, change.after, difference)
-    before, after = _told(metric, change.before), _told(metric, change.after)
-    if difference is None or told == NOT_MEASURED:
+    label = f"{metric.label}, {change.texts}" if change.texts else metric.label
+    outcome = verdict(metric, change.before, change.after, difference)
+    before, after = _text(metric, change.before), _text(metric, change.after)
+    if difference is None or outcome == NOT_MEASURED:
         return ChangeRow(label, WORDS[metric.better], before, after, NOT_MEASURED, "", "", NOT_MEASURED)
     interval = f"{_signed(metric, difference.low)} to {_signed(metric, difference.high)}"
     value = _signed(metric, difference.value) + (" points" if metric.percent else "")
-    return ChangeRow(label, WORDS[metric.better], before, after, value, interval, _p_told(difference.p), told)
+    return ChangeRow(label, WORDS[metric.better], before, after, value, interval, _p_text(difference.p), outcome)
 
 
-def _told(metric: Metric, estimate: Estimate | None) -> str:
-    return NOT_MEASURED if estimate is None or not _finite(estimate.value) else _shown(metric, estimate.value)
+def _text(metric: Metric, estimate: Estimate | None) -> str:
+    return NOT_MEASURED if estimate is None or not is_finite(estimate.value) else _shown(metric, estimate.value)
 
 
 def _plain(metric: Metric, value: float) -> str:
@@ -204,5 +204,5 @@ def _signed(metric: Metric, value: float) -> str:
     return ("+" if value >= 0 else "−") + _plain(metric, abs(value))
 
 
-def _p_told(p: float) -> str:
+def _p_text(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"

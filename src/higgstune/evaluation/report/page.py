@@ -1,11 +1,9 @@
-"""A run's report: one self-contained HTML page with what was trained, how it measures and how it sounds."""
+"""A run's report: one self-contained HTML page with the run's facts, measures, curves and clips."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import jinja2
+from typing import TYPE_CHECKING, Any
 
 from higgstune.evaluation.report.curves import History, codebooks_figure, evaluations_figure, losses_figure
 from higgstune.evaluation.report.measures import (
@@ -17,23 +15,26 @@ from higgstune.evaluation.report.measures import (
     glances,
     metric_of,
     metric_rows,
-    value_told,
+    value_text,
 )
-from higgstune.evaluation.report.players import Item, Section, Take, heard, section_view
+from higgstune.evaluation.report.players import Item, Section, Take, has_transcripts, section_view
 from higgstune.files import write_file
 from higgstune.metrics import NOT_MEASURED
+
+if TYPE_CHECKING:
+    import jinja2
 
 __all__ = ["Candidate", "Change", "Choice", "Item", "RunReport", "Section", "System", "Table", "Take", "write_report"]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint that could have been chosen: its metrics by name, and what the rule's gates said of it."""
+    """A checkpoint that could have been chosen: its metrics by name, and the gates of the rule that it failed."""
 
     stage: str
     step: int
     values: Mapping[str, float | None]
-    failed: Sequence[str] = ()  # the gates that it does not pass, in words
+    failed: Sequence[str] = ()  # gates
     chosen: bool = False
 
 
@@ -49,7 +50,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Table:
-    """Anything else that is told in rows; the first cell of each is its heading."""
+    """Any other table; the first cell of each row is its heading."""
 
     title: str
     columns: Sequence[str]
@@ -59,30 +60,30 @@ class Table:
 
 @dataclass(frozen=True)
 class RunReport:
-    """What the page shows; a part that is empty is left out."""
+    """The contents of the page; empty parts are left out."""
 
     title: str
     introduction: str
-    facts: Mapping[str, str]  # what was trained on what
-    histories: Mapping[str, History] = field(default_factory=dict)  # what the trainer logged, by stage
+    facts: Mapping[str, str]  # about base, data, adapter, stages
+    histories: Mapping[str, History] = field(default_factory=dict)  # the trainer's log, by stage
     evaluations: Mapping[str, History] = field(default_factory=dict)  # metrics by step during training, by stage
     choice: Choice | None = None
     systems: Sequence[System] = ()  # columns of the table of metrics: recordings, base, adapter
     measures_note: str = ""
     judges: Mapping[str, str] = field(default_factory=dict)  # by role: name and version
     not_measured: Mapping[str, str] = field(default_factory=dict)  # by metric: why
-    guard: Sequence[Change] | None = None  # what must not get worse; None: there was no guard set
-    guard_told: str = ""
+    guard: Sequence[Change] | None = None  # of what must not get worse; None: no guard set
+    guard_conclusion: str = ""
     guard_note: str = ""
     sections: Sequence[Section] = ()
     tables: Sequence[Table] = ()
     environment: Mapping[str, str] = field(default_factory=dict)  # versions, device
-    commands: Sequence[tuple[str, str]] = ()  # what each is for, and the command
+    commands: Sequence[tuple[str, str]] = ()  # purpose and command
     timings: Mapping[str, float] = field(default_factory=dict)  # seconds
 
 
 def write_report(report: RunReport, path: Path) -> None:
-    """Write the page. Raises DataError for a clip that cannot be read, WorkError where the disk refuses."""
+    """Write the page. Raises DataError for a clip that cannot be read, WorkError if the disk refuses."""
     sections = [section_view(section, f"clips{i}") for i, section in enumerate(report.sections)]
     template = pages().get_template("report.html.jinja")
     page = template.render(
@@ -95,7 +96,7 @@ def write_report(report: RunReport, path: Path) -> None:
         changes=None if report.guard is None else change_rows(report.guard),
         candidates=_candidates(report.choice),
         sections=sections,
-        heard=heard(report.sections),
+        has_transcripts=has_transcripts(report.sections),
         losses=losses_figure(report.histories),
         codebooks=codebooks_figure(report.histories),
         evaluations=evaluations_figure(report.evaluations, _chosen(report.choice)),
@@ -104,12 +105,14 @@ def write_report(report: RunReport, path: Path) -> None:
 
 
 def _differences(systems: Sequence[System]) -> list[ChangeRow]:
-    """Of the last system from the one before it."""
+    """Differences of the last system from the one before it."""
     return change_rows(changes_of(systems[-2], systems[-1])) if len(systems) > 1 and systems[-1].differences else []
 
 
-def pages() -> jinja2.Environment:
-    """The templates of the pages, which escape whatever they are given and refuse a name that they do not know."""
+def pages() -> "jinja2.Environment":
+    """The templates of the pages, which escape all values and raise an error for an unknown name."""
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("higgstune.evaluation.report"),
         autoescape=True,
@@ -122,12 +125,12 @@ def pages() -> jinja2.Environment:
 
 
 def unmeasured(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
-    """What was not measured and why, by label, in the order given."""
+    """Label and reason of each metric that was not measured, in the given order."""
     return [(metric_of(name).label, why) for name, why in reasons.items()]
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 3.1 s, 2 min 5 s, 1 h 20 min."""
+    """Seconds as text: 3.1 s, 2 min 5 s, 1 h 20 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -141,7 +144,7 @@ def _chosen(choice: Choice | None) -> tuple[str, int] | None:
 
 
 def _candidates(choice: Choice | None) -> dict[str, Any] | None:
-    """The table of the candidates: a column for each metric that any of them has."""
+    """The table of the candidates, with a column for each metric that any of them has."""
     if choice is None or not choice.candidates:
         return None
     names = list(dict.fromkeys(name for candidate in choice.candidates for name in candidate.values))
@@ -149,7 +152,7 @@ def _candidates(choice: Choice | None) -> dict[str, Any] | None:
         {
             "name": f"{candidate.stage}, step {candidate.step}",
             "chosen": candidate.chosen,
-            "values": [value_told(name, candidate.values.get(name)) for name in names],
+            "values": [value_text(name, candidate.values.get(name)) for name in names],
             "gates": "; ".join(candidate.failed) or "passed",
         }
         for candidate in choice.candidates

@@ -1,8 +1,9 @@
-"""The report of a run: what was trained on what, which checkpoint was chosen and why, how it measures and sounds."""
+"""The report of a run or of an evaluation: facts, the chosen checkpoint and why, measures, clips, and commands."""
 
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from higgstune.data.shard_reader import read_index
 from higgstune.environment import versions
 from higgstune.errors import DataError
 from higgstune.evaluation.clips import CLIPS_FILE, SAMPLES, Clip, read_clips
-from higgstune.evaluation.evaluate import ADAPTER, BASE, FOLDER, EvaluationResult, SetResult
+from higgstune.evaluation.evaluate import FOLDER, EvaluationResult, SetResult
 from higgstune.evaluation.report.measures import changes_of
 from higgstune.evaluation.report.page import (
     Candidate,
@@ -26,20 +27,21 @@ from higgstune.evaluation.report.page import (
     write_report,
 )
 from higgstune.evaluation.report.players import badness, complaints, take_of
-from higgstune.metrics import METRICS, Confusion, Evaluation, shown
-from higgstune.model.adapter_folder import RUN_STATE, adapter_card
+from higgstune.inputs import ADAPTER, BASE, RUN_STATE
+from higgstune.metrics import METRICS, ClipRow, Confusion, Evaluation, shown
+from higgstune.model.adapter_folder import adapter_card
 
 REPORT = "report.html"
-_MOST_TEXTS = 40  # of a set with players: a page of hundreds would not open on a phone
+_MAX_TEXTS = 40  # of a set, with players: a page with hundreds would not open on a phone
 _IMPORTANT = ("wer", "similarity", "cap_rate", "loop_rate", "duration_ratio")
 
 
 def write_run_report(run: Path, result: EvaluationResult | None = None, command: Sequence[str] = ()) -> Path:
-    """Write `report.html` into a run's folder: after training alone, or with what `evaluate` has found.
+    """Write `report.html` into a run's folder: of its training alone, or with the result of `evaluate`.
 
-    `command` is the one that made `result`. Raises WorkError where the disk refuses.
+    `command` is the one that made `result`. Raises WorkError if the disk refuses.
     """
-    state = read_json(run / RUN_STATE, "it is no run's folder without it")
+    state = read_json(run / RUN_STATE, "every run's folder has one")
     stages: dict[str, Any] = state["stages"]
     card = adapter_card(run / str(state["adapter"]))
     path = run / REPORT
@@ -51,7 +53,7 @@ def write_run_report(run: Path, result: EvaluationResult | None = None, command:
             histories={name: stage["history"] for name, stage in stages.items()},
             evaluations=evaluations_of(stages),
             choice=_choice(stages),
-            sections=_heard_in_training(run, stages) if result is None else _sections(result),
+            sections=_training_sections(run, stages) if result is None else _sections(result),
             commands=_commands(run, card, command),
             environment=_trained_with(state) | _environment(result),
             **_measured(result, _other_sets(run / FOLDER, result)),
@@ -61,15 +63,15 @@ def write_run_report(run: Path, result: EvaluationResult | None = None, command:
     return path
 
 
-def tell(result: EvaluationResult, target: Path, command: Sequence[str]) -> Path:
-    """The report of an evaluation: of a run in its folder, of anything else beside what was spoken."""
+def write_target_report(result: EvaluationResult, target: Path, command: Sequence[str]) -> Path:
+    """Write the report of an evaluation: into the run's folder if `target` is a run, else beside the speech."""
     if (target / RUN_STATE).is_file() and result.folder == target / FOLDER:
         return write_run_report(target, result, command)
     return write_evaluation_report(result, result.folder / REPORT, target.resolve().name, command)
 
 
 def write_evaluation_report(result: EvaluationResult, path: Path, title: str, command: Sequence[str]) -> Path:
-    """The report of an evaluation without a run: of a base, of an adapter from elsewhere, of a folder of clips."""
+    """Write the report of an evaluation without a run: of a base, a single adapter or an external folder of clips."""
     card = {} if result.adapter is None else adapter_card(result.adapter)
     write_report(
         RunReport(
@@ -88,13 +90,13 @@ def write_evaluation_report(result: EvaluationResult, path: Path, title: str, co
 
 def _introduction(result: EvaluationResult | None) -> str:
     if result is None:
-        return "What was trained, and what it said while it was trained. `higgstune evaluate` adds measurements."
+        return "The training of this run, and clips spoken during it. `higgstune evaluate` adds measurements."
     clips = max(len(clips) for clips in result.texts.clips.values())
     return f"{clips} texts ({result.texts.name}), spoken and measured. The worst clips come first."
 
 
 def facts_of(card: Mapping[str, Any], stages: Mapping[str, Any]) -> dict[str, str]:
-    """What an adapter was trained on, and how, from its card and its run's stages."""
+    """How an adapter was trained, and on what data, from its card and its run's stages."""
     facts = {}
     if card.get("checkpoint"):
         facts["base"] = f"{card['checkpoint']} (fingerprint {card.get('base_fingerprint')})"
@@ -114,14 +116,14 @@ def facts_of(card: Mapping[str, Any], stages: Mapping[str, Any]) -> dict[str, st
         )
         proof = stage["verification"]
         facts[f"{name}, as saved"] = (
-            f"loaded again by a fresh process: {proof['from_trained']:.1e} from the trained model's logits, "
+            f"reloaded by a fresh process: {proof['from_trained']:.1e} from the trained model's logits, "
             f"{proof['from_base']:.1e} from the base's"
         )
     return facts
 
 
 def evaluations_of(stages: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
-    """What was measured during training, by stage and step."""
+    """The measurements of the clips spoken during training, by stage and step."""
     wanted = {f"eval_{metric.name}": metric.name for metric in METRICS}
     found = {}
     for name, stage in stages.items():
@@ -136,17 +138,17 @@ def evaluations_of(stages: Mapping[str, Any]) -> dict[str, list[dict[str, float]
 
 
 def _choice(stages: Mapping[str, Any]) -> Choice | None:
-    """Of the last stage, whose adapter is the run's."""
+    """The choice of the last stage, whose adapter is the run's."""
     name, stage = list(stages.items())[-1]
     chosen = stage.get("chosen")
     if chosen is None:
         return None
-    ruled = [metric.name for metric in METRICS if re.search(rf"\b{metric.name}\b", chosen["rule"])]
+    in_rule = [metric.name for metric in METRICS if re.search(rf"\b{metric.name}\b", chosen["rule"])]
     candidates = [
         Candidate(
             name,
             entry[STEP],
-            {key: entry[key] for key in (*_IMPORTANT, *ruled) if key in entry},
+            {key: entry["measures"][key] for key in (*_IMPORTANT, *in_rule) if key in entry["measures"]},
             entry["broken"],
             entry[STEP] == chosen["step"],
         )
@@ -154,7 +156,7 @@ def _choice(stages: Mapping[str, Any]) -> Choice | None:
     ]
     reason = "It meets every condition and ranks highest."
     if not chosen["healthy"]:
-        reason = "No step meets every condition; this one breaks the fewest. Listen before you use it."
+        reason = "No step meets every condition; this one breaks the fewest. Listen to it before you use it."
     if chosen["rule"] == "the last step":
         reason = "The last step: the recipe names no judge, gates or rank to choose by, or evaluation.choose: last."
     return Choice(f"{name}, step {chosen['step']}", reason, chosen["rule"], candidates)
@@ -174,19 +176,19 @@ def _measured(result: EvaluationResult | None, others: Sequence[Table]) -> dict[
         "tables": [*([] if last.confusion is None else [_confusion_table(last.confusion)]), *others],
         "not_measured": last.not_measured,
         "guard": [change for guarded in result.guard for change in guard_changes(guarded)] if result.guard else None,
-        "guard_told": "; ".join(f"{guarded.name}: {guarded.told}" for guarded in result.guard),
-        "guard_note": "Texts and voices that must not get worse: the base before, the adapter after. Where nothing "
-        "changes, chance calls a metric of a set worse in one of twenty sets at the most. Listen, too.",
+        "guard_conclusion": "; ".join(f"{guarded.name}: {guarded.conclusion}" for guarded in result.guard),
+        "guard_note": "Texts and voices that must not get worse: the base before, the adapter after. If nothing "
+        "changes, chance calls some metric of a set worse in at most one of twenty sets. Listen to the clips too.",
     }
 
 
 def _other_sets(folder: Path, result: EvaluationResult | None) -> list[Table]:
-    """What earlier calls have measured on other sets; no table where there are none."""
+    """A table of the other sets that earlier calls have measured, if there are any."""
     now = [] if result is None else [found.name for found in (result.texts, *result.guard)]
     rows: list[list[str | None]] = []
     measured: list[tuple[str, str, dict[str, Any]]] = []
     for path in sorted(folder.glob("*.json")):
-        found = read_json(path, "evaluate again")
+        found = read_json(path, "evaluate the set again")
         if "systems" in found and found["set"] not in now:
             measured += [(found["set"], name, system["summary"]) for name, system in found["systems"].items()]
     metrics = [metric for metric in METRICS if any(metric.name in summary for *_, summary in measured)]
@@ -195,7 +197,7 @@ def _other_sets(folder: Path, result: EvaluationResult | None) -> list[Table]:
         clips = max((estimate["clips"] for estimate in summary.values()), default=0)
         values = [shown(m, summary[m.name]["value"]) if m.name in summary else None for m in metrics]
         rows.append([f"{name}, {system}", str(clips), *values])
-    note = "Measured by earlier calls; the file of each set has all of it."
+    note = "Measured by earlier calls; the file of each set has all its numbers."
     return [Table("Other sets", ["set", "clips", *(m.label for m in metrics)], rows, note)] if rows else []
 
 
@@ -225,44 +227,50 @@ def _sections(result: EvaluationResult) -> list[Section]:
 
 
 def _section(found: SetResult, title: str) -> Section:
-    """Every text with its clip of each system, the worst of the last system first."""
+    """Every text with each system's clip of it, the worst of the last system first."""
     last = list(found.systems)[-1]
     rows = {system: {row["id"]: row for row in evaluation.clips} for system, evaluation in found.systems.items()}
     files = {system: {clip.id: clip for clip in clips} for system, clips in found.clips.items()}
     items = []
-    worst = sorted(rows[last].values(), key=badness, reverse=True)[:_MOST_TEXTS]
+    worst = sorted(rows[last].values(), key=badness, reverse=True)[:_MAX_TEXTS]
     for row in worst:
+        name, language = str(row["id"]), row.get("language")
         takes = [
-            take_of(rows[system][row["id"]], clips[row["id"]].file) if row["id"] in clips else None
-            for system, clips in files.items()
+            take_of(rows[system][name], clips[name].file) if name in clips else None for system, clips in files.items()
         ]
         detail = ", ".join(str(row[key]) for key in ("speaker", "language") if row.get(key))
         items.append(
-            Item(row["text"], takes, language=row.get("language"), detail=detail, why=", ".join(complaints(row)))
+            Item(
+                str(row["text"]),
+                takes,
+                language=None if language is None else str(language),
+                detail=detail,
+                why=", ".join(complaints(row)),
+            )
         )
     note = f"The worst {len(worst)} of {len(rows[last])} texts." if len(worst) < len(rows[last]) else ""
     return Section(title, list(files), items, note)
 
 
-def _heard_in_training(run: Path, stages: Mapping[str, Any]) -> list[Section]:
-    """What each stage said at its start and at the chosen step."""
+def _training_sections(run: Path, stages: Mapping[str, Any]) -> list[Section]:
+    """The clips that each stage spoke at its start and at the chosen step."""
     sections = []
     for name, stage in stages.items():
         steps = [0, stage.get("chosen", {}).get("step", stage["steps"])]
         places = [run / name / SAMPLES / f"step-{step:06d}" for step in steps]
-        heard = {step: place for step, place in zip(steps, places, strict=True) if (place / CLIPS_FILE).is_file()}
-        if heard:
-            sections.append(_training_section(name, heard))
+        spoken = {step: place for step, place in zip(steps, places, strict=True) if (place / CLIPS_FILE).is_file()}
+        if spoken:
+            sections.append(_training_section(name, spoken))
     return sections
 
 
-def _training_section(stage: str, heard: Mapping[int, Path]) -> Section:
-    clips: dict[int, dict[str, Clip]] = {step: {c.id: c for c in read_clips(place)} for step, place in heard.items()}
-    rows: dict[int, dict[str, Any]] = {}
-    for step, place in heard.items():
+def _training_section(stage: str, folders: Mapping[int, Path]) -> Section:
+    clips: dict[int, dict[str, Clip]] = {step: {c.id: c for c in read_clips(place)} for step, place in folders.items()}
+    rows: dict[int, dict[str, ClipRow]] = {}
+    for step, place in folders.items():
         measured = place / "evaluation.json"
         found = Evaluation.of(read_json(measured, "")).clips if measured.is_file() else []
-        rows[step] = {row["id"]: row for row in found}
+        rows[step] = {str(row["id"]): row for row in found}
     last = clips[list(clips)[-1]]
     items = [
         Item(
@@ -274,7 +282,7 @@ def _training_section(stage: str, heard: Mapping[int, Path]) -> Section:
         )
         for name, clip in last.items()
     ]
-    return Section(f"{stage}, while it was trained", [f"step {step}" for step in clips], items)
+    return Section(f"{stage}, during training", [f"step {step}" for step in clips], items)
 
 
 def _trained_with(state: Mapping[str, Any]) -> dict[str, str]:
@@ -283,8 +291,9 @@ def _trained_with(state: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _environment(result: EvaluationResult | None) -> dict[str, str]:
-    """Of this call."""
-    return versions() | ({} if result is None else {key: str(value) for key, value in result.settings.items()})
+    """Versions and settings of this call."""
+    settings = {} if result is None or result.settings is None else asdict(result.settings)
+    return versions() | {key: str(value) for key, value in settings.items()}
 
 
 def _commands(run: Path, card: Mapping[str, Any], command: Sequence[str]) -> list[tuple[str, str]]:
@@ -298,10 +307,10 @@ def _commands(run: Path, card: Mapping[str, Any], command: Sequence[str]) -> lis
 
 
 def _preparation(store: Path) -> list[tuple[str, str]]:
-    """The command that makes a store like this one, as far as it says how it was made; its source it does not say."""
+    """The command that makes a store like this one, as far as the store records it: its source is not recorded."""
     try:
         info = read_index(store).info
-    except DataError:  # it has moved, or is another one by now
+    except DataError:  # it has moved, or something else has its place now
         return []
     words = ["higgstune", "prepare", "RECORDINGS", "--out", str(store), "--codec", info.codec]
     for name, value in info.settings.items():

@@ -1,14 +1,15 @@
-"""Matplotlib's figures as SVG inside of a page, in the page's colours, light or dark, and in its font."""
+"""Matplotlib figures as inline SVG, in the page's colours, light or dark, and in its font.
+
+Matplotlib is imported when a figure is drawn: it takes long, and most uses of this package draw none.
+"""
 
 import io
 import re
 from typing import Any
 
 from markupsafe import Markup, escape
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
-# Matplotlib wants real colours: each stands for a property of the page's style sheet, which has the colour.
+# Matplotlib needs real colours: each stands for a property of the page's style sheet, which has the visible colour.
 INK, MUTED, LINE = "#0a0001", "#0a0002", "#0a0003"
 SERIES = tuple(f"#0b00{i:02x}" for i in range(6))
 CODEBOOKS = tuple(f"#0c00{i:02x}" for i in range(8))
@@ -18,7 +19,7 @@ _PROPERTIES = (
     | {colour: f"--q{i}" for i, colour in enumerate(CODEBOOKS)}
 )
 _STYLE = {
-    "svg.fonttype": "none",  # texts stay texts
+    "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "higgstune",  # the same figure is the same bytes
     "font.size": 9,
     "text.color": INK,
@@ -40,12 +41,15 @@ _VIEW_BOX = re.compile(r'viewBox="([^"]*)"')
 
 
 def property_of(colour: str) -> str:
-    """The style sheet's property that a colour of this module stands for, as `var(--s0)`."""
+    """The style sheet's property that a colour of this module stands for, such as `var(--s0)`."""
     return f"var({_PROPERTIES[colour]})"
 
 
 def new_axis(size: tuple[float, float] = (4.1, 2.7)) -> Any:
-    """An axis alone in a figure of this size in inches, which is as wide as a phone."""
+    """An axis alone in a figure of this size in inches; the default is as wide as a phone."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     with rc_context(_STYLE):  # type: ignore[arg-type]
         axis = Figure(figsize=size, layout="constrained").add_subplot()
         axis.set_axisbelow(True)
@@ -53,7 +57,9 @@ def new_axis(size: tuple[float, float] = (4.1, 2.7)) -> Any:
 
 
 def inline_svg(axis: Any, name: str, summary: str) -> Markup:
-    """The axis' figure as an <svg> element; `name` is unique in the page, `summary` says what is to be seen."""
+    """The axis' figure as an <svg> element; `name` is unique in the page, `summary` describes the figure in words."""
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
     with rc_context(_STYLE):  # type: ignore[arg-type]
         axis.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -65,4 +71,4 @@ def inline_svg(axis: Any, name: str, summary: str) -> Markup:
         text = text.replace(colour, f"var({prop})")
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", text)
     start = f'<svg role="img" aria-label="{escape(summary)}" viewBox="{_VIEW_BOX.findall(text)[0]}">'
-    return Markup(start + text[text.index(">") + 1 :])  # matplotlib escapes its texts; the summary is escaped here
+    return Markup(start + text[text.index(">") + 1 :])  # matplotlib escapes its text; the summary is escaped here

@@ -1,291 +1,242 @@
-"""The original layout (boson_multimodal, model_type `higgs_audio`) as the native one.
+"""Checkpoints of Higgs Audio v2 in three layouts: read their configuration, load the native model with their weights.
 
-Names and shapes only: no weight is changed. Source of the mapping: boson_multimodal f04f5df and the transformers
-class; proven by tests/test_load.py against the original code's logits.
+native      that of transformers
+original    that of boson_multimodal: see `original`
+extended    the native one with modules that the native class lacks. It has its own model type, so that no other
+            software loads it as a native checkpoint and drops them.
 """
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from pydantic import ValidationError
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, LlamaConfig
+from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from higgstune.checkpoint_files import MODEL_TYPES, Layout, read_json, read_weights
-from higgstune.codec.whisper_encoder import WhisperTower, tower_from_original
+from higgstune.checkpoint_files import malformed_errors, read_json, read_weights
+from higgstune.codec.whisper_encoder import WhisperTower
 from higgstune.errors import CheckpointError
-from higgstune.families.higgs_v2.extensions import CONDITIONING_KEY, Conditioning, whisper_spec
-from higgstune.families.higgs_v2.prompt import AUDIO_BOS, AUDIO_EOS, AUDIO_IN, AUDIO_OUT, AUDIO_OUT_BOS
+from higgstune.families.base import Conditioning, Layout, Spec
+from higgstune.families.higgs_v2 import INFO
+from higgstune.families.higgs_v2.extensions import CONDITIONING_KEY, add_conditioning
+from higgstune.families.higgs_v2.original import native_config, read_original
+from higgstune.families.higgs_v2.prompt import AUDIO_OUT, AUDIO_OUT_BOS
 
-_RENAMES = (
-    (re.compile(r"^audio_codebook_embeddings\."), "model.embed_audio_tokens.embed_audio_tokens."),
-    (re.compile(r"^(embed_tokens|layers|norm|audio_encoder_proj)\."), r"model.\1."),
-    (re.compile(r"^audio_decoder_proj\."), ""),
-)
-_RENAMES_BACK = (
-    (re.compile(r"^model\.embed_audio_tokens\.embed_audio_tokens\."), "audio_codebook_embeddings."),
-    (re.compile(r"^model\.(embed_tokens|layers|norm|audio_encoder_proj)\."), r"\1."),
-    (re.compile(r"^(audio|text)_lm_head\."), r"audio_decoder_proj.\1_lm_head."),
-)
-_ORIGINAL_TOKENS = {
-    "audio_bos_token": AUDIO_BOS, "audio_eos_token": AUDIO_EOS, "audio_out_bos_token": AUDIO_OUT_BOS,
-    "audio_in_token": AUDIO_IN, "audio_out_token": AUDIO_OUT,
-}  # fmt: skip
-# Parts that the original keeps as a frozen and a trainable half; the halves are rows of one matrix.
-_HALVES = re.compile(r"^(.+)\.(?:embedding|linear)_(frozen|trainable)\.weight$")
-_DROPPED = re.compile(r"(^|\.)(audio_codebook_weights|rotary_emb\..*)$")
-_TEXT_KEYS = (
+TEXT_HEAD = "text_lm_head.weight"
+# The keys read from a config.json. Others can make transformers fetch code (_attn_implementation) or read other files.
+_ARCHITECTURE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
-    "attention_bias", "attention_dropout", "mlp_bias", "head_dim",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
+    "rope_theta", "rope_scaling",  # how rope_parameters are spelt in older files
+    "pad_token_id", "bos_token_id", "eos_token_id", "pretraining_tp", "tie_word_embeddings", "rope_parameters",
+    "attention_bias", "attention_dropout", "mlp_bias", "head_dim", "num_codebooks", "codebook_size", "audio_token_id",
+    "audio_bos_token_id", "audio_delay_token_id", "audio_stream_bos_id", "audio_stream_eos_id",
 )  # fmt: skip
 
 
-def native_config(original: Mapping[str, Any]) -> HiggsAudioV2Config:
-    """The native configuration of an original one.
-
-    Raises CheckpointError for an architecture that the native class does not have: what would be lost is named.
+def read_config(folder: Path) -> HiggsAudioV2Config:
+    """The native configuration of a checkpoint in any layout: its architecture, and no other key of the file, such as
+    code to fetch for its attention. Raises CheckpointError.
     """
-    text = _with_llama_defaults(original.get("text_config") or {})
-    _refuse_other_architectures(original, text)
-    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {"rope_type": "default"})
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    return HiggsAudioV2Config(
-        **{key: text[key] for key in _TEXT_KEYS if text.get(key) is not None},
-        rope_parameters={"rope_theta": text.get("rope_theta", 10000.0), **rope},
-        num_codebooks=original["audio_num_codebooks"],
-        codebook_size=original["audio_codebook_size"] + 2,
-        audio_token_id=original["audio_out_token_idx"],
-        audio_bos_token_id=original["audio_out_bos_token_id"],
-        # The original repeats <|AUDIO_OUT|> where native has a delay token: the next id is the one it reserves.
-        audio_delay_token_id=original["audio_out_bos_token_id"] + 1,
-        audio_stream_bos_id=original["audio_stream_bos_id"],
-        audio_stream_eos_id=original["audio_stream_eos_id"],
-        pad_token_id=original.get("pad_token_id"),
-        bos_token_id=text.get("bos_token_id"),
-        eos_token_id=text.get("eos_token_id"),
+    path = folder / "config.json"
+    written = read_json(path, "a checkpoint folder needs it")
+    try:
+        if INFO.model_types[written["model_type"]] == "original":
+            config = native_config(written)
+        else:
+            config = HiggsAudioV2Config(**{key: written[key] for key in _ARCHITECTURE if key in written})
+        inverse_frequencies(config)  # an unknown kind would fail wherever a model is built
+    except CheckpointError:
+        raise
+    except malformed_errors() as error:
+        raise CheckpointError(
+            f"{path} does not describe a model of {INFO.title} ({type(error).__name__}: {error}): copy or download the "
+            "checkpoint again"
+        ) from error
+    return config
+
+
+def spec_of(config: HiggsAudioV2Config) -> Spec:
+    """The numbers of a configuration. A clip of T frames adds a BOS and an EOS frame, and K - 1 for the delay."""
+    return Spec(
+        num_codebooks=config.num_codebooks,
+        codes=config.audio_stream_bos_id,
+        classes=config.codebook_size,
+        stream_bos=config.audio_stream_bos_id,
+        stream_eos=config.audio_stream_eos_id,
+        extra_rows=config.num_codebooks + 1,
+        pad_id=config.pad_token_id or 0,
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads or config.num_attention_heads,
+        head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
     )
 
 
-def _with_llama_defaults(written: Mapping[str, Any]) -> dict[str, Any]:
-    """A text config may leave out what is Llama's default, which is not the native class's."""
-    defaults: dict[str, Any] = LlamaConfig().to_dict()
-    text: dict[str, Any] = {key: defaults.get(key) for key in _TEXT_KEYS}
-    text |= {key: value for key, value in written.items() if value is not None}
-    if written.get("num_key_value_heads") is None:
-        text["num_key_value_heads"] = text["num_attention_heads"]
-    if written.get("head_dim") is None:
-        text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
-    return text
+def written_conditioning(folder: Path) -> Conditioning:
+    """The extensions of a checkpoint by its config.json; the Whisper encoder of an original one shows up on loading.
 
-
-def _refuse_other_architectures(original: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-    layers = range(text.get("num_hidden_layers", 0))
-    dual = original.get("audio_dual_ffn_layers")
-    wrong = {
-        f"audio_adapter_type is {original.get('audio_adapter_type')!r}, only 'dual_ffn' has a native class": (
-            original.get("audio_adapter_type") != "dual_ffn"
-        ),
-        f"audio FFNs in layers {dual} only, the native class has one in all {len(layers)}": (
-            dual is not None and (len(dual) != len(layers) or sorted(dual) != list(layers))
-        ),
-        "Whisper conditioning is on (encode_whisper_embed), but it brings no encoder for it (skip_audio_tower)": bool(
-            original.get("encode_whisper_embed") and original.get("skip_audio_tower")
-        ),
-        "extra decoder layers (audio_decoder_proj_num_layers) have no place in it": bool(
-            original.get("audio_decoder_proj_num_layers")
-        ),
-        "an audio embedding projector has no place in it": bool(original.get("use_audio_out_embed_projector")),
-        "an RQ transformer has no place in it": bool(original.get("use_rq_transformer")),
-        "it was trained without the delay pattern": original.get("use_delay_pattern") is False,
-    }
-    found = [reason for reason, holds in wrong.items() if holds]
-    if found:
-        raise CheckpointError("this original-format checkpoint cannot be loaded: " + "; ".join(found))
-
-
-def native_state(original: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Original names -> native names; frozen and trainable halves concatenated, buffers dropped."""
-    whole = {key: tensor for key, tensor in original.items() if not _HALVES.match(key) and not _DROPPED.search(key)}
-    for base in {match.group(1) for key in original if (match := _HALVES.match(key))}:
-        halves = {
-            m.group(2): tensor for key, tensor in original.items() if (m := _HALVES.match(key)) and m.group(1) == base
-        }
-        if set(halves) != {"frozen", "trainable"}:
-            raise CheckpointError(f"the checkpoint has only the {', '.join(halves)} half of {base}")
-        whole[f"{base}.weight"] = torch.cat([halves["frozen"], halves["trainable"]])
-    renamed = {}
-    for key, tensor in whole.items():
-        for pattern, replacement in _RENAMES:
-            key = pattern.sub(replacement, key)
-        renamed[key] = tensor
-    return renamed
-
-
-def original_state(native: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Native names -> original names: the way back from `native_state`."""
-    renamed = {}
-    for key, tensor in native.items():
-        for pattern, replacement in _RENAMES_BACK:
-            key = pattern.sub(replacement, key)
-        renamed[key] = tensor
-    return renamed
-
-
-def original_config(
-    native: HiggsAudioV2Config,
-    *,
-    tokens: Mapping[str, int],
-    conditioning: Conditioning | None = None,
-    encoder: Mapping[str, Any] | None = None,
-    written: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The original configuration of a native one: the way back from `native_config`.
-
-    `tokens` are the ids of `<|AUDIO|>` and `<|audio_eos|>`, which native has only in its tokenizer; `encoder` is the
-    Whisper encoder's configuration where `conditioning` has one; `written` is the configuration that the checkpoint
-    had when it came in the original layout, whose other keys stay. Raises CheckpointError for what it cannot say.
+    Raises CheckpointError.
     """
-    if native.audio_delay_token_id != native.audio_bos_token_id + 1:
+    written = read_json(folder / "config.json", "a checkpoint folder needs it")
+    if (extended := written.get(CONDITIONING_KEY)) is not None:
+        try:
+            return Conditioning.model_validate(extended)
+        except ValidationError as error:
+            raise CheckpointError(f"{folder / 'config.json'} is damaged ({CONDITIONING_KEY}): {error}") from error
+    return Conditioning(audio_attention=bool(written.get("use_audio_out_self_attention")))
+
+
+def check_tokenizer(tokenizer: Any, config: HiggsAudioV2Config, folder: Path) -> None:
+    """Raises CheckpointError if the tokenizer does not fit the config."""
+    for token, expected in {AUDIO_OUT: config.audio_token_id, AUDIO_OUT_BOS: config.audio_bos_token_id}.items():
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != expected:
+            raise CheckpointError(
+                f"the tokenizer in {folder} gives {token} the id {found}, the config says {expected}: "
+                "tokenizer and weights are not of the same checkpoint"
+            )
+    if len(tokenizer) > config.vocab_size:
         raise CheckpointError(
-            f"the delay token {native.audio_delay_token_id} does not follow <|audio_out_bos|> "
-            f"({native.audio_bos_token_id}): the original layout has no place for it; use the native one"
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model {config.vocab_size}: "
+            "tokenizer and weights are not of the same checkpoint"
         )
-    has = conditioning or Conditioning()
-    text = dict((written or {}).get("text_config") or {}) | _original_text(native)
-    config = {
-        "architectures": ["HiggsAudioModel"],
-        "audio_adapter_type": "dual_ffn",
-        "audio_embed_avg": False,
-        "audio_ffn_hidden_size": native.hidden_size,
-        "audio_ffn_intermediate_size": native.intermediate_size,
-        "audio_dual_ffn_layers": list(range(native.num_hidden_layers)),
-        "audio_decoder_proj_num_layers": 0,
-        "use_delay_pattern": True,
-        "use_audio_out_embed_projector": False,
-        "use_rq_transformer": False,
-        "encode_audio_in_tokens": True,
-        **_ORIGINAL_TOKENS,
-        **(written or {}),
-        "model_type": "higgs_audio",
-        "text_config": text,
-        "audio_num_codebooks": native.num_codebooks,
-        "audio_codebook_size": native.codebook_size - 2,
-        "audio_in_token_idx": tokens[AUDIO_IN],
-        "audio_eos_token_id": tokens[AUDIO_EOS],
-        "audio_out_token_idx": native.audio_token_id,
-        "audio_out_bos_token_id": native.audio_bos_token_id,
-        "audio_stream_bos_id": native.audio_stream_bos_id,
-        "audio_stream_eos_id": native.audio_stream_eos_id,
-        "pad_token_id": native.pad_token_id,
-        "use_audio_out_self_attention": has.audio_attention,
-        "encode_whisper_embed": has.whisper is not None,
-        "skip_audio_tower": has.whisper is None,
-    }
-    if has.whisper is not None:
-        assert encoder is not None, "a checkpoint with Whisper conditioning brings its encoder along in this layout"
-        config["audio_encoder_config"] = {
-            "model_type": "higgs_audio_encoder",
-            "num_hidden_layers": encoder["encoder_layers"],
-            **encoder,
-        }
-    return config
 
 
-def _original_text(native: HiggsAudioV2Config) -> dict[str, Any]:
-    rope = dict(native.rope_parameters or {})
-    theta = rope.pop("rope_theta", 10000.0)  # the default on the way forth, too
-    return {
-        "model_type": "llama",
-        **{key: getattr(native, key) for key in _TEXT_KEYS},
-        "rope_theta": theta,
-        "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
-        "rope_parameters": None,
-        "bos_token_id": native.bos_token_id,
-        "eos_token_id": native.eos_token_id,
-        "tie_word_embeddings": False,
-    }
-
-
-@dataclass(frozen=True)
-class Original:
-    """The weights of an original-format checkpoint in the native layout."""
-
-    state: dict[str, Tensor]
-    conditioning: Conditioning  # the extensions that it has and the native class does not
-    whisper: WhisperTower | None  # its audio_tower
-
-
-def read_original(layout: Layout) -> Original:
-    """Weights of an original-format folder, whose `native_config` was read. Raises CheckpointError."""
-    written = layout.config
-    state = read_weights(layout.weights)
-    tower = {key: state.pop(key) for key in list(state) if key.startswith("audio_tower.")}
-    whisper = None
-    if not written.get("skip_audio_tower", True):
-        whisper = tower_from_original(written.get("audio_encoder_config"), tower, layout.folder)
-    conditioning = Conditioning(audio_attention=bool(written.get("use_audio_out_self_attention")))
-    if whisper is not None:
-        heard_at = written.get("audio_in_token_idx")
-        if not isinstance(heard_at, int):
-            raise CheckpointError(f"{layout.folder / 'config.json'} has no audio_in_token_idx: download it again")
-        conditioning = conditioning.model_copy(update={"whisper": whisper_spec(whisper, heard_at)})
-    return Original(native_state(state), conditioning, whisper)
-
-
-def read_config(folder: Path) -> HiggsAudioV2Config:
-    """The native configuration of a checkpoint in any layout, whatever its weights are. Raises CheckpointError."""
-    written = read_json(folder / "config.json", "it is no checkpoint folder without it")
-    if written.get("model_type") not in MODEL_TYPES:
-        raise CheckpointError(
-            f"{folder / 'config.json'} has the model_type {written.get('model_type')!r}: expected one of "
-            f"{', '.join(MODEL_TYPES)}"
-        )
-    try:
-        config = _native_config(written)
-        _inverse_frequencies(config)  # an unknown kind would break off wherever a model is built
-    except CheckpointError:
-        raise
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        text = f"{folder / 'config.json'} does not describe a model of Higgs Audio v2"
-        raise CheckpointError(f"{text} ({type(error).__name__}: {error})") from error
-    return config
-
-
-def brings_audio_attention(folder: Path) -> bool:
-    """Whether the checkpoint itself has audio self-attention, by its config."""
-    written = read_json(folder / "config.json", "it is no checkpoint folder without it")
-    extension = written.get(CONDITIONING_KEY) or {}
-    return bool(written.get("use_audio_out_self_attention") or extension.get("audio_attention"))
-
-
-def empty_model(config: HiggsAudioV2Config) -> HiggsAudioV2ForConditionalGeneration:
-    """The native model with its text head on the meta device: names and shapes, no memory."""
-    with torch.device("meta"):
+def build(
+    config: HiggsAudioV2Config, *, layers: int | None = None, dtype: torch.dtype | None = None
+) -> HiggsAudioV2ForConditionalGeneration:
+    """The native model with its text head, without loaded weights, on the current device."""
+    if layers is not None:
+        config = type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers})
+    if dtype is None:
         return HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+    return HiggsAudioV2ForConditionalGeneration._from_config(config, use_text_head=True, dtype=dtype)
 
 
-def _native_config(written: dict[str, Any]) -> HiggsAudioV2Config:
-    if MODEL_TYPES[written["model_type"]] == "original":
-        return native_config(written)
-    native = {key: value for key, value in written.items() if key not in ("model_type", CONDITIONING_KEY)}
-    return HiggsAudioV2Config.from_dict(native)
+def load(
+    layout: Layout, config: HiggsAudioV2Config, dtype: torch.dtype
+) -> tuple[HiggsAudioV2ForConditionalGeneration, WhisperTower | None]:
+    """The native model with text head and the extensions in its folder, and the folder's Whisper encoder.
+
+    Raises CheckpointError.
+    """
+    _check_size(layout, config)
+    if layout.kind == "native":
+        return _load_native(layout, config, dtype), None
+    if layout.kind == "original":
+        original = read_original(layout)
+        return _filled(layout, config, original.conditioning, original.state, dtype), original.whisper
+    if CONDITIONING_KEY not in layout.config:
+        raise CheckpointError(
+            f"{layout.folder / 'config.json'} does not list the modules that it adds ({CONDITIONING_KEY}): copy or "
+            "download the checkpoint again"
+        )
+    conditioning = written_conditioning(layout.folder)
+    return _filled(layout, config, conditioning, read_weights(layout.weights), dtype), None
 
 
-def _inverse_frequencies(config: HiggsAudioV2Config) -> tuple[Tensor, float]:
-    """[head_dim / 2] float32 and the factor on cos and sin, from the config alone."""
+def inverse_frequencies(config: HiggsAudioV2Config) -> Tensor:
+    """[head_dim / 2] float32, from the config alone. Raises CheckpointError for an unknown kind."""
     parameters: dict[str, Any] = dict(config.rope_parameters or {})
     kind = parameters.get("rope_type", "default")
     if kind == "default":
-        size = config.head_dim or config.hidden_size // config.num_attention_heads
+        size = spec_of(config).head_dim
         exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
-        return 1.0 / parameters["rope_theta"] ** exponents, 1.0
+        return 1.0 / parameters["rope_theta"] ** exponents
     if kind not in ROPE_INIT_FUNCTIONS:
         known = ", ".join(ROPE_INIT_FUNCTIONS)
         raise CheckpointError(f"config.json has the rope_type {kind!r}: one of default, {known}")
-    return ROPE_INIT_FUNCTIONS[kind](config, device=torch.device("cpu"))
+    frequencies: Tensor = ROPE_INIT_FUNCTIONS[kind](config, device=torch.device("cpu"))[0]
+    return frequencies
+
+
+def empty_model(
+    config: HiggsAudioV2Config, conditioning: Conditioning | None = None
+) -> HiggsAudioV2ForConditionalGeneration:
+    """The model on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        model = build(config)
+        add_conditioning(model, conditioning or Conditioning())
+    return model
+
+
+def _check_size(layout: Layout, config: HiggsAudioV2Config) -> None:
+    """Raises CheckpointError if a config contradicts itself or needs more values than the weight files hold."""
+    path = layout.folder / "config.json"
+    ids = (config.pad_token_id or 0, config.audio_token_id, config.audio_bos_token_id, config.audio_delay_token_id)
+    try:
+        if not 0 < config.num_hidden_layers <= len(layout.keys):
+            raise ValueError(f"{config.num_hidden_layers} layers of {len(layout.keys)} tensors")
+        if not 0 <= min(ids) <= max(ids) < config.vocab_size:
+            raise ValueError(f"a token id is outside the vocabulary of {config.vocab_size}")
+        values = sum(value.numel() for value in empty_model(config).state_dict().values())
+    except malformed_errors() as error:
+        raise CheckpointError(f"{path} is damaged: {error}; copy or download the checkpoint again") from error
+    if values > layout.bytes:
+        raise CheckpointError(
+            f"{path} describes a model of {values} values, which the {layout.bytes} bytes of weights cannot hold: copy "
+            "or download the checkpoint again"
+        )
+
+
+def _load_native(
+    layout: Layout, config: HiggsAudioV2Config, dtype: torch.dtype
+) -> HiggsAudioV2ForConditionalGeneration:
+    if TEXT_HEAD not in layout.keys:
+        raise CheckpointError(
+            f"{layout.folder} has no {TEXT_HEAD}: it was saved without its text head, which the text loss needs; "
+            "save it once more with use_text_head=True"
+        )
+    try:
+        loaded: Any = HiggsAudioV2ForConditionalGeneration.from_pretrained(
+            layout.folder,
+            config=config,
+            use_text_head=True,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except malformed_errors(SafetensorError) as error:
+        raise CheckpointError(f"{layout.folder} cannot be loaded: {error}") from error
+    model, info = loaded
+    problems = [*info["missing_keys"], *(str(item) for item in info["mismatched_keys"])]
+    if problems:
+        raise CheckpointError(
+            f"the weights in {layout.folder} do not fill the model: {len(problems)} missing or of another shape, "
+            f"such as {problems[0]}; copy or download the checkpoint again"
+        )
+    return model
+
+
+def _filled(
+    layout: Layout,
+    config: HiggsAudioV2Config,
+    conditioning: Conditioning,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> HiggsAudioV2ForConditionalGeneration:
+    """A model with its extensions and exactly these weights. Raises CheckpointError."""
+    # Names and shapes are compared before the model is allocated.
+    shapes = {key: tuple(value.shape) for key, value in empty_model(config, conditioning).state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    wrong = sorted(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
+    if wrong:
+        raise CheckpointError(
+            f"the {layout.kind}-format weights in {layout.folder} do not fit its config: {len(wrong)} tensors missing, "
+            f"unknown or of another shape, "
+            f"such as {wrong[0]}: expected {shapes.get(wrong[0])}, got {found.get(wrong[0])}"
+        )
+    model = build(config, dtype=dtype)
+    add_conditioning(model, conditioning)
+    model.load_state_dict(state)
+    if conditioning:
+        model.model.builtin = conditioning
+    return model

@@ -35,9 +35,9 @@ if (typeof document !== "undefined") {
   const dialog = find("blind"), data = JSON.parse(find("blind-data").textContent);
   const { sets, systems, labels } = data, place = "higgstune-blind-" + data.key;
   const player = new Audio();
-  let votes = recalled(), playing = null, played = new Set();
+  let votes = savedVotes(), playing = null, played = new Set();
 
-  function recalled() {
+  function savedVotes() {
     try {
       const kept = JSON.parse(localStorage.getItem(place));
       const fits = (vote, i) => vote === "none" || (Number.isInteger(vote) && vote >= 0 && vote < sets[i].takes.length);
@@ -78,9 +78,9 @@ if (typeof document !== "undefined") {
   }
 
   async function play(i) {
-    const again = playing === i;
+    const wasPlaying = playing === i;
     stop();
-    if (again) return;
+    if (wasPlaying) return;
     playing = i;
     const round = votes.length, source = find(sets[round].takes[i].audio).src;
     if (player.src !== source) player.src = source;
@@ -88,13 +88,13 @@ if (typeof document !== "undefined") {
     find("blind-plays").children[i].setAttribute("aria-pressed", "true");
     try {
       await player.play();
-      if (round === votes.length) heard(i);
+      if (round === votes.length) markPlayed(i);
     } catch (error) {
       if (error.name !== "AbortError") find("blind-status").textContent = "The clip cannot be played: " + error.message;
     }
   }
 
-  function heard(i) {
+  function markPlayed(i) {
     played.add(i);
     const ready = played.size === sets[votes.length].takes.length;
     for (const each of find("blind-choices").children) each.setAttribute("aria-disabled", String(!ready));
@@ -115,28 +115,28 @@ if (typeof document !== "undefined") {
   function undo() {
     if (votes.length === 0) return;
     votes.pop();
-    show("The last vote is taken back." + keep());
+    show("The last vote is undone." + keep());
   }
 
-  function again() {
-    if (votes.length && !confirm("Forget all votes and start again?")) return;
+  function restart() {
+    if (votes.length && !confirm("Delete all votes and start again?")) return;
     votes = [];
-    show("All votes are forgotten." + keep());
+    show("All votes are deleted." + keep());
   }
 
   function save() {
     const done = votes.length === sets.length;
-    // Before the end the file tells labels alone, so that looking into it does not unblind.
+    // Before the end the file has only labels, so that reading it does not unblind.
     const rows = votes.map((choice, i) => ({
       text: sets[i].text,
       vote: choice === "none" ? "no difference" : labels[choice],
       ...(done && { order: sets[i].takes.map((take) => systems[take.system]) }),
       ...(done && choice !== "none" && { system: systems[sets[i].takes[choice].system] }),
     }));
-    const told = { test: data.key, seed: data.seed, texts: sets.length, done: rows.length, votes: rows };
-    if (done) told.result = { systems, ...countVotes(systems, sets, votes) };
+    const saved = { test: data.key, seed: data.seed, texts: sets.length, done: rows.length, votes: rows };
+    if (done) saved.result = { systems, ...countVotes(systems, sets, votes) };
     const link = element("a", "", { download: "blind-votes-" + data.key + ".json" });
-    link.href = URL.createObjectURL(new Blob([JSON.stringify(told, null, 1)], { type: "application/json" }));
+    link.href = URL.createObjectURL(new Blob([JSON.stringify(saved, null, 1)], { type: "application/json" }));
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     find("blind-status").textContent = rows.length + " votes are saved.";
@@ -151,7 +151,7 @@ if (typeof document !== "undefined") {
     find("blind-vote").hidden = done;
     find("blind-result").hidden = !done;
     find("blind-undo").disabled = votes.length === 0;
-    find("blind-start").textContent = votes.length === 0 ? "Start the blind test" : done ? "Show the result of the blind test" : "Go on with the blind test";
+    find("blind-start").textContent = votes.length === 0 ? "Start the blind test" : done ? "Show the result of the blind test" : "Continue the blind test";
     if (done) showResult(); else showSet(sets[votes.length]);
     find("blind-status").textContent = status;
     if (dialog.open) find("blind-h").focus();
@@ -175,11 +175,11 @@ if (typeof document !== "undefined") {
     const list = element("ul", "");
     systems.forEach((name, i) => list.append(element("li", name + ": preferred in " + wins[i] + " of " + sets.length + " texts")));
     list.append(element("li", "no difference: in " + ties + " of " + sets.length));
-    const told = pairs.map(({ a, b, wins: [x, y], p }) =>
+    const preferences = pairs.map(({ a, b, wins: [x, y], p }) =>
       element("p", systems[a] + " " + x + ", " + systems[b] + " " + y + ": " + (p < 0.001 ? "p < 0.001" : "p = " + p.toFixed(3)) +
         (p < 0.05 ? ", a preference beyond chance." : ", which chance alone can explain.")));
     const note = element("p", "p of a two-sided sign test over the texts where one of the two was preferred; ties do not count.", { class: "note" });
-    find("blind-result").replaceChildren(element("h3", "Your result"), list, ...told, note);
+    find("blind-result").replaceChildren(element("h3", "Your result"), list, ...preferences, note);
   }
 
   function pressed(event) {
@@ -209,7 +209,7 @@ if (typeof document !== "undefined") {
   find("blind-close").addEventListener("click", () => dialog.close());
   find("blind-undo").addEventListener("click", undo);
   find("blind-save").addEventListener("click", save);
-  find("blind-again").addEventListener("click", again);
+  find("blind-restart").addEventListener("click", restart);
   find("blind-start").hidden = false;
   show("");
 }

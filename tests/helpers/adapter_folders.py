@@ -1,4 +1,4 @@
-"""Adapters and checkpoints that are looked into, moved and damaged."""
+"""Read, copy and damage the folders of adapters and merged checkpoints."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ def card(folder: Path) -> dict[str, Any]:
 
 
 def copy_of(adapter: Path, folder: Path, **changes: Any) -> Path:
-    """An adapter elsewhere, its card changed, and without the checksum that would tell."""
+    """A copy of an adapter with a changed card, and without the checksum that would reveal it."""
     shutil.copytree(adapter, folder)
     (folder / "higgstune.json").write_text(json.dumps(card(folder) | {"card_sha256": None} | changes))
     return folder

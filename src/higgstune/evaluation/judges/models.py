@@ -1,4 +1,8 @@
-"""Similarity of voices by WavLM with an x-vector head, trained to verify speakers (microsoft/wavlm-base-plus-sv)."""
+"""The models for voices and for quality: WavLM x-vectors, and DistillMOS.
+
+`WavLM` compares voices by a WavLM with an x-vector head, trained to verify speakers (microsoft/wavlm-base-plus-sv).
+`DistillMos` estimates mean opinion scores; it needs the extra `naturalness`. Whisper is in `asr`.
+"""
 
 import importlib
 import io
@@ -13,34 +17,36 @@ from torch.nn.functional import normalize
 from transformers import Wav2Vec2FeatureExtractor, WavLMForXVector
 
 from higgstune import torchaudio_compat
-from higgstune.checkpoint_files import MALFORMED, read_json, weight_files
+from higgstune.checkpoint_files import malformed_errors, read_json, weight_files
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.evaluation.judges.base import (
+    MIN_SAMPLES,
     NO_REFERENCE,
     NO_VOICE,
     RATE,
-    SHORTEST,
     WORST,
-    hear,
     load_weights,
     model_name,
+    read_for_judge,
     short_name,
 )
 from higgstune.hub import fetch
 
 _WHAT = "speaker judge"
 _PICKLED = "pytorch_model.bin"
-MIN_SAMPLES = RATE  # samples; a shorter clip is repeated, for the x-vector layers look at half a second at once
-MAX_VOICE_SAMPLES = 60 * RATE  # samples; attention grows with the square
+XVECTOR_SAMPLES = RATE  # a shorter clip is repeated: the x-vector layers take half a second at once
+MAX_VOICE_SAMPLES = 60 * RATE  # the memory of attention grows with the square
+MAX_MOS_SAMPLES = 60 * RATE  # DistillMOS takes all windows of a clip at once, so this bounds its memory
+_DISTILLMOS = "distillmos"
 
 
 class WavLM:
-    """An x-vector of each file, compared by cosine. Embeddings of files that do not change are kept."""
+    """Compares x-vectors of files by cosine. Keeps the embeddings of files that do not change."""
 
     def __init__(self, name_or_path: str, *, device: str = "cpu") -> None:
-        """A folder or hub id. Raises CheckpointError for any other checkpoint, or one that lacks a weight."""
+        """A folder or hub id. Raises CheckpointError for any other checkpoint, or for one that lacks a weight."""
         folder = fetch(name_or_path, what=_WHAT)
-        config = read_json(folder / "config.json", "it is no checkpoint folder without it")
+        config = read_json(folder / "config.json", "every checkpoint folder has one")
         if config.get("model_type") != "wavlm":
             raise CheckpointError(
                 f"{folder / 'config.json'} has the model_type {config.get('model_type')!r}: name a WavLM for speaker "
@@ -56,26 +62,26 @@ class WavLM:
         ).to(self._device)  # fmt: skip
         try:
             self._extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder, local_files_only=True)
-        except MALFORMED as error:
+        except malformed_errors() as error:
             raise CheckpointError(f"the {_WHAT} {folder} has no usable preprocessor_config.json: {error}") from error
         self._known: dict[tuple[str, int, int], torch.Tensor] = {}
 
     def similarities(self, references: Sequence[Path], files: Sequence[Path]) -> dict[str, list[float]]:
         """Cosine of each file to the mean of the references' embeddings; of the first minute of each.
 
-        A file under 0.1 s, in which there is no voice, has 0. Raises ConfigError where no reference has a voice.
+        A file under 0.1 s has no voice and gets 0. Raises ConfigError if no reference has a voice.
         """
-        heard = [embedding for embedding in map(self._embedding, references) if embedding is not None]
-        if not heard:
+        voices = [embedding for embedding in map(self._embedding, references) if embedding is not None]
+        if not voices:
             raise ConfigError(NO_REFERENCE)
-        centre = normalize(torch.stack(heard).mean(0), dim=0)
+        centre = normalize(torch.stack(voices).mean(0), dim=0)
         embeddings = [self._embedding(file) for file in files]
         return {self.model: [NO_VOICE if found is None else float(found @ centre) for found in embeddings]}
 
     def _embedding(self, file: Path) -> torch.Tensor | None:
-        """[xvector dim] float32 of length 1 on the CPU; None for a file in which there is nothing."""
-        waveform = hear(file)
-        if len(waveform) < SHORTEST:
+        """[xvector dim] float32 of length 1 on the CPU; None for a file under 0.1 s."""
+        waveform = read_for_judge(file)
+        if len(waveform) < MIN_SAMPLES:
             return None
         state = file.stat()
         key = (str(file.resolve()), state.st_mtime_ns, state.st_size)
@@ -85,8 +91,8 @@ class WavLM:
 
     @torch.inference_mode()
     def _embedded(self, waveform: np.ndarray) -> torch.Tensor:
-        if len(waveform) < MIN_SAMPLES:
-            waveform = np.resize(waveform, MIN_SAMPLES)  # repeats it
+        if len(waveform) < XVECTOR_SAMPLES:
+            waveform = np.resize(waveform, XVECTOR_SAMPLES)  # repeats it
         values = self._extractor(waveform, sampling_rate=RATE, return_tensors="pt")["input_values"]
         return normalize(self._model(values.to(self._device)).embeddings[0].float().cpu(), dim=0)
 
@@ -94,7 +100,7 @@ class WavLM:
 def _weights(folder: Path, name: str) -> tuple[Path, ...]:
     """The weight files: safetensors, or the single pickled file that the published model has.
 
-    torch reads tensors alone from it (`weights_only`), so that it runs no code.
+    torch reads only tensors from it (`weights_only`), so it runs no code.
     """
     if not any(folder.glob("*.safetensors")):
         if not Path(name).expanduser().is_dir():
@@ -111,33 +117,29 @@ def _with_pickled(name: str) -> Path:
         raise CheckpointError(f"the weights of the {_WHAT} {name} cannot be downloaded: {error}") from error
 
 
-_MODEL = "distillmos"
-MAX_MOS_SAMPLES = 60 * RATE  # samples, so that memory is bounded: it takes all windows of a clip at once
-
-
 class DistillMos:
-    """Mean opinion scores, 1 to 5; needs the extra `naturalness`."""
+    """Estimates mean opinion scores, 1 to 5; needs the extra `naturalness`."""
 
     def __init__(self, *, device: str = "cpu") -> None:
-        """Raises ConfigError when the extra is not installed."""
-        torchaudio_compat.install()  # it imports torchaudio, for files that we read ourselves
+        """Raises ConfigError if the extra is not installed."""
+        torchaudio_compat.install()  # distillmos imports torchaudio to read files, which we do ourselves
         try:
             library = importlib.import_module("distillmos.sqa")
         except ImportError as error:
-            raise ConfigError(f"{_MODEL} needs more: pip install 'higgstune[naturalness]' [{error}]") from error
-        with redirect_stdout(io.StringIO()):  # it says which weights it has loaded
+            raise ConfigError(f"{_DISTILLMOS} needs more: pip install 'higgstune[naturalness]' [{error}]") from error
+        with redirect_stdout(io.StringIO()):  # it prints which weights it has loaded
             self._model = library.ConvTransformerSQAModel().eval().to(device)
         self._device = torch.device(device)
         weights = Path(library.DEFAULT_WEIGHTS_CHKPT)
-        self.name = model_name(_MODEL, weights.stem, [weights])
+        self.name = model_name(_DISTILLMOS, weights.stem, [weights])
 
     @torch.inference_mode()
     def rate(self, files: Sequence[Path]) -> dict[str, list[float]]:
-        """A score a file, of its first minute; 1.0, the worst, for one under 0.1 s, in which there is no speech."""
-        return {_MODEL: [self._score(file) for file in files]}
+        """A score per file, of its first minute. A file under 0.1 s has no speech and gets 1.0, the worst."""
+        return {_DISTILLMOS: [self._score(file) for file in files]}
 
     def _score(self, file: Path) -> float:
-        waveform = hear(file, seconds=MAX_MOS_SAMPLES / RATE)
-        if len(waveform) < SHORTEST:
+        waveform = read_for_judge(file, seconds=MAX_MOS_SAMPLES / RATE)
+        if len(waveform) < MIN_SAMPLES:
             return WORST
         return float(self._model(torch.from_numpy(waveform)[None].to(self._device)))

@@ -1,0 +1,82 @@
+"""The verbs `doctor` and `demo`: whether what is here works."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from higgstune.cli.options import MODEL, AsrOption, DeviceOption, JsonOption, RevisionOption, SpeakerOption
+from higgstune.cli.output import Bar, announce, errors, measures_summary, print_result
+from higgstune.errors import ConfigError, WorkError
+
+
+def doctor(
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Checkpoint: folder or hub id.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="An adapter or a run; it names its base.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="A code store.")] = None,
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="Recipe to plan; it names the others.")] = None,
+    codec: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Another codec: folder or hub id.", rich_help_panel=MODEL)
+    ] = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Check machine, checkpoint, codec, data and adapter: what is wrong, and what to do.
+
+    Exits with 1 when a check failed. Nothing is changed.
+    """
+    announce("loading libraries", as_json)
+    from higgstune.diagnostics.examine import doctor as run
+
+    report = run(
+        model,
+        adapter,
+        data,
+        codec,
+        recipe,
+        revision=revision,
+        device=None if device == "auto" else device,
+        progress=lambda what: errors.print(f"examining {what}", highlight=False),
+    )
+    if as_json:
+        print_result(report.to_json(), as_json)
+    else:
+        Console().print(report.table())
+        typer.echo(", ".join(f"{count} {status}" for status, count in report.summary.items()))
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder of the demo.")] = Path("runs/demo"),
+    asr: AsrOption = None,
+    speaker_judge: SpeakerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Teach a miniature a second voice: prepare, two stages, speak, report. No network, no GPU, a few minutes.
+
+    With judges it measures the result, and exits with 1 when it is not good enough.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} exists: remove it, or give another --out")
+    announce("unpacking recordings and a base", as_json)
+    from higgstune.demo.demo import run_demo
+
+    with Bar(live=False) as bar:  # training draws a bar of its own
+        result = run_demo(out, asr=asr, speaker_judge=speaker_judge, progress=bar)
+    if as_json:
+        print_result(dataclasses.asdict(result), as_json)
+    else:
+        rows = result.measurement.rows if result.measurement else []
+        figures = {row.name: measures_summary(row.error_rate, row.similarity) for row in rows}
+        bars = result.measurement.bars if result.measurement else []
+        verdicts = {bar.name: f"{bar.value:.3f} ({bar.condition}) {'holds' if bar.holds else 'BROKEN'}" for bar in bars}
+        print_result({**figures, **verdicts, "seconds": round(result.seconds), "open": str(result.report)}, as_json)
+    if result.measurement is not None and not result.measurement.passed:
+        broken = [bar.name for bar in result.measurement.bars if not bar.holds]
+        raise WorkError(f"the demo's result is not good enough: {', '.join(broken)}; see {result.report}")

@@ -1,0 +1,85 @@
+"""The verb `train`, which also plans a run."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from higgstune.cli.options import JsonOption, PlannedDeviceOption
+from higgstune.cli.output import announce, print_result, stage_summary
+from higgstune.errors import ConfigError
+from higgstune.hub import check_name
+from higgstune.inputs import check_store
+
+if TYPE_CHECKING:
+    from higgstune.config.recipe import Recipe
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe in YAML; see recipes/.")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder of the run.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Such as stages.0.learning_rate=5e-5; may be repeated."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Only print memory, steps and time; exit code 1 if the run does not fit."),
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="With --plan: memory of the device, such as 16GB; default: what is free."),
+    ] = None,
+    device: PlannedDeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the stages of a recipe, and verify that each saved adapter is what was trained."""
+    from higgstune.config.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if not plan and (memory is not None or device is not None):
+        raise ConfigError("--memory and --device belong to --plan; a run's device is model.device of the recipe")
+    if not plan and out is None:
+        raise ConfigError("give --out, the folder of the run (or --plan, which trains nothing)")
+    check_store(Path(loaded.data.store))
+    check_name(loaded.model.checkpoint, what="checkpoint")
+    if out is None or plan:
+        _show_plan(loaded, memory, device, as_json)
+        return
+    announce("loading the model", as_json)
+    import torch.distributed
+
+    from higgstune.training.run import train as run
+
+    result = run(loaded, out, resume=resume)
+    stages = {
+        name: {key: value for key, value in stage.as_json().items() if key != "history"}
+        for name, stage in result.stages.items()
+    }
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if os.environ.get("RANK", "0") == "0":
+        summaries = {f"stage {name}": stage_summary(stage) for name, stage in stages.items()}
+        shown = {"stages": stages} if as_json else summaries
+        print_result({"run": str(result.folder), "adapter": str(result.adapter), **shown}, as_json)
+
+
+def _show_plan(recipe: "Recipe", memory: str | None, device: str | None, as_json: bool) -> None:
+    announce("planning", as_json)
+    from higgstune.planning.report import plan
+
+    found = plan(recipe, memory=memory, device=device)
+    if as_json:
+        print_result(found.as_json(), as_json)
+    else:
+        table = Table("", *(f"{stage.name} ({stage.kind})" for stage in found.plan.stages))
+        for row in found.rows():
+            table.add_row(*row)
+        Console().print(table)
+        typer.echo(found.verdict())
+    if found.fits is False:
+        raise typer.Exit(1)
