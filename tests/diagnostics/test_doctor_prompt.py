@@ -42,8 +42,8 @@ def conversation(row: Row) -> Row:
     """A conversation with audio of the user, and assistant text before the target."""
     said = {"role": "user", "content": [{"type": "text", "text": "Repeat:"}, {"type": "audio", "url": "a.wav"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "Here."}, {"type": "audio", "url": "b.wav"}]}
-    heard = [random_codes(5, seed=3)]
-    return dataclasses.replace(row, messages=[said, answer], context_codes=heard, context_sha256=["0"])
+    context = [random_codes(5, seed=3)]
+    return dataclasses.replace(row, messages=[said, answer], context_codes=context, context_sha256=["0"])
 
 
 @pytest.mark.parametrize("change", [lambda row: row, conversation], ids=["utterance", "conversation"])
