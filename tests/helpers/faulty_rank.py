@@ -50,4 +50,4 @@ if __name__ == "__main__":
     stage.verify_in_fresh_process = proven
     if name != "none" and os.environ["RANK"] == rank:
         from_third_step(FAULTS[name])
-    cli.main()
+    cli()

@@ -138,7 +138,7 @@ def train_on_a_full_disk(made: Recipe, out: Path, at: str, nth: int) -> None:
     ("at", "nth", "said", "kept"),
     [
         (
-            "higgstune.training.trainer:new_checkpoint",
+            "higgstune.training.resume:new_checkpoint",
             2,
             "checkpoint-4 cannot be written",
             [2],
