@@ -51,7 +51,7 @@ class Names:
         return any((self.model, self.adapter, self.data, self.codec, self.recipe))
 
     def take_from_recipe(self, recipe: Recipe) -> None:
-        """A recipe names base, codec, store and the adapter that it goes on from."""
+        """A recipe names base, codec, store and the adapter that it continues."""
         self._take_model(recipe.model.checkpoint, recipe.model.revision)
         self.data = self.data or recipe.data.store
         self.codec = self.codec or recipe.model.codec
@@ -103,8 +103,8 @@ def doctor(
 ) -> Report:
     """Examine whatever is named, and the machine; without any, the machine alone. Nothing is changed.
 
-    An adapter and a recipe name their base, codec and data themselves; what is given here goes before. `progress` is
-    told what is being examined. Whatever is wrong is a finding of the report; ConfigError is raised for a device or
+    An adapter and a recipe name their base, codec and data themselves; arguments override that. `progress` gets the
+    name of the running check. Whatever is wrong is a finding of the report; ConfigError is raised for a device or
     dtype that does not exist.
     """
     target = choose_device(device)
@@ -191,8 +191,8 @@ class _Examination:
     def _skip(self, check: str, reason: str, gives: str | None) -> None:
         if gives is not None:
             self.absent.setdefault(gives, reason)
-        told = [f.message for f in self.findings if f.check == check and f.status in ("failed", "skipped")]
-        if not told:
+        messages = [f.message for f in self.findings if f.check == check and f.status in ("failed", "skipped")]
+        if not messages:
             self.findings.append(Finding(check, "skipped", reason))
 
     def _if_failed(self, found: list[Finding], thing: str, reason: str) -> list[Finding]:
@@ -365,7 +365,7 @@ class _Examination:
 
     def _look_at_loss(self) -> list[Finding]:
         rows = [stores.read_by_codes(row) for row in self.rows]
-        plain = Rendering(reference=self.rendering.reference)  # the base alone hears nothing through Whisper
+        plain = Rendering(reference=self.rendering.reference)  # the base alone does not use Whisper
         return loss.check_loss(self.model, self.prompter, rows, plain)
 
     def _look_at_adapter_files(self) -> list[Finding]:
