@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from judging import answering
+from on_cpu import CPU
 from processes import Together
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -209,7 +210,7 @@ def test_a_language_that_the_judge_cannot_hear_is_told_before_training(world: Pa
         train_unproven(made, tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
     with pytest.raises(ConfigError, match="does not support the language 'de'"):
-        evaluate(world / "base", texts="de", asr=str(tmp_path / "english"), out=tmp_path / "out", device="cpu")
+        evaluate(world / "base", texts="de", asr=str(tmp_path / "english"), out=tmp_path / "out", base=CPU)
     assert not (tmp_path / "out").exists()
 
 
