@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,13 @@ def run(world: Path, tmp_path: Path) -> Path:
 def spoken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every text that is spoken, in order."""
     texts: list[str] = []
-    real = Speaker.say_each
+    real = Speaker.speak_all
 
-    def recording(self: Speaker, requests: Sequence[Request], **options: Any) -> list[Speech]:
+    def recording(self: Speaker, requests: Sequence[Request], **options: Any) -> Iterator[Speech]:
         texts.extend(request.text for request in requests)
         return real(self, requests, **options)
 
-    monkeypatch.setattr(Speaker, "say_each", recording)
+    monkeypatch.setattr(Speaker, "speak_all", recording)
     return texts
 
 

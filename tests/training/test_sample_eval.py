@@ -190,7 +190,7 @@ def speak_with_unequal_logits(out: Path) -> None:
         return logits.flip(-1) if processes.rank else logits
 
     Decoder.step = perturbed  # type: ignore[method-assign]
-    [speech] = Speaker(loaded, model=model.eval()).say_each(
+    [speech] = Speaker(loaded, model=model.eval()).speak_all(
         [Request("Hi.")], sampling=Sampling(temperature=1.0), max_seconds=0.4, sync_logits=processes.broadcast
     )
     np.save(out / f"{processes.rank}.npy", speech.waveform)

@@ -206,7 +206,7 @@ class Stage(_Strict):
 class Recipe(_Strict):
     """A whole run.
 
-    >>> recipe = parse_recipe({"data": {"store": "data"}, "stages": [{"name": "voice", "epochs": 3}]}, where="example")
+    >>> recipe = Recipe(data={"store": "data"}, stages=[{"name": "voice", "kind": "full", "epochs": 3}])
     >>> recipe.with_({"stages.0.learning_rate": 5e-5}).stages[0].learning_rate
     5e-05
     """

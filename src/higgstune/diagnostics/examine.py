@@ -91,6 +91,8 @@ def doctor(
 ) -> Report:
     """Examine whatever is named, and the machine; without any, the machine alone. Nothing is changed.
 
+        doctor(adapter="runs/voice", data="data/voice").passed
+
     An adapter and a recipe name their base, codec and data themselves; what is given here takes precedence. `progress`
     is called with what is being examined. Whatever is wrong is a finding of the report; ConfigError is raised for a
     device or dtype that does not exist.

@@ -112,6 +112,8 @@ def compare(
 ) -> ComparisonResult:
     """Evaluate two or more runs, adapters, bases or folders of clips on the same texts, and write a page into `out`.
 
+        compare(["runs/a", "runs/b"], out="runs/compared", asr="large-v3").best
+
     The others are compared with the first one. `gates` and `rank` decide which is best (see `choice.Rule`); `command`
     is shown on the page. `out` is a folder; as in `evaluate`, it keeps the speech. `base` applies to every
     base, `whisper` to the adapters that were trained with Whisper.

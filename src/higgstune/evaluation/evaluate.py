@@ -173,6 +173,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Speak `texts` and the `guard` sets with an adapter (its folder or its run's) and with its base, and measure them.
 
+        evaluate("runs/voice", texts="en", asr="large-v3").texts.conclusion
+
     `texts` and each entry of `guard` is `validation` (rows of the store that the adapter was trained on, or of `data`),
     built-in languages, a file of sentences or a `meta.lst` (see `read_sentences`). `limit` caps the texts of each set;
     without it, at most 100 rows of a store are spoken. `language` applies to sentences that name none; the default is

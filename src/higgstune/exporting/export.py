@@ -45,6 +45,8 @@ def export(
 ) -> ExportResult:
     """Write the adapter of a run's or an adapter's folder into the new folder `out`, as other software loads it.
 
+        export("runs/voice", "models/voice", format="native").folder
+
     `format` is one of
 
         native    merged with its base, in the layout of transformers, which vLLM-Omni reads, too

@@ -288,6 +288,9 @@ def load(
 ) -> Speaker:
     """A speaker from a run (the adapter of its last stage), an adapter's folder or a checkpoint, to be kept.
 
+        voice = load("runs/voice", device="cuda")
+        voice.speak("Good morning").save("morning.wav")
+
     An adapter records its base and codec; `base` names them if they have moved, and how to load them: `device` is
     short for `base.device`. `reference_place` and `whisper` as in `Speaker`.
 
