@@ -239,7 +239,7 @@ def test_the_best_of_five(tmp_path: Path) -> None:
         clip_folder(tmp_path / "longer", seconds=2.5),
     ]
     found = compare(folders, out=tmp_path / "out", gates=["cap_rate <= 0", "short_rate <= 0"],
-                    rank="-abs(duration_ratio - 1) - silence", device="cpu")  # fmt: skip
+                    rank="-abs(duration_ratio - 1) - silence", base=CPU)  # fmt: skip
     assert found.best == "good"
     assert found.choice.broken == [["cap_rate <= 0"], ["short_rate <= 0"], [], [], []]
     assert found.differences["silent"]["silence"].value > 1
