@@ -166,8 +166,8 @@ def speech(run: Path) -> list[Any]:
 
 def evaluation(world: Path) -> dict[str, Any]:
     out = world / "evaluation"
-    told = higgstune_verb("evaluate", world / "voice", "--out", out, "--limit", "3", "--json")
-    systems = json.loads(told)["systems"]
+    summary = higgstune_verb("evaluate", world / "voice", "--out", out, "--limit", "3", "--json")
+    systems = json.loads(summary)["systems"]
     waveforms = sorted(out.rglob("*.wav"), key=lambda path: digest(path.read_bytes()))
     return {
         "spoken": [digest(path.read_bytes()) for path in waveforms],

@@ -127,7 +127,7 @@ def test_peft_is_what_plain_peft_loads(world: Path, tmp_path: Path) -> None:
     assert matter["library_name"] == "peft"
     assert matter["base_model_relation"] == "adapter"
     assert tree(world / "plain" / "adapter") == before
-    # It is an adapter folder of ours, too, and tells a damaged file.
+    # It is an adapter folder of ours, too, which detects a damaged file.
     moved = shutil.move(result.folder, tmp_path / "moved")
     load_adapter(load_model(world / "base", device="cpu"), moved)
     flip_byte(moved / "adapter_model.safetensors")

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer, GenerationConfig
 from higgstune import BaseSpec, export, load
 from higgstune.checkpoint_files import check_checksums
 from higgstune.errors import CheckpointError
-from higgstune.exporting import layouts
 from higgstune.exporting import verify as check
 from higgstune.model.load import load_model, load_model_and_tokenizers
 from higgstune.training.run import train
@@ -75,7 +74,7 @@ def test_a_base_without_a_template_gets_the_native_one(world: Path, tmp_path: Pa
 
 
 def test_large_weights_are_written_in_shards(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layouts, "SHARD_SIZE", "500KB")
+    monkeypatch.setattr("higgstune.families.higgs_v2.export.SHARD_SIZE", "500KB")
     for format in ("native", "boson"):
         folder = export(world / "plain" / "adapter", tmp_path / format, format=format, base=CPU).folder
         shards = sorted(path.name for path in folder.glob("*.safetensors"))

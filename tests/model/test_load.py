@@ -105,7 +105,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     ("change", "names"),
     [
         ({"use_audio_out_self_attention": True}, r"tensors missing.*audio_attn"),
-        ({"encode_whisper_embed": True}, "brings no encoder"),
+        ({"encode_whisper_embed": True}, "its encoder is missing"),
         ({"skip_audio_tower": False}, "Whisper encoder in .* does not fit"),
         ({"audio_decoder_proj_num_layers": 1}, "extra decoder layers"),
         ({"use_delay_pattern": False}, "delay pattern"),
@@ -204,18 +204,18 @@ def test_whatever_is_wrong_is_one_clear_error(checkpoint: Path, damage: Any, nam
     ],
 )
 def test_errors_of_the_hub_say_what_to_do(monkeypatch: pytest.MonkeyPatch, error: type[Exception], names: str) -> None:
-    asked: dict[str, Any] = {}
+    downloads: dict[str, Any] = {}
 
     def fail(name: str, **options: Any) -> None:
-        asked.update(options)
+        downloads.update(options)
         raise error.__new__(error)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(CheckpointError, match=names):
         load_model("owner/name", revision="abc", cache_dir="somewhere")
-    assert asked["revision"] == "abc"
-    assert asked["cache_dir"] == "somewhere"
-    assert "*.bin" not in asked["allow_patterns"]
+    assert downloads["revision"] == "abc"
+    assert downloads["cache_dir"] == "somewhere"
+    assert "*.bin" not in downloads["allow_patterns"]
 
 
 def test_devices_and_dtypes_are_chosen_or_refused() -> None:

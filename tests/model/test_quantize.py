@@ -96,7 +96,7 @@ def in_4_bits(model: nn.Module) -> set[str]:
 
 
 def golden_logits(model: Any, golden: Golden) -> Tensor:
-    """Audio and text logits on all positions that are no padding."""
+    """Audio and text logits on all tokens but padding."""
     inputs = golden.native_inputs()
     hidden = model.model(**inputs).last_hidden_state[inputs["attention_mask"].bool()]
     return torch.cat([model.audio_lm_head(hidden), model.text_lm_head(hidden)], dim=-1)
@@ -108,7 +108,7 @@ def folders(world: Path, tmp_path: Path) -> Iterator[tuple[Path, list[str]]]:
     yield world / "base", LINEAR
     yield world / "extended", own
     yield Golden("base").save_original_checkpoint(tmp_path / "original"), LINEAR
-    yield Golden("audio_attention").save_original_checkpoint(tmp_path / "listens"), own
+    yield Golden("audio_attention").save_original_checkpoint(tmp_path / "conditioned"), own
 
 
 # The base
@@ -138,8 +138,8 @@ def test_all_layouts_are_put_into_4_bits_and_nothing_else_of_them(
             assert not layer.support_avx512bf16_for_cpu
             # Of normally distributed weights, nf4 is off by 9.5 % in root mean square.
             off = ((dequantized(found) - weight).float().norm() / weight.float().norm()).item()
-            told = "layers wrongly on this CPU" in caplog.text
-            assert 0.08 < off < 0.11 or (told and layer.in_features % 64 and off < 0.35)
+            warned = "layers wrongly on this CPU" in caplog.text
+            assert 0.08 < off < 0.11 or (warned and layer.in_features % 64 and off < 0.35)
 
 
 def test_it_computes_with_what_the_4_bits_say(tmp_path: Path) -> None:
@@ -390,6 +390,6 @@ def test_4_bits_are_not_trained_in_full(world: Path, tmp_path: Path) -> None:
 def test_dora_is_refused_on_what_begins_with_zero_only(world: Path) -> None:
     dora, added = Lora(dora=True), load(world / "base")
     add_conditioning(added, ATTENTION)
-    with pytest.raises(ConfigError, match=r"lora\.dora has no direction"):
+    with pytest.raises(ConfigError, match=r"lora\.dora cannot start from"):
         check_directions(added, dora, ATTENTION, "lora")
     check_directions(load(world / "extended"), dora, ATTENTION, "lora")

@@ -64,7 +64,7 @@ def test_two_stages_leave_a_proven_adapter(world: Path, finished: Path) -> None:
     assert parse_recipe(resolved, where="saved") == recipe(world)
 
 
-def test_stage_two_begins_where_stage_one_ended(finished: Path) -> None:
+def test_stage_two_starts_where_stage_one_ended(finished: Path) -> None:
     last = [entry for entry in history(finished, "stage1") if "eval_loss" in entry][-1]
     first = next(entry for entry in history(finished, "stage2") if "eval_loss" in entry)
     assert first["step"] == 0
@@ -109,7 +109,7 @@ def test_a_run_that_never_began_does_not_claim_its_folder(world: Path, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_was_begun_is_gone_on_with_only_on_request_and_with_its_recipe(
+def test_a_run_is_resumed_only_on_request_and_with_its_recipe(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*_: Any) -> None:
@@ -131,7 +131,7 @@ def test_a_run_that_was_begun_is_gone_on_with_only_on_request_and_with_its_recip
             train(recipe(world), tmp_path / "run", resume=True)
 
 
-def test_an_adapter_that_is_not_what_was_trained_is_told(world: Path, finished: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_is_not_what_was_trained_is_refused(world: Path, finished: Path, tmp_path: Path) -> None:
     adapter, probe = tmp_path / "adapter", tmp_path / "probe.safetensors"
     shutil.copytree(finished / "stage2" / "adapter", adapter)
     shutil.copy(finished / "stage2" / "verify" / "probe.safetensors", probe)
@@ -209,7 +209,7 @@ def test_an_adapter_speaks_from_its_folder_alone(finished: Path, tmp_path: Path)
     assert 0 < len(waveform) == len(clip.waveform) <= 0.4 * rate
 
 
-def test_a_wrong_base_is_told(finished: Path, tmp_path: Path) -> None:
+def test_a_wrong_base_is_refused(finished: Path, tmp_path: Path) -> None:
     other = save_tiny_checkpoint(tmp_path / "other", num_hidden_layers=3)
     with pytest.raises(CheckpointError, match="num_hidden_layers 2"):
         load_adapter(load_model(other, device="cpu"), finished / "stage2" / "adapter")

@@ -31,7 +31,7 @@ def doctor(
 
     Exits with 1 when a check failed. Nothing is changed.
     """
-    announce("importing torch", as_json)
+    announce("loading libraries", as_json)
     from higgstune.diagnostics.examine import doctor as run
 
     report = run(

@@ -63,7 +63,10 @@ def speak(
     max_seconds: Annotated[
         float | None,
         typer.Option(
-            metavar="SECONDS", help="Longest piece; default: from the text's length.", rich_help_panel=SAMPLING
+            metavar="SECONDS",
+            callback=within(0, above=True),
+            help="Longest piece; default: from the text's length.",
+            rich_help_panel=SAMPLING,
         ),
     ] = None,
     model: Annotated[

@@ -65,6 +65,11 @@ class ModelSettings(_Strict):
         None, description="Whisper checkpoint that user and system audio is heard through; the store has its features"
     )
 
+    @field_validator("family")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        return family_info(value).name
+
     @field_validator("audio_attention", mode="before")
     @classmethod
     def _one_way(cls, value: Any) -> Any:
@@ -292,11 +297,7 @@ def _stage_defaults(family: Any) -> Mapping[str, Any]:
 
 def _family_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """What the recipe's model family cannot do, by the path of the field."""
-    try:
-        family = family_info(recipe.model.family)
-    except ConfigError as error:
-        yield "model.family", str(error)
-        return
+    family = family_info(recipe.model.family)
     for setting in ("audio_attention", "whisper"):
         if getattr(recipe.model, setting) and setting not in family.extensions:
             yield f"model.{setting}", f"{family.title} has no such extension; leave it out"

@@ -1,6 +1,6 @@
-"""The embedded demo: a miniature base learns a second voice, through the same functions as the real job.
+"""The demo: a miniature base learns a second voice, by the same functions as a real run.
 
-Everything comes from the package: the sample recordings, the fitted codec, the miniature base. No network, no GPU.
+The package has everything: the sample recordings, the fitted codec, the miniature base. No network, no GPU.
 """
 
 import shutil
@@ -33,9 +33,9 @@ from higgstune.training.result import RunResult
 from higgstune.training.run import train
 
 TARGET_VOICE = "rms"
-CLIPS = 30  # of its recordings, for training and validation: as many as it can learn in a few minutes
+CLIPS = 30  # of its recordings, for training and validation: as many as the base learns in a few minutes
 SPOKEN_SENTENCES = 24  # training sentences that are spoken and, if there are judges, measured
-SAMPLING = Sampling(temperature=0)  # greedy: a miniature has no probability mass to spare
+SAMPLING = Sampling(temperature=0)  # greedy: a miniature's probabilities are too flat to sample from
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class _Clock:
 def run_demo(
     out: str | Path, *, asr: str | None = None, speaker_judge: str | None = None, progress: Progress | None = None
 ) -> DemoResult:
-    """Prepare, train two stages, speak before and after, report; all of it under `out`, which must not exist.
+    """Prepare, train two stages, speak before and after, report; all under `out`, which must be empty or missing.
 
-    `asr` and `speaker_judge` (specs as for `load_judges`) add measurements to the report. Raises ConfigError, and
-    whatever the steps raise.
+    `asr` and `speaker_judge` (specs as for `load_judges`) add measurements to the report. Raises ConfigError, and the
+    errors of the steps.
     """
     out = Path(out)
     if out.exists() and any(out.iterdir()):
@@ -80,7 +80,7 @@ def run_demo(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Use one thread: for models this small a second one costs more than it gains, tenfold on a busy machine."""
+    """Use one thread: for such small models a second one costs more than it gains, tenfold on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -119,7 +119,7 @@ def _run(out: Path, judges: Judges, show: Progress) -> DemoResult:
 
 
 def _unpack(out: Path) -> Path:
-    """Copy what the package ships; return the manifest of the target voice."""
+    """Copy the package's assets to `out`; returns the manifest of the target voice."""
     with resources.as_file(resources.files("higgstune.demo") / "assets") as assets:
         shutil.copytree(assets / "voices", out / "dataset")
         shutil.copytree(assets / "base", out / "base")

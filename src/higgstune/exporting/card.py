@@ -153,6 +153,7 @@ def _recipe_of(source: Source) -> dict[str, dict[str, Any]]:
 def _base(source: Source, facts: CardFacts) -> str:
     rows = {
         "name": public_name(source.checkpoint),
+        "model family": source.layout.family.title,
         "revision": source.base.revision or source.card.get("revision") or "not recorded",
         "fingerprint of its weights": facts.base_fingerprint,
         "codec": public_name(facts.codec) + (", in the sub-folder `codec`" if facts.has_codec else ""),
@@ -284,6 +285,7 @@ def describe(
     )
     (folder / "README.md").write_text(model_card(source, facts), encoding="utf-8")
     merged = {
+        "family": source.layout.family.name,
         "adapter_sha256": source.weights_sha256,
         "base": public_name(source.checkpoint),
         "revision": source.base.revision,

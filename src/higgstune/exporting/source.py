@@ -14,7 +14,7 @@ from higgstune.families import read_layout
 from higgstune.families.base import Layout
 from higgstune.hub import fetch
 from higgstune.inputs import BaseSpec, find_adapter
-from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, check_adapter_files
+from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, check_adapter_family, check_adapter_files
 from higgstune.model.load import naming_where_recorded, recorded_base
 
 MERGED = "merged"  # key of a folder's higgstune.json: which adapter is in these weights
@@ -56,6 +56,7 @@ def open_source(run: str | Path, base: BaseSpec = BaseSpec()) -> Source:
     base = recorded_base(base, adapter, card)
     with naming_where_recorded(adapter):
         layout = read_layout(fetch(str(base.checkpoint), what="checkpoint", revision=base.revision))
+    check_adapter_family(adapter, layout.family)
     sha256 = sha256_of(adapter / ADAPTER_WEIGHTS)
     _refuse_merged_base(layout.folder, card, sha256)
     return Source(

@@ -1,4 +1,4 @@
-"""A loaded checkpoint that speaks, and what it is given and gives."""
+"""A loaded checkpoint that speaks, with its requests and results."""
 
 import base64
 import logging
@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Voice:
-    """A reference: its transcript, its codes [frames, K], and its Whisper features for a model that uses Whisper."""
+    """A reference: its transcript, its codes [frames, K], and its Whisper features if the model uses Whisper."""
 
     text: str
     codes: np.ndarray
-    heard: WhisperFeatures | None = None
+    whisper_features: WhisperFeatures | None = None
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class Speech:
     0.5
     """
 
-    text: str  # as it was given to the model, normalised
+    text: str  # normalised, as the model got it
     waveform: np.ndarray  # [samples] float32
     sample_rate: int
-    hit_cap: bool  # some piece was ended by its frame cap, not by the model
+    hit_cap: bool  # the frame cap ended a piece, not the model
 
     @property
     def seconds(self) -> float:
-        """Duration."""
+        """The duration."""
         return len(self.waveform) / self.sample_rate
 
     def save(self, path: str | Path) -> Path:
@@ -93,11 +93,11 @@ class Speaker:
         reference_place: ReferencePlace | None = None,
         whisper: str | Path | None = None,
     ) -> None:
-        """`model` is `loaded.model` with an adapter that is on it already, as in training. `reference_place` is where a
-        reference stands in the prompt; the default is where it stood in training. `whisper` names the Whisper
-        checkpoint of a model that uses Whisper, if it has moved.
+        """`model` is `loaded.model` with its adapter already loaded, as in training. `reference_place` is the place of
+        a reference in the prompt (None: as the adapter was trained). `whisper` names the Whisper checkpoint of a model
+        that uses Whisper, if it has moved.
 
-        Raises CheckpointError when the adapter does not fit the checkpoint or was trained with another codec.
+        Raises CheckpointError if the adapter does not fit the checkpoint or was trained with another codec.
         """
         self.loaded = loaded
         self.codec = loaded.audio_tokenizer
@@ -107,7 +107,7 @@ class Speaker:
         self.model = loaded.model if model is None else model
         self.reference_place: ReferencePlace = reference_place or trained_place(adapter, loaded.folder)
         self._whisper_spec = loaded.family.extensions.of(self.model).whisper
-        if adapter is not None:  # a base may use Whisper, and the adapter have been trained to read codes
+        if adapter is not None:  # a base may use Whisper although the adapter was trained on codes
             self._whisper_spec = adapter_conditioning(adapter).whisper
         if whisper is not None and self._whisper_spec is None:
             raise InputError("--whisper has no effect: this model was not trained with Whisper")
@@ -122,26 +122,28 @@ class Speaker:
 
     @property
     def whisper_spec(self) -> WhisperSpec | None:
-        """The encoder of references, where they are encoded by Whisper."""
+        """The Whisper encoder for references; None if references are read by their codes."""
         return self._whisper_spec if self.uses_whisper else None
 
     @property
     def uses_whisper(self) -> bool:
-        """Whether references are encoded by Whisper, not read by their codes."""
+        """Whether Whisper encodes references; otherwise they are read by their codes."""
         return self._whisper_spec is not None and self.reference_place == "scene"
 
     def reference(self, path: str | Path, text: str = "") -> Voice:
-        """A recording and its transcript, as a voice to imitate; in the scene it stands without its transcript.
+        """A recording and its transcript, as a voice to imitate; a reference in the scene needs no transcript.
 
-        Raises DataError when it cannot be read, CheckpointError when the model's Whisper checkpoint is missing or is
-        not the one that it was trained with.
+        Raises DataError if it cannot be read, CheckpointError if the model's Whisper checkpoint is missing or not the
+        one of training.
         """
         waveform, rate = read_audio(path)
-        heard = None
+        features = None
         if self._whisper_spec is not None and self.uses_whisper:
             tower = self._tower(self._whisper_spec)
-            heard = tower.encode(resample(waveform, rate, tower.sample_rate))
-        return Voice(normalize_text(text), self.codec.encode(resample(waveform, rate, self.codec.sample_rate)), heard)
+            features = tower.encode(resample(waveform, rate, tower.sample_rate))
+        return Voice(
+            normalize_text(text), self.codec.encode(resample(waveform, rate, self.codec.sample_rate)), features
+        )
 
     def _tower(self, shape: WhisperSpec) -> WhisperTower:
         if self._loaded_tower is not None:
@@ -152,11 +154,11 @@ class Speaker:
                 tower = load_whisper(self._whisper_name or shape.checkpoint, device=self.loaded.model.device)
             except CheckpointError as error:
                 raise CheckpointError(
-                    f"{error}\n(the model needs this Whisper checkpoint; if it has moved, name it with --whisper)"
+                    f"{error}\n(the model needs this Whisper checkpoint: if it has moved, name it with --whisper)"
                 ) from error
         if tower.revision != shape.revision:
             raise CheckpointError(
-                f"the model was trained with Whisper features of {shape.checkpoint} (revision {shape.revision}); "
+                f"the model was trained with the Whisper checkpoint {shape.checkpoint} (revision {shape.revision}); "
                 f"{tower.checkpoint} has the revision {tower.revision}: name the right one with --whisper"
             )
         self._loaded_tower = tower
@@ -198,9 +200,9 @@ class Speaker:
     ) -> Iterator[Speech]:
         """Speak texts in their order, each in its own voice, `batch_size` at a time when the first of them is due.
 
-        Each piece of a long text gets the previous piece as context.
-        `max_seconds` caps every piece, in place of the cap from the text's length. Raises InputError on an empty
-        text, DataError on control tokens in it. `sync_logits`: see `generate`.
+        Long texts are split into pieces; the prompt of each piece has the one before as context. `max_seconds` caps
+        every piece, instead of the cap from the text's length. `sync_logits`: see `generate`. Raises InputError for an
+        empty text, DataError for control tokens in a text.
         """
         if max_seconds is not None and not max_seconds > 0:
             raise InputError(f"max_seconds is {max_seconds}: it must be above 0")
@@ -236,7 +238,7 @@ class Speaker:
         )
         audio: list[Audio] = [voice.codes for voice in context]
         if reference is not None and in_scene:
-            audio.insert(0, reference.codes if reference.heard is None else reference.heard)
+            audio.insert(0, reference.codes if reference.whisper_features is None else reference.whisper_features)
         return self.prompter.prompt(messages, audio)
 
     def _cap(self, text: str, max_seconds: float | None) -> int:
@@ -248,7 +250,7 @@ class Speaker:
         if hit_cap:
             for text in (text for text, piece in zip(clip.pieces, clip.spoken, strict=True) if piece.hit_cap):
                 logger.warning(
-                    "did not stop by itself and was cut at the frame cap, %.1f s: %r (train longer, lower the "
+                    "speech did not stop by itself and was cut at the frame cap, %.1f s: %r (train longer, lower the "
                     "temperature, or try another seed)",
                     self._cap(text, clip.max_seconds) / self.codec.frame_rate,
                     text,
@@ -267,7 +269,7 @@ class _Clip:
         self.pieces = split_text(self.text)
         self.spoken: list[Generated] = []
         if not self.pieces:
-            raise InputError("there is no text to speak")
+            raise InputError("the text to speak is empty")
 
     @property
     def done(self) -> bool:

@@ -1,4 +1,4 @@
-"""Load a checkpoint: the model of its family, and everything that belongs to it."""
+"""Loads checkpoints: the model of a family, its tokenizer and its codec."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,12 +19,12 @@ from higgstune.families.base import Family, Layout, Prompter, Spec
 from higgstune.hub import fetch
 from higgstune.inputs import ADAPTER_CONFIG, BaseSpec, Quantize
 from higgstune.kernels.quantize import check_quantize, quantize_layers
-from higgstune.model.adapter_folder import UNQUANTIZED_FINGERPRINT, adapter_card, base_fingerprint
+from higgstune.model.adapter_folder import UNQUANTIZED_FINGERPRINT, adapter_card, base_fingerprint, check_adapter_family
 
 
 @dataclass(frozen=True)
 class ModelAndTokenizers:
-    """A checkpoint with all that training and speaking need. The codec is not part of the model's module tree."""
+    """A checkpoint with everything that training and speaking need. The codec is outside the model's module tree."""
 
     model: Any  # of its family's class
     tokenizer: Any
@@ -34,8 +34,8 @@ class ModelAndTokenizers:
     revision: str | None
     codec: str  # as named by the user or found
     family: Family
-    whisper: WhisperTower | None = None  # the encoder that an original-format checkpoint brings
-    folder: Path | None = None  # where the checkpoint lies on this disk
+    whisper: WhisperTower | None = None  # the encoder of an original-format checkpoint
+    folder: Path | None = None  # of the checkpoint on this disk
 
     @property
     def spec(self) -> Spec:
@@ -44,7 +44,7 @@ class ModelAndTokenizers:
 
     @property
     def prompter(self) -> Prompter:
-        """What turns conversations into examples for it."""
+        """The prompter of the checkpoint, which turns conversations into examples."""
         return self.family.prompter(self.tokenizer, self.config)
 
 
@@ -60,9 +60,9 @@ def load_model(
     """The model of a checkpoint's family (for Higgs Audio v2 the native class, with text head), in eval mode, from a
     folder in any of the family's layouts or a hub id.
 
-    `dtype` and `device` are chosen where not given: see `choose_device`, `choose_dtype`. `quantize` ("4bit") puts the
-    linear weights of the decoder layers into 4 bits, see `quantize_layers`; `dtype` is then what they compute in.
-    Raises CheckpointError, or ConfigError where 4 bits need what is not installed.
+    `dtype` and `device` default to those of `choose_device` and `choose_dtype`. `quantize` ("4bit") quantizes the
+    linear weights of the decoder layers, see `quantize_layers`; they then compute in `dtype`. Raises CheckpointError,
+    or ConfigError if bitsandbytes is missing for 4 bits.
     """
     base = BaseSpec(path, dtype=dtype, device=device, quantize=quantize)
     layout = read_layout(fetch(path, what="checkpoint", revision=revision, cache_dir=cache_dir))
@@ -98,8 +98,11 @@ def load_base(base: BaseSpec, adapter: Path | None = None) -> ModelAndTokenizers
     Raises CheckpointError, ConfigError, InputError when neither names a checkpoint.
     """
     with naming_where_recorded(adapter):
-        found = base if adapter is None else recorded_base(base, adapter, adapter_card(adapter))
-        return _load_all(found)
+        if adapter is not None:
+            base = recorded_base(base, adapter, adapter_card(adapter))
+            folder = fetch(str(base.checkpoint), what="checkpoint", revision=base.revision, weights=False)
+            check_adapter_family(adapter, family_in(folder)[0])
+        return _load_all(base)
 
 
 def recorded_base(base: BaseSpec, adapter: Path, card: Mapping[str, Any]) -> BaseSpec:
@@ -163,11 +166,11 @@ def _load_all(
 
 
 def load_tokenizer(folder: Path, family: Family, config: Any) -> Any:
-    """The checkpoint's own tokenizer. Raises CheckpointError when it is missing or does not fit the config."""
+    """The checkpoint's own tokenizer. Raises CheckpointError if it is missing or does not fit the config."""
     if not (folder / "tokenizer.json").exists():
         raise CheckpointError(f"{folder / 'tokenizer.json'} is missing: the tokenizer belongs to the checkpoint")
     settings = read_json(folder / "tokenizer_config.json", "") if (folder / "tokenizer_config.json").exists() else {}
-    # A name here would be read instead of the folder's own file. That of special_tokens_map_file never is.
+    # transformers would read a file named here instead of the folder's own. It never reads special_tokens_map_file.
     files = [key for key in settings if key.endswith("_file") and key != "special_tokens_map_file"]
     if named := [key for key in files if settings[key] is not None]:
         raise CheckpointError(f"{folder / 'tokenizer_config.json'} names a file by {named[0]}: remove the key")
@@ -188,7 +191,7 @@ def load_prompter(checkpoint: str | Path) -> Prompter:
 
 
 def check_codec(codec: Codec, spec: Spec, name: str) -> None:
-    """Raises CheckpointError unless the codec's codes are what the model predicts."""
+    """Raises CheckpointError unless the codec's codes are those that the model predicts."""
     if codec.num_codebooks != spec.num_codebooks or codec.codebook_size != spec.codes:
         raise CheckpointError(
             f"the codec {name} has {codec.num_codebooks} codebooks of {codec.codebook_size}, the checkpoint expects "
@@ -201,13 +204,13 @@ def _load(layout: Layout, family: Family, config: Any, base: BaseSpec) -> tuple[
     dtype = choose_dtype(base.dtype, device)
     check_quantize(base.quantize, dtype)
     check_checksums(layout.folder)
-    if (layout.folder / ADAPTER_CONFIG).exists():  # transformers would put it on the base, unasked
+    if (layout.folder / ADAPTER_CONFIG).exists():  # transformers would silently load it onto the base
         raise CheckpointError(
             f"{layout.folder} is a checkpoint with an adapter in it: keep them in folders of their own"
         )
     model, tower = family.load(layout, config, dtype)
     if base.quantize is not None:
-        setattr(model, UNQUANTIZED_FINGERPRINT, base_fingerprint(model))  # how adapters know the base, whole or not
+        setattr(model, UNQUANTIZED_FINGERPRINT, base_fingerprint(model))  # adapters know the base by it
         quantize_layers(model, family.four_bits, device)
-    torch.nn.Module.to(model, device)  # transformers wraps its own `to` in a way that no type checker follows
+    torch.nn.Module.to(model, device)  # type checkers do not understand the `to` of transformers
     return model.eval(), tower

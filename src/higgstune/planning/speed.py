@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from higgstune.batch.collate import pack, positions, tensors_to
+from higgstune.batch.collate import count_tokens, pack, tensors_to
 from higgstune.families.base import Example, Spec
 from higgstune.kernels.memory import checkpoint_first
 from higgstune.kernels.quantize import quantize_layers
@@ -48,7 +48,7 @@ def measure(spec: StepSpec, examples: list[Example], device: torch.device) -> Sp
     if device.type == "cpu" and _bytes(spec.base, spec.dtype) > _LARGEST:
         return None
     batch = tensors_to(pack(_some(examples) if device.type == "cpu" else examples), device)
-    tokens = positions(batch)
+    tokens = count_tokens(batch)
     model = _one_layer(spec, device)
     layers = spec.family.layers(model)
     with_layer = _seconds(lambda: packed_loss(model, batch).backward(), device)
