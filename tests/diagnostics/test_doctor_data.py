@@ -130,14 +130,14 @@ def test_a_missing_or_empty_store_is_found(world: Path, tmp_path: Path) -> None:
 
 
 def test_missing_whisper_features_are_reported(world: Path) -> None:
-    store, heard = CodeStore.open(world / "data"), Rendering(reference="scene")
-    assert find_features(store, heard, named=None, shape=None) == (heard, [])
+    store, in_scene = CodeStore.open(world / "data"), Rendering(reference="scene")
+    assert find_features(store, in_scene, named=None, shape=None) == (in_scene, [])
     _, [finding] = find_features(store, Rendering(), named="a/whisper", shape=None)
     assert finding.status == "failed"
-    assert "has anything to hear" in finding.message
+    assert "has audio for Whisper" in finding.message
     with pytest.raises(DataError, match="--whisper a/whisper"):
-        find_features(store, heard, named="a/whisper", shape=None)
+        find_features(store, in_scene, named="a/whisper", shape=None)
     shape = WhisperSpec(checkpoint="a/whisper", revision="0", d_model=3, chunk_frames=4, token_id=11)
-    rendering, [finding] = find_features(store, heard, named=None, shape=shape)
+    rendering, [finding] = find_features(store, in_scene, named=None, shape=shape)
     assert finding.status == "warning"
-    assert rendering == heard
+    assert rendering == in_scene

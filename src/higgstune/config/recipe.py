@@ -62,7 +62,7 @@ class ModelSettings(_Strict):
         False, description="audio self-attention in every layer, trained in full stages by LoRA (true) or in full"
     )
     whisper: str | None = Field(
-        None, description="Whisper checkpoint that user and system audio is heard through; the store has its features"
+        None, description="Whisper checkpoint that encodes user and system audio; the store has its features"
     )
 
     @field_validator("family")
@@ -153,7 +153,7 @@ class Stage(_Strict):
     warmup_steps: float = Field(0, ge=0, description="optimizer steps; below 1: a share of all steps")
     weight_decay: float = Field(0.0, ge=0, description="of the LoRA weights, by AdamW")
     batch_tokens: int | None = Field(
-        None, ge=1, description="positions in a forward pass, for each process: clips are packed up to it; 4096"
+        None, ge=1, description="tokens in a forward pass, for each process: clips are packed up to it; 4096"
     )
     batch_size: int | None = Field(None, ge=1, description="clips in a forward pass, instead of batch_tokens")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes in an optimizer step")
@@ -221,13 +221,13 @@ class Recipe(_Strict):
     lora: Lora = Lora()  # type: ignore[call-arg]
     stages: tuple[Stage, ...]
     evaluation: EvaluationSettings = EvaluationSettings()  # type: ignore[call-arg]
-    init_adapter: str | None = Field(None, description="adapter or run that the first stage goes on from")
+    init_adapter: str | None = Field(None, description="adapter or run that the first stage continues")
     seed: int = Field(0, ge=0, lt=1 << 32, description="of the adapter's start and of the order of the clips")
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="several processes: ddp, each with the whole base; fsdp, each with a share of it (FSDP2)"
     )
     gradient_checkpointing: bool | Literal["auto"] = Field(
-        False, description="less memory for up to a third more time; auto: in as many layers as the memory asks for"
+        False, description="less memory for up to a third more time; auto: in as many layers as the memory requires"
     )
     compile: Compile = Field(
         "auto", description="on a GPU: layers compiled, which takes a minute; auto: in stages of 1000 steps or more"
@@ -259,7 +259,7 @@ class Recipe(_Strict):
     def _stages_fit(self) -> Self:
         if not self.stages:
             raise ValueError("stages is empty: a recipe needs at least one")
-        names = [stage.name.casefold() for stage in self.stages]  # one folder where a disk tells no case
+        names = [stage.name.casefold() for stage in self.stages]  # one folder on disks that ignore case
         if len(set(names)) < len(names):
             raise ValueError(f"stages need different names, got {', '.join(stage.name for stage in self.stages)}")
         if self.parallel == "fsdp" and self.model.quantize is not None:
@@ -383,7 +383,7 @@ def _place(node: Any, key: str, what: str) -> str | int:
     if not isinstance(node, list):
         raise ConfigError(f"{what}: {key!r} stands inside a plain value")
     if not (key.isdecimal() and len(key) < 10 and int(key) < len(node)):
-        raise ConfigError(f"{what}: {key!r} is not an entry of a list of {len(node)}; entries count from 0")
+        raise ConfigError(f"{what}: {key!r} is not an index of a list of {len(node)} entries; they count from 0")
     return int(key)
 
 

@@ -93,9 +93,9 @@ def doctor(
 
         doctor(adapter="runs/voice", data="data/voice").passed
 
-    An adapter and a recipe name their base, codec and data themselves; what is given here takes precedence. `progress`
-    is called with what is being examined. Whatever is wrong is a finding of the report; ConfigError is raised for a
-    device or dtype that does not exist.
+    An adapter and a recipe name their base, codec and data themselves; arguments override that. `progress` gets the
+    name of the running check. Whatever is wrong is a finding of the report; ConfigError is raised for a device or
+    dtype that does not exist.
     """
     choose_dtype(base.dtype, choose_device(base.device))
     names = Names(base, *(None if name is None else str(name) for name in (adapter, data, recipe)))
@@ -178,8 +178,8 @@ class _Examination:
     def _skip(self, check: str, reason: str, gives: str | None) -> None:
         if gives is not None:
             self.absent.setdefault(gives, reason)
-        told = [f.message for f in self.findings if f.check == check and f.status in ("failed", "skipped")]
-        if not told:
+        messages = [f.message for f in self.findings if f.check == check and f.status in ("failed", "skipped")]
+        if not messages:
             self.findings.append(Finding(check, "skipped", reason))
 
     def _if_failed(self, found: list[Finding], thing: str, reason: str) -> list[Finding]:
@@ -351,7 +351,7 @@ class _Examination:
 
     def _look_at_loss(self) -> list[Finding]:
         rows = [stores.read_by_codes(row) for row in self.rows]
-        plain = Rendering(reference=self.rendering.reference)  # the base alone hears nothing through Whisper
+        plain = Rendering(reference=self.rendering.reference)  # the base alone does not use Whisper
         return loss.check_loss(self.model, self.prompter, rows, plain)
 
     def _look_at_adapter_files(self) -> list[Finding]:
