@@ -141,7 +141,7 @@ def test_a_recipe_is_loaded_and_changed(tmp_path: Path) -> None:
     assert recipe == higgstune.Recipe.load(path)
     for change, message in (
         ({"stages.0.max_step": 50}, "the nearest one is max_steps"),
-        ({"stages.2.max_steps": 50}, "'2' is not an entry of a list of 2"),
+        ({"stages.2.max_steps": 50}, "'2' is not an index of a list of 2 entries"),
         ({"seed.x": 1}, "'x' stands inside a plain value"),
         ({"stages.0.max_steps": 50}, "are both given"),
     ):

@@ -16,7 +16,7 @@ from tiny_checkpoint import tiny_prompter
 
 from higgstune.data.audio import write_wav
 from higgstune.errors import ConfigError, DataError, InputError
-from higgstune.families import family_of
+from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.families.higgs_v2.prompt import render
 from higgstune.families.sampling import Sampling
 from higgstune.generate.chunks import expected_seconds, frame_cap, join, split_text
@@ -30,7 +30,14 @@ def make_speaker(codec: FakeCodec | None = None) -> Speaker:
     model, prompter = tiny_prompter()
     return Speaker(
         ModelAndTokenizers(
-            model, prompter.tokenizer, codec or FakeCodec(), model.config, "tiny", None, "fake", family_of(model)
+            model=model,
+            tokenizer=prompter.tokenizer,
+            audio_tokenizer=codec or FakeCodec(),
+            config=model.config,
+            checkpoint="tiny",
+            revision=None,
+            codec="fake",
+            family=FAMILY,
         )
     )
 

@@ -93,9 +93,9 @@ def doctor(
 
         doctor(adapter="runs/voice", data="data/voice").passed
 
-    An adapter and a recipe name their base, codec and data themselves; what is given here takes precedence. `progress`
-    is called with what is being examined. Whatever is wrong is a finding of the report; ConfigError is raised for a
-    device or dtype that does not exist.
+    An adapter and a recipe name their base, codec and data themselves; arguments override that. `progress` gets the
+    name of the running check. Whatever is wrong is a finding of the report; ConfigError is raised for a device or
+    dtype that does not exist.
     """
     choose_dtype(base.dtype, choose_device(base.device))
     names = Names(base, *(None if name is None else str(name) for name in (adapter, data, recipe)))

@@ -200,9 +200,9 @@ class Speaker:
     ) -> Iterator[Speech]:
         """Speak texts in their order, each in its own voice, `batch_size` at a time when the first of them is due.
 
-        Each piece of a long text gets the previous piece as context.
-        `max_seconds` caps every piece, in place of the cap from the text's length. Raises InputError on an empty
-        text, DataError on control tokens in it. `sync_logits`: see `generate`.
+        Long texts are split into pieces; the prompt of each piece has the one before as context. `max_seconds` caps
+        every piece, instead of the cap from the text's length. `sync_logits`: see `generate`. Raises InputError for an
+        empty text, DataError for control tokens in a text.
         """
         if max_seconds is not None and not max_seconds > 0:
             raise InputError(f"max_seconds is {max_seconds}: it must be above 0")

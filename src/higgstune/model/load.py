@@ -19,12 +19,7 @@ from higgstune.families.base import Family, Layout, Prompter, Spec
 from higgstune.hub import fetch
 from higgstune.inputs import ADAPTER_CONFIG, BaseSpec, Quantize
 from higgstune.kernels.quantize import check_quantize, quantize_layers
-from higgstune.model.adapter_folder import (
-    UNQUANTIZED_FINGERPRINT,
-    adapter_card,
-    base_fingerprint,
-    check_adapter_family,
-)
+from higgstune.model.adapter_folder import UNQUANTIZED_FINGERPRINT, adapter_card, base_fingerprint, check_adapter_family
 
 
 @dataclass(frozen=True)
