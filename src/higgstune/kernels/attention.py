@@ -86,20 +86,25 @@ def _attend_short(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], sca
 
 
 class _Block(NamedTuple):
-    """Neighbouring queries and all keys that any of them sees."""
+    """Neighbouring queries, `first` to `end`, and all keys that any of them sees, `start` to `end`."""
 
-    rows: slice  # of queries
-    keys: slice
-    last: int  # number of keys at the end that not all queries see
+    start: int  # of the segment
+    first: int
+    end: int
 
 
-def _blocks(lengths: tuple[int, ...], heads: int) -> Iterator[_Block]:
-    """The blocks of all segments; each token has `heads` rows of queries."""
-    for length, end in zip(lengths, accumulate(lengths), strict=True):
-        start = end - length
-        for first in range(start, end, _BLOCK):
-            stop = min(first + _BLOCK, end)
-            yield _Block(slice(first * heads, stop * heads), slice(start, stop), stop - first)
+def _blocks(lengths: tuple[int, ...]) -> list[_Block]:
+    """The blocks of all segments, in order."""
+    return [
+        _Block(end - length, first, min(first + _BLOCK, end))
+        for length, end in zip(lengths, accumulate(lengths), strict=True)
+        for first in range(end - length, end, _BLOCK)
+    ]
+
+
+def _by_rows(ctx: Any, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of [G, P * heads, d] in their blocks' rows: one call, where a slice for each took half of the time."""
+    return (tensor.split(ctx.rows, dim=1) for tensor in tensors)
 
 
 class _ShortSegments(Function):
@@ -114,13 +119,14 @@ class _ShortSegments(Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], heads: int) -> Tensor:
         """q [G, P * heads, d], scaled already; k and v [G, P, d]."""
         later = q.new_full((_BLOCK, _BLOCK), float("-inf")).triu_(1).repeat_interleave(heads, dim=0)
-        ctx.blocks = list(_blocks(lengths, heads))
+        ctx.blocks, ctx.rows = _blocks(lengths), [heads * (end - first) for _, first, end in _blocks(lengths)]
         attended, kept = torch.empty_like(q), []
-        for rows, keys, last in ctx.blocks:
-            scores = q[:, rows] @ k[:, keys].mT  # [G, n, b]
-            scores[:, :, -last:] += later[: last * heads, :last]
+        columns = k.mT
+        for (start, first, end), queries, out in zip(ctx.blocks, *_by_rows(ctx, q, attended), strict=True):
+            scores = torch.bmm(queries, columns[:, :, start:end])  # [G, n, b]
+            scores[:, :, first - start :].add_(later[: queries.shape[1], : end - first])
             weights = scores.softmax(-1)
-            torch.bmm(weights, v[:, keys], out=attended[:, rows])
+            torch.bmm(weights, v[:, start:end], out=out)
             if any(ctx.needs_input_grad):
                 kept.append(weights)
         ctx.save_for_backward(q, k, v, *kept)
@@ -130,10 +136,12 @@ class _ShortSegments(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (rows, keys, _), weights in zip(ctx.blocks, kept, strict=True):
-            of_v[:, keys].baddbmm_(weights.mT, grad[:, rows])
-            of_weights = grad[:, rows] @ v[:, keys].mT
+        parts = zip(ctx.blocks, kept, *_by_rows(ctx, q, grad, of_q), strict=True)
+        columns = v.mT
+        for (start, _, end), weights, queries, of_attended, out in parts:
+            of_v[:, start:end].baddbmm_(weights.mT, of_attended)
+            of_weights = torch.bmm(of_attended, columns[:, :, start:end])
             of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            torch.bmm(of_scores, k[:, keys], out=of_q[:, rows])
-            of_k[:, keys].baddbmm_(of_scores.mT, q[:, rows])
+            torch.bmm(of_scores, k[:, start:end], out=out)
+            of_k[:, start:end].baddbmm_(of_scores.mT, queries)
         return of_q, of_k, of_v, None, None

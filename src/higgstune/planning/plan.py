@@ -17,6 +17,7 @@ from higgstune.planning.dry_run import ADAPTER, KINDS, OPTIMIZER, WEIGHTS, Bytes
 from higgstune.planning.survey import Machine, Packs, Survey, dtype_of, packs_of, steps_of, survey
 
 _DRY_RUN_LAYERS = 2  # layers of a sort
+_LASTING = (WEIGHTS, ADAPTER, OPTIMIZER)  # there between two steps
 
 
 @dataclass
@@ -26,32 +27,38 @@ class Footprint:
     spec: StepSpec
     pack: Packed
     validation: Packed | None = None
-    _rehearsed: dict[tuple[int, int], Peaks] = field(default_factory=dict)
+    _rehearsed: dict[tuple[int, int, bool], Peaks] = field(default_factory=dict)
 
     def peak(self, again: int) -> Bytes:
         """Bytes by kind when they are most, in a step or in a validation, with so many layers computed again."""
-        layers = self.spec.config.num_hidden_layers
+        layers = self.spec.base.layers
         return max(self.segments(again, layers - again).values(), key=Counter.total)
 
     def segments(self, again: int, kept: int) -> Peaks:
         """As `dry_run` gives them."""
         few = min(again, _DRY_RUN_LAYERS), min(kept, _DRY_RUN_LAYERS)
-        result = {name: Counter(value) for name, value in self._rehearse(*few).items()}
+        smallest = self._dry_run(few, self.validation)
+        result = {name: Counter(value) for name, value in smallest.items()}
         for added, more in ((again - few[0], (few[0] + 1, few[1])), (kept - few[1], (few[0], few[1] + 1))):
             if added:
-                self._add(result, self._rehearse(*few), self._rehearse(*more), added)
+                _add_layers(result, smallest, self._dry_run(more), added)
         return result
 
-    @staticmethod
-    def _add(result: Peaks, few: Peaks, more: Peaks, layers: int) -> None:
-        for name, value in result.items():
-            for kind in value.keys() | more[name].keys():
-                value[kind] += layers * (more[name][kind] - few[name][kind])
+    def _dry_run(self, layers: tuple[int, int], validation: Packed | None = None) -> Peaks:
+        key = *layers, validation is not None
+        if key not in self._rehearsed:
+            self._rehearsed[key] = dry_run(self.spec, self.pack, layers, validation=validation)
+        return self._rehearsed[key]
 
-    def _rehearse(self, again: int, kept: int) -> Peaks:
-        if (again, kept) not in self._rehearsed:
-            self._rehearsed[again, kept] = dry_run(self.spec, self.pack, (again, kept), validation=self.validation)
-        return self._rehearsed[again, kept]
+
+def _add_layers(result: Peaks, few: Peaks, more: Peaks, layers: int) -> None:
+    """Add so many layers, each of which adds what the model with one more has beyond the one with few."""
+    for name, value in result.items():
+        for kind in value.keys() | more.get(name, {}).keys():
+            if name in more:
+                value[kind] += layers * (more[name][kind] - few[name][kind])
+            elif kind in _LASTING:  # a validation keeps nothing of a layer that is done
+                value[kind] += layers * (more["start"][kind] - few["start"][kind])
 
 
 _CUDA_WORKSPACE = 40_000_000  # cuBLAS keeps it once it has computed

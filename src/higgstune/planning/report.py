@@ -93,23 +93,21 @@ def plan(
     budget = parse_memory(memory) if isinstance(memory, str) else memory
     planner = Planner(recipe, machine_for(recipe, memory=budget, device=device))
     made = planner.plan()
-    speeds = {
-        stage.name: _speed(planner, stage) if timed and planner.machine.at_hand and made.fits else None
-        for stage in recipe.stages
-    }
     seconds, tokens = {}, {}
     for stage, planned in zip(recipe.stages, made.stages, strict=True):
-        seconds[stage.name], tokens[stage.name] = _time(speeds[stage.name], stage, planned)
+        speed = _speed(planner, stage, planned) if timed and planner.machine.at_hand and made.fits else None
+        seconds[stage.name], tokens[stage.name] = _time(speed, stage, planned)
     return PlanReport(made, tokens, seconds, options(planner) if made.fits is False else [])
 
 
-def _speed(planner: Planner, stage: Stage) -> Speed | None:
+def _speed(planner: Planner, stage: Stage, planned: StagePlan) -> Speed | None:
     packs = planner.packs(planner.recipe, stage)
     assert packs is not None
     largest = max(packs.packs, key=lambda indices: packs.lengths[indices].sum())
     rows = row_examples(planner.seen, stage, "train")
     spec = planner.spec(planner.recipe, stage)
-    return measure(spec, [rows[i] for i in largest], torch.device(planner.machine.kind))
+    examples, device = [rows[i] for i in largest], torch.device(planner.machine.kind)
+    return measure(spec, examples, device, layers=planned.layers, again=planned.checkpointed)
 
 
 def _time(speed: Speed | None, stage: Stage, planned: StagePlan) -> tuple[float | None, float | None]:
