@@ -153,9 +153,9 @@ def speech(run: Path) -> list[Any]:
     from higgstune.data.messages import speech_messages
     from higgstune.families.sampling import Sampling
     from higgstune.generate.engine import generate
-    from higgstune.generate.speak import load_speaker
+    from higgstune.generate.speaker import load
 
-    speaker = load_speaker(adapter=run, device="cpu")
+    speaker = load(run, device="cpu")
     prompts = [speaker.prompter.prompt(speech_messages(text), []) for text in SENTENCES]
     return [
         clip.codes.tolist()

@@ -10,6 +10,7 @@ import pytest
 from doctor_world import examined, failed, messages_of
 from tiny_checkpoint import random_codes, tiny_prompter, tiny_tokenizer
 
+from higgstune import BaseSpec
 from higgstune.batch.dataset import Rendering
 from higgstune.codec.base import WhisperFeatures
 from higgstune.data.store import Row
@@ -27,7 +28,7 @@ def test_a_changed_chat_template_is_found(world: Path, base: Path) -> None:
     assert failed(report) == {"prompt"}
     assert "writes a training row otherwise" in messages_of(report, "prompt")
     template.write_text(template.read_text().replace("<|eot_id|>\n", "<|eot_id|>").replace("{%- endmacro -%}", ""))
-    assert failed(doctor(model=base)) == {"prompt"}
+    assert failed(doctor(BaseSpec(base))) == {"prompt"}
 
 
 def test_a_checkpoint_without_a_chat_template_skips_the_comparison() -> None:

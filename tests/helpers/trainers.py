@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 from higgstune.batch.dataset import TARGET
 from higgstune.config.recipe import Lora
 from higgstune.data.messages import speech_messages
+from higgstune.families import family_of
 from higgstune.families.base import Example
-from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.families.higgs_v2.prompter import Prompter
 from higgstune.model.adapters import add_lora
 from higgstune.model.load import ModelAndTokenizers
@@ -25,10 +25,8 @@ CODES = 32
 def loaded_and_prompter() -> tuple[ModelAndTokenizers, Prompter]:
     model, prompter = tiny_prompter(codes=CODES)
     codec = FakeCodec(CODES)
-    loaded = ModelAndTokenizers(
-        model, prompter.tokenizer, codec, model.config, "tiny", revision=None, codec="fake", family=FAMILY
-    )
-    return loaded, prompter
+    family = family_of(model)
+    return ModelAndTokenizers(model, prompter.tokenizer, codec, model.config, "tiny", None, "fake", family), prompter
 
 
 def example(prompter: Prompter, frames: int, seed: int, text: str = "The sun rises in the east.") -> Example:

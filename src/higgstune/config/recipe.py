@@ -19,8 +19,8 @@ from higgstune.errors import ConfigError
 from higgstune.families import DEFAULT_FAMILY, family_info
 from higgstune.families.base import TextTargets
 from higgstune.files import write_file
+from higgstune.inputs import Quantize
 
-Quantize = Literal["4bit"]
 Compile = bool | Literal["auto"]
 AttentionTraining = Literal["lora", "full"]
 
@@ -209,7 +209,12 @@ class Stage(_Strict):
 
 
 class Recipe(_Strict):
-    """A whole run."""
+    """A whole run.
+
+    >>> recipe = Recipe(data={"store": "data"}, stages=[{"name": "voice", "kind": "full", "epochs": 3}])
+    >>> recipe.with_({"stages.0.learning_rate": 5e-5}).stages[0].learning_rate
+    5e-05
+    """
 
     model: ModelSettings = ModelSettings()  # type: ignore[call-arg]
     data: DataSettings
@@ -266,6 +271,21 @@ class Recipe(_Strict):
             raise ValueError("; ".join(problems))
         return self
 
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """A recipe from a YAML file. Raises ConfigError with the path of every wrong field (see `load_recipe`)."""
+        return load_recipe(path)
+
+    def with_(self, changes: Mapping[str, object]) -> "Recipe":
+        """A recipe with other values, by their paths: `{"stages.0.max_steps": 50}`; this one does not change.
+
+        Raises ConfigError with the path of every wrong field.
+        """
+        tree = self.model_dump(mode="json")
+        for key, value in changes.items():
+            _set(tree, key, value, what=key)
+        return parse_recipe(tree, where="the changed recipe")
+
 
 def _stage_defaults(family: Any) -> Mapping[str, Any]:
     """Of a family; none for a name that is refused later."""
@@ -310,7 +330,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, commands: bo
     if not commands:
         _refuse_commands(tree, path)
     for override in overrides:
-        _set(tree, override)
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {override}: write key=value, such as stages.0.learning_rate=1e-4")
+        what = f"--set {override}"
+        _set(tree, key, parse_yaml(value.encode(errors="surrogatepass"), where=f"{what}: the value"), what=what)
     return parse_recipe(tree, where=str(path))
 
 
@@ -339,32 +363,27 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     write_file(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 
-def _set(tree: Any, override: str) -> None:
-    key, separator, value = override.partition("=")
-    if not separator:
-        raise ConfigError(f"--set {override}: write key=value, such as stages.0.learning_rate=1e-4")
-    parsed = parse_yaml(value.encode(errors="surrogatepass"), where=f"--set {override}: the value")
+def _set(tree: Any, key: str, value: object, *, what: str) -> None:
+    """Set the value at a dotted path of a tree, in place; `what` names the change in errors."""
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
-        place = _place(node, parent, override)
+        place = _place(node, parent, what)
         # A copy: an alias makes one object stand in several places. Nothing: a section that was left empty (`lora:`).
         node[place] = {} if node[place] is None else copy.copy(node[place])
         node = node[place]
-    node[_place(node, last, override)] = parsed
+    node[_place(node, last, what)] = value
 
 
-def _place(node: Any, key: str, override: str) -> str | int:
+def _place(node: Any, key: str, what: str) -> str | int:
     """Where `key` stands in a mapping, which gets it when it is new, or in a list, which does not grow."""
     if isinstance(node, dict):
         node.setdefault(key)
         return key
     if not isinstance(node, list):
-        raise ConfigError(f"--set {override}: {key!r} stands inside a plain value")
+        raise ConfigError(f"{what}: {key!r} stands inside a plain value")
     if not (key.isdecimal() and len(key) < 10 and int(key) < len(node)):
-        raise ConfigError(
-            f"--set {override}: {key!r} is not an index of a list of {len(node)} entries; they count from 0"
-        )
+        raise ConfigError(f"{what}: {key!r} is not an index of a list of {len(node)} entries; they count from 0")
     return int(key)
 
 

@@ -86,6 +86,8 @@ def plan(
 ) -> PlanReport:
     """What a recipe's training will take, before anything is loaded.
 
+        plan("voice.yaml", memory="16GB", device="cuda").fits
+
     `memory` (bytes, or as "16GB") takes the place of what is free; `device` (cpu or cuda) plans for another machine.
     `timed` measures a layer, for seconds, where the device is the one at hand. Raises ConfigError, DataError,
     CheckpointError.
