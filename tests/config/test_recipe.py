@@ -114,7 +114,7 @@ def test_an_unknown_key_names_the_nearest_one(wrong: dict[str, Any], message: st
         (stage(max_steps=50), r"stages\.0: epochs \(1\) and max_steps \(50\) are both given"),
         (stage(epochs=None), r"stages\.0: give epochs or max_steps"),
         (stage(epochs=0), r"stages\.0\.epochs: .*greater than 0"),
-        (stage(kind="audio"), r"stages\.0\.kind: .*'text' or 'full'"),
+        (stage(kind="audio"), r"stages\.0\.kind: .*one of text, full"),
         (stage(name="../elsewhere"), r"stages\.0\.name: .*pattern"),
         (stage(learning_rate="fast"), r"stages\.0\.learning_rate: .*number"),
         (stage(learning_rate=float("inf")), r"stages\.0\.learning_rate: .*finite"),

@@ -138,7 +138,7 @@ def test_what_the_family_cannot_do_is_an_error_that_names_it(world: Path) -> Non
         recipe(world, model={"family": "tiny_speech", "audio_attention": True})
     with pytest.raises(ConfigError, match="text_targets: Tiny Speech has no 'transcript'"):
         recipe(world, stages=[{"name": "a", "text_targets": "transcript", "text_weight": 1, "max_steps": 1}])
-    with pytest.raises(ConfigError, match="there is no model family 'other'"):
+    with pytest.raises(ConfigError, match="unknown model family 'other'"):
         recipe(world, model={"family": "other"})
 
 

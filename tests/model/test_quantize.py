@@ -349,8 +349,8 @@ def test_variants_pass_the_same_proof(
     stage = {"name": "s", "kind": "full", "max_steps": 12, "learning_rate": 2e-2, "batch_size": 2}
     made = on_4_bits(world, {"checkpoint": str(world / checkpoint), **model}, stages=[stage], **changes)
     proof = train(made, tmp_path / "run").stages["s"].verification
-    assert proof["from_trained"] <= (5e-4 if "dtype" in model else 1e-5)
-    assert proof["from_base"] > 100 * proof["tolerance"]
+    assert proof.from_trained <= (5e-4 if "dtype" in model else 1e-5)
+    assert proof.from_base > 100 * proof.tolerance
     load_adapter(whole(world / checkpoint), tmp_path / "run" / "s" / "adapter")
 
 

@@ -44,7 +44,7 @@ class FourBits(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The whole weight, as whoever asks for it (DoRA for its norm) would unpack it."""
+        """The unpacked weight, which DoRA reads for its norm."""
         return self.packed.new_empty(self.shape, dtype=self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Tracker(TorchDispatchMode):
         self._references: dict[int, weakref.ref[Any]] = {}
 
     def begin(self, segment: str, kind: str) -> None:
-        """From here on: this segment (which may go on where it was left), and new storages are of this kind."""
+        """From here on: this segment (which may continue an earlier one), and new storages are of this kind."""
         self._segment, self.kind = segment, kind
         self._note()
 
@@ -167,7 +167,7 @@ class StepSpec:
 
 
 def dry_run(spec: StepSpec, pack: Packed, layers: tuple[int, int], *, validation: Packed | None = None) -> Peaks:
-    """One optimizer step of a model with `layers`: the first so many computed again, so many others.
+    """One optimizer step of a model with `layers`: the first so many recomputed, so many others.
 
     Peaks: `start` (before the step), `forward` (with the heads), `backward` of the first and last layer of either sort,
     `step`, and, with a pack of validation rows, `validation`.

@@ -43,7 +43,7 @@ class Speed:
 def measure(spec: StepSpec, examples: list[Example], device: torch.device, *, layers: int, again: int) -> Speed | None:
     """Time the real training step of models with one layer and with none; None where making them takes too much.
 
-    `examples` are those of a pack; on a CPU a part of them is timed. Of `layers`, the first `again` are computed again:
+    `examples` are those of a pack; on a CPU a part of them is timed. Of `layers`, the first `again` are recomputed:
     a layer is timed only as it is trained.
     """
     if device.type == "cpu" and _bytes(spec.base, spec.dtype) > _LARGEST:

@@ -70,7 +70,7 @@ class TrainingData:
         return MixedRows(own, self.replay.split(split), share=self.share, seed=self.seed)
 
     def features(self, whisper: str) -> JoinedFeatureStore:
-        """What Whisper hears in them. Raises DataError where a store has no features of that checkpoint."""
+        """The Whisper features of their clips. Raises DataError where a store has no features of that checkpoint."""
         return JoinedFeatureStore([FeatureStore.open(store.folder, whisper) for store in self.stores])
 
     @property
