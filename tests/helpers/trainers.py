@@ -13,6 +13,7 @@ from higgstune.batch.dataset import TARGET
 from higgstune.config.recipe import Lora
 from higgstune.data.messages import speech_messages
 from higgstune.families.base import Example
+from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.families.higgs_v2.prompter import Prompter
 from higgstune.model.adapters import add_lora
 from higgstune.model.load import ModelAndTokenizers
