@@ -64,10 +64,10 @@ def delayed(codes: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        (lambda codes: np.roll(codes, 1, axis=1), "not those that the model speaks in"),
-        (permuted, "not those that the model speaks in"),
-        (delayed, "carry a delay already"),
-        (lambda codes: codes[:, [0, 1, 2, 3, 4, 5, 7, 6]], "do not belong|not those that the model"),
+        (lambda codes: np.roll(codes, 1, axis=1), "not those of the model's codec"),
+        (permuted, "not those of the model's codec"),
+        (delayed, "already have a delay"),
+        (lambda codes: codes[:, [0, 1, 2, 3, 4, 5, 7, 6]], "in the wrong place|not those of the model"),
     ],
     ids=["rolled", "permuted", "delayed", "swapped"],
 )
@@ -91,7 +91,7 @@ def losses(real: float, rolled: float = 12.0, undelayed: float = 8.0, swapped: f
         (losses(9.0, rolled=9.5), "failed", "another codec"),
         (losses(8.7, rolled=11.7, undelayed=9.0, swapped=9.0), "warning", "high"),
         (losses(6.0, rolled=6.0), "warning", "random weights"),
-        (losses(5.0, undelayed=4.0), "failed", "carry a delay"),
+        (losses(5.0, undelayed=4.0), "failed", "already have a delay"),
         (losses(4.0, swapped=3.9), "warning", "words make no difference"),
         (losses(math.nan), "failed", "nan"),
         (dataclasses.replace(losses(4.0), real=(4.0,) * 7 + (13.0,)), "failed", "codebooks 7 "),
@@ -129,14 +129,14 @@ def test_a_missing_or_empty_store_is_found(world: Path, tmp_path: Path) -> None:
 
 
 def test_missing_whisper_features_are_reported(world: Path) -> None:
-    store, heard = CodeStore.open(world / "data"), Rendering(reference="scene")
-    assert find_features(store, heard, named=None, shape=None) == (heard, [])
+    store, in_scene = CodeStore.open(world / "data"), Rendering(reference="scene")
+    assert find_features(store, in_scene, named=None, shape=None) == (in_scene, [])
     _, [finding] = find_features(store, Rendering(), named="a/whisper", shape=None)
     assert finding.status == "failed"
-    assert "has anything to hear" in finding.message
+    assert "has audio for Whisper" in finding.message
     with pytest.raises(DataError, match="--whisper a/whisper"):
-        find_features(store, heard, named="a/whisper", shape=None)
+        find_features(store, in_scene, named="a/whisper", shape=None)
     shape = WhisperSpec(checkpoint="a/whisper", revision="0", d_model=3, chunk_frames=4, token_id=11)
-    rendering, [finding] = find_features(store, heard, named=None, shape=shape)
+    rendering, [finding] = find_features(store, in_scene, named=None, shape=shape)
     assert finding.status == "warning"
-    assert rendering == heard
+    assert rendering == in_scene

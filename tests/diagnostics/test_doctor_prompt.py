@@ -25,7 +25,7 @@ def test_a_changed_chat_template_is_found(world: Path, base: Path) -> None:
     template.write_text(template.read_text().replace("<|eot_id|>", "<|eot_id|>\n"))
     report = examined(world, model=base, data=None)
     assert failed(report) == {"prompt"}
-    assert "writes a training row otherwise" in messages_of(report, "prompt")
+    assert "renders a training row differently" in messages_of(report, "prompt")
     template.write_text(template.read_text().replace("<|eot_id|>\n", "<|eot_id|>").replace("{%- endmacro -%}", ""))
     assert failed(doctor(model=base)) == {"prompt"}
 
@@ -42,8 +42,8 @@ def conversation(row: Row) -> Row:
     """A conversation with audio of the user, and assistant text before the target."""
     said = {"role": "user", "content": [{"type": "text", "text": "Repeat:"}, {"type": "audio", "url": "a.wav"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "Here."}, {"type": "audio", "url": "b.wav"}]}
-    heard = [random_codes(5, seed=3)]
-    return dataclasses.replace(row, messages=[said, answer], context_codes=heard, context_sha256=["0"])
+    context = [random_codes(5, seed=3)]
+    return dataclasses.replace(row, messages=[said, answer], context_codes=context, context_sha256=["0"])
 
 
 @pytest.mark.parametrize("change", [lambda row: row, conversation], ids=["utterance", "conversation"])
@@ -93,7 +93,7 @@ def test_whisper_features_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Prompter, "prompt", other_features)
     assert (
-        "other features in speaking"
+        "other Whisper features in speaking"
         in check_same_prompt(prompter, row, FAMILY.checks, Rendering(features=Ears(1.0)))[0].message
     )
 

@@ -1,4 +1,4 @@
-"""The order of an examination: what each check needs, and what is still examined when an earlier one failed."""
+"""Check order of `doctor`; a check is skipped when its prerequisite failed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from higgstune.diagnostics import data as stores
 from higgstune.diagnostics import generation, loss, prompt
 from higgstune.diagnostics import machine as memory
 from higgstune.diagnostics.machine import check_environment
-from higgstune.diagnostics.report import Finding, Report, in_order
+from higgstune.diagnostics.report import Finding, Report, sorted_report
 from higgstune.environment import choose_device, choose_dtype
 from higgstune.errors import CheckpointError, ConfigError, HiggstuneError
 from higgstune.families import family_in, load_family, read_layout
@@ -36,7 +36,7 @@ from higgstune.model.load import load_model, load_tokenizer
 
 @dataclass
 class Names:
-    """Folders and hub ids; None where nothing names one yet."""
+    """Folders and hub ids to examine; None if unknown so far."""
 
     model: str | None
     adapter: str | None
@@ -47,23 +47,23 @@ class Names:
 
     @property
     def any(self) -> bool:
-        """Whether there is anything but the machine to examine."""
+        """Whether there is more to examine than the machine."""
         return any((self.model, self.adapter, self.data, self.codec, self.recipe))
 
     def take_from_recipe(self, recipe: Recipe) -> None:
-        """A recipe names base, codec, store and the adapter that it goes on from."""
+        """Fill in the recipe's base, codec, store and initial adapter."""
         self._take_model(recipe.model.checkpoint, recipe.model.revision)
         self.data = self.data or recipe.data.store
         self.codec = self.codec or recipe.model.codec
         self.adapter = self.adapter or recipe.init_adapter
 
     def take_from_adapter(self, config: dict[str, Any], card: dict[str, Any]) -> None:
-        """peft's configuration names the base, Higgstune's card its revision and codec."""
+        """Fill in the base from peft's configuration, its revision and codec from Higgstune's card."""
         self._take_model(config.get("base_model_name_or_path"), card.get("revision"))
         self.codec = self.codec or card.get("codec")
 
     def take_from_store(self, store: CodeStore) -> None:
-        """A store may name the checkpoint that it was made for; without one, there is its codec to examine."""
+        """Fill in the checkpoint that a store was prepared for or, if unknown, the store's codec."""
         self._take_model(store.info.settings.get("model"), None)
         if self.model is None:
             self.codec = self.codec or store.info.codec
@@ -74,19 +74,19 @@ class Names:
 
 
 Progress = Callable[[str], None]
-# What a broken file or a broken version of a library raises in the middle of a check: a finding, not a traceback.
-_ACCIDENTS = (
+# Damaged files and incompatible libraries raise these within a check. They become findings, not tracebacks.
+_CHECK_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError),
     *(SafetensorError, TemplateError),
 )
 _ADVICE = {
-    "recipe": "correct it; recipes/ has some to start from",
-    "checkpoint": "name a folder or a hub id with --model; copy or download it again where it is damaged",
-    "codec": "give the checkpoint's own codec with --codec; copy or download it again where it is damaged",
-    "data": "name a store that `higgstune prepare` wrote with --data; prepare it again where it is damaged",
-    "adapter": "name an adapter's or a run's folder; copy it again where it is damaged",
+    "recipe": "correct it; recipes/ has examples",
+    "checkpoint": "name a folder or a hub id with --model; if it is damaged, copy or download it again",
+    "codec": "name the checkpoint's codec with --codec; if it is damaged, copy or download it again",
+    "data": "name a store of `higgstune prepare` with --data; if it is damaged, prepare it again",
+    "adapter": "name the folder of an adapter or a run; if it is damaged, copy it again",
 }
-_REPORT_IT = "look at the message; with a sound installation and sound files this is a fault of Higgstune"
+_REPORT_IT = "read the message; if installation and files are intact, report it as a bug of Higgstune"
 
 
 def doctor(
@@ -101,30 +101,30 @@ def doctor(
     device: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Examine whatever is named, and the machine; without any, the machine alone. Nothing is changed.
+    """Examine the machine and whatever is named, without changing anything.
 
-    An adapter and a recipe name their base, codec and data themselves; what is given here goes before. `progress` is
-    told what is being examined. Whatever is wrong is a finding of the report; ConfigError is raised for a device or
-    dtype that does not exist.
+    A recipe and an adapter name their own base, codec and data, which these arguments override. `progress` is called
+    with the name of each check before it starts. Faults are findings of the report. Raises ConfigError for an unknown
+    device or dtype.
     """
     target = choose_device(device)
     choose_dtype(dtype, target)
     names = Names(*(None if name is None else str(name) for name in (model, adapter, data, codec, recipe, revision)))
     examination = _Examination(names, dtype, device, progress or (lambda _: None))
     examination.run()
-    return in_order(examination.findings)
+    return sorted_report(examination.findings)
 
 
 @dataclass
 class _Examination:
-    """One examination. What could be loaded is an attribute; why something could not is in `absent`."""
+    """The state of one call of `doctor`: objects that were loaded, and in `unavailable` why others were not."""
 
     names: Names
     dtype: str | None
     device_name: str | None
     show: Progress
     findings: list[Finding] = field(default_factory=list)
-    absent: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
     rendering: Rendering = PLAIN
     recipe: Recipe | None = None
     adapter: Path | None = None
@@ -132,7 +132,7 @@ class _Examination:
     rows: list[Row] = field(default_factory=list)
     peft_model: PeftModel | None = None
 
-    # Set by the checks that load them; a check that needs one says so and is skipped without.
+    # Set by the checks that load them. A check that requires one is skipped without it.
     device: torch.device = field(init=False)
     folder: Path = field(init=False)
     family: Family = field(init=False)
@@ -144,64 +144,64 @@ class _Examination:
     codec: Codec = field(init=False)
 
     def run(self) -> None:
-        """All checks, in an order in which each finds what it needs."""
-        self._check("environment", (), check_environment)
+        """Run all checks, each after those that it depends on."""
+        self._run("environment", (), check_environment)
         if not self.names.any:
             return
-        self._find_what_is_named()
-        self._check("checkpoint", ("model name",), self._read_config, gives="config")
-        self._check("checkpoint", ("config",), self._read_files, gives="tensors")
-        self._check("checkpoint", ("config", "ids"), self._read_tokenizer, gives="tokenizer")
-        self._check("memory", ("config",), self._compare_memory)
-        self._check("checkpoint", ("tensors", "enough memory"), self._load_model, gives="model")
-        self._check("rotary", ("model",), self._look_at_rotary, gives="rotary")
-        self._check("codec", (), self._look_at_codec, gives="codec")
-        self._check("codec", ("codec",), self._compare_revisions, gives="the store's codec")
-        self._check("data", ("data",), self._look_at_store, gives="rows")
-        self._check("data", ("data", "rows"), self._open_features)
-        self._check("prompt", ("tokenizer",), self._look_at_prompt, gives="prompt")
+        self._resolve_names()
+        self._run("checkpoint", ("model name",), self._read_config, provides="config")
+        self._run("checkpoint", ("config",), self._check_files, provides="tensors")
+        self._run("checkpoint", ("config", "ids"), self._read_tokenizer, provides="tokenizer")
+        self._run("memory", ("config",), self._check_memory)
+        self._run("checkpoint", ("tensors", "enough memory"), self._load_model, provides="model")
+        self._run("rotary", ("model",), self._check_rotary, provides="rotary")
+        self._run("codec", (), self._check_codec, provides="codec")
+        self._run("codec", ("codec",), self._check_revisions, provides="the store's codec")
+        self._run("data", ("data",), self._check_store, provides="rows")
+        self._run("data", ("data", "rows"), self._open_features)
+        self._run("prompt", ("tokenizer",), self._check_prompt, provides="prompt")
         sound = ("data", "model", "finite weights", "rotary", "tokenizer", "rows", "codec", "the store's codec")
-        self._check("loss", sound, self._look_at_loss)
-        self._check("adapter", ("adapter",), self._look_at_adapter_files, gives="adapter files")
-        self._check("adapter", ("adapter", "model", "finite weights"), self._compare_base, gives="adapter's base")
+        self._run("loss", sound, self._check_loss)
+        self._run("adapter", ("adapter",), self._check_adapter_files, provides="adapter files")
+        self._run("adapter", ("adapter", "model", "finite weights"), self._check_base, provides="adapter's base")
         needed = ("adapter", "adapter files", "adapter's base", "model", "finite weights")
-        self._check("adapter", needed, self._apply_adapter)
-        self._check("generation", ("model", "finite weights", "tokenizer", "prompt"), self._generate)
+        self._run("adapter", needed, self._apply_adapter)
+        self._run("generation", ("model", "finite weights", "tokenizer", "prompt"), self._generate)
 
-    def _check(
-        self, check: str, needs: tuple[str, ...], work: Callable[[], list[Finding]], *, gives: str | None = None
+    def _run(
+        self, check: str, requires: tuple[str, ...], work: Callable[[], list[Finding]], *, provides: str | None = None
     ) -> None:
-        """Do one piece of work. An error becomes a finding, and what the work `gives` is absent for later ones."""
-        lacking = [self.absent[need] for need in needs if need in self.absent]
+        """Run one check. After an error, which becomes a finding, what it `provides` is unavailable to later checks."""
+        lacking = [self.unavailable[name] for name in requires if name in self.unavailable]
         if lacking:
-            self._skip(check, lacking[0], gives)
+            self._skip(check, lacking[0], provides)
             return
-        self.show(check if gives is None else f"{check}, {gives}")
+        self.show(check if provides is None else f"{check}, {provides}")
         try:
             self.findings += work()
             return
         except HiggstuneError as error:
             self.findings.append(Finding(check, "failed", str(error), _ADVICE.get(check, _REPORT_IT)))
-        except _ACCIDENTS as error:
-            text = f"the check broke off: {type(error).__name__}: {error}"
+        except _CHECK_ERRORS as error:
+            text = f"the check crashed: {type(error).__name__}: {error}"
             self.findings.append(Finding(check, "failed", text, _REPORT_IT))
-        if gives is not None:
-            self.absent[gives] = f"the check of the {check} failed"
+        if provides is not None:
+            self.unavailable[provides] = f"the check of the {check} failed"
 
-    def _skip(self, check: str, reason: str, gives: str | None) -> None:
-        if gives is not None:
-            self.absent.setdefault(gives, reason)
-        told = [f.message for f in self.findings if f.check == check and f.status in ("failed", "skipped")]
-        if not told:
+    def _skip(self, check: str, reason: str, provides: str | None) -> None:
+        if provides is not None:
+            self.unavailable.setdefault(provides, reason)
+        reported = [f.message for f in self.findings if f.check == check and f.status in ("failed", "skipped")]
+        if not reported:
             self.findings.append(Finding(check, "skipped", reason))
 
-    def _if_failed(self, found: list[Finding], thing: str, reason: str) -> list[Finding]:
-        """The findings, and `thing` is absent for later checks when one of them failed."""
+    def _block_if_failed(self, found: list[Finding], thing: str, reason: str) -> list[Finding]:
+        """Return the findings; if one of them failed, `thing` is unavailable to later checks."""
         if any(finding.status == "failed" for finding in found):
-            self.absent[thing] = reason
+            self.unavailable[thing] = reason
         return found
 
-    # What is named
+    # Names
 
     def _read_recipe(self) -> list[Finding]:
         assert self.names.recipe is not None
@@ -217,7 +217,7 @@ class _Examination:
                 choose_device(recipe.model.device)
                 self.device_name = recipe.model.device
             except ConfigError as error:
-                advice = "train on a machine with such a device; what follows is examined on the one that is here"
+                advice = "train on a machine with this device; the other checks use the available one"
                 found.append(Finding("recipe", "failed", f"model.device: {error}", advice))
         return found
 
@@ -229,7 +229,7 @@ class _Examination:
             card = adapter_card(folder)
             adapter_conditioning(folder)
         except CheckpointError:
-            self.names.take_from_adapter(config, {})  # what is not damaged is examined
+            self.names.take_from_adapter(config, {})  # the rest can still be examined
             raise
         self.names.take_from_adapter(config, card)
         self.adapter = folder
@@ -243,24 +243,24 @@ class _Examination:
         self.rows = stores.first_rows(self.store)
         return []
 
-    def _find_what_is_named(self) -> None:
-        """A recipe and an adapter name the rest, a store its checkpoint."""
+    def _resolve_names(self) -> None:
+        """Read recipe, adapter and store, and the names in them."""
         names = self.names
         if names.recipe is not None:
-            self._check("recipe", (), self._read_recipe)
+            self._run("recipe", (), self._read_recipe)
         self.device = choose_device(self.device_name)
         if names.adapter is None:
-            self.absent["adapter"] = "no adapter was named with --adapter"
+            self.unavailable["adapter"] = "no adapter was named with --adapter"
         else:
-            self._check("adapter", (), self._read_card, gives="adapter")
+            self._run("adapter", (), self._read_card, provides="adapter")
         if names.data is None:
-            self.absent["data"] = "no store was named with --data"
+            self.unavailable["data"] = "no store was named with --data"
         else:
-            self._check("data", (), self._open_store, gives="data")
+            self._run("data", (), self._open_store, provides="data")
         if self.store is not None:
             names.take_from_store(self.store)
         if names.model is None:
-            self.absent["model name"] = "no checkpoint was named with --model, and nothing else names one"
+            self.unavailable["model name"] = "no checkpoint was named with --model, by an adapter, a recipe or a store"
 
     # The checkpoint
 
@@ -270,66 +270,66 @@ class _Examination:
         self.family = load_family(family_in(self.folder)[0])
         self.config = self.family.read_config(self.folder)
         self.spec = self.family.spec(self.config)
-        return self._if_failed(
-            checkpoints.check_config(self.family, self.config), "ids", "the ids in config.json do not fit together"
+        return self._block_if_failed(
+            checkpoints.check_config(self.family, self.config), "ids", "the ids in config.json are inconsistent"
         )
 
-    def _read_files(self) -> list[Finding]:
+    def _check_files(self) -> list[Finding]:
         self.layout = read_layout(self.folder)
         found = checkpoints.check_tensors(self.layout, self.family, self.config)
         found += checkpoints.check_recorded_checksums(self.folder)
-        return self._if_failed(found, "tensors", "the checkpoint's files are not those that they should be")
+        return self._block_if_failed(found, "tensors", "the checkpoint's files are damaged or do not match its config")
 
     def _read_tokenizer(self) -> list[Finding]:
         tokenizer = load_tokenizer(self.folder, self.family, self.config)
         self.prompter = self.family.prompter(tokenizer, self.config)
-        return [Finding("checkpoint", "ok", f"the tokenizer has {len(tokenizer)} tokens and fits the config")]
+        return [Finding("checkpoint", "ok", f"the tokenizer has {len(tokenizer)} tokens and matches the config")]
 
     def _load_model(self) -> list[Finding]:
-        # As it will be trained: its memory was compared so, and on a small GPU it does not fit otherwise.
+        # Quantized as for training, which is how its memory was checked; on a small GPU it may not fit otherwise.
         quantize = None if self.recipe is None else self.recipe.model.quantize
         self.model = load_model(self.folder, dtype=self.dtype, device=self.device, quantize=quantize)
         found = checkpoints.check_weights(self.model)
-        return self._if_failed(found, "finite weights", "the checkpoint's weights are broken")
+        return self._block_if_failed(found, "finite weights", "the checkpoint's weights are damaged")
 
-    def _look_at_rotary(self) -> list[Finding]:
+    def _check_rotary(self) -> list[Finding]:
         found = checkpoints.check_stored_rotary(self.layout, self.family, self.config) + checkpoints.check_rotary(
             self.model
         )
-        return self._if_failed(found, "rotary", "the rotary buffers are wrong")
+        return self._block_if_failed(found, "rotary", "the rotary buffers are wrong")
 
     # Codec and data
 
-    def _look_at_codec(self) -> list[Finding]:
-        brought = hasattr(self, "folder") and (self.folder / CODEC_FOLDER).is_dir()
-        if self.names.codec is None and "config" in self.absent and not brought:
-            self.absent["codec"] = "there is no checkpoint to name its codec"
-            return [Finding("codec", "skipped", self.absent["codec"])]
-        # The checkpoint by its folder: it has been fetched.
+    def _check_codec(self) -> list[Finding]:
+        has_codec = hasattr(self, "folder") and (self.folder / CODEC_FOLDER).is_dir()
+        if self.names.codec is None and "config" in self.unavailable and not has_codec:
+            self.unavailable["codec"] = "no codec was named with --codec, and there is no checkpoint with one"
+            return [Finding("codec", "skipped", self.unavailable["codec"])]
+        # by the checkpoint's folder, which has been fetched
         name = self.names.codec if self.names.codec is not None else checkpoint_codec(self.folder)
         self.codec = load_codec(name, device=str(self.device))
         found = codecs.check_modes(self.codec, getattr(self, "model", None)) + codecs.check_codes(self.codec)
-        return found if "config" in self.absent else found + codecs.check_fit(self.codec, self.spec)
+        return found if "config" in self.unavailable else found + codecs.check_fit(self.codec, self.spec)
 
-    def _compare_revisions(self) -> list[Finding]:
+    def _check_revisions(self) -> list[Finding]:
         found = []
         if self.store is not None:
             advice = "prepare the data again with this codec, or name the store's codec with --codec"
             what = f"the store {self.store.folder}"
             found += codecs.check_revision(self.codec, self.store.info.codec_revision, what, advice)
-            self._if_failed(found, "the store's codec", "the store was made with another codec")
+            self._block_if_failed(found, "the store's codec", "the store was made with another codec")
         if self.adapter is not None and (card := adapter_card(self.adapter)):
-            advice = "name the codec that the adapter was trained with, by --codec"
+            advice = "name the codec that the adapter was trained with, using --codec"
             found += codecs.check_revision(
                 self.codec, card.get("codec_revision"), f"the adapter {self.adapter}", advice
             )
         return found
 
-    def _look_at_store(self) -> list[Finding]:
+    def _check_store(self) -> list[Finding]:
         assert self.store is not None
-        spec = None if "config" in self.absent else self.spec
+        spec = None if "config" in self.unavailable else self.spec
         found = stores.check_store(self.store, self.rows, spec)
-        return self._if_failed(found, "rows", "the store's rows cannot be used")
+        return self._block_if_failed(found, "rows", "the store's rows cannot be used")
 
     def _open_features(self) -> list[Finding]:
         assert self.store is not None
@@ -345,47 +345,47 @@ class _Examination:
 
     # Prompt, loss, adapter, generation
 
-    def _some_rows(self) -> list[Row]:
-        """Rows of the store, or built-in ones where there are none."""
-        if self.rows and "rows" not in self.absent:
-            return [self._readable(row) for row in self.rows]
+    def _example_rows(self) -> list[Row]:
+        """Rows of the store or, without any, built-in ones."""
+        if self.rows and "rows" not in self.unavailable:
+            return [self._without_features(row) for row in self.rows]
         return [prompt.built_in_row(self.spec.num_codebooks, self.spec.codes, seed=seed) for seed in (0, 1)]
 
-    def _readable(self, row: Row) -> Row:
+    def _without_features(self, row: Row) -> Row:
         return row if self.rendering.features is not None else stores.read_by_codes(row)
 
-    def _look_at_prompt(self) -> list[Finding]:
-        row = self._some_rows()[0]
-        if self.store is not None and "rows" not in self.absent:
-            row = self._readable(self.store[0])
+    def _check_prompt(self) -> list[Finding]:
+        row = self._example_rows()[0]
+        if self.store is not None and "rows" not in self.unavailable:
+            row = self._without_features(self.store[0])
         found = prompt.check_same_prompt(self.prompter, row, self.family.checks, self.rendering)
-        self._if_failed(found, "prompt", "prompts differ between training and speaking")
+        self._block_if_failed(found, "prompt", "prompts differ between training and speaking")
         found += prompt.check_tokens(self.prompter.tokenizer, self.family.checks)
         return found + prompt.check_chat_template(self.prompter.tokenizer, row, self.family.checks)
 
-    def _look_at_loss(self) -> list[Finding]:
+    def _check_loss(self) -> list[Finding]:
         rows = [stores.read_by_codes(row) for row in self.rows]
-        plain = Rendering(reference=self.rendering.reference)  # the base alone hears nothing through Whisper
+        plain = Rendering(reference=self.rendering.reference)  # a plain base does not use Whisper features
         return loss.check_loss(self.model, self.prompter, rows, plain)
 
-    def _look_at_adapter_files(self) -> list[Finding]:
+    def _check_adapter_files(self) -> list[Finding]:
         assert self.adapter is not None
         found = adapters.check_files(self.adapter)
-        return self._if_failed(found, "adapter files", "the adapter's files are broken")
+        return self._block_if_failed(found, "adapter files", "the adapter's files are damaged")
 
-    def _compare_base(self) -> list[Finding]:
+    def _check_base(self) -> list[Finding]:
         assert self.adapter is not None
         found = adapters.check_trained_on(self.model, self.adapter)
-        self._if_failed(found, "adapter's base", "the adapter was trained on another base")
+        self._block_if_failed(found, "adapter's base", "the adapter was trained on another base")
         return found + adapters.check_plain_peft(self.model, self.adapter)
 
     def _apply_adapter(self) -> list[Finding]:
         assert self.adapter is not None
         self.peft_model = load_adapter(self.model, self.adapter)
         found = [adapters.check_applied(self.peft_model, self.adapter)]
-        if "tokenizer" in self.absent:
+        if "tokenizer" in self.unavailable:
             return found
-        rows = prompt.two_unequal(self._some_rows())
+        rows = prompt.two_unequal(self._example_rows())
         targets: Any = self.family.info.text_targets[0]
         batch = generation.collate(
             self.model, [prompt.as_trained(self.prompter, row, self.rendering, targets) for row in rows]
@@ -394,9 +394,9 @@ class _Examination:
 
     def _generate(self) -> list[Finding]:
         model, what = (self.model, "base") if self.peft_model is None else (self.peft_model, "base with adapter")
-        return generation.check_generation(model, self.prompter, self._some_rows(), what, self.rendering)
+        return generation.check_generation(model, self.prompter, self._example_rows(), what, self.rendering)
 
-    def _compare_memory(self) -> list[Finding]:
+    def _check_memory(self) -> list[Finding]:
         dtype = choose_dtype(self.dtype, self.device)
         attention = self.family.extensions.written(self.folder).audio_attention
         if self.adapter is not None:
@@ -407,12 +407,12 @@ class _Examination:
             plan = memory.speaking_plan(self.family, self.config, dtype, size, audio_attention=attention)
         else:
             if self.store is None:
-                return [Finding("memory", "skipped", "without data there is no training to plan")]
+                return [Finding("memory", "skipped", "planning needs data: name a store with --data")]
             settings = self.recipe.model.model_copy(update={"checkpoint": str(self.folder), "dtype": self.dtype})
             data = self.recipe.data.model_copy(update={"store": str(self.store.folder)})
             changed = self.recipe.model_copy(update={"model": settings, "data": data})
             plan = memory.training_plan(changed, self.device)
         free = memory.free_memory(self.device)
         if plan.weights > free:
-            self.absent["enough memory"] = "the weights do not fit in the memory that is free"
+            self.unavailable["enough memory"] = "the weights do not fit in the free memory"
         return [memory.check_memory(plan, free, device=str(self.device))]
