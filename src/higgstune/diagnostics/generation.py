@@ -37,12 +37,12 @@ def check_generation(
     forced = _teacher_forced(model, trained)
     stepped = _step_by_step(model, [as_spoken(prompter, row, rendering) for row in clips], trained, clips)
     gap, allowed = _compare(torch.cat(forced), torch.cat(stepped), base_of(model))
-    text = f"{what}: on {sum(map(len, forced))} audio frames, batch and step-by-step logits differ by {gap:.2g}"
+    text = f"{what}: on {sum(map(len, forced))} audio frames, batch and stepwise logits differ by {gap:.2g}"
     if gap <= allowed:
         return [Finding(CHECK, "ok", f"{text} standard deviations (allowed: {allowed:.2g})")]
     advice = (
-        "generation does not match training: suspect the KV cache, the attention implementation or the padding of these "
-        "versions of torch and transformers, which the check of the environment lists"
+        "generation does not match training: suspect the KV cache, the attention implementation or the padding of "
+        "these versions of torch and transformers, which the check of the environment lists"
     )
     return [Finding(CHECK, "failed", f"{text} standard deviations, more than {allowed:.2g}", advice)]
 

@@ -195,5 +195,5 @@ def _advice(plan: Plan) -> str:
         return "close other programs that use the memory, or use a GPU with more; in bfloat16 the weights need half"
     return (
         "`higgstune train --plan` shows changes that would fit: gradient_checkpointing, a smaller batch_tokens with "
-        "more gradient_accumulation, model.quantize: 4bit; also shorter clips, a smaller lora.r, or a GPU with more memory"
+        "more gradient_accumulation, model.quantize: 4bit; shorter clips, a smaller lora.r, or a larger GPU"
     )

@@ -25,7 +25,8 @@ def built_in_row(codebooks: int, codes: int, *, frames: int = 12, seed: int = 0)
     return Row(
         id=f"built-in sentence {seed}", text=texts[seed % 2], speaker=None, language=None, scene=None, split="train",
         duration=frames / 25, codes=target, reference_id=None, reference_text="It was the night before my birthday.",
-        reference_codes=reference, messages=None, context_codes=[], start_index=None, audio_sha256="", recording_sha256="",
+        reference_codes=reference, messages=None, context_codes=[], start_index=None, audio_sha256="",
+        recording_sha256="",
     )  # fmt: skip
 
 
