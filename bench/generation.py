@@ -39,7 +39,7 @@ def prompts_for(model: HiggsAudioV2ForConditionalGeneration, batch: int) -> list
 
 
 def ours(batch: int, frames: int, scale: int, layers: int, device: str = "cpu") -> Found:
-    """The engine behind `higgstune.speak`."""
+    """The engine behind `Speaker.speak_all`."""
     model = endless_model(scale, layers, device)
     prompts = prompts_for(model, batch)
     generate(model, prompts, max_frames=[2] * batch, seeds=range(batch), sampling=SAMPLING)

@@ -14,6 +14,7 @@ from doctor_world import examined, failed, messages_of, prepare
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_runs import DEMO_CODEC
 
+from higgstune import BaseSpec
 from higgstune.batch.dataset import Rendering
 from higgstune.codec import MelCodec
 from higgstune.data.store import CodeStore
@@ -110,7 +111,7 @@ def test_high_losses_of_untrained_weights_are_not_a_failure() -> None:
 def test_random_weights_are_named_and_are_not_a_failure(world: Path, tmp_path: Path) -> None:
     folder = save_tiny_checkpoint(tmp_path / "random")
     shutil.copytree(DEMO_CODEC, folder / "codec")
-    report = doctor(model=folder, data=world / "data")
+    report = doctor(BaseSpec(folder), data=world / "data")
     assert report.passed, failed(report)
     assert "random weights" in messages_of(report, "loss", "warning")
     assert never_trained(load_model(folder, device="cpu"))

@@ -21,7 +21,6 @@ ALLOWED = {
     "codec/mel.py": ("1024", "the fitted codec's own numbers"),
     "codec/whisper_encoder.py": ("higgs_audio|1024", "an encoder inside of an original checkpoint; limits of features"),
     "torchaudio_compat.py": ("HiggsAudioV2|higgs_audio", "why the module exists: what transformers imports"),
-    "planning/speed.py": ("1024", "tokens of a pack that is timed"),
     "kernels/loss.py": ("1026", "a docstring: what chance scores"),
     "__init__.py": ("higgs_v2", "the public `render` and `build_frames` are those of Higgs Audio v2"),
 }

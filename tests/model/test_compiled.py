@@ -262,7 +262,7 @@ def test_a_run_may_resume_with_compiled_layers(tmp_path: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_save_and_prove", stopped)
+        patch.setattr(stage, "_save_and_verify", stopped)
         with pytest.raises(KeyboardInterrupt):
             train_unproven(made, run)
     shutil.rmtree(run / "voice" / "checkpoints" / "checkpoint-3")

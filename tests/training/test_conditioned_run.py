@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from on_cpu import CPU
 from peft import PeftModel
 from processes import Together, forked_proofs  # noqa: F401
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from tiny_whisper import save_tiny_whisper
 from training_world import STEP, assert_identical, assert_same, train_unproven, train_with_signal
 
 import higgstune
+from higgstune import BaseSpec
 from higgstune.codec.whisper_encoder import load_whisper
 from higgstune.config.recipe import Recipe, parse_recipe
 from higgstune.data.manifest import Utterance, read_manifest
@@ -32,7 +34,7 @@ from higgstune.evaluation.clips import read_clips
 from higgstune.evaluation.compare import compare
 from higgstune.evaluation.evaluate import evaluate
 from higgstune.families.higgs_v2.extensions import conditioning_of
-from higgstune.generate.speak import load_speaker, speak
+from higgstune.generate.speaker import load
 from higgstune.model.adapter_folder import adapter_card, adapter_conditioning, base_fingerprint
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model
@@ -214,27 +216,20 @@ def test_another_encoder_is_refused_wherever_it_comes_in(world: Path, run: Path,
 
 def test_speaking_encodes_a_voice_in_the_scene(world: Path, run: Path, tmp_path: Path) -> None:
     reference = world / "recordings" / "voice.wav"
-    settings: dict[str, Any] = {
-        "reference": reference,
-        "reference_text": "Whatever.",
-        "max_seconds": 1,
-        "device": "cpu",
-    }
-    (file,) = speak("Hello there.", tmp_path / "a.wav", adapter=run, **settings)
-    assert soundfile.info(file).duration > 0
-    speaker = load_speaker(adapter=run, device="cpu")
+    speaker = load(run, device="cpu")
     assert speaker.reference_place == "scene"
     voice = speaker.reference(reference, "Whatever.")
     assert voice.whisper_features is not None
     assert voice.whisper_features.chunks == (50, 25)
+    assert speaker.speak("Hello there.", reference=reference, max_seconds=1).seconds > 0
     other = save_tiny_whisper(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match="name the right one with --whisper"):
-        speak("Hello there.", tmp_path / "b.wav", adapter=run, whisper=other, **settings)
-    with pytest.raises(CheckpointError, match="say so with --whisper"):
-        speak("Hello there.", tmp_path / "b.wav", adapter=run, whisper=tmp_path / "nowhere", **settings)
+        load(run, device="cpu", whisper=other).reference(reference)
+    with pytest.raises(CheckpointError, match="name it with --whisper"):
+        load(run, device="cpu", whisper=tmp_path / "nowhere").reference(reference)
     with pytest.raises(InputError, match="--whisper has no effect"):
-        load_speaker(world / "base", device="cpu", whisper=other)
-    by_codes = load_speaker(adapter=run, device="cpu", reference_place="turn").reference(reference, "Whatever.")
+        load(world / "base", device="cpu", whisper=other)
+    by_codes = load(run, device="cpu", reference_place="turn").reference(reference, "Whatever.")
     assert by_codes.whisper_features is None
 
 
@@ -296,7 +291,7 @@ def test_a_damaged_adapter_is_refused(world: Path, run: Path, tmp_path: Path, da
     copy = shutil.copytree(run / "stage2" / "adapter", tmp_path / "copy")
     damage(copy)
     with pytest.raises(CheckpointError, match=names):
-        load_speaker(world / "base", copy, device="cpu")
+        load(copy, base=BaseSpec(world / "base", device="cpu"))
 
 
 def test_where_things_lie_may_be_edited(world: Path, run: Path, tmp_path: Path) -> None:
@@ -304,7 +299,7 @@ def test_where_things_lie_may_be_edited(world: Path, run: Path, tmp_path: Path) 
     adapter = shutil.copytree(run / "stage2" / "adapter", tmp_path / "adapter")
     for name in ("adapter_config.json", "higgstune.json"):
         (adapter / name).write_text((adapter / name).read_text().replace(str(world / "base"), str(moved)))
-    assert load_speaker(adapter=adapter, device="cpu").loaded.checkpoint == str(moved)
+    assert load(adapter, device="cpu").loaded.checkpoint == str(moved)
 
 
 def test_another_base_is_refused(run: Path, world: Path, tmp_path: Path) -> None:
@@ -435,8 +430,10 @@ def test_a_comparison_finds_a_whisper_that_has_moved(world: Path, run: Path, tmp
     shutil.copy(recording, tmp_path / "voice.wav")
     (tmp_path / "meta.lst").write_text("a|Whatever.|voice.wav|Oh.\n")
     moved = shutil.copytree(world / "whisper", tmp_path / "whisper")
-    options: dict[str, Any] = {"texts": str(tmp_path / "meta.lst"), "device": "cpu", "whisper": moved}
-    found = compare([run, world / "base"], out=tmp_path / "out", quantize="4bit", **options)
+    options: dict[str, Any] = {"texts": str(tmp_path / "meta.lst"), "base": CPU, "whisper": moved}
+    found = compare(
+        [run, world / "base"], out=tmp_path / "out", **(options | {"base": BaseSpec(device="cpu", quantize="4bit")})
+    )
     assert [settings.dtype for settings in found.settings.values() if settings] == ["float32-4bit"] * 2
     other = save_tiny_whisper(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match="name the right one with --whisper"):

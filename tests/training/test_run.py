@@ -18,7 +18,7 @@ import higgstune
 from higgstune.config.recipe import parse_recipe
 from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError, ConfigError, DataError, VerificationError
-from higgstune.generate.speak import load_speaker, speak
+from higgstune.generate.speaker import load
 from higgstune.inputs import find_adapter
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model
@@ -203,12 +203,10 @@ def test_a_store_of_another_codec_is_refused(world: Path, tmp_path: Path) -> Non
 
 def test_an_adapter_speaks_from_its_folder_alone(finished: Path, tmp_path: Path) -> None:
     assert find_adapter(finished) == finished / "stage2" / "adapter"
-    files = speak("Hello there.", tmp_path / "x.wav", adapter=finished, device="cpu", max_seconds=0.4)
-    waveform, rate = soundfile.read(files[0])
-    assert rate == 24_000
-    assert 0 < len(waveform) <= 0.4 * rate
-    lines = speak(["Hello there.", "Good morning."], tmp_path / "many", adapter=finished, device="cpu", max_seconds=0.4)
-    assert [path.name for path in lines] == ["0001.wav", "0002.wav"]
+    clip = load(finished, device="cpu").speak("Hello there.", max_seconds=0.4)
+    waveform, rate = soundfile.read(clip.save(tmp_path / "new" / "x.wav"))
+    assert rate == clip.sample_rate == 24_000
+    assert 0 < len(waveform) == len(clip.waveform) <= 0.4 * rate
 
 
 def test_a_wrong_base_is_refused(finished: Path, tmp_path: Path) -> None:
@@ -220,7 +218,7 @@ def test_a_wrong_base_is_refused(finished: Path, tmp_path: Path) -> None:
     for name in ("adapter_config.json", "higgstune.json"):
         (moved / name).write_text((moved / name).read_text().replace("/base", "/gone"))
     with pytest.raises(CheckpointError, match="--model"):
-        load_speaker(adapter=moved)
+        load(moved)
 
 
 def test_the_real_codec_class_goes_the_same_way(tmp_path: Path) -> None:
@@ -231,7 +229,6 @@ def test_the_real_codec_class_goes_the_same_way(tmp_path: Path) -> None:
     higgstune.prepare(recordings, tmp_path / "data", model=tmp_path / "base", validation_fraction=0.2)
     stages = [{"name": "s", "kind": "full", "max_steps": 3, "learning_rate": 5e-3}]
     result = train(recipe(tmp_path, stages=stages), tmp_path / "run")
-    files = speak("Hello there.", tmp_path / "x.wav", adapter=result.adapter, device="cpu", max_seconds=0.4)
-    waveform, rate = soundfile.read(files[0])
-    assert rate == 24_000
-    assert 0 < len(waveform) <= 0.4 * rate
+    clip = load(result.adapter, device="cpu").speak("Hello there.", max_seconds=0.4)
+    assert clip.sample_rate == 24_000
+    assert 0 < clip.seconds <= 0.4

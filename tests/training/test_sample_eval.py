@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from judging import answering
+from on_cpu import CPU
 from processes import Together
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -191,7 +192,7 @@ def speak_with_unequal_logits(out: Path) -> None:
         return logits.flip(-1) if processes.rank else logits
 
     Decoder.step = perturbed  # type: ignore[method-assign]
-    [speech] = Speaker(loaded, model=model.eval()).say_each(
+    [speech] = Speaker(loaded, model=model.eval()).speak_all(
         [Request("Hi.")], sampling=Sampling(temperature=1.0), max_seconds=0.4, sync_logits=processes.broadcast
     )
     np.save(out / f"{processes.rank}.npy", speech.waveform)
@@ -211,7 +212,7 @@ def test_a_language_that_the_judge_does_not_support_is_refused_before_training(w
         train_unproven(made, tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
     with pytest.raises(ConfigError, match="does not support the language 'de'"):
-        evaluate(world / "base", texts="de", asr=str(tmp_path / "english"), out=tmp_path / "out", device="cpu")
+        evaluate(world / "base", texts="de", asr=str(tmp_path / "english"), out=tmp_path / "out", base=CPU)
     assert not (tmp_path / "out").exists()
 
 

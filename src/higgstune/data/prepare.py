@@ -101,6 +101,8 @@ def prepare(
 ) -> PrepareSummary:
     """Add the recordings of `source` as rows to the code store in `out`; rows that the store already has stay.
 
+        prepare("recordings/", "data/voice", speaker="anna").accepted      # {"train": 95, "validation": 5}
+
     `source` is any kind that `read_source` understands. `codec` is a codec, or the name of one that `load_codec` loads
     on `device`; the default is the codec of `model`, the checkpoint that will be trained. `codec_name` is its name in
     the store. `speaker`, `language` and `scene` are set for every row (a conversation has its own scene).

@@ -27,8 +27,7 @@ from higgstune.errors import ConfigError
 from higgstune.evaluation.judges import load_judges
 from higgstune.evaluation.judges.base import Judges
 from higgstune.families.sampling import Sampling
-from higgstune.generate.speak import load_speaker
-from higgstune.generate.speaker import Speaker
+from higgstune.generate.speaker import Request, Speaker, load
 from higgstune.progress import Progress, silent
 from higgstune.training.result import RunResult
 from higgstune.training.run import train
@@ -146,17 +145,17 @@ def _speak(
     """The originals, their codec round trip, and the same sentences by the base and with the adapter."""
     rows = [*trained, *unseen]
     recorded = {row.id: row for row in _utterances(out / "dataset" / f"{TARGET_VOICE}.jsonl")}
-    base = load_speaker(out / "base", device="cpu")
+    base = load(out / "base", device="cpu")
     files = {"original": [out / "dataset" / str(recorded[row.id].audio) for row in rows]}
     files["round trip"] = _write(out, "round_trip", rows, base, [base.codec.decode(row.codes) for row in rows])
     files["base"] = _say(out, "before", rows, base, show)
-    files["adapted"] = _say(out, "after", rows, load_speaker(adapter=run.adapter, device="cpu"), show)
+    files["adapted"] = _say(out, "after", rows, load(run.adapter, device="cpu"), show)
     return files
 
 
 def _speak_controls(out: Path, run: RunResult, trained: Sequence[StoreRow], show: Progress) -> dict[str, list[Path]]:
     """Controls that must fail the bars: each sentence spoken with the next one's text, and an adapter of zeros."""
-    speaker = load_speaker(adapter=run.adapter, device="cpu")
+    speaker = load(run.adapter, device="cpu")
     swapped = _say(out, "swapped", trained, speaker, show, texts=[row.text for row in [*trained[1:], trained[0]]])
     with torch.no_grad():
         for name, parameter in speaker.model.named_parameters():
@@ -174,8 +173,12 @@ def _say(
     texts: Sequence[str] | None = None,
 ) -> list[Path]:
     texts = texts or [row.text for row in rows]
-    spoken = speaker.say(texts, sampling=SAMPLING, on_spoken=lambda done: show(f"speaking, {name}", done, len(texts)))
-    return _write(out, name, rows, speaker, [speech.waveform for speech in spoken])
+    requests = [Request(text, seed=seed) for seed, text in enumerate(texts)]
+    waveforms = []
+    for speech in speaker.speak_all(requests, sampling=SAMPLING):
+        waveforms.append(speech.waveform)
+        show(f"speaking, {name}", len(waveforms), len(texts))
+    return _write(out, name, rows, speaker, waveforms)
 
 
 def _write(

@@ -1,7 +1,7 @@
 """Check order of `doctor`; a check is skipped when its prerequisite failed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from higgstune.batch.dataset import PLAIN, Rendering
-from higgstune.checkpoint_files import read_json
 from higgstune.codec import CODEC_FOLDER, Codec, checkpoint_codec, load_codec
 from higgstune.config.recipe import Recipe, load_recipe
 from higgstune.data.store import CodeStore, Row
@@ -28,22 +27,20 @@ from higgstune.errors import CheckpointError, ConfigError, HiggstuneError
 from higgstune.families import family_in, load_family, read_layout
 from higgstune.families.base import Family, Layout, Prompter, Spec
 from higgstune.hub import fetch
-from higgstune.inputs import ADAPTER_CONFIG, find_adapter
+from higgstune.inputs import BaseSpec, find_adapter
 from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, adapter_conditioning
 from higgstune.model.adapters import load_adapter
-from higgstune.model.load import load_model, load_tokenizer
+from higgstune.model.load import load_model, load_tokenizer, recorded_base
 
 
 @dataclass
 class Names:
     """Folders and hub ids to examine; None if unknown so far."""
 
-    model: str | None
+    base: BaseSpec
     adapter: str | None
     data: str | None
-    codec: str | None
     recipe: str | None
-    revision: str | None
 
     @property
     def any(self) -> bool:
@@ -90,15 +87,11 @@ _REPORT_IT = "read the message; if installation and files are intact, report it 
 
 
 def doctor(
-    model: str | Path | None = None,
+    base: BaseSpec = BaseSpec(),
+    *,
     adapter: str | Path | None = None,
     data: str | Path | None = None,
-    codec: str | Path | None = None,
     recipe: str | Path | None = None,
-    *,
-    revision: str | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Examine the machine and whatever is named, without changing anything.
@@ -107,10 +100,9 @@ def doctor(
     with the name of each check before it starts. Faults are findings of the report. Raises ConfigError for an unknown
     device or dtype.
     """
-    target = choose_device(device)
-    choose_dtype(dtype, target)
-    names = Names(*(None if name is None else str(name) for name in (model, adapter, data, codec, recipe, revision)))
-    examination = _Examination(names, dtype, device, progress or (lambda _: None))
+    choose_dtype(base.dtype, choose_device(base.device))
+    names = Names(base, *(None if name is None else str(name) for name in (adapter, data, recipe)))
+    examination = _Examination(names, progress or (lambda _: None))
     examination.run()
     return sorted_report(examination.findings)
 
@@ -120,8 +112,6 @@ class _Examination:
     """The state of one call of `doctor`: objects that were loaded, and in `unavailable` why others were not."""
 
     names: Names
-    dtype: str | None
-    device_name: str | None
     show: Progress
     findings: list[Finding] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
@@ -209,13 +199,12 @@ class _Examination:
         self.recipe = recipe
         self.names.take_from_recipe(recipe)
         self.rendering = Rendering(reference=recipe.data.reference)
-        self.dtype = self.dtype or recipe.model.dtype
         stages = ", ".join(f"{stage.name} ({stage.kind})" for stage in recipe.stages)
         found = [Finding("recipe", "ok", f"{self.names.recipe}: {stages}")]
-        if self.device_name is None:
+        if self.names.base.device is None:
             try:
                 choose_device(recipe.model.device)
-                self.device_name = recipe.model.device
+                self.names.base = replace(self.names.base, device=recipe.model.device)
             except ConfigError as error:
                 advice = "train on a machine with this device; the other checks use the available one"
                 found.append(Finding("recipe", "failed", f"model.device: {error}", advice))
@@ -224,14 +213,13 @@ class _Examination:
     def _read_card(self) -> list[Finding]:
         assert self.names.adapter is not None
         folder = find_adapter(self.names.adapter)
-        config = read_json(folder / ADAPTER_CONFIG, "an adapter folder needs it")
         try:
             card = adapter_card(folder)
             adapter_conditioning(folder)
         except CheckpointError:
             self.names.take_from_adapter(config, {})  # the rest can still be examined
             raise
-        self.names.take_from_adapter(config, card)
+        self.names.base = recorded_base(self.names.base, folder, card)
         self.adapter = folder
         if self.recipe is None:
             self.rendering = Rendering(reference=card.get("recipe", {}).get("data", {}).get("reference", "turn"))
@@ -265,8 +253,9 @@ class _Examination:
     # The checkpoint
 
     def _read_config(self) -> list[Finding]:
-        assert self.names.model is not None
-        self.folder = fetch(self.names.model, what="checkpoint", revision=self.names.revision)
+        base = self.names.base
+        assert base.checkpoint is not None
+        self.folder = fetch(base.checkpoint, what="checkpoint", revision=base.revision)
         self.family = load_family(family_in(self.folder)[0])
         self.config = self.family.read_config(self.folder)
         self.spec = self.family.spec(self.config)

@@ -170,7 +170,7 @@ def synthesize_items(
     missing = [index for index, place in enumerate(places) if _read_note(place) is None]
     for first in range(0, len(missing), batch_size):
         batch = missing[first : first + batch_size]
-        spoken = speaker.say_each([items[index].request for index in batch], sampling=sampling, batch_size=batch_size)
+        spoken = speaker.speak_all([items[index].request for index in batch], sampling=sampling, batch_size=batch_size)
         for index, speech in zip(batch, spoken, strict=True):
             write_wav(places[index].with_suffix(".wav"), speech.waveform, speech.sample_rate)
             note = {

@@ -10,7 +10,11 @@ from higgstune.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How codes are drawn; the defaults are the usual ones of the released model."""
+    """How codes are drawn; the defaults are those recommended for the released model.
+
+    >>> Sampling(temperature=0.7).top_k
+    50
+    """
 
     temperature: float = 1.0  # 0: greedy
     top_k: int = 50  # 0: off

@@ -1,8 +1,9 @@
 """A loaded checkpoint that speaks, with its requests and results."""
 
+import base64
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from higgstune.checkpoint_files import folder_card
 from higgstune.codec.base import WhisperFeatures
 from higgstune.codec.whisper_encoder import WhisperTower, load_whisper
-from higgstune.data.audio import read_audio, resample
+from higgstune.data.audio import read_audio, resample, wav_bytes, write_wav
 from higgstune.data.messages import DEFAULT_SCENE, ReferencePlace, speech_messages
 from higgstune.data.text import normalize_text
 from higgstune.errors import CheckpointError, InputError
@@ -20,9 +21,10 @@ from higgstune.families.base import Audio, Example, WhisperSpec
 from higgstune.families.sampling import Sampling
 from higgstune.generate.chunks import frame_cap, join, split_text
 from higgstune.generate.engine import Generated, generate
+from higgstune.inputs import BaseSpec, base_and_adapter
 from higgstune.model.adapter_folder import adapter_card, adapter_conditioning
 from higgstune.model.adapters import load_adapter
-from higgstune.model.load import ModelAndTokenizers
+from higgstune.model.load import ModelAndTokenizers, load_base
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,11 @@ class Voice:
 
 @dataclass(frozen=True)
 class Request:
-    """A text to speak, with the voice, the scene and the seed."""
+    """A text to speak, with its voice, scene and seed.
+
+    >>> Request("Good morning", seed=1)
+    Request(text='Good morning', voice=None, scene='Audio is recorded from a quiet room.', seed=1)
+    """
 
     text: str
     voice: Voice | None = None
@@ -48,7 +54,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Speech:
-    """One spoken text."""
+    """One spoken text, which a notebook plays.
+
+    >>> clip = Speech("Hi.", np.zeros(12_000, np.float32), sample_rate=24_000, hit_cap=False)
+    >>> clip.seconds
+    0.5
+    """
 
     text: str  # normalised, as the model got it
     waveform: np.ndarray  # [samples] float32
@@ -59,6 +70,15 @@ class Speech:
     def seconds(self) -> float:
         """The duration."""
         return len(self.waveform) / self.sample_rate
+
+    def save(self, path: str | Path) -> Path:
+        """Write a 16-bit WAV file, and its folders. Raises InputError when the name does not end in .wav."""
+        write_wav(path, self.waveform, self.sample_rate)
+        return Path(path)
+
+    def _repr_html_(self) -> str:
+        data = base64.b64encode(wav_bytes(self.waveform, self.sample_rate)).decode()
+        return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
 
 
 class Speaker:
@@ -85,7 +105,7 @@ class Speaker:
         if adapter is not None:
             model = load_adapter(loaded.model, adapter)
         self.model = loaded.model if model is None else model
-        self.reference_place: ReferencePlace = reference_place or _trained_place(adapter, loaded.folder)
+        self.reference_place: ReferencePlace = reference_place or trained_place(adapter, loaded.folder)
         self._whisper_spec = loaded.family.extensions.of(self.model).whisper
         if adapter is not None:  # a base may use Whisper although the adapter was trained on codes
             self._whisper_spec = adapter_conditioning(adapter).whisper
@@ -144,42 +164,45 @@ class Speaker:
         self._loaded_tower = tower
         return tower
 
-    def say(
+    def speak(
         self,
-        texts: Sequence[str],
+        text: str,
         *,
-        reference: Voice | None = None,
+        reference: Voice | str | Path | None = None,
+        reference_text: str = "",
         scene: str | None = DEFAULT_SCENE,
         sampling: Sampling | None = None,
         seed: int = 0,
         max_seconds: float | None = None,
-        batch_size: int = 8,
-        on_spoken: Callable[[int], None] | None = None,
-    ) -> list[Speech]:
-        """Speak texts in one voice and scene. Text i has the seed `seed` + i. Everything else as in `say_each`."""
-        return self.say_each(
-            [Request(text, reference, scene, seed + i) for i, text in enumerate(texts)],
-            sampling=sampling,
-            max_seconds=max_seconds,
-            batch_size=batch_size,
-            on_spoken=on_spoken,
-        )
+    ) -> Speech:
+        """Speak one text; the same seed repeats the same speech.
 
-    def say_each(
+        `reference` is a recording to imitate, which needs its transcript in `reference_text` unless the model was
+        trained with references in the scene, or a voice that was read before (see `reference`). The rest as
+        `speak_all`. Raises InputError for an empty text or a missing transcript, DataError for a recording that
+        cannot be read or control tokens in the text, CheckpointError as `reference`.
+        """
+        if reference is not None and not isinstance(reference, Voice):
+            check_transcript(self.reference_place, reference_text)
+            reference = self.reference(reference, reference_text)
+        requests = [Request(text, reference, scene, seed)]
+        [speech] = self.speak_all(requests, sampling=sampling, max_seconds=max_seconds)
+        return speech
+
+    def speak_all(
         self,
         requests: Sequence[Request],
         *,
         sampling: Sampling | None = None,
         max_seconds: float | None = None,
         batch_size: int = 8,
-        on_spoken: Callable[[int], None] | None = None,
         sync_logits: Callable[[Tensor], Tensor] | None = None,
-    ) -> list[Speech]:
-        """Speak texts, `batch_size` at a time, each in its own voice.
+    ) -> Iterator[Speech]:
+        """Speak texts in their order, each in its own voice, `batch_size` at a time when the first of them is due.
 
         Long texts are split into pieces; the prompt of each piece has the one before as context. `max_seconds` caps
-        every piece, instead of the cap from the text's length. `on_spoken` gets the number of finished texts.
-        `sync_logits`: see `generate`. Raises InputError for an empty text, DataError for control tokens in a text.
+        every piece, instead of the cap from the text's length. `sync_logits`: see `generate`. Raises InputError for an
+        empty text, DataError for control tokens in a text.
         """
         if max_seconds is not None and not max_seconds > 0:
             raise InputError(f"max_seconds is {max_seconds}: it must be above 0")
@@ -199,9 +222,7 @@ class Speaker:
                 )
                 for clip, piece in zip(pending, spoken, strict=True):
                     clip.spoken.append(piece)
-            if on_spoken is not None:
-                on_spoken(min(first + batch_size, len(clips)))
-        return [self._speech(clip) for clip in clips]
+            yield from map(self._speech, batch)
 
     def _prompt(self, clip: "_Clip") -> Example:
         reference, scene = clip.request.voice, clip.request.scene
@@ -259,8 +280,39 @@ class _Clip:
         return self.pieces[len(self.spoken)]
 
 
-def _trained_place(adapter: Path | None, checkpoint: Path | None) -> ReferencePlace:
-    """The place of the reference in the training prompts of an adapter, or of the one in a merged checkpoint."""
+def load(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    base: BaseSpec = BaseSpec(),
+    reference_place: ReferencePlace | None = None,
+    whisper: str | Path | None = None,
+) -> Speaker:
+    """A speaker from a run (the adapter of its last stage), an adapter's folder or a checkpoint, to be kept.
+
+        voice = load("runs/voice", device="cuda")
+        voice.speak("Good morning").save("morning.wav")
+
+    An adapter records its base and codec; `base` names them if they have moved, and how to load them: `device` is
+    short for `base.device`. `reference_place` and `whisper` as in `Speaker`.
+
+    Raises CheckpointError, ConfigError, InputError for an option without effect.
+    """
+    base, adapter = base_and_adapter(path, base if device is None else replace(base, device=device))
+    return Speaker(load_base(base, adapter), adapter, reference_place=reference_place, whisper=whisper)
+
+
+def check_transcript(place: ReferencePlace, text: str) -> None:
+    """Raises InputError where a reference stands in a turn of its own, which needs its words, and there are none."""
+    if place == "turn" and not text.strip():
+        raise InputError(
+            "a reference needs both the recording (--reference) and its transcript (--reference-text), unless the "
+            "adapter was trained with references in the scene"
+        )
+
+
+def trained_place(adapter: Path | None, checkpoint: Path | None) -> ReferencePlace:
+    """Where the reference stands in the prompts that an adapter, or the one in a merged checkpoint, was trained on."""
     if adapter is not None:
         card = adapter_card(adapter)
     else:

@@ -39,6 +39,8 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "gloo")  # in 
 def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False) -> RunResult:
     """Train a recipe into the run folder `out`; with `resume`, continue where an earlier run of it stopped.
 
+        train(Recipe.load("voice.yaml"), "runs/voice").adapter
+
     In each process of torchrun or `accelerate launch` it trains a share. SIGTERM and SIGINT end it with a checkpoint.
 
     Raises ConfigError (the folder is in use, or the run was started with another recipe), DataError, CheckpointError,

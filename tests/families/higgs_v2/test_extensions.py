@@ -247,7 +247,7 @@ def test_a_cache_that_went_another_way_is_refused() -> None:
     with torch.inference_mode():
         decoder.step(rows)
         decoder.cache.crop(-1)
-        with pytest.raises(ValueError, match="begin a new one"):
+        with pytest.raises(ValueError, match="start a new one"):
             decoder.step(rows)
 
 

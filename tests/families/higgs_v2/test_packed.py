@@ -231,7 +231,7 @@ def test_a_padded_batch_with_targets_is_refused() -> None:
 def test_an_architecture_that_is_not_computed_is_refused(change: dict[str, Any]) -> None:
     model, _ = tiny_prompter(codes=CODES)
     model.config.update(change)
-    with pytest.raises(CheckpointError, match="knows silu without attention dropout"):
+    with pytest.raises(CheckpointError, match="supports only silu without attention dropout"):
         with_training_forward(model)
 
 

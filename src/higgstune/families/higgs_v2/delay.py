@@ -27,6 +27,10 @@ def build_frames(
     entries; BOS and later EOS are `IGNORE`.
 
     Raises DataError if the codes are not integers, not [T >= 1, K >= 1], or outside 0 <= code < bos_id.
+
+    >>> ids, labels = build_frames([[5, 6]])  # one frame of two codes
+    >>> ids.tolist()
+    [[1024, 1024], [5, 1024], [1025, 6], [1025, 1025]]
     """
     array = np.asarray(codes)
     if array.ndim != 2 or 0 in array.shape:

@@ -47,6 +47,12 @@ def render(messages: Sequence[Message], *, template: Template = "native", genera
     assistant's, its text stands before that token, and its audio is to be generated.
 
     Raises DataError for an unknown template, role or part, and for control tokens in a user's or assistant's text.
+
+    >>> from higgstune.data.messages import speech_messages
+    >>> print(render(speech_messages("Hello."), generation=True).split("<|eot_id|>")[1])
+    <|start_header_id|>user<|end_header_id|>
+    <BLANKLINE>
+    Hello.
     """
     return "".join(piece.text for piece in pieces(messages, template=template, generation=generation))
 
