@@ -95,7 +95,7 @@ def test_whisper_features_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Prompter, "prompt", other_features)
     assert (
         "other Whisper features in speaking"
-        in check_same_prompt(prompter, row, FAMILY.checks, Rendering(features=Ears(1.0)))[0].message
+        in check_same_prompt(prompter, row, FAMILY.checks, Rendering(features=FixedFeatures(1.0)))[0].message
     )
 
 

@@ -45,29 +45,24 @@ class Names:
     @property
     def any(self) -> bool:
         """Whether there is more to examine than the machine."""
-        return any((self.model, self.adapter, self.data, self.codec, self.recipe))
+        return any((self.base.checkpoint, self.adapter, self.data, self.base.codec, self.recipe))
 
     def take_from_recipe(self, recipe: Recipe) -> None:
-        """Fill in the recipe's base, codec, store and initial adapter."""
-        self._take_model(recipe.model.checkpoint, recipe.model.revision)
-        self.data = self.data or recipe.data.store
-        self.codec = self.codec or recipe.model.codec
-        self.adapter = self.adapter or recipe.init_adapter
+        """Fill in the recipe's base, codec, store and initial adapter, and the base's dtype.
 
-    def take_from_adapter(self, config: dict[str, Any], card: dict[str, Any]) -> None:
-        """Fill in the base from peft's configuration, its revision and codec from Higgstune's card."""
-        self._take_model(config.get("base_model_name_or_path"), card.get("revision"))
-        self.codec = self.codec or card.get("codec")
+        Also its quantization: memory is checked with it, and on a small GPU the base may not fit otherwise.
+        """
+        model = recipe.model
+        filled = self.base.filled(model.checkpoint, model.revision, model.codec)
+        self.base = replace(filled, dtype=filled.dtype or model.dtype, quantize=filled.quantize or model.quantize)
+        self.data = self.data or recipe.data.store
+        self.adapter = self.adapter or recipe.init_adapter
 
     def take_from_store(self, store: CodeStore) -> None:
         """Fill in the checkpoint that a store was prepared for or, if unknown, the store's codec."""
-        self._take_model(store.info.settings.get("model"), None)
-        if self.model is None:
-            self.codec = self.codec or store.info.codec
-
-    def _take_model(self, model: str | None, revision: str | None) -> None:
-        if self.model is None and model is not None:
-            self.model, self.revision = model, self.revision or revision
+        self.base = self.base.filled(store.info.settings.get("model"))
+        if self.base.checkpoint is None:
+            self.base = self.base.filled(codec=store.info.codec)
 
 
 Progress = Callable[[str], None]
@@ -95,6 +90,8 @@ def doctor(
     progress: Progress | None = None,
 ) -> Report:
     """Examine the machine and whatever is named, without changing anything.
+
+        doctor(adapter="runs/voice", data="data/voice").passed
 
     A recipe and an adapter name their own base, codec and data, which these arguments override. `progress` is called
     with the name of each check before it starts. Faults are findings of the report. Raises ConfigError for an unknown
@@ -181,8 +178,8 @@ class _Examination:
     def _skip(self, check: str, reason: str, provides: str | None) -> None:
         if provides is not None:
             self.unavailable.setdefault(provides, reason)
-        reported = [f.message for f in self.findings if f.check == check and f.status in ("failed", "skipped")]
-        if not reported:
+        messages = [f.message for f in self.findings if f.check == check and f.status in ("failed", "skipped")]
+        if not messages:
             self.findings.append(Finding(check, "skipped", reason))
 
     def _block_if_failed(self, found: list[Finding], thing: str, reason: str) -> list[Finding]:
@@ -217,7 +214,7 @@ class _Examination:
             card = adapter_card(folder)
             adapter_conditioning(folder)
         except CheckpointError:
-            self.names.take_from_adapter(config, {})  # the rest can still be examined
+            self.names.base = recorded_base(self.names.base, folder, {})  # the rest can still be examined
             raise
         self.names.base = recorded_base(self.names.base, folder, card)
         self.adapter = folder
@@ -236,7 +233,7 @@ class _Examination:
         names = self.names
         if names.recipe is not None:
             self._run("recipe", (), self._read_recipe)
-        self.device = choose_device(self.device_name)
+        self.device = choose_device(names.base.device)
         if names.adapter is None:
             self.unavailable["adapter"] = "no adapter was named with --adapter"
         else:
@@ -247,7 +244,7 @@ class _Examination:
             self._run("data", (), self._open_store, provides="data")
         if self.store is not None:
             names.take_from_store(self.store)
-        if names.model is None:
+        if names.base.checkpoint is None:
             self.unavailable["model name"] = "no checkpoint was named with --model, by an adapter, a recipe or a store"
 
     # The checkpoint
@@ -275,9 +272,8 @@ class _Examination:
         return [Finding("checkpoint", "ok", f"the tokenizer has {len(tokenizer)} tokens and matches the config")]
 
     def _load_model(self) -> list[Finding]:
-        # Quantized as for training, which is how its memory was checked; on a small GPU it may not fit otherwise.
-        quantize = None if self.recipe is None else self.recipe.model.quantize
-        self.model = load_model(self.folder, dtype=self.dtype, device=self.device, quantize=quantize)
+        base = self.names.base
+        self.model = load_model(self.folder, dtype=base.dtype, device=self.device, quantize=base.quantize)
         found = checkpoints.check_weights(self.model)
         return self._block_if_failed(found, "finite weights", "the checkpoint's weights are damaged")
 
@@ -291,11 +287,12 @@ class _Examination:
 
     def _check_codec(self) -> list[Finding]:
         has_codec = hasattr(self, "folder") and (self.folder / CODEC_FOLDER).is_dir()
-        if self.names.codec is None and "config" in self.unavailable and not has_codec:
+        if self.names.base.codec is None and "config" in self.unavailable and not has_codec:
             self.unavailable["codec"] = "no codec was named with --codec, and there is no checkpoint with one"
             return [Finding("codec", "skipped", self.unavailable["codec"])]
         # by the checkpoint's folder, which has been fetched
-        name = self.names.codec if self.names.codec is not None else checkpoint_codec(self.folder)
+        base = self.names.base
+        name = base.codec if base.codec is not None else checkpoint_codec(self.folder)
         self.codec = load_codec(name, device=str(self.device))
         found = codecs.check_modes(self.codec, getattr(self, "model", None)) + codecs.check_codes(self.codec)
         return found if "config" in self.unavailable else found + codecs.check_fit(self.codec, self.spec)
@@ -354,7 +351,7 @@ class _Examination:
 
     def _check_loss(self) -> list[Finding]:
         rows = [stores.read_by_codes(row) for row in self.rows]
-        plain = Rendering(reference=self.rendering.reference)  # a plain base does not use Whisper features
+        plain = Rendering(reference=self.rendering.reference)  # the base alone does not use Whisper
         return loss.check_loss(self.model, self.prompter, rows, plain)
 
     def _check_adapter_files(self) -> list[Finding]:
@@ -386,7 +383,7 @@ class _Examination:
         return generation.check_generation(model, self.prompter, self._example_rows(), what, self.rendering)
 
     def _check_memory(self) -> list[Finding]:
-        dtype = choose_dtype(self.dtype, self.device)
+        dtype = choose_dtype(self.names.base.dtype, self.device)
         attention = self.family.extensions.written(self.folder).audio_attention
         if self.adapter is not None:
             attention |= adapter_conditioning(self.adapter).audio_attention
@@ -397,7 +394,8 @@ class _Examination:
         else:
             if self.store is None:
                 return [Finding("memory", "skipped", "planning needs data: name a store with --data")]
-            settings = self.recipe.model.model_copy(update={"checkpoint": str(self.folder), "dtype": self.dtype})
+            changes = {"checkpoint": str(self.folder), "dtype": self.names.base.dtype}
+            settings = self.recipe.model.model_copy(update=changes)
             data = self.recipe.data.model_copy(update={"store": str(self.store.folder)})
             changed = self.recipe.model_copy(update={"model": settings, "data": data})
             plan = memory.training_plan(changed, self.device)

@@ -88,6 +88,8 @@ def plan(
 ) -> PlanReport:
     """Plan the memory, steps and time of a recipe's training, without loading its model.
 
+        plan("voice.yaml", memory="16GB", device="cuda").fits
+
     `memory` (bytes, or a size such as "16GB") replaces the free memory; `device` (cpu or cuda) plans for another
     machine. `timed` times a layer if the device is available and the run fits. `progress` is called after each stage
     that was planned or timed. Raises ConfigError, DataError, CheckpointError.
