@@ -363,7 +363,7 @@ class Bench:
             dtype=torch.bfloat16,
             lora=self.lora,
             kind="full",
-            own=Conditioning(),
+            builtin_extensions=Conditioning(),
             trained=Conditioning(),
             attention="lora",
             quantize="4bit" if quantized else None,

@@ -16,7 +16,7 @@ from higgstune.batch.dataset import RowExamples
 from higgstune.config.recipe import Recipe
 from higgstune.data.store import CodeStore, MixedRows
 from higgstune.errors import ConfigError, DataError
-from higgstune.planning.survey import packs_of, survey
+from higgstune.planning.survey import packs_of, survey_recipe
 from higgstune.planning.training_data import TrainingData
 
 
@@ -59,7 +59,7 @@ def test_the_seed_draws_them(world: Path) -> None:
 
 def test_lengths_are_those_of_the_rows(world: Path) -> None:
     data = TrainingData.open(replaying(world))
-    prompter = survey(replaying(world)).prompter
+    prompter = survey_recipe(replaying(world)).prompter
     examples = RowExamples(data.rows("train"), prompter, "transcript")
     assert examples.lengths().tolist() == [len(examples[i]) for i in range(len(examples))]
     assert len(examples) == 12
@@ -68,7 +68,7 @@ def test_lengths_are_those_of_the_rows(world: Path) -> None:
 
 def test_a_plan_counts_them(world: Path) -> None:
     made = replaying(world)
-    packs = packs_of(survey(made), made, made.stages[0], keeps_probabilities=True)
+    packs = packs_of(survey_recipe(made), made, made.stages[0], saves_probabilities=True)
     assert packs is not None
     assert len(packs.lengths) == 12
 

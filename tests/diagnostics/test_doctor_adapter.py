@@ -125,7 +125,7 @@ def test_plain_peft_that_leaves_modules_out_is_found(world: Path, tmp_path: Path
     assert report.passed, failed(report)
     tensors = 5 * 4 * 2 if attention == "lora" else 5 * 5
     assert f"would drop {tensors} tensors" in messages_of(report, "adapter", "warning")
-    assert "modules of the adapter are at work" in messages_of(report, "adapter", "ok")
+    assert "modules of the adapter have an effect" in messages_of(report, "adapter", "ok")
     plain = load_model(world / "base", dtype="float32", device="cpu")
     loaded = PeftModel.from_pretrained(plain, str(folder))
     finding = check_applied(loaded, folder)
@@ -148,6 +148,6 @@ def test_an_adapter_that_was_changed_after_loading_is_found(world: Path) -> None
     with torch.no_grad():
         layer.lora_B["default"].weight.zero_()
     assert "model.layers.3.audio_mlp.gate_proj" in check_applied(loaded, world / "adapter").message
-    assert "1 of 50 modules of the adapter change nothing" in check_effect(loaded, batch)[0].message
+    assert "1 of 50 modules of the adapter have no effect" in check_effect(loaded, batch)[0].message
     loaded.base_model.disable_adapter_layers()
     assert "50 of 50 modules" in check_effect(loaded, batch)[0].message

@@ -28,7 +28,7 @@ def test_a_codec_in_train_mode_is_found(world: Path, monkeypatch: pytest.MonkeyP
     report = doctor(BaseSpec(world / "base"))
     assert failed(report) == {"codec"}
     assert "in train mode" in messages_of(report, "codec")
-    assert "gives other codes" in messages_of(report, "codec")
+    assert "gives different codes" in messages_of(report, "codec")
 
 
 def test_the_real_codec_class_passes() -> None:
@@ -58,7 +58,7 @@ class Faulty(FakeCodec):
 
 @pytest.mark.parametrize(
     ("fault", "says"),
-    [("random", "other codes"), ("rate", "50 frames"), ("range", "outside of 0 to 511"), ("length", "came back as")],
+    [("random", "different codes"), ("rate", "50 frames"), ("range", "outside of 0 to 511"), ("length", "decode to")],
 )
 def test_a_faulty_codec_is_found(fault: str, says: str) -> None:
     assert check_codes(FakeCodec())[0].status == "ok"

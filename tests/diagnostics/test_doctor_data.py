@@ -65,10 +65,10 @@ def delayed(codes: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        (lambda codes: np.roll(codes, 1, axis=1), "not those that the model speaks in"),
-        (permuted, "not those that the model speaks in"),
-        (delayed, "carry a delay already"),
-        (lambda codes: codes[:, [0, 1, 2, 3, 4, 5, 7, 6]], "do not belong|not those that the model"),
+        (lambda codes: np.roll(codes, 1, axis=1), "not those of the model's codec"),
+        (permuted, "not those of the model's codec"),
+        (delayed, "already have a delay"),
+        (lambda codes: codes[:, [0, 1, 2, 3, 4, 5, 7, 6]], "in the wrong place|not those of the model"),
     ],
     ids=["rolled", "permuted", "delayed", "swapped"],
 )
@@ -92,7 +92,7 @@ def losses(real: float, rolled: float = 12.0, undelayed: float = 8.0, swapped: f
         (losses(9.0, rolled=9.5), "failed", "another codec"),
         (losses(8.7, rolled=11.7, undelayed=9.0, swapped=9.0), "warning", "high"),
         (losses(6.0, rolled=6.0), "warning", "random weights"),
-        (losses(5.0, undelayed=4.0), "failed", "carry a delay"),
+        (losses(5.0, undelayed=4.0), "failed", "already have a delay"),
         (losses(4.0, swapped=3.9), "warning", "words make no difference"),
         (losses(math.nan), "failed", "nan"),
         (dataclasses.replace(losses(4.0), real=(4.0,) * 7 + (13.0,)), "failed", "codebooks 7 "),

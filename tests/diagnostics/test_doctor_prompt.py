@@ -26,7 +26,7 @@ def test_a_changed_chat_template_is_found(world: Path, base: Path) -> None:
     template.write_text(template.read_text().replace("<|eot_id|>", "<|eot_id|>\n"))
     report = examined(world, model=base, data=None)
     assert failed(report) == {"prompt"}
-    assert "writes a training row otherwise" in messages_of(report, "prompt")
+    assert "renders a training row differently" in messages_of(report, "prompt")
     template.write_text(template.read_text().replace("<|eot_id|>\n", "<|eot_id|>").replace("{%- endmacro -%}", ""))
     assert failed(doctor(BaseSpec(base))) == {"prompt"}
 
@@ -94,7 +94,7 @@ def test_whisper_features_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Prompter, "prompt", other_features)
     assert (
-        "differ between speaking and training"
+        "other Whisper features in speaking"
         in check_same_prompt(prompter, row, FAMILY.checks, Rendering(features=FixedFeatures(1.0)))[0].message
     )
 

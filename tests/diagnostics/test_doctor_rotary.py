@@ -27,7 +27,7 @@ def forget(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"), [(stretch, "by up to 2 %"), (cast, "bfloat16"), (forget, "original_inv_freq holds NaN")]
+    ("fault", "says"), [(stretch, "by up to 2 %"), (cast, "bfloat16"), (forget, "original_inv_freq has NaN")]
 )
 def test_wrong_rotary_buffers_are_found(
     world: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], None], says: str

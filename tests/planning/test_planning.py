@@ -1,4 +1,4 @@
-"""The plan of a run: memory by a dry run without weights, packs, steps, options, and what training makes of it."""
+"""The plan of a run: memory of dry runs, packs, steps, options, and how training uses it."""
 
 import json
 from collections import Counter
@@ -31,7 +31,7 @@ from higgstune.planning.plan import Footprint, Planner, fewest
 from higgstune.planning.run_memory import RunMemory
 from higgstune.planning.speed import Speed
 from higgstune.planning.suggestions import _ranks, _smaller_packs, options
-from higgstune.planning.survey import Machine, _heaviest, parse_memory, row_examples
+from higgstune.planning.survey import Machine, _peak_candidates, parse_memory, row_examples
 from higgstune.training import run as training_run
 from higgstune.training import stage as training_stage
 from higgstune.training.trainer import HiggsAudioTrainer
@@ -49,12 +49,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def planner(world: Path) -> Planner:
     """A planner with more memory than it needs."""
-    return Planner(recipe(world), Machine("cpu", 10**12, at_hand=True))
+    return Planner(recipe(world), Machine("cpu", 10**12, available=True))
 
 
 @pytest.fixture
 def parts(planner: Planner) -> tuple[StepSpec, Packed]:
-    """The spec of the dry run."""
+    """Arguments of `dry_run`."""
     footprint = planner.footprints(planner.recipe, planner.recipe.stages[0])[0]
     return footprint.spec, footprint.pack
 
@@ -85,13 +85,13 @@ def training_step(model: PeftModel, batch: Packed) -> torch.Tensor:
     return loss
 
 
-@pytest.mark.parametrize("again", [0, 2])
-def test_a_dry_run_takes_what_the_real_step_takes(world: Path, parts: tuple[StepSpec, Packed], again: int) -> None:
+@pytest.mark.parametrize("recomputed", [0, 2])
+def test_a_dry_run_takes_what_the_real_step_takes(world: Path, parts: tuple[StepSpec, Packed], recomputed: int) -> None:
     spec, batch = parts
     base = load_model(world / "base", dtype="float32", device="cpu")
     with_training_forward(base)
     model = add_lora(base, spec.lora, "full").train()
-    checkpoint_first(base.model.layers, again)
+    checkpoint_first(base.model.layers, recomputed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     with Tracker() as tracker:
@@ -104,18 +104,18 @@ def test_a_dry_run_takes_what_the_real_step_takes(world: Path, parts: tuple[Step
             optimizer.step()
             optimizer.zero_grad()
     real = max(peak.total() for peak in tracker.peaks.values())
-    planned = max(peak.total() for peak in dry_run(spec, batch, (again, 2 - again)).values())
-    assert planned == pytest.approx(real, rel=0.01)
+    counted = max(peak.total() for peak in dry_run(spec, batch, (recomputed, 2 - recomputed)).values())
+    assert counted == pytest.approx(real, rel=0.01)
 
 
-@pytest.mark.parametrize(("again", "kept"), [(0, 4), (3, 3)])
+@pytest.mark.parametrize(("recomputed", "kept"), [(0, 4), (3, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_outside_the_dry_run_add_what_the_others_did(
-    parts: tuple[StepSpec, Packed], again: int, kept: int, dtype: torch.dtype
+    parts: tuple[StepSpec, Packed], recomputed: int, kept: int, dtype: torch.dtype
 ) -> None:
     spec, batch = replace(parts[0], dtype=dtype), parts[1]
-    whole = dry_run(spec, batch, (again, kept))
-    inferred = Footprint(spec, batch).segments(again, kept)
+    whole = dry_run(spec, batch, (recomputed, kept))
+    inferred = Footprint(spec, batch).segments(recomputed, kept)
     assert max(v.total() for v in inferred.values()) == pytest.approx(max(v.total() for v in whole.values()), rel=1e-3)
 
 
@@ -147,8 +147,8 @@ def test_four_bits_take_less(parts: tuple[StepSpec, Packed], dora: bool) -> None
     assert whole[ADAPTER] == less[ADAPTER]
 
 
-@pytest.mark.parametrize("again", [1, 2])
-def test_recomputed_layers_change_no_bit(world: Path, parts: tuple[StepSpec, Packed], again: int) -> None:
+@pytest.mark.parametrize("recomputed", [1, 2])
+def test_recomputed_layers_change_no_bit(world: Path, parts: tuple[StepSpec, Packed], recomputed: int) -> None:
     def gradients(count: int) -> list[torch.Tensor]:
         base = load_model(world / "base", dtype="float32", device="cpu")
         with_training_forward(base)
@@ -160,9 +160,9 @@ def test_recomputed_layers_change_no_bit(world: Path, parts: tuple[StepSpec, Pac
         loss = training_step(model, parts[1])
         return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
-    kept, recomputed = gradients(0), gradients(again)
+    kept, with_recomputing = gradients(0), gradients(recomputed)
     assert len(kept) == 1 + 2 * 2 * 10
-    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, with_recomputing, strict=True))
 
 
 def test_a_signal_during_planning_ends_the_run(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_packs_and_steps_are_those_of_the_trainer(
     changed = recipe(world, stage={"gradient_accumulation": 2, "batch_tokens": 700})
     planned = planner.plan(changed).stages[0]
     assert planned.packs * planned.tokens_per_pack == pytest.approx(planned.tokens)
-    assert planned.positions <= 700
+    assert planned.max_tokens_per_pack <= 700
     result = higgstune.train(changed, tmp_path / "run")
     assert result.stages["voice"].steps == planned.steps == 2 * planned.steps_per_epoch
 
@@ -191,14 +191,14 @@ def test_packs_and_steps_are_those_of_the_trainer(
 def test_auto_takes_the_fewest_layers(world: Path, planner: Planner) -> None:
     auto = recipe(world, gradient_checkpointing="auto")
     stage = auto.stages[0]
-    peaks = [planner.peak(auto, stage, again) for again in range(3)]
+    peaks = [planner.peak(auto, stage, recomputed) for recomputed in range(3)]
     assert peaks[0] > peaks[1] > peaks[2]
-    for again in (0, 1):
-        tight = Planner(auto, Machine("cpu", int(peaks[again] / 0.95) + 2, at_hand=True), seen=planner.seen)
+    for recomputed in (0, 1):
+        tight = Planner(auto, Machine("cpu", int(peaks[recomputed] / 0.95) + 2, available=True), survey=planner.survey)
         tight.process = planner.process
         planned = tight.plan().stages[0]
-        assert (planned.checkpointed, planned.peak) == (again, peaks[again])
-    assert fewest(lambda again: 10 - again, 4, room=8) == 2
+        assert (planned.checkpointed, planned.peak) == (recomputed, peaks[recomputed])
+    assert fewest(lambda recomputed: 10 - recomputed, 4, room=8) == 2
     assert fewest([9, 5, 6].__getitem__, 2, room=1) == 1  # none fits: the one that needs least
 
 
@@ -222,7 +222,7 @@ def test_options_keep_the_clips_of_a_step_and_the_scaling_of_an_adapter(world: P
 @pytest.mark.processes
 def test_options_fit_and_keep_the_tokens_of_a_step(world: Path, planner: Planner) -> None:
     big = large_recipe(world)
-    tight = Planner(big, Machine("cuda", 10**12, at_hand=False), seen=planner.seen)
+    tight = Planner(big, Machine("cuda", 10**12, available=False), survey=planner.survey)
     room = int(0.9 * tight.plan().peak)
     found = options(tight, room=room)
     assert len(found) == 3
@@ -238,31 +238,31 @@ def test_options_fit_and_keep_the_tokens_of_a_step(world: Path, planner: Planner
 
 def test_options_differ_where_checkpointing_is_on_already(world: Path, planner: Planner) -> None:
     big = large_recipe(world).model_copy(update={"gradient_checkpointing": True})
-    tight = Planner(big, Machine("cuda", 10**12, at_hand=False), seen=planner.seen)
+    tight = Planner(big, Machine("cuda", 10**12, available=False), survey=planner.survey)
     changes = [option.change for option in options(tight, room=int(0.9 * tight.plan().peak))]
     assert len(set(changes)) == len(changes) == 3
 
 
-def test_loading_takes_the_weights_and_on_a_cpu_what_is_copied(world: Path, planner: Planner) -> None:
+def test_loading_needs_the_weights_and_on_a_cpu_the_copied_file(world: Path, planner: Planner) -> None:
     def loading(kind: Any, dtype: Any) -> tuple[int, int]:
         plan = recipe(world)
         plan = plan.model_copy(update={"model": plan.model.model_copy(update={"dtype": dtype})})
-        made = Planner(plan, Machine(kind, 10**12, at_hand=kind == "cpu"), seen=planner.seen)
+        made = Planner(plan, Machine(kind, 10**12, available=kind == "cpu"), survey=planner.survey)
         (stage,) = made.plan().stages
         return stage.loading - made.process - made.codec, stage.memory["weights"]
 
-    as_they_lie, weights = loading("cpu", "float32")
-    assert as_they_lie == weights
+    mapped, weights = loading("cpu", "float32")
+    assert mapped == weights
     copied, halved = loading("cpu", "bfloat16")
     assert halved < 0.6 * weights
-    assert copied == halved + sum(planner.seen.files.values())
+    assert copied == halved + sum(planner.survey.files.values())
     on_a_gpu, weights = loading("cuda", "float32")
     assert on_a_gpu == weights + 40_000_000  # cuBLAS
 
 
 def test_the_dry_run_of_a_validation_has_its_own_pack(planner: Planner, parts: tuple[StepSpec, Packed]) -> None:
     spec, large = parts
-    rows = row_examples(planner.seen, planner.recipe.stages[0], "train")
+    rows = row_examples(planner.survey, planner.recipe.stages[0], "train")
     small = pack([rows[0], rows[1]])
     layers = spec.config.num_hidden_layers
     assert "validation" not in Footprint(spec, small).segments(0, layers)
@@ -272,7 +272,7 @@ def test_the_dry_run_of_a_validation_has_its_own_pack(planner: Planner, parts: t
 
 
 def test_seconds_of_a_step_add_up() -> None:
-    speed = Speed(layer=1.0, layer_again=2.0, outside=10.0, optimizer=100.0)
+    speed = Speed(layer=1.0, layer_recomputed=2.0, outside=10.0, optimizer=100.0)
     assert speed.step(3, layers=4, checkpointed=1, passes=2) == 2 * 3 * (10 + 3 * 1 + 2) + 4 * 100
 
 
@@ -283,6 +283,12 @@ def command_recipe(folder: Path, plan: Any) -> Path:
 
 
 @pytest.mark.processes
+def test_progress_is_reported_by_stage(world: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    higgstune.plan(recipe(world), memory="16GB", progress=lambda *call: calls.append(call))
+    assert calls == [("planning stages", 1, 1), ("timing stages", 1, 1)]
+
+
 def test_plan_on_the_command_line(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,15 +297,17 @@ def test_plan_on_the_command_line(
 
     monkeypatch.setattr("higgstune.model.load._load", refuse)
     command, path = Command(capsys), command_recipe(tmp_path, recipe(world))
-    code, out, _ = command("train", path, "--plan", "--json")
+    code, out, err = command("train", path, "--plan", "--json")
     found = json.loads(out)
+    assert "planning" not in err
     assert (code, found["fits"], found["options"]) == (0, True, [])
     (stage,) = found["stages"]
     assert sum(stage["memory"].values()) == stage["peak"] == found["peak"]
     assert stage["tokens_per_second"] > 0
     assert stage["seconds"] == pytest.approx(stage["steps"] * stage["tokens_per_pack"] / stage["tokens_per_second"])
-    code, out, _ = command("train", path, "--plan", "--memory", "1MB")
+    code, out, err = command("train", path, "--plan", "--memory", "1MB")
     assert code == 1
+    assert "planning stages 1/1" in err
     assert "It does not fit" in out
     code, out, _ = command("train", path, "--plan", "--device", "cuda", "--memory", "16GB", "--json")
     assert code == 0
@@ -319,19 +327,19 @@ def test_out_of_memory_names_what_would_fit(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     big = large_recipe(world)
-    peak = Planner(big, Machine("cuda", 10**12, at_hand=False)).plan().peak
+    peak = Planner(big, Machine("cuda", 10**12, available=False)).plan().peak
     monkeypatch.setattr(HiggsAudioTrainer, "training_step", step)
     monkeypatch.setattr(
-        "higgstune.planning.run_memory.machine_for", lambda _: Machine("cuda", int(0.9 * peak), at_hand=False)
+        "higgstune.planning.run_memory.machine_for", lambda _: Machine("cuda", int(0.9 * peak), available=False)
     )
     with pytest.raises(
-        TrainingError, match=r"(?s)stage voice ran out of memory \(CUDA out of memory\).*quickest first:"
+        TrainingError, match=r"(?s)stage voice ran out of memory \(CUDA out of memory\).*fastest first:"
     ) as raised:
         training_run.train(big, tmp_path / "run")
     lines = str(raised.value).splitlines()
     assert len([line for line in lines if line.startswith("  ")]) == 3
     assert "gradient_checkpointing: " in str(raised.value)
-    assert "will hardly fit" in caplog.text
+    assert "may not fit" in caplog.text
 
 
 def test_out_of_memory_is_reported_where_nothing_can_be_planned(
@@ -344,7 +352,7 @@ def test_out_of_memory_is_reported_where_nothing_can_be_planned(
 
     monkeypatch.setattr("higgstune.planning.run_memory.options", broken)
     expected = pytest.raises(TrainingError, match=r"(?s)ran out of memory \(gone\).*Use gradient_checkpointing: true")
-    with expected, memory.explained(memory.recipe.stages[0]):
+    with expected, memory.explain_out_of_memory(memory.recipe.stages[0]):
         raise torch.OutOfMemoryError("gone")
     assert "shapes do not fit" in caplog.text
 
@@ -355,7 +363,7 @@ def test_memory_is_read(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "16XB", "-1GB", "0GB", "16", "16 G B", "nan"])
-def test_memory_that_makes_no_sense(text: str) -> None:
+def test_invalid_sizes_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--memory"):
         parse_memory(text)
 
@@ -369,8 +377,8 @@ def test_rows_are_all_in_packs(planner: Planner) -> None:
 @pytest.mark.processes
 def test_no_pack_of_any_epoch_takes_more_than_planned(world: Path) -> None:
     made = recipe(world, stage={"batch_tokens": 1500, "epochs": 4})
-    planner, stage = Planner(made, Machine("cpu", 10**12, at_hand=True)), made.stages[0]
-    rows = row_examples(planner.seen, stage, "train")
+    planner, stage = Planner(made, Machine("cpu", 10**12, available=True)), made.stages[0]
+    rows = row_examples(planner.survey, stage, "train")
     spec, lengths = planner.spec(made, stage), rows.lengths()
     sampler = PackSampler(lengths, stage.pack_size, seed=made.seed)
     every = {tuple(sorted(indices)) for epoch in range(4) for indices in sampler.packs(epoch)}
@@ -380,11 +388,11 @@ def test_no_pack_of_any_epoch_takes_more_than_planned(world: Path) -> None:
     assert 0.98 * most <= planned <= 1.02 * most  # a validation is in the plan, too
 
 
-def test_packs_weigh_by_hidden_states_and_by_kept_probabilities() -> None:
+def test_peak_candidates_by_hidden_states_and_saved_probabilities() -> None:
     lengths = np.array([100] * 12 + [600, 580] + [400, 400, 310])
     many, long, short = list(range(12)), [12, 13], [14, 15, 16]
     for packs in ([many, long, short], [short, long, many]):
-        assert _heaviest(packs, lengths, 30, 0) == [long]
-        assert _heaviest(packs, lengths, 30, 1e-3) == [short, long]
-        assert _heaviest(packs, lengths, 0, 0) == [many]
-    assert _heaviest([many, [14, 15]], lengths, 90, 0) == [[14, 15], many]  # more positions
+        assert _peak_candidates(packs, lengths, 30, 0) == [long]
+        assert _peak_candidates(packs, lengths, 30, 1e-3) == [short, long]
+        assert _peak_candidates(packs, lengths, 0, 0) == [many]
+    assert _peak_candidates([many, [14, 15]], lengths, 90, 0) == [[14, 15], many]  # more tokens

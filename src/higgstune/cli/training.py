@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from higgstune.cli.options import JsonOption, PlannedDeviceOption
-from higgstune.cli.output import announce, print_result, stage_summary
+from higgstune.cli.output import Bar, announce, print_result, stage_summary
 from higgstune.errors import ConfigError
 from higgstune.hub import check_name
 from higgstune.inputs import check_store
@@ -71,8 +71,10 @@ def train(
 def _show_plan(recipe: "Recipe", memory: str | None, device: str | None, as_json: bool) -> None:
     announce("planning", as_json)
     from higgstune.planning.report import plan
+    from higgstune.progress import silent
 
-    found = plan(recipe, memory=memory, device=device)
+    with Bar() as bar:
+        found = plan(recipe, memory=memory, device=device, progress=silent if as_json else bar)
     if as_json:
         print_result(found.as_json(), as_json)
     else:

@@ -1,4 +1,4 @@
-"""`doctor`: what is wrong with a machine, a checkpoint, a codec, data or an adapter, and what to do about it."""
+"""`doctor`: finds faults of a machine, a checkpoint, a codec, data or an adapter, and says what to do."""
 
 from higgstune.diagnostics.adapter import check_applied
 from higgstune.diagnostics.examine import doctor

@@ -1,4 +1,4 @@
-"""An adapter: the files that were saved, on the base that it was trained on, and at work in every module it claims."""
+"""Checks of an adapter: intact files, the base that it was trained on, and an effect in each of its modules."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -24,25 +24,25 @@ from higgstune.training.verify import MARGIN, TOLERANCE, probe_logits
 CHECK = "adapter"
 _PREFIX = "base_model.model."  # peft's, before the names of the base
 _COPY = "copy the adapter's whole folder again from where it was trained"
-_RETRAIN = "train it again, or use an earlier checkpoint: its training has left no trace in the weights"
+_RETRAIN = "train it again, or use an earlier checkpoint: this one has not learnt what it claims"
 
 
 def check_card(folder: Path) -> list[Finding]:
-    """Higgstune's card is there. Raises CheckpointError when it is damaged."""
+    """Check for Higgstune's card. Raises CheckpointError if it is damaged."""
     card = adapter_card(folder)
     if not card:
         text = f"{folder} has no {ADAPTER_CARD}: base, codec and checksum cannot be compared"
-        advice = "an adapter of other software: make sure that base and codec are those that it was trained with"
+        advice = "the adapter is external: make sure that base and codec are those that it was trained with"
         return [Finding(CHECK, "warning", text, advice)]
     lacking = [key for key in ("base_fingerprint", "weights_sha256", "codec_revision") if card.get(key) is None]
     if lacking:
-        text = f"{folder / ADAPTER_CARD} has no {naming(lacking)}, which an adapter of this version has"
-        return [Finding(CHECK, "warning", text, "what it does not say cannot be compared")]
+        text = f"{folder / ADAPTER_CARD} lacks {naming(lacking)}, which this version writes"
+        return [Finding(CHECK, "warning", text, "values that are missing cannot be compared")]
     return [Finding(CHECK, "ok", f"{folder}: stage {card.get('stage')}, trained on {card.get('checkpoint')}")]
 
 
 def check_files(folder: Path) -> list[Finding]:
-    """The files are whole and the ones that were saved; every tensor is finite, no LoRA is zero."""
+    """Check that the files are complete and unchanged, every tensor is finite, and no LoRA is zero."""
     findings = []
     try:
         check_adapter_files(folder)
@@ -52,32 +52,32 @@ def check_files(folder: Path) -> list[Finding]:
     weights = load_file(folder / ADAPTER_WEIGHTS)
     broken = sorted(key for key, value in weights.items() if not torch.isfinite(value).all())
     if broken:
-        text = f"{len(broken)} tensors of the adapter hold NaN or infinity: {naming(broken)}"
+        text = f"{len(broken)} tensors of the adapter have NaN or infinity: {naming(broken)}"
         findings.append(Finding(CHECK, "failed", text, _RETRAIN))
     findings += _check_zero(weights, adapter_card(folder))
-    return findings or [Finding(CHECK, "ok", f"{len(weights)} tensors, all finite, as they were saved")]
+    return findings or [Finding(CHECK, "ok", f"{len(weights)} tensors, all finite, unchanged since they were saved")]
 
 
 def check_trained_on(model: Any, folder: Path) -> list[Finding]:
-    """The base is the one that the adapter was trained on."""
+    """Check that the base is the one that the adapter was trained on."""
     try:
         check_base(folder, model)
     except CheckpointError as error:
-        advice = "name the adapter's own base with --model; on another one it says something else than was trained"
+        advice = "name the adapter's own base with --model; on another one it does not speak as trained"
         return [Finding(CHECK, "failed", str(error), advice)]
     if adapter_card(folder).get("base_fingerprint") is None:
         return []
-    return [Finding(CHECK, "ok", "the base has the fingerprint that the adapter's card names")]
+    return [Finding(CHECK, "ok", "the base has the fingerprint in the adapter's card")]
 
 
 def check_plain_peft(model: Any, folder: Path) -> list[Finding]:
-    """What `PeftModel.from_pretrained` alone would leave out on this base, before anything is added to it."""
+    """Warn of tensors that `PeftModel.from_pretrained` alone would drop on this base."""
     dropped = dropped_by_plain_peft(model, folder)
     if not dropped:
         return []
     text = (
-        f"`PeftModel.from_pretrained` would drop {len(dropped)} tensors on this base, without a word: it has no such "
-        f"modules ({naming(dropped)})"
+        f"`PeftModel.from_pretrained` would drop {len(dropped)} tensors on this base without warning, as it lacks "
+        f"their modules ({naming(dropped)})"
     )
     advice = "load it with higgstune (speak, load_adapter), or merge it: `higgstune export`"
     return [Finding(CHECK, "warning", text, advice)]
@@ -91,9 +91,9 @@ def dropped_by_plain_peft(model: Any, folder: Path) -> list[str]:
 
 
 def check_applied(model: PeftModel, folder: str | Path) -> Finding:
-    """Whether every tensor of an adapter's file is at work in a peft model, whoever loaded it.
+    """Check that a peft model has every tensor of an adapter's file.
 
-    For a model that was loaded by `PeftModel.from_pretrained` itself, which says nothing of what it leaves out.
+    For models loaded by `PeftModel.from_pretrained` itself, which drops tensors without warning.
     Raises CheckpointError for a broken file.
     """
     path = Path(folder) / ADAPTER_WEIGHTS
@@ -108,35 +108,35 @@ def check_applied(model: PeftModel, folder: str | Path) -> Finding:
         return Finding(CHECK, "failed", text, advice)
     other = sorted(key for key, value in saved.items() if not _same(loaded[key], value))
     if other:
-        text = f"{len(other)} of the adapter's tensors have other values in the model: {naming(other)}"
+        text = f"{len(other)} of the adapter's tensors have different values in the model: {naming(other)}"
         return Finding(
-            CHECK, "failed", text, "another adapter is active, or it was changed after loading: load it anew"
+            CHECK, "failed", text, "another adapter is active, or this one was changed after loading: reload it"
         )
     return Finding(CHECK, "ok", f"all {len(saved)} tensors of the adapter are in the model")
 
 
 def check_effect(model: PeftModel, batch: Batch, card: dict[str, Any] | None = None) -> list[Finding]:
-    """Each module that the adapter claims changes its own output on a batch, and so do the logits in the end."""
+    """Check on a batch that each module of the adapter changes its output, and the logits change enough."""
     claimed, idle = claimed_and_idle(model, batch)
     idle = [name for name in idle if not _without_gradient(name, card or {})]
     findings = []
     if not claimed:
         findings.append(Finding(CHECK, "failed", "the adapter has no module on this base", _RETRAIN))
     if idle:
-        text = f"{len(idle)} of {len(claimed)} modules of the adapter change nothing: {naming(idle)}"
+        text = f"{len(idle)} of {len(claimed)} modules of the adapter have no effect: {naming(idle)}"
         findings.append(Finding(CHECK, "failed", text, _RETRAIN))
     moved, needed = _logit_change(model, batch)
-    text = f"the adapter moves the logits by {moved:.2g}"
+    text = f"the adapter changes the logits by {moved:.2g}"
     if not moved > needed:
-        advice = "it was trained too little (more steps, a higher learning rate), or is not applied"
+        advice = "it was trained too little (use more steps or a higher learning rate), or is not applied"
         findings.append(Finding(CHECK, "failed", f"{text}, not more than {needed:.2g}", advice))
     if findings:
         return findings
-    return [Finding(CHECK, "ok", f"all {len(claimed)} modules of the adapter are at work; {text}")]
+    return [Finding(CHECK, "ok", f"all {len(claimed)} modules of the adapter have an effect; {text}")]
 
 
 def claimed_and_idle(model: PeftModel, batch: Batch) -> tuple[list[str], list[str]]:
-    """Names of the modules with adapter weights, and of those whose output on a batch is that of the base."""
+    """Names of the modules with adapter weights, and of those with the base's output on a batch."""
     modules = dict(model.named_modules())
     lora = {name: modules[name] for name, part in modules.items() if isinstance(part, LoraLayer)}
     saved = {name: part for name, part in modules.items() if isinstance(part, ModulesToSaveWrapper)}
@@ -148,18 +148,18 @@ def claimed_and_idle(model: PeftModel, batch: Batch) -> tuple[list[str], list[st
 
 
 def _check_zero(weights: dict[str, Tensor], card: dict[str, Any]) -> list[Finding]:
-    """LoRA whose B is zero throughout adds nothing."""
+    """Fail LoRA modules without effect, whose B is all zero."""
     outgoing = [key for key in sorted(weights) if ".lora_B" in key]
     zero = [_module_of(key) for key in outgoing if not weights[key].any()]
     zero = [name for name in zero if not _without_gradient(name, card)]
     if not zero:
         return []
-    text = f"LoRA B is zero in {len(zero)} of {len(outgoing)} modules, which therefore change nothing: {naming(zero)}"
+    text = f"LoRA B is zero in {len(zero)} of {len(outgoing)} modules, which have no effect: {naming(zero)}"
     return [Finding(CHECK, "failed", text, _RETRAIN)]
 
 
 def _without_gradient(name: str, card: dict[str, Any]) -> bool:
-    """Whether a recipe taught a module nothing: the last FFN of a pathway whose loss counts for nothing."""
+    """Whether a module had no gradient: the last FFN of a pathway whose loss has the weight 0."""
     layers = card.get("base_shape", {}).get("num_hidden_layers", 0)
     stages = card.get("recipe", {}).get("stages", [])
     weight = load_family(family_info(card.get("family"))).checks.untaught(name, layers)
@@ -173,7 +173,7 @@ def _module_of(key: str) -> str:
 
 
 def _changed_by_lora(model: PeftModel, layers: dict[str, nn.Module], batch: Batch) -> set[str]:
-    """Names of the LoRA layers that gave another output than the layer they stand on, in one forward."""
+    """Names of the LoRA layers whose output differs from their base layer's in one forward pass."""
     changed: set[str] = set()
     plain: dict[str, Tensor] = {}
 
@@ -215,7 +215,7 @@ def _parameters(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _logit_change(model: PeftModel, batch: Batch) -> tuple[float, float]:
-    """How much the adapter moves logits (float32: the most; else the mean), and how much it has to, as in training."""
+    """The adapter's change of the logits (float32: the maximum; else the mean), and the minimum, as in training."""
     adapted = probe_logits(model, batch)
     with model.disable_adapter():
         plain = probe_logits(model, batch)

@@ -1,4 +1,4 @@
-"""A checkpoint: its files, its config, its weights and its rotary buffers."""
+"""Checks of a checkpoint: files, config, weights and rotary buffers."""
 
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from higgstune.kernels.quantize import dequantized
 
 CHECK = "checkpoint"
 ROTARY = "rotary"
-_AGAIN = "copy or download the checkpoint again"
+_COPY = "copy or download the checkpoint again"
 
 
 def check_tensors(layout: Layout, family: Family, config: Any) -> list[Finding]:
-    """Every tensor of the model is in the files, with the shape that the config describes. Reads headers alone."""
+    """Check that the files have all tensors of the model, with the config's shapes. Reads only headers."""
     with torch.device("meta"):
         expected = {key: tuple(value.shape) for key, value in family.build(config).state_dict().items()}
     found = family.checks.tensor_shapes(layout)
@@ -30,18 +30,18 @@ def check_tensors(layout: Layout, family: Family, config: Any) -> list[Finding]:
     if missing:
         text = family.checks.missing_text(missing)
         text = text or f"{len(missing)} of {len(expected)} tensors are missing: {naming(missing)}"
-        findings.append(Finding(CHECK, "failed", f"{layout.folder}: {text}", _AGAIN))
+        findings.append(Finding(CHECK, "failed", f"{layout.folder}: {text}", _COPY))
     if wrong:
         key = wrong[0]
-        text = f"{len(wrong)} tensors do not have the shape that config.json describes, such as {key}"
+        text = f"{len(wrong)} tensors do not have the shape that config.json requires, such as {key}"
         text += f": {found[key]}, not {expected[key]}"
         findings.append(Finding(CHECK, "failed", f"{layout.folder}: {text}", "use the config.json of these weights"))
     if extra:
-        text = f"{len(extra)} tensors have no place in the model and are not used: {naming(extra)}"
+        text = f"{len(extra)} tensors do not belong to the model and are ignored: {naming(extra)}"
         advice = f"is it a checkpoint of {family.info.title}?"
         findings.append(Finding(CHECK, "warning", f"{layout.folder}: {text}", advice))
     if not missing and not wrong:
-        text = f"{layout.folder}: {layout.kind} layout, all {len(expected)} tensors are there"
+        text = f"{layout.folder}: {layout.kind} layout, all {len(expected)} tensors are present"
         if extension := sum(map(family.extensions.owns, found)):
             text += f", and {extension} of its extensions"
         findings.append(Finding(CHECK, "ok", text))
@@ -49,15 +49,15 @@ def check_tensors(layout: Layout, family: Family, config: Any) -> list[Finding]:
 
 
 def check_config(family: Family, config: Any) -> list[Finding]:
-    """The ids that the config gives to special tokens and codes fit together."""
+    """Check that the config's ids of special tokens and codes are consistent."""
     problems = family.checks.config_problems(config)
     if not problems:
-        return [Finding(CHECK, "ok", "the special ids of config.json fit together")]
+        return [Finding(CHECK, "ok", "the special ids of config.json are consistent")]
     return [Finding(CHECK, "failed", f"config.json: {'; '.join(problems)}", "use the config.json of these weights")]
 
 
 def check_recorded_checksums(folder: Path) -> list[Finding]:
-    """The weight files are those that were written, where Higgstune wrote them. Raises CheckpointError."""
+    """Check the checksums of weight files that Higgstune wrote. Raises CheckpointError if one differs."""
     recorded = folder_card(folder).get(FILES)
     if not recorded:
         return []
@@ -66,11 +66,11 @@ def check_recorded_checksums(folder: Path) -> list[Finding]:
 
 
 def check_weights(model: Any) -> list[Finding]:
-    """Loaded weights are finite, none is all zero, and no pathway is a copy of the other."""
+    """Check that weights are finite, none is all zero, and no pathway is a copy of the other."""
     owns = family_of(model).extensions.owns
     broken, zero = [], []
     for name, weight in base_of(model).named_parameters():
-        # NaN makes both NaN, and in 4 bits all of a weight, by the mean of its scales.
+        # NaN makes both bounds NaN; in 4 bits it makes all of a weight NaN, through the mean of its scales.
         low, high = (bound.item() for bound in torch.aminmax(dequantized(weight).detach()))
         if not (low > -torch.inf and high < torch.inf):
             broken.append(name)
@@ -78,18 +78,18 @@ def check_weights(model: Any) -> list[Finding]:
             zero.append(name)
     findings = []
     if broken:
-        text = f"{len(broken)} tensors hold NaN or infinity: {naming(broken)}"
-        findings.append(Finding(CHECK, "failed", text, f"{_AGAIN}; a training run or a merge may have written it"))
+        text = f"{len(broken)} tensors have NaN or infinity: {naming(broken)}"
+        findings.append(Finding(CHECK, "failed", text, f"{_COPY}; a training run or a merge may have written it"))
     if zero:
         text = f"{len(zero)} tensors are zero throughout: {naming(zero)}"
-        findings.append(Finding(CHECK, "failed", text, f"{_AGAIN}: the model cannot work with them"))
+        findings.append(Finding(CHECK, "failed", text, f"{_COPY}: the model cannot work with them"))
     if not broken:
         findings += _check_copies(base_of(model))
     return findings or [Finding(CHECK, "ok", "all weights are finite, none is zero throughout")]
 
 
 def check_rotary(model: Any) -> list[Finding]:
-    """The rotary buffers are what the config says, computed anew in float32 on the CPU."""
+    """Check the rotary buffers against the config's frequencies, computed in float32 on the CPU."""
     config, checks = base_of(model).config, family_of(model).checks
     expected, rotary = checks.frequencies(config), checks.rotary(model)
     problems = []
@@ -99,19 +99,19 @@ def check_rotary(model: Any) -> list[Finding]:
             problems.append(f"{name} {problem}")
     if not problems:
         kind = config.rope_parameters["rope_type"]
-        return [Finding(ROTARY, "ok", f"{len(expected)} frequencies ({kind}) are those of the config, in float32")]
+        return [Finding(ROTARY, "ok", f"{len(expected)} frequencies ({kind}) match the config, in float32")]
     return [
         Finding(
             ROTARY,
             "failed",
-            f"rotary_emb: {'; '.join(problems)}: every position is read as another one",
-            "cast weights with `dtype` when loading, not the loaded model with .to(); load it anew with load_model",
+            f"rotary_emb: {'; '.join(problems)}: the model sees wrong positions",
+            "cast with `dtype` when loading, not the loaded model with .to(); reload it with load_model",
         )
     ]
 
 
 def check_stored_rotary(layout: Layout, family: Family, config: Any) -> list[Finding]:
-    """The config says how positions are rotated, and as the buffers do that some checkpoints keep."""
+    """Check that the config has rotary parameters, which match any stored rotary buffers."""
     written = {**layout.config, **(layout.config.get("text_config") or {})}
     if not any(written.get(key) for key in ("rope_parameters", "rope_scaling", "rope_theta")):
         text = f"{layout.folder / 'config.json'} has no rope_parameters: default frequencies are used"
@@ -122,7 +122,7 @@ def check_stored_rotary(layout: Layout, family: Family, config: Any) -> list[Fin
         with safe_open(file, "pt") as weights:
             buffer = weights.get_tensor(key).float()
         if buffer.shape != expected.shape or not torch.allclose(buffer, expected, rtol=0.01):
-            text = f"{file}: {key} holds other frequencies than rope_parameters in config.json give"
+            text = f"{file}: {key} has other frequencies than rope_parameters in config.json"
             return [Finding(ROTARY, "failed", text, "use the config.json that the weights were trained with")]
     return []
 
@@ -133,7 +133,7 @@ def _keys(file: Path) -> list[str]:
 
 
 def _check_copies(model: Any) -> list[Finding]:
-    """Tensors that are bit for bit another one where training would have made them differ."""
+    """Warn of tensors that are copies of others, although training would have made them differ."""
     pairs = family_of(model).checks.could_be_copies(model)
     copies = [name for name, a, b in pairs if a.data_ptr() == b.data_ptr() or torch.equal(a, b)]
     if not copies:
@@ -150,7 +150,7 @@ def _buffer_problem(buffer: Tensor | None, expected: Tensor) -> str | None:
         return f"is {str(buffer.dtype).removeprefix('torch.')}, not float32"
     found = buffer.detach().cpu()
     if not torch.isfinite(found).all():
-        return "holds NaN or infinity"
+        return "has NaN or infinity"
     if found.shape != expected.shape:
         return f"has {len(found)} frequencies, not {len(expected)}"
     gap = ((found - expected).abs() / expected).max().item()

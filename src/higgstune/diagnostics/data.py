@@ -1,4 +1,4 @@
-"""The code store: it opens, its rows can be read, and its codes are of the model's kind."""
+"""Checks of a code store: readable rows, and codes of the model's codebooks."""
 
 from dataclasses import replace
 
@@ -12,10 +12,10 @@ from higgstune.diagnostics.report import Finding
 from higgstune.families.base import Spec, WhisperSpec
 
 CHECK = "data"
-ROWS = 16  # as many are looked at
-MAX_FRAMES = 250  # of a row's target that are looked at: 10 s
-_NO_WHISPER_CLIPS = (
-    "leave model.whisper out, or give rows a voice: `prepare --references same_speaker` and data.reference: scene, or "
+ROWS = 16  # examined
+MAX_FRAMES = 250  # examined of a row's target: 10 s
+_NO_FEATURES = (
+    "remove model.whisper, or give rows a voice: `prepare --references same_speaker` and data.reference: scene, or "
     "conversations with audio in user turns"
 )
 
@@ -28,7 +28,7 @@ def first_rows(store: CodeStore, limit: int = ROWS) -> list[Row]:
 
 
 def shortened(row: Row, frames: int = MAX_FRAMES) -> Row:
-    """A row with no more than `frames` of its target."""
+    """A row with at most `frames` of its target."""
     return replace(row, codes=row.codes[:frames])
 
 
@@ -36,27 +36,27 @@ def find_features(
     store: CodeStore, rendering: Rendering, *, named: str | None, shape: WhisperSpec | None
 ) -> tuple[Rendering, list[Finding]]:
     """The rendering with the store's Whisper features: those of the checkpoint that a recipe has `named`, or of the
-    encoder (`shape`) of an adapter or a checkpoint. Without either, audio is read by its codes.
+    encoder (`shape`) of an adapter or a checkpoint. Without either, audio is represented by its codes.
 
-    Raises DataError if those of the recipe are missing.
+    Raises DataError if the features that the recipe names are missing.
     """
     if named is None and shape is None:
         return rendering, []
     if not any(whisper_clips(row, rendering.reference) for row in store.contexts()):
         text = f"model.whisper has no effect: no row of {store.folder} has audio for Whisper"
-        return rendering, [] if named is None else [Finding(CHECK, "failed", text, _NO_WHISPER_CLIPS)]
+        return rendering, [] if named is None else [Finding(CHECK, "failed", text, _NO_FEATURES)]
     features = _features_of(store, shape) if named is None else FeatureStore.open(store.folder, named)
     if features is None:
         assert shape is not None
-        text = f"the store has no features of {shape.checkpoint}: its audio is read by its codes instead"
-        advice = f"prepare the data again with --whisper {shape.checkpoint} to examine it as it is used"
+        text = f"the store has no features of {shape.checkpoint}: this audio is represented by its codes"
+        advice = f"prepare the data again with --whisper {shape.checkpoint} to examine it as in training"
         return rendering, [Finding(CHECK, "warning", text, advice)]
-    text = f"the store has features of {features.index.checkpoint} for its audio"
+    text = f"the store has Whisper features of {features.index.checkpoint}"
     return replace(rendering, features=features), [Finding(CHECK, "ok", text)]
 
 
 def read_by_codes(row: Row) -> Row:
-    """A row as a plain base sees it: all audio by its codes, whatever its conversation says of Whisper."""
+    """A row for a plain base: all audio is represented by its codes, even where its conversation requests Whisper."""
     if row.messages is None:
         return row
     messages = [
@@ -66,16 +66,16 @@ def read_by_codes(row: Row) -> Row:
 
 
 def check_store(store: CodeStore, rows: list[Row], spec: Spec | None) -> list[Finding]:
-    """Splits, number of codebooks and range of the codes."""
+    """Check splits, number of codebooks and range of the codes."""
     counts = {name: len(store.split(name)) for name in ("train", "validation")}
     text = f"{store.folder}: {counts['train']} training rows, {counts['validation']} for validation"
     if not counts["train"]:
-        advice = "prepare more recordings, or a smaller --validation-fraction"
+        advice = "prepare more recordings, or use a smaller --validation-fraction"
         return [Finding(CHECK, "failed", f"{text}: nothing to train on", advice)]
     if problem := _code_problem(rows, spec):
         return [Finding(CHECK, "failed", f"{store.folder}: {problem}", "prepare the data with the checkpoint's codec")]
     if not counts["validation"]:
-        advice = "training cannot distinguish learning from memorising: raise --validation-fraction in prepare"
+        advice = "training cannot detect overfitting: raise --validation-fraction in prepare"
         return [Finding(CHECK, "warning", text, advice)]
     return [Finding(CHECK, "ok", text)]
 
@@ -95,7 +95,7 @@ def _code_problem(rows: list[Row], spec: Spec | None) -> str | None:
 
 
 def _features_of(store: CodeStore, shape: WhisperSpec | None) -> FeatureStore | None:
-    """By the encoder's revision: its name may be another one here."""
+    """Features are found by the encoder's revision: its name may differ on this machine."""
     if shape is None:
         return None
     path = store.folder / FOLDER / shape.revision / "index.json"

@@ -1,4 +1,4 @@
-"""The order of an examination: what each check needs, and what is still examined when an earlier one failed."""
+"""Check order of `doctor`; a check is skipped when its prerequisite failed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from higgstune.diagnostics import data as stores
 from higgstune.diagnostics import generation, loss, prompt
 from higgstune.diagnostics import machine as memory
 from higgstune.diagnostics.machine import check_environment
-from higgstune.diagnostics.report import Finding, Report, in_order
+from higgstune.diagnostics.report import Finding, Report, sorted_report
 from higgstune.environment import choose_device, choose_dtype
 from higgstune.errors import CheckpointError, ConfigError, HiggstuneError
 from higgstune.families import family_in, load_family, read_layout
@@ -35,7 +35,7 @@ from higgstune.model.load import load_model, load_tokenizer, recorded_base
 
 @dataclass
 class Names:
-    """Folders and hub ids; None where nothing names one yet."""
+    """Folders and hub ids to examine; None if unknown so far."""
 
     base: BaseSpec
     adapter: str | None
@@ -44,13 +44,13 @@ class Names:
 
     @property
     def any(self) -> bool:
-        """Whether there is anything but the machine to examine."""
+        """Whether there is more to examine than the machine."""
         return any((self.base.checkpoint, self.adapter, self.data, self.base.codec, self.recipe))
 
     def take_from_recipe(self, recipe: Recipe) -> None:
-        """A recipe names base, codec, store and the adapter that it continues from, and says how the base is loaded.
+        """Fill in the recipe's base, codec, store and initial adapter, and the base's dtype.
 
-        In 4 bits, too: its memory is compared so, and on a small GPU it does not fit otherwise.
+        Also its quantization: memory is checked with it, and on a small GPU the base may not fit otherwise.
         """
         model = recipe.model
         filled = self.base.filled(model.checkpoint, model.revision, model.codec)
@@ -59,26 +59,26 @@ class Names:
         self.adapter = self.adapter or recipe.init_adapter
 
     def take_from_store(self, store: CodeStore) -> None:
-        """A store may name the checkpoint that it was made for; without one, there is its codec to examine."""
+        """Fill in the checkpoint that a store was prepared for or, if unknown, the store's codec."""
         self.base = self.base.filled(store.info.settings.get("model"))
         if self.base.checkpoint is None:
             self.base = self.base.filled(codec=store.info.codec)
 
 
 Progress = Callable[[str], None]
-# What a broken file or a broken version of a library raises in the middle of a check: a finding, not a traceback.
-_ACCIDENTS = (
+# Damaged files and incompatible libraries raise these within a check. They become findings, not tracebacks.
+_CHECK_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError),
     *(SafetensorError, TemplateError),
 )
 _ADVICE = {
-    "recipe": "correct it; recipes/ has some to start from",
-    "checkpoint": "name a folder or a hub id with --model; copy or download it again where it is damaged",
-    "codec": "give the checkpoint's own codec with --codec; copy or download it again where it is damaged",
-    "data": "name a store that `higgstune prepare` wrote with --data; prepare it again where it is damaged",
-    "adapter": "name an adapter's or a run's folder; copy it again where it is damaged",
+    "recipe": "correct it; recipes/ has examples",
+    "checkpoint": "name a folder or a hub id with --model; if it is damaged, copy or download it again",
+    "codec": "name the checkpoint's codec with --codec; if it is damaged, copy or download it again",
+    "data": "name a store of `higgstune prepare` with --data; if it is damaged, prepare it again",
+    "adapter": "name the folder of an adapter or a run; if it is damaged, copy it again",
 }
-_REPORT_IT = "look at the message; with a sound installation and sound files this is a fault of Higgstune"
+_REPORT_IT = "read the message; if installation and files are intact, report it as a bug of Higgstune"
 
 
 def doctor(
@@ -89,29 +89,29 @@ def doctor(
     recipe: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Examine whatever is named, and the machine; without any, the machine alone. Nothing is changed.
+    """Examine the machine and whatever is named, without changing anything.
 
         doctor(adapter="runs/voice", data="data/voice").passed
 
-    An adapter and a recipe name their base, codec and data themselves; arguments override that. `progress` gets the
-    name of the running check. Whatever is wrong is a finding of the report; ConfigError is raised for a device or
-    dtype that does not exist.
+    A recipe and an adapter name their own base, codec and data, which these arguments override. `progress` is called
+    with the name of each check before it starts. Faults are findings of the report. Raises ConfigError for an unknown
+    device or dtype.
     """
     choose_dtype(base.dtype, choose_device(base.device))
     names = Names(base, *(None if name is None else str(name) for name in (adapter, data, recipe)))
     examination = _Examination(names, progress or (lambda _: None))
     examination.run()
-    return in_order(examination.findings)
+    return sorted_report(examination.findings)
 
 
 @dataclass
 class _Examination:
-    """One examination. What could be loaded is an attribute; why something could not is in `absent`."""
+    """The state of one call of `doctor`: objects that were loaded, and in `unavailable` why others were not."""
 
     names: Names
     show: Progress
     findings: list[Finding] = field(default_factory=list)
-    absent: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
     rendering: Rendering = PLAIN
     recipe: Recipe | None = None
     adapter: Path | None = None
@@ -119,7 +119,7 @@ class _Examination:
     rows: list[Row] = field(default_factory=list)
     peft_model: PeftModel | None = None
 
-    # Set by the checks that load them; a check that needs one says so and is skipped without.
+    # Set by the checks that load them. A check that requires one is skipped without it.
     device: torch.device = field(init=False)
     folder: Path = field(init=False)
     family: Family = field(init=False)
@@ -131,64 +131,64 @@ class _Examination:
     codec: Codec = field(init=False)
 
     def run(self) -> None:
-        """All checks, in an order in which each finds what it needs."""
-        self._check("environment", (), check_environment)
+        """Run all checks, each after those that it depends on."""
+        self._run("environment", (), check_environment)
         if not self.names.any:
             return
-        self._find_what_is_named()
-        self._check("checkpoint", ("model name",), self._read_config, gives="config")
-        self._check("checkpoint", ("config",), self._read_files, gives="tensors")
-        self._check("checkpoint", ("config", "ids"), self._read_tokenizer, gives="tokenizer")
-        self._check("memory", ("config",), self._compare_memory)
-        self._check("checkpoint", ("tensors", "enough memory"), self._load_model, gives="model")
-        self._check("rotary", ("model",), self._look_at_rotary, gives="rotary")
-        self._check("codec", (), self._look_at_codec, gives="codec")
-        self._check("codec", ("codec",), self._compare_revisions, gives="the store's codec")
-        self._check("data", ("data",), self._look_at_store, gives="rows")
-        self._check("data", ("data", "rows"), self._open_features)
-        self._check("prompt", ("tokenizer",), self._look_at_prompt, gives="prompt")
+        self._resolve_names()
+        self._run("checkpoint", ("model name",), self._read_config, provides="config")
+        self._run("checkpoint", ("config",), self._check_files, provides="tensors")
+        self._run("checkpoint", ("config", "ids"), self._read_tokenizer, provides="tokenizer")
+        self._run("memory", ("config",), self._check_memory)
+        self._run("checkpoint", ("tensors", "enough memory"), self._load_model, provides="model")
+        self._run("rotary", ("model",), self._check_rotary, provides="rotary")
+        self._run("codec", (), self._check_codec, provides="codec")
+        self._run("codec", ("codec",), self._check_revisions, provides="the store's codec")
+        self._run("data", ("data",), self._check_store, provides="rows")
+        self._run("data", ("data", "rows"), self._open_features)
+        self._run("prompt", ("tokenizer",), self._check_prompt, provides="prompt")
         sound = ("data", "model", "finite weights", "rotary", "tokenizer", "rows", "codec", "the store's codec")
-        self._check("loss", sound, self._look_at_loss)
-        self._check("adapter", ("adapter",), self._look_at_adapter_files, gives="adapter files")
-        self._check("adapter", ("adapter", "model", "finite weights"), self._compare_base, gives="adapter's base")
+        self._run("loss", sound, self._check_loss)
+        self._run("adapter", ("adapter",), self._check_adapter_files, provides="adapter files")
+        self._run("adapter", ("adapter", "model", "finite weights"), self._check_base, provides="adapter's base")
         needed = ("adapter", "adapter files", "adapter's base", "model", "finite weights")
-        self._check("adapter", needed, self._apply_adapter)
-        self._check("generation", ("model", "finite weights", "tokenizer", "prompt"), self._generate)
+        self._run("adapter", needed, self._apply_adapter)
+        self._run("generation", ("model", "finite weights", "tokenizer", "prompt"), self._generate)
 
-    def _check(
-        self, check: str, needs: tuple[str, ...], work: Callable[[], list[Finding]], *, gives: str | None = None
+    def _run(
+        self, check: str, requires: tuple[str, ...], work: Callable[[], list[Finding]], *, provides: str | None = None
     ) -> None:
-        """Do one piece of work. An error becomes a finding, and what the work `gives` is absent for later ones."""
-        lacking = [self.absent[need] for need in needs if need in self.absent]
+        """Run one check. After an error, which becomes a finding, what it `provides` is unavailable to later checks."""
+        lacking = [self.unavailable[name] for name in requires if name in self.unavailable]
         if lacking:
-            self._skip(check, lacking[0], gives)
+            self._skip(check, lacking[0], provides)
             return
-        self.show(check if gives is None else f"{check}, {gives}")
+        self.show(check if provides is None else f"{check}, {provides}")
         try:
             self.findings += work()
             return
         except HiggstuneError as error:
             self.findings.append(Finding(check, "failed", str(error), _ADVICE.get(check, _REPORT_IT)))
-        except _ACCIDENTS as error:
-            text = f"the check broke off: {type(error).__name__}: {error}"
+        except _CHECK_ERRORS as error:
+            text = f"the check crashed: {type(error).__name__}: {error}"
             self.findings.append(Finding(check, "failed", text, _REPORT_IT))
-        if gives is not None:
-            self.absent[gives] = f"the check of the {check} failed"
+        if provides is not None:
+            self.unavailable[provides] = f"the check of the {check} failed"
 
-    def _skip(self, check: str, reason: str, gives: str | None) -> None:
-        if gives is not None:
-            self.absent.setdefault(gives, reason)
+    def _skip(self, check: str, reason: str, provides: str | None) -> None:
+        if provides is not None:
+            self.unavailable.setdefault(provides, reason)
         messages = [f.message for f in self.findings if f.check == check and f.status in ("failed", "skipped")]
         if not messages:
             self.findings.append(Finding(check, "skipped", reason))
 
-    def _if_failed(self, found: list[Finding], thing: str, reason: str) -> list[Finding]:
-        """The findings, and `thing` is absent for later checks when one of them failed."""
+    def _block_if_failed(self, found: list[Finding], thing: str, reason: str) -> list[Finding]:
+        """Return the findings; if one of them failed, `thing` is unavailable to later checks."""
         if any(finding.status == "failed" for finding in found):
-            self.absent[thing] = reason
+            self.unavailable[thing] = reason
         return found
 
-    # What is named
+    # Names
 
     def _read_recipe(self) -> list[Finding]:
         assert self.names.recipe is not None
@@ -203,7 +203,7 @@ class _Examination:
                 choose_device(recipe.model.device)
                 self.names.base = replace(self.names.base, device=recipe.model.device)
             except ConfigError as error:
-                advice = "train on a machine with such a device; what follows is examined on the one that is here"
+                advice = "train on a machine with this device; the other checks use the available one"
                 found.append(Finding("recipe", "failed", f"model.device: {error}", advice))
         return found
 
@@ -214,7 +214,7 @@ class _Examination:
             card = adapter_card(folder)
             adapter_conditioning(folder)
         except CheckpointError:
-            self.names.base = recorded_base(self.names.base, folder, {})  # what is not damaged is examined
+            self.names.base = recorded_base(self.names.base, folder, {})  # the rest can still be examined
             raise
         self.names.base = recorded_base(self.names.base, folder, card)
         self.adapter = folder
@@ -228,24 +228,24 @@ class _Examination:
         self.rows = stores.first_rows(self.store)
         return []
 
-    def _find_what_is_named(self) -> None:
-        """A recipe and an adapter name the rest, a store its checkpoint."""
+    def _resolve_names(self) -> None:
+        """Read recipe, adapter and store, and the names in them."""
         names = self.names
         if names.recipe is not None:
-            self._check("recipe", (), self._read_recipe)
+            self._run("recipe", (), self._read_recipe)
         self.device = choose_device(names.base.device)
         if names.adapter is None:
-            self.absent["adapter"] = "no adapter was named with --adapter"
+            self.unavailable["adapter"] = "no adapter was named with --adapter"
         else:
-            self._check("adapter", (), self._read_card, gives="adapter")
+            self._run("adapter", (), self._read_card, provides="adapter")
         if names.data is None:
-            self.absent["data"] = "no store was named with --data"
+            self.unavailable["data"] = "no store was named with --data"
         else:
-            self._check("data", (), self._open_store, gives="data")
+            self._run("data", (), self._open_store, provides="data")
         if self.store is not None:
             names.take_from_store(self.store)
         if names.base.checkpoint is None:
-            self.absent["model name"] = "no checkpoint was named with --model, and nothing else names one"
+            self.unavailable["model name"] = "no checkpoint was named with --model, by an adapter, a recipe or a store"
 
     # The checkpoint
 
@@ -256,66 +256,66 @@ class _Examination:
         self.family = load_family(family_in(self.folder)[0])
         self.config = self.family.read_config(self.folder)
         self.spec = self.family.spec(self.config)
-        return self._if_failed(
-            checkpoints.check_config(self.family, self.config), "ids", "the ids in config.json do not fit together"
+        return self._block_if_failed(
+            checkpoints.check_config(self.family, self.config), "ids", "the ids in config.json are inconsistent"
         )
 
-    def _read_files(self) -> list[Finding]:
+    def _check_files(self) -> list[Finding]:
         self.layout = read_layout(self.folder)
         found = checkpoints.check_tensors(self.layout, self.family, self.config)
         found += checkpoints.check_recorded_checksums(self.folder)
-        return self._if_failed(found, "tensors", "the checkpoint's files are not those that they should be")
+        return self._block_if_failed(found, "tensors", "the checkpoint's files are damaged or do not match its config")
 
     def _read_tokenizer(self) -> list[Finding]:
         tokenizer = load_tokenizer(self.folder, self.family, self.config)
         self.prompter = self.family.prompter(tokenizer, self.config)
-        return [Finding("checkpoint", "ok", f"the tokenizer has {len(tokenizer)} tokens and fits the config")]
+        return [Finding("checkpoint", "ok", f"the tokenizer has {len(tokenizer)} tokens and matches the config")]
 
     def _load_model(self) -> list[Finding]:
         base = self.names.base
         self.model = load_model(self.folder, dtype=base.dtype, device=self.device, quantize=base.quantize)
         found = checkpoints.check_weights(self.model)
-        return self._if_failed(found, "finite weights", "the checkpoint's weights are broken")
+        return self._block_if_failed(found, "finite weights", "the checkpoint's weights are damaged")
 
-    def _look_at_rotary(self) -> list[Finding]:
+    def _check_rotary(self) -> list[Finding]:
         found = checkpoints.check_stored_rotary(self.layout, self.family, self.config) + checkpoints.check_rotary(
             self.model
         )
-        return self._if_failed(found, "rotary", "the rotary buffers are wrong")
+        return self._block_if_failed(found, "rotary", "the rotary buffers are wrong")
 
     # Codec and data
 
-    def _look_at_codec(self) -> list[Finding]:
-        brought = hasattr(self, "folder") and (self.folder / CODEC_FOLDER).is_dir()
-        if self.names.base.codec is None and "config" in self.absent and not brought:
-            self.absent["codec"] = "there is no checkpoint to name its codec"
-            return [Finding("codec", "skipped", self.absent["codec"])]
-        # The checkpoint by its folder: it has been fetched.
+    def _check_codec(self) -> list[Finding]:
+        has_codec = hasattr(self, "folder") and (self.folder / CODEC_FOLDER).is_dir()
+        if self.names.base.codec is None and "config" in self.unavailable and not has_codec:
+            self.unavailable["codec"] = "no codec was named with --codec, and there is no checkpoint with one"
+            return [Finding("codec", "skipped", self.unavailable["codec"])]
+        # by the checkpoint's folder, which has been fetched
         base = self.names.base
         name = base.codec if base.codec is not None else checkpoint_codec(self.folder)
         self.codec = load_codec(name, device=str(self.device))
         found = codecs.check_modes(self.codec, getattr(self, "model", None)) + codecs.check_codes(self.codec)
-        return found if "config" in self.absent else found + codecs.check_fit(self.codec, self.spec)
+        return found if "config" in self.unavailable else found + codecs.check_fit(self.codec, self.spec)
 
-    def _compare_revisions(self) -> list[Finding]:
+    def _check_revisions(self) -> list[Finding]:
         found = []
         if self.store is not None:
             advice = "prepare the data again with this codec, or name the store's codec with --codec"
             what = f"the store {self.store.folder}"
             found += codecs.check_revision(self.codec, self.store.info.codec_revision, what, advice)
-            self._if_failed(found, "the store's codec", "the store was made with another codec")
+            self._block_if_failed(found, "the store's codec", "the store was made with another codec")
         if self.adapter is not None and (card := adapter_card(self.adapter)):
-            advice = "name the codec that the adapter was trained with, by --codec"
+            advice = "name the codec that the adapter was trained with, using --codec"
             found += codecs.check_revision(
                 self.codec, card.get("codec_revision"), f"the adapter {self.adapter}", advice
             )
         return found
 
-    def _look_at_store(self) -> list[Finding]:
+    def _check_store(self) -> list[Finding]:
         assert self.store is not None
-        spec = None if "config" in self.absent else self.spec
+        spec = None if "config" in self.unavailable else self.spec
         found = stores.check_store(self.store, self.rows, spec)
-        return self._if_failed(found, "rows", "the store's rows cannot be used")
+        return self._block_if_failed(found, "rows", "the store's rows cannot be used")
 
     def _open_features(self) -> list[Finding]:
         assert self.store is not None
@@ -331,47 +331,47 @@ class _Examination:
 
     # Prompt, loss, adapter, generation
 
-    def _some_rows(self) -> list[Row]:
-        """Rows of the store, or built-in ones where there are none."""
-        if self.rows and "rows" not in self.absent:
-            return [self._readable(row) for row in self.rows]
+    def _example_rows(self) -> list[Row]:
+        """Rows of the store or, without any, built-in ones."""
+        if self.rows and "rows" not in self.unavailable:
+            return [self._without_features(row) for row in self.rows]
         return [prompt.built_in_row(self.spec.num_codebooks, self.spec.codes, seed=seed) for seed in (0, 1)]
 
-    def _readable(self, row: Row) -> Row:
+    def _without_features(self, row: Row) -> Row:
         return row if self.rendering.features is not None else stores.read_by_codes(row)
 
-    def _look_at_prompt(self) -> list[Finding]:
-        row = self._some_rows()[0]
-        if self.store is not None and "rows" not in self.absent:
-            row = self._readable(self.store[0])
+    def _check_prompt(self) -> list[Finding]:
+        row = self._example_rows()[0]
+        if self.store is not None and "rows" not in self.unavailable:
+            row = self._without_features(self.store[0])
         found = prompt.check_same_prompt(self.prompter, row, self.family.checks, self.rendering)
-        self._if_failed(found, "prompt", "prompts differ between training and speaking")
+        self._block_if_failed(found, "prompt", "prompts differ between training and speaking")
         found += prompt.check_tokens(self.prompter.tokenizer, self.family.checks)
         return found + prompt.check_chat_template(self.prompter.tokenizer, row, self.family.checks)
 
-    def _look_at_loss(self) -> list[Finding]:
+    def _check_loss(self) -> list[Finding]:
         rows = [stores.read_by_codes(row) for row in self.rows]
         plain = Rendering(reference=self.rendering.reference)  # the base alone does not use Whisper
         return loss.check_loss(self.model, self.prompter, rows, plain)
 
-    def _look_at_adapter_files(self) -> list[Finding]:
+    def _check_adapter_files(self) -> list[Finding]:
         assert self.adapter is not None
         found = adapters.check_files(self.adapter)
-        return self._if_failed(found, "adapter files", "the adapter's files are broken")
+        return self._block_if_failed(found, "adapter files", "the adapter's files are damaged")
 
-    def _compare_base(self) -> list[Finding]:
+    def _check_base(self) -> list[Finding]:
         assert self.adapter is not None
         found = adapters.check_trained_on(self.model, self.adapter)
-        self._if_failed(found, "adapter's base", "the adapter was trained on another base")
+        self._block_if_failed(found, "adapter's base", "the adapter was trained on another base")
         return found + adapters.check_plain_peft(self.model, self.adapter)
 
     def _apply_adapter(self) -> list[Finding]:
         assert self.adapter is not None
         self.peft_model = load_adapter(self.model, self.adapter)
         found = [adapters.check_applied(self.peft_model, self.adapter)]
-        if "tokenizer" in self.absent:
+        if "tokenizer" in self.unavailable:
             return found
-        rows = prompt.two_unequal(self._some_rows())
+        rows = prompt.two_unequal(self._example_rows())
         targets: Any = self.family.info.text_targets[0]
         batch = generation.collate(
             self.model, [prompt.as_trained(self.prompter, row, self.rendering, targets) for row in rows]
@@ -380,9 +380,9 @@ class _Examination:
 
     def _generate(self) -> list[Finding]:
         model, what = (self.model, "base") if self.peft_model is None else (self.peft_model, "base with adapter")
-        return generation.check_generation(model, self.prompter, self._some_rows(), what, self.rendering)
+        return generation.check_generation(model, self.prompter, self._example_rows(), what, self.rendering)
 
-    def _compare_memory(self) -> list[Finding]:
+    def _check_memory(self) -> list[Finding]:
         dtype = choose_dtype(self.names.base.dtype, self.device)
         attention = self.family.extensions.written(self.folder).audio_attention
         if self.adapter is not None:
@@ -393,7 +393,7 @@ class _Examination:
             plan = memory.speaking_plan(self.family, self.config, dtype, size, audio_attention=attention)
         else:
             if self.store is None:
-                return [Finding("memory", "skipped", "without data there is no training to plan")]
+                return [Finding("memory", "skipped", "planning needs data: name a store with --data")]
             changes = {"checkpoint": str(self.folder), "dtype": self.names.base.dtype}
             settings = self.recipe.model.model_copy(update=changes)
             data = self.recipe.data.model_copy(update={"store": str(self.store.folder)})
@@ -401,5 +401,5 @@ class _Examination:
             plan = memory.training_plan(changed, self.device)
         free = memory.free_memory(self.device)
         if plan.weights > free:
-            self.absent["enough memory"] = "the weights do not fit in the memory that is free"
+            self.unavailable["enough memory"] = "the weights do not fit in the free memory"
         return [memory.check_memory(plan, free, device=str(self.device))]

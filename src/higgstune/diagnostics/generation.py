@@ -1,4 +1,4 @@
-"""Speaking is training: the logits of a whole batch are those of generation, row by row through the KV cache."""
+"""Check of generation: its logits, step by step with the KV cache, are those of a batch as in training."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,8 +18,8 @@ from higgstune.families.base import Example, Prompter, base_of
 from higgstune.kernels.loss import IGNORE
 
 CHECK = "generation"
-# Differences are compared with the spread (standard deviation) of the logits. In float32 the largest of them counts. In
-# half precision the mean does: single logits are rounded by as much as a broken cache moves them, their mean is not.
+# Differences are relative to the standard deviation of the logits. In float32 the maximum counts. In half precision the
+# mean does: rounding changes single logits as much as a broken cache would, but not their mean.
 _TOLERANCE = 1e-4
 _HALF_TOLERANCE = 5e-3  # of a model of 5 layers; rounding adds up as the root of the layers
 _HALF_LAYERS = 5
@@ -28,27 +28,27 @@ _HALF_LAYERS = 5
 def check_generation(
     model: Any, prompter: Prompter, rows: Sequence[Row], what: str, rendering: Rendering = PLAIN
 ) -> list[Finding]:
-    """Teacher-forced logits of two clips of unequal length against those of step-by-step generation of both at once.
+    """Compare teacher-forced logits of two clips of unequal length with those of generating both step by step.
 
-    `model` is a native, an extended or a peft model in eval mode; `what` names it.
+    `model` is a native, an extended or a peft model in eval mode; `what` names it in messages.
     """
     clips = two_unequal(rows)
     trained = [as_trained(prompter, row, rendering) for row in clips]
     forced = _teacher_forced(model, trained)
     stepped = _step_by_step(model, [as_spoken(prompter, row, rendering) for row in clips], trained, clips)
     gap, allowed = _compare(torch.cat(forced), torch.cat(stepped), base_of(model))
-    text = f"{what}: on {sum(map(len, forced))} audio frames, logits of a batch and step by step differ by {gap:.2g}"
+    text = f"{what}: on {sum(map(len, forced))} audio frames, batch and stepwise logits differ by {gap:.2g}"
     if gap <= allowed:
-        return [Finding(CHECK, "ok", f"{text} of their spread (allowed {allowed:.2g})")]
+        return [Finding(CHECK, "ok", f"{text} standard deviations (allowed: {allowed:.2g})")]
     advice = (
-        "what is spoken is not what was trained: suspect the KV cache, the attention implementation or the padding of "
-        "these versions of torch and transformers; compare them with the environment above"
+        "generation does not match training: suspect the KV cache, the attention implementation or the padding of "
+        "these versions of torch and transformers, which the check of the environment lists"
     )
-    return [Finding(CHECK, "failed", f"{text} of their spread, more than {allowed:.2g}", advice)]
+    return [Finding(CHECK, "failed", f"{text} standard deviations, more than {allowed:.2g}", advice)]
 
 
 def _compare(forced: Tensor, stepped: Tensor, base: Any) -> tuple[float, float]:
-    """Logits [rows, K * V] of both ways -> their difference in spreads, and how much is allowed."""
+    """Two sets of logits [frames, K * V] -> their difference in standard deviations, and the tolerance."""
     gaps, spread = (forced - stepped).abs(), max(1.0, forced.std().item())
     if base.dtype in (torch.bfloat16, torch.float16):
         depth = max(1.0, family_of(base).spec(base.config).layers / _HALF_LAYERS) ** 0.5
@@ -62,7 +62,7 @@ def collate(model: Any, examples: Sequence[Example]) -> Batch:
 
 
 def _teacher_forced(model: Any, examples: list[Example]) -> list[Tensor]:
-    """For each example the audio logits [rows, K * V] that predict the rows of its last target, on the CPU."""
+    """For each example the audio logits [frames, K * V] of its last target's delayed frames, on the CPU."""
     batch = collate(model, examples)
     with torch.inference_mode():
         logits = family_of(model).label_logits(model, batch, len(batch["audio_positions"]), nullcontext())
@@ -77,13 +77,13 @@ def _teacher_forced(model: Any, examples: list[Example]) -> list[Tensor]:
 
 
 def _last_run(positions: np.ndarray) -> int:
-    """Where the last unbroken run of positions begins: a conversation may have several targets."""
+    """The index at which the last contiguous run of positions starts: a conversation may have several targets."""
     breaks = np.flatnonzero(np.diff(positions) != 1)
     return int(breaks[-1]) + 1 if len(breaks) else 0
 
 
 def _step_by_step(model: Any, prompts: list[Example], examples: list[Example], clips: Sequence[Row]) -> list[Tensor]:
-    """The same logits from generation: prompts in one batch, fed the clips' own rows."""
+    """The same logits from generation of a batch that is fed the clips' delayed frames."""
     family = family_of(model)
     extra = family.spec(base_of(model).config).extra_rows
     rows = [

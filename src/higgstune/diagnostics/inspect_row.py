@@ -1,4 +1,4 @@
-"""One row as the model sees it: the verb `inspect`."""
+"""One row as a training example: the verb `inspect`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +98,7 @@ def _inspection(
 
 
 def label_table(inspection: RowInspection, *, head: int = 12, tail: int = 10) -> list[list[Any]]:
-    """Rows of a table for people: position and one label per codebook, `.` without a label; the middle left out."""
+    """Table rows with the position and one label per codebook (`.`: no label); rows in the middle are left out."""
     rows: list[list[Any]] = [
         [position, *("." if label is None else label for label in labels)]
         for position, labels in inspection.audio_labels

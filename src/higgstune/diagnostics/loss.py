@@ -1,7 +1,7 @@
-"""What the untouched base makes of the user's codes: the loss, and the same data spoiled on purpose beside it.
+"""Check of the untouched base's loss on the data, compared with that on data that was corrupted on purpose.
 
-A number alone says little: a base that does not know a voice scores no better than chance on its first codebook. But
-whatever it knows, it must like the data better than the same data with the codebooks in another order.
+The loss alone says little: with an unknown voice a base may only reach chance on the first codebook. But its loss must
+be lower than that of the same data with the codebooks in another order.
 """
 
 import math
@@ -24,8 +24,8 @@ from higgstune.kernels.loss import add_sums, label_counts
 from higgstune.training.metrics import IMPOSSIBLE_CODE_LOSS
 
 CHECK = "loss"
-HIGH = 6.0  # nats a code: more than a released base needs for speech that it knows something of
-MARGIN = 1.0  # above chance; a base on a strange voice stays below, codes of another codec do not
+HIGH = 6.0  # nats per code; released bases are lower on familiar speech
+MARGIN = 1.0  # above chance; an unfamiliar voice stays below it, codes of another codec do not
 CLEAR = 0.1  # nats: a smaller difference is noise
 _BATCH = 4
 
@@ -34,41 +34,41 @@ PerCodebook = tuple[float, ...]
 
 @dataclass(frozen=True)
 class DataLoss:
-    """Nats per code for each codebook: of the data, and of the same rows spoiled."""
+    """Nats per code for each codebook: of the data, and of the same rows after corruption."""
 
     real: PerCodebook
-    rolled: PerCodebook  # each codebook's codes in the place of the next one's
-    undelayed: PerCodebook  # codebook k moved k frames ahead
-    swapped: PerCodebook | None  # each row with another one's transcript; None where there are no two
+    rolled: PerCodebook  # each codebook's codes in the next codebook
+    undelayed: PerCodebook  # codebook k shifted k frames ahead
+    swapped: PerCodebook | None  # each row with the transcript of another; None if there are not two
 
 
 def check_loss(model: Any, prompter: Prompter, rows: Sequence[Row], rendering: Rendering = PLAIN) -> list[Finding]:
-    """The base's audio loss on some rows, judged."""
+    """Measure and judge the base's audio loss on some rows."""
     loss = measure_loss(model, prompter, rows, rendering)
     return judge_loss(loss, math.log(_spec(model).classes), untrained=never_trained(model), rows=len(rows))
 
 
 def measure_loss(model: Any, prompter: Prompter, rows: Sequence[Row], rendering: Rendering = PLAIN) -> DataLoss:
-    """Teacher-forced losses of a base without adapter, in eval mode; stream ends are not counted."""
+    """Teacher-forced losses of a base without adapter, in eval mode; stream EOS codes are not counted."""
     cut = [shortened(row) for row in rows]
     swapped = _with_other_transcripts(cut)
 
-    def spoil(change: Callable[[np.ndarray], np.ndarray]) -> list[Row]:
+    def corrupt(change: Callable[[np.ndarray], np.ndarray]) -> list[Row]:
         return [replace(row, codes=change(row.codes)) for row in cut]
 
-    def measure(spoiled: Sequence[Row]) -> PerCodebook:
-        return _loss(model, prompter, spoiled, rendering)
+    def measure(corrupted: Sequence[Row]) -> PerCodebook:
+        return _loss(model, prompter, corrupted, rendering)
 
     return DataLoss(
         real=measure(cut),
-        rolled=measure(spoil(lambda codes: np.roll(codes, 1, axis=1))),
-        undelayed=measure(spoil(_undelayed)),
+        rolled=measure(corrupt(lambda codes: np.roll(codes, 1, axis=1))),
+        undelayed=measure(corrupt(_undelayed)),
         swapped=measure(swapped) if swapped else None,
     )
 
 
 def judge_loss(loss: DataLoss, chance: float, *, untrained: bool, rows: int) -> list[Finding]:
-    """What the losses say; `untrained`: the weights look as if they had never been trained."""
+    """Findings from the losses; `untrained`: the weights look untrained."""
     real, rolled = _mean(loss.real), _mean(loss.rolled)
     text = (
         f"{real:.2f} nats per code on {rows} rows (by codebook {' '.join(f'{value:.1f}' for value in loss.real)}; "
@@ -77,18 +77,18 @@ def judge_loss(loss: DataLoss, chance: float, *, untrained: bool, rows: int) -> 
     if not math.isfinite(real):
         return [Finding(CHECK, "failed", f"the loss is {real}", "see the findings on the checkpoint's weights")]
     if untrained or (rolled - real < CLEAR and real <= chance + MARGIN):
-        return [Finding(CHECK, "warning", f"{text}: the model knows nothing of these codes", _RANDOM_WEIGHTS)]
+        return [Finding(CHECK, "warning", f"{text}: the model does not know these codes", _RANDOM_WEIGHTS)]
     if real < IMPOSSIBLE_CODE_LOSS:
         return [Finding(CHECK, "failed", f"{text}: unseen audio cannot be predicted this well", _TOO_GOOD)]
-    # The number alone proves nothing: a base without much learning scores above chance on a voice, or on prompts with a
-    # reference, that it never met. That the order of the codebooks matters shows that the codes are its own.
+    # The loss alone is not enough: a small base can be above chance on a voice or on prompts with a reference that it
+    # was not trained on. If the order of the codebooks matters, the codes are those of its codec.
     if rolled - real < CLEAR or (real > chance + MARGIN and rolled - real < MARGIN):
-        return [Finding(CHECK, "failed", f"{text}: the codes are not those that the model speaks in", _WRONG_CODES)]
+        return [Finding(CHECK, "failed", f"{text}: the codes are not those of the model's codec", _WRONG_CODES)]
     return _judge_structure(loss, chance, text)
 
 
 def never_trained(model: Any) -> bool:
-    """Whether every norm is still exactly 1, as it is initialised: training moves them all."""
+    """Whether every norm is still 1, its initial value."""
     norms = [weight for name, weight in base_of(model).named_parameters() if name.rpartition(".")[0].endswith("norm")]
     return bool(norms) and all(bool((weight == 1).all()) for weight in norms)
 
@@ -96,8 +96,8 @@ def never_trained(model: Any) -> bool:
 def _judge_structure(loss: DataLoss, chance: float, text: str) -> list[Finding]:
     real = _mean(loss.real)
     if real - _mean(loss.undelayed) > CLEAR:
-        text += f", with codebook k moved k frames ahead {_mean(loss.undelayed):.2f}"
-        return [Finding(CHECK, "failed", f"{text}: the stored codes carry a delay already", _DELAYED)]
+        text += f", with codebook k shifted k frames ahead {_mean(loss.undelayed):.2f}"
+        return [Finding(CHECK, "failed", f"{text}: the stored codes already have a delay", _DELAYED)]
     odd = [
         k
         for k, (here, moved) in enumerate(zip(loss.real, loss.rolled, strict=True))
@@ -105,7 +105,7 @@ def _judge_structure(loss: DataLoss, chance: float, text: str) -> list[Finding]:
     ]
     if odd:
         named = ", ".join(map(str, odd))
-        return [Finding(CHECK, "failed", f"{text}: codebooks {named} do not belong where they are", _WRONG_CODES)]
+        return [Finding(CHECK, "failed", f"{text}: codebooks {named} are in the wrong place", _WRONG_CODES)]
     findings = []
     if real > HIGH:
         findings.append(Finding(CHECK, "warning", f"{text}: high", _HIGH_ADVICE))
@@ -118,24 +118,24 @@ def _judge_structure(loss: DataLoss, chance: float, text: str) -> list[Finding]:
 
 
 _RANDOM_WEIGHTS = (
-    "these look like random weights: a miniature for tests, or a checkpoint that was never filled; with the released "
-    "checkpoint suspect the codes: another codec, or codebooks in another order"
+    "these look like random weights: a miniature for tests, or an empty checkpoint; with the released checkpoint "
+    "suspect the codes: another codec, or codebooks in another order"
 )
 _TOO_GOOD = (
     "suspect that the base was trained on these very clips, that the codes are constant (silence), or that the model "
-    "sees what it should predict"
+    "sees its labels"
 )
 _WRONG_CODES = (
     "suspect that the store was encoded by another codec, that codebooks were put in another order, or another base: "
     "prepare the data again with the checkpoint's own codec"
 )
-_DELAYED = "codes are stored without the delay pattern, training adds it: prepare the data again"
+_DELAYED = "codes must be stored without the delay pattern, which training adds: prepare the data again"
 _HIGH_ADVICE = (
-    "a base that knows nothing of such speech (a new language, a far-off voice, a poor codec) scores so; with a voice "
-    "and a language that it knows, suspect noise, a wrong sample rate or shifted codes: listen to decoded rows"
+    "normal for unfamiliar speech (a new language, an unusual voice, a poor codec); with a familiar voice and "
+    "language, suspect noise, a wrong sample rate or shifted codes: listen to decoded rows"
 )
 _WORDS_ADVICE = (
-    "a base that does not know the language scores so; else suspect that texts and recordings do not belong together: "
+    "normal for a language that the base does not know; otherwise suspect that texts and recordings do not match: "
     "look at some rows with `higgstune inspect`"
 )
 
@@ -161,12 +161,12 @@ def _spec(model: Any) -> Spec:
 
 
 def _undelayed(codes: np.ndarray) -> np.ndarray:
-    """[frames, K] with codebook k moved k frames ahead: what is left of codes that carried the delay pattern."""
+    """[frames, K] with codebook k shifted k frames ahead, which removes a delay pattern."""
     return np.stack([np.roll(codes[:, k], -k) for k in range(codes.shape[1])], axis=1)
 
 
 def _with_other_transcripts(rows: Sequence[Row]) -> list[Row]:
-    """Rows with the transcript of the next one; none where that would change nothing."""
+    """Rows with the transcript of the next one; empty if all are the same."""
     spoken = [row for row in rows if row.messages is None]
     if len(spoken) < len(rows) or len({row.text for row in spoken}) < 2:
         return []

@@ -1,4 +1,4 @@
-"""The prompt: the same in training as in generation, in the checkpoint's own template, and token by token."""
+"""Checks of the prompt: the same in training, in generation and in the checkpoint's chat template."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +18,7 @@ CHECK = "prompt"
 
 
 def built_in_row(codebooks: int, codes: int, *, frames: int = 12, seed: int = 0) -> Row:
-    """A row for those who have no data yet: a sentence, a reference, and random codes."""
+    """A row for checks without data: a sentence, a reference, and random codes."""
     draw = np.random.default_rng(seed)
     texts = ("The sun rises in the east.", "Good morning to you all, and to those who are still asleep.")
     target, reference = (draw.integers(0, codes, (length, codebooks)).astype(np.uint16) for length in (frames, 6))
@@ -33,33 +33,33 @@ def built_in_row(codebooks: int, codes: int, *, frames: int = 12, seed: int = 0)
 def as_trained(
     prompter: Prompter, row: Row, rendering: Rendering = PLAIN, text_targets: TextTargets = "none"
 ) -> Example:
-    """A row as training has it. Raises DataError."""
+    """A row as a training example. Raises DataError."""
     return row_example(prompter, row, text_targets, rendering)
 
 
 def as_spoken(prompter: Prompter, row: Row, rendering: Rendering = PLAIN) -> Example:
-    """The prompt that speaking would make for a row's last target. Raises DataError."""
-    return prompter.prompt(*_request(row, rendering))
+    """The prompt of generation for a row's last target. Raises DataError."""
+    return prompter.prompt(*_speech_request(row, rendering))
 
 
 def check_same_prompt(prompter: Prompter, row: Row, checks: Checks, rendering: Rendering = PLAIN) -> list[Finding]:
-    """What training shows before a row's target is what speaking shows."""
+    """Check that training and generation have the same prompt before a row's target."""
     trained, spoken = as_trained(prompter, row, rendering), as_spoken(prompter, row, rendering)
     problem = _first_difference(prompter, trained, spoken, checks.prompt_end)
     if problem is None:
         rows = len(spoken.audio_input_ids)
         text = f"row {row.id}: the {len(spoken)} tokens before the target are the same in training and speaking"
         return [Finding(CHECK, "ok", f"{text} ({rows} of them audio)")]
-    advice = "speaking would use another prompt than training: prepare the data again with this Higgstune"
+    advice = "speaking would use another prompt than training: prepare the data again with this version of Higgstune"
     return [Finding(CHECK, "failed", f"row {row.id}: {problem}", advice)]
 
 
 def check_chat_template(tokenizer: Any, row: Row, checks: Checks) -> list[Finding]:
-    """The checkpoint's own chat template writes the conversation as we do, in training and for generation."""
+    """Check that the checkpoint's chat template renders the same prompts, for training and for generation."""
     if getattr(tokenizer, "chat_template", None) is None:
         return [Finding(CHECK, "skipped", "the checkpoint has no chat template to compare with")]
     messages, _, _ = row_conversation(row)
-    request, _ = _request(row)
+    request, _ = _speech_request(row)
     try:
         theirs = [
             tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False),
@@ -67,34 +67,34 @@ def check_chat_template(tokenizer: Any, row: Row, checks: Checks) -> list[Findin
                                           add_generation_prompt=True),
         ]  # fmt: skip
     except (TemplateError, TypeError, ValueError, KeyError) as error:
-        text = f"the checkpoint's chat template cannot write row {row.id}: {error}"
+        text = f"the checkpoint's chat template cannot render row {row.id}: {error}"
         return [Finding(CHECK, "failed", text, _TEMPLATE_ADVICE)]
     ours = [checks.render(messages, generation=False), checks.render(_before_target(request), generation=True)]
     for name, our, their in zip(("a training row", "a prompt to speak"), ours, theirs, strict=True):
         if our is not None and our != their:
-            text = f"the checkpoint's chat template writes {name} otherwise: {_around_difference(our, their)}"
+            text = f"the checkpoint's chat template renders {name} differently: {_around_difference(our, their)}"
             return [Finding(CHECK, "failed", text, _TEMPLATE_ADVICE)]
-    return [Finding(CHECK, "ok", "the checkpoint's chat template writes the same prompt")]
+    return [Finding(CHECK, "ok", "the checkpoint's chat template renders the same prompt")]
 
 
 _TEMPLATE_ADVICE = (
-    "Higgstune writes prompts as the released checkpoint does: take chat_template.jinja from there; a checkpoint that "
-    "was trained with another template cannot be used here"
+    "Higgstune uses the prompt of the released checkpoint: take chat_template.jinja from there; checkpoints that were "
+    "trained with another template are not supported"
 )
 
 
 def check_tokens(tokenizer: Any, checks: Checks) -> list[Finding]:
-    """Each control token of the prompt is one id, alone and inside text, and is read back as itself."""
+    """Check that each control token is one id, alone and inside text, and decodes to itself."""
     broken = [token for token in checks.control_tokens if not _is_one_token(tokenizer, token)]
     if broken:
         text = f"the tokenizer does not keep {naming(broken)} as one token"
-        advice = "use the tokenizer.json of the checkpoint: these tokens would be read as letters"
+        advice = "use the tokenizer.json of the checkpoint: these tokens would be split into pieces of text"
         return [Finding(CHECK, "failed", text, advice)]
-    return [Finding(CHECK, "ok", f"all {len(checks.control_tokens)} control tokens are one id each")]
+    return [Finding(CHECK, "ok", f"all {len(checks.control_tokens)} control tokens are single ids")]
 
 
-def _request(row: Row, rendering: Rendering = PLAIN) -> tuple[Sequence[Message], list[Audio]]:
-    """The conversation before a row's last target, as `speak` makes it, and its audio."""
+def _speech_request(row: Row, rendering: Rendering = PLAIN) -> tuple[Sequence[Message], list[Audio]]:
+    """The conversation of `speak` for a row's last target, and the audio before it."""
     messages, audio, _ = row_conversation(row, rendering)
     if row.messages is None:
         scene = DEFAULT_SCENE if row.scene is None else row.scene
@@ -111,7 +111,7 @@ def _request(row: Row, rendering: Rendering = PLAIN) -> tuple[Sequence[Message],
 
 
 def _before_target(messages: Sequence[Message]) -> list[Message]:
-    """Without the target itself, which a chat template would write out."""
+    """The conversation without the target, which a chat template would render."""
     return list(messages[:-1]) if messages[-1] == TARGET else list(messages)
 
 
@@ -120,15 +120,15 @@ def _audio_parts(message: Message) -> int:
 
 
 def _first_difference(prompter: Prompter, trained: Example, spoken: Example, prompt_end: str) -> str | None:
-    ids, prompt = trained.input_ids, spoken.input_ids
-    if int(prompt[-1]) != prompter.tokenizer.convert_tokens_to_ids(prompt_end):
-        return f"the prompt for generation does not end with {prompt_end}"
-    if len(prompt) > len(ids) or (ids[: len(prompt)] != prompt).any():
-        shared = min(len(ids), len(prompt))
-        odd = np.flatnonzero(ids[:shared] != prompt[:shared])
+    ids, request = trained.input_ids, spoken.input_ids
+    if int(request[-1]) != prompter.tokenizer.convert_tokens_to_ids(prompt_end):
+        return f"the prompt to speak does not end with {prompt_end}"
+    if len(request) > len(ids) or (ids[: len(request)] != request).any():
+        shared = min(len(ids), len(request))
+        odd = np.flatnonzero(ids[:shared] != request[:shared])
         place = int(odd[0]) if len(odd) else shared
         around = slice(max(0, place - 4), place + 4)
-        texts = [prompter.tokenizer.decode(tokens[around].tolist()) for tokens in (ids, prompt)]
+        texts = [prompter.tokenizer.decode(tokens[around].tolist()) for tokens in (ids, request)]
         return f"position {place} differs: training has {texts[0]!r}, speaking {texts[1]!r}"
     if not np.array_equal(trained.audio_input_ids[: len(spoken.audio_input_ids)], spoken.audio_input_ids):
         return "the audio before the target has other codes in speaking than in training"
@@ -136,14 +136,14 @@ def _first_difference(prompter: Prompter, trained: Example, spoken: Example, pro
     if features is not None and (
         trained.whisper_features is None or not np.array_equal(trained.whisper_features[: len(features)], features)
     ):
-        return "the Whisper features before the target differ between speaking and training"
+        return "the audio before the target has other Whisper features in speaking than in training"
     return None
 
 
 def _around_difference(ours: str, theirs: str) -> str:
     place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     around = slice(max(0, place - 20), place + 20)
-    return f"character {place} is in {theirs[around]!r}, ours in {ours[around]!r}"
+    return f"character {place} differs: {theirs[around]!r}, Higgstune has {ours[around]!r}"
 
 
 def _is_one_token(tokenizer: Any, token: str) -> bool:

@@ -1,4 +1,4 @@
-"""What an examination found: findings, their summary, and the table that people read."""
+"""The report of `doctor`: findings, their summary, and a table."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -20,17 +20,17 @@ _COLOURS: dict[Status, str] = {"ok": "green", "warning": "yellow", "failed": "bo
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a check saw."""
+    """One result of a check."""
 
     check: str  # one of CHECKS
     status: Status
-    message: str  # what was found, and where
+    message: str  # the observation, with its file or option
     advice: str = ""  # what to do
 
 
 @dataclass(frozen=True)
 class Report:
-    """All findings of an examination, in the order of CHECKS."""
+    """All findings, in the order of CHECKS."""
 
     findings: tuple[Finding, ...]
 
@@ -41,16 +41,16 @@ class Report:
 
     @property
     def summary(self) -> dict[str, int]:
-        """How many findings there are of each status."""
+        """The number of findings of each status."""
         counts = Counter(finding.status for finding in self.findings)
         return {status: counts[status] for status in STATUSES}
 
     def of(self, check: str, status: Status | None = None) -> list[Finding]:
-        """The findings of one check, or those of a status among them."""
+        """The findings of one check, optionally of one status."""
         return [f for f in self.findings if f.check == check and status in (None, f.status)]
 
     def to_json(self) -> dict[str, Any]:
-        """As `doctor --json` prints it."""
+        """The object that `doctor --json` prints."""
         return {
             "passed": self.passed,
             "summary": self.summary,
@@ -62,20 +62,20 @@ class Report:
         table = Table("status", "check", "finding", "what to do")
         for finding in self.findings:
             colour = _COLOURS[finding.status]
-            # Text, not strings: a path in brackets is not markup.
+            # Text, as rich would read brackets in strings as markup.
             table.add_row(
                 Text(finding.status, style=colour), finding.check, Text(finding.message), Text(finding.advice)
             )
         return table
 
 
-def in_order(findings: Iterable[Finding]) -> Report:
-    """A report of findings that were made in any order."""
+def sorted_report(findings: Iterable[Finding]) -> Report:
+    """A report of findings, sorted."""
     return Report(tuple(sorted(findings, key=lambda finding: CHECKS.index(finding.check))))
 
 
-def naming(names: Iterable[str], most: int = 3) -> str:
-    """Some of many names for a message: `a, b, c and 25 more`."""
+def naming(names: Iterable[str], limit: int = 3) -> str:
+    """The first names and the number of others for a message: `a, b, c and 25 more`."""
     listed = list(names)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more

@@ -1,1 +1,1 @@
-"""What a recipe will need, found out before anything is loaded: memory, packs and steps, time."""
+"""Planning of a run before anything is loaded: memory, packs, steps and time."""

@@ -1,7 +1,7 @@
-"""The real optimizer step on tensors without values: what memory it takes, with nothing loaded and nothing computed.
+"""A dry run of the real optimizer step on fake tensors, to count its memory without loading or computing anything.
 
-Model, adapter, packed batch, loss, backward pass, clipping and optimizer are those of training; only the tensors are
-fake. They are fake tensors of a CPU, whatever is planned for: shapes and dtypes decide, not kernels.
+Model, adapter, packed batch, loss, backward pass, clipping and optimizer are those of training. The fake tensors are
+CPU tensors, whatever the planned device: shapes and dtypes decide about memory, not kernels.
 """
 
 import weakref
@@ -30,58 +30,37 @@ from higgstune.kernels.memory import checkpoint_first
 from higgstune.kernels.quantize import bytes_in_4_bits, layers_in_4_bits
 from higgstune.model.adapters import lora_config, with_adapter
 
-
-class FourBits(nn.Linear):
-    """What `bitsandbytes.nn.Linear4bit` keeps and takes, without its numbers. Made on the meta device."""
-
-    def __init__(self, whole: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = whole.in_features, whole.out_features
-        self.shape, self.dtype = whole.weight.shape, whole.weight.dtype
-        packed = torch.empty(bytes_in_4_bits(whole.weight), dtype=torch.uint8)
-        self.packed = nn.Parameter(packed, requires_grad=False)
-        self.bias = whole.bias
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The unpacked weight, which DoRA reads for its norm."""
-        return self.packed.new_empty(self.shape, dtype=self.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., F]."""
-        return _Product.apply(x, self.packed, self.shape, self.dtype)
-
-
-class _Product(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        ctx.shape, ctx.dtype = shape, dtype
-        ctx.save_for_backward(packed)
-        return F.linear(x.to(dtype), packed.new_empty(shape, dtype=dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (packed,) = ctx.saved_tensors
-        return grad @ packed.new_empty(ctx.shape, dtype=ctx.dtype), None, None, None
-
-
-def put_in_4_bits(model: nn.Module, names: list[str]) -> None:
-    """Exchange layers of a model on the meta device for stand-ins, in place."""
-    for name in names:
-        whole = model.get_submodule(name)
-        assert isinstance(whole, nn.Linear)
-        model.set_submodule(name, FourBits(whole))
-
-
+WEIGHTS, ADAPTER, OPTIMIZER, GRADIENTS = "weights", "adapter", "optimizer", "gradients"
+ACTIVATIONS, TRANSIENT = "activations", "transient"
+KINDS = (WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS, TRANSIENT)
 Bytes = Counter[str]  # by kind
+Peaks = dict[str, Bytes]  # segment of an optimizer step -> live bytes by kind at its peak
 _DEVICE = torch.ops.prim.device.default
 
 
-class Tracker(TorchDispatchMode):
-    """Counts the storages that operations make until they are freed, each as of the kind that is set at the time.
+@dataclass(frozen=True)
+class StepSpec:
+    """Everything that determines the memory of a stage's optimizer step, except for the layers and the pack."""
 
-    Work is cut into segments by `begin`; `peaks` has for each segment what was alive when that was most. What a kernel
-    takes for itself alone is not seen. Real tensors are counted as well as fake ones.
+    family: Family
+    config: Any
+    base: Spec  # the numbers of `config`
+    dtype: torch.dtype
+    lora: Lora
+    kind: str
+    builtin_extensions: Conditioning  # of the checkpoint
+    trained: Conditioning  # with those that the recipe adds
+    attention: AttentionTraining
+    quantize: Quantize | None
+    on_cuda: bool
+    accumulation: bool  # earlier micro-batches have left gradients
+
+
+class Tracker(TorchDispatchMode):
+    """Counts the bytes of live storages by kind, from their creation until they are freed.
+
+    `begin` starts a segment and sets the kind of the storages that follow; `peaks` holds the bytes by kind at each
+    segment's peak. Workspace inside a kernel is not counted. Works with real and with fake tensors.
     """
 
     def __init__(self) -> None:
@@ -95,18 +74,18 @@ class Tracker(TorchDispatchMode):
         self._references: dict[int, weakref.ref[Any]] = {}
 
     def begin(self, segment: str, kind: str) -> None:
-        """From here on: this segment (which may continue an earlier one), and new storages are of this kind."""
+        """Start or resume a segment; storages created from here on are of this kind."""
         self._segment, self.kind = segment, kind
         self._note()
 
     def count(self, tensor: Tensor, kind: str) -> None:
-        """Count a tensor's storage as of this kind, whether it was counted before or not."""
+        """Count a tensor's storage under this kind, whether or not it was counted before."""
         storage = tensor.untyped_storage()
         self._forget(id(storage))
         self._add(storage, kind)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Every operation comes by here."""
+        """Run an operation and count the storages that it creates."""
         if func is _DEVICE:
             return args[0].device  # kernels query the device of fake tensors more often than they compute
         out = kwargs.get("out") if kwargs else None
@@ -141,61 +120,28 @@ class Tracker(TorchDispatchMode):
             self.peaks[self._segment] = Counter(self.alive)
 
 
-WEIGHTS, ADAPTER, OPTIMIZER, GRADIENTS = "weights", "adapter", "optimizer", "gradients"
-ACTIVATIONS, TRANSIENT = "activations", "transient"
-KINDS = (WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS, TRANSIENT)
-
-Peaks = dict[str, Bytes]  # part of an optimizer step -> what is alive when that is most
-
-
-@dataclass(frozen=True)
-class StepSpec:
-    """What is trained in a stage: everything that memory follows from, but for the layers and the pack."""
-
-    family: Family
-    config: Any
-    base: Spec  # the numbers of `config`
-    dtype: torch.dtype
-    lora: Lora
-    kind: str
-    own: Conditioning  # what the checkpoint brings
-    trained: Conditioning  # with what is added
-    attention: AttentionTraining
-    quantize: Quantize | None
-    on_cuda: bool
-    accumulation: bool  # gradients of earlier micro-batches are there already
-
-
 def dry_run(spec: StepSpec, pack: Packed, layers: tuple[int, int], *, validation: Packed | None = None) -> Peaks:
-    """One optimizer step of a model with `layers`: the first so many recomputed, so many others.
+    """Run one optimizer step of a model with `layers`: the number that are recomputed, then the number that are not.
 
-    Peaks: `start` (before the step), `forward` (with the heads), `backward` of the first and last layer of either sort,
-    `step`, and, with a pack of validation rows, `validation`.
+    Returns the peaks of `start` (before the step), `forward` (with the heads), `heads` (their backward pass), `backward
+    recomputed first` and so on for the first and last layer of either sort, `step`, and `validation` if there is a pack
+    of validation rows.
     """
-    again, kept = layers
-    model = _model(spec, again + kept)
+    recomputed, kept = layers
+    model = _model(spec, recomputed + kept)
     with FakeTensorMode(), ExitStack() as stack:
         _from_meta(model)
         tracker = Tracker()
         decoder_layers = spec.family.layers(model)
-        checkpoint_first(decoder_layers, again)
-        _mark_backward(decoder_layers, again, tracker)
+        checkpoint_first(decoder_layers, recomputed)
+        _mark_backward(decoder_layers, recomputed, tracker)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for tensor in (*model.parameters(), *model.buffers()):
             tracker.count(tensor, ADAPTER if tensor.requires_grad else WEIGHTS)
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(partial(_gradient, tracker))
-        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         stack.enter_context(tracker)
-        tracker.begin("optimizer", OPTIMIZER)
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        if not spec.accumulation:
-            optimizer.zero_grad()
-        for parameter in trained if spec.accumulation else ():
-            assert parameter.grad is not None
-            tracker.count(parameter.grad, GRADIENTS)
+        optimizer = _optimizer(trained, tracker, accumulation=spec.accumulation)
         tracker.peaks.clear()
         tracker.begin("start", OPTIMIZER)
         _step(spec, model, optimizer, _fake(pack), tracker)
@@ -208,8 +154,23 @@ def dry_run(spec: StepSpec, pack: Packed, layers: tuple[int, int], *, validation
         return tracker.peaks
 
 
+def _optimizer(trained: list[nn.Parameter], tracker: Tracker, *, accumulation: bool) -> torch.optim.Optimizer:
+    """The optimizer with its moments, and with gradients if earlier micro-batches have left some."""
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    tracker.begin("optimizer", OPTIMIZER)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    if not accumulation:
+        optimizer.zero_grad()
+    for parameter in trained if accumulation else ():
+        assert parameter.grad is not None
+        tracker.count(parameter.grad, GRADIENTS)
+    return optimizer
+
+
 def _step(spec: StepSpec, model: PeftModel, optimizer: Any, pack: Packed, tracker: Tracker) -> None:
-    """What `HiggsAudioTrainer` does for an optimizer step."""
+    """The optimizer step of `HiggsAudioTrainer`."""
     model.train()
     tracker.begin("forward", ACTIVATIONS)
     with _kernels(spec):
@@ -226,21 +187,22 @@ def _step(spec: StepSpec, model: PeftModel, optimizer: Any, pack: Packed, tracke
 
 @contextmanager
 def _kernels(spec: StepSpec, *, autocast: bool = True) -> Iterator[None]:
-    """The dtypes and the kind of attention that the device in question would take."""
+    """Autocast and the attention kernel as on the planned device."""
     with ExitStack() as stack:
         if autocast and spec.dtype == torch.bfloat16:
             stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
         if spec.on_cuda and spec.dtype == torch.float32:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # no kernel takes float32 and fewer keys than queries
+            # no other kernel takes float32 with fewer key heads than query heads
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
 
 def _model(spec: StepSpec, layers: int) -> PeftModel:
-    """The model of a stage on the meta device."""
+    """A stage's model with so many layers, on the meta device."""
     family = spec.family
     with torch.device("meta"):
         model = family.build(spec.config, layers=layers, dtype=spec.dtype)
-        family.extensions.add(model, spec.own)
+        family.extensions.add(model, spec.builtin_extensions)
         in_4_bits = layers_in_4_bits(model, family.four_bits) if spec.quantize is not None else []
         family.extensions.add(model, spec.trained)
         put_in_4_bits(model, in_4_bits)
@@ -249,7 +211,7 @@ def _model(spec: StepSpec, layers: int) -> PeftModel:
 
 
 def _from_meta(model: nn.Module) -> None:
-    """Tensors of the meta device become fake ones of a CPU, which knows how it would compute."""
+    """Replace tensors on the meta device by fake CPU tensors, for which PyTorch chooses CPU kernels."""
     for part in model.modules():
         for name, value in part._parameters.items():
             if value is not None:
@@ -260,7 +222,7 @@ def _from_meta(model: nn.Module) -> None:
 
 
 def _fake(pack: Packed) -> Packed:
-    """The batch with tensors that have shape and dtype, but no values."""
+    """The batch with fake tensors of the same shapes and dtypes."""
     return {
         key: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
         for key, value in pack.items()
@@ -272,10 +234,14 @@ def _gradient(tracker: Tracker, parameter: Tensor) -> None:
     tracker.count(parameter.grad, GRADIENTS)
 
 
-def _mark_backward(layers: nn.ModuleList, again: int, tracker: Tracker) -> None:
-    """Begin a segment where the backward pass comes to a layer: those between first and last never need most."""
+def _mark_backward(layers: nn.ModuleList, recomputed: int, tracker: Tracker) -> None:
+    """Begin a segment where the backward pass reaches a layer; layers between first and last share one."""
     for index, layer in enumerate(layers):
-        sort, place, count = ("again", index, again) if index < again else ("kept", index - again, len(layers) - again)
+        sort, place, count = (
+            ("recomputed", index, recomputed)
+            if index < recomputed
+            else ("kept", index - recomputed, len(layers) - recomputed)
+        )
         which = "last" if place == count - 1 else "first" if place == 0 else "between"
         layer.register_forward_hook(_marker(f"backward {sort} {which}", tracker))
 
@@ -289,3 +255,45 @@ def _marker(segment: str, tracker: Tracker) -> Callable[..., None]:
             output.register_hook(on_gradient)
 
     return hook
+
+
+def put_in_4_bits(model: nn.Module, names: list[str]) -> None:
+    """Replace the named linear layers of a model on the meta device by `FourBits`, in place."""
+    for name in names:
+        whole = model.get_submodule(name)
+        assert isinstance(whole, nn.Linear)
+        model.set_submodule(name, FourBits(whole))
+
+
+class FourBits(nn.Linear):
+    """A stand-in for `bitsandbytes.nn.Linear4bit` that takes the same memory. Built on the meta device."""
+
+    def __init__(self, whole: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = whole.in_features, whole.out_features
+        self.shape, self.dtype = whole.weight.shape, whole.weight.dtype
+        packed = torch.empty(bytes_in_4_bits(whole.weight), dtype=torch.uint8)
+        self.packed = nn.Parameter(packed, requires_grad=False)
+        self.bias = whole.bias
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dequantized weight, which DoRA needs for its norm."""
+        return self.packed.new_empty(self.shape, dtype=self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., F]."""
+        return _Product.apply(x, self.packed, self.shape, self.dtype)
+
+
+class _Product(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        ctx.shape, ctx.dtype = shape, dtype
+        ctx.save_for_backward(packed)
+        return F.linear(x.to(dtype), packed.new_empty(shape, dtype=dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (packed,) = ctx.saved_tensors
+        return grad @ packed.new_empty(ctx.shape, dtype=ctx.dtype), None, None, None

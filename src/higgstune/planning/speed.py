@@ -1,6 +1,6 @@
-"""How fast it will go: one layer of the recipe's shape, with random weights, timed on the device at hand.
+"""The speed of training, from timing one layer of the recipe's shape with random weights on the available device.
 
-It is not compiled, which would take longer than all the rest: on a GPU a long stage goes faster than planned.
+The layer is not compiled, which would take longer than the rest of planning; on a GPU, long stages are faster.
 """
 
 import time
@@ -19,36 +19,38 @@ from higgstune.model.adapters import add_lora
 from higgstune.model.compiled import packed_loss
 from higgstune.planning.dry_run import StepSpec
 
-CPU_TOKENS = 512  # of the pack that is timed on a CPU
-_REPEATS = 2  # the shorter one counts: the first of all is a cold start
-_LARGEST = 4_000_000_000  # bytes of the weights that are made for it on a CPU
+CPU_TOKENS = 512  # timed on a CPU
+_REPEATS = 2  # the shortest counts, as the first one of all is a cold start
+_MAX_CPU_BYTES = 4_000_000_000  # of the timed model's weights
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds, measured: of a position in a layer and outside of layers, and of the optimizer in a layer."""
+    """Measured seconds per token in a layer and outside of layers, and of the optimizer per layer."""
 
     layer: float
-    layer_again: float  # with its forward pass computed once more
+    layer_recomputed: float  # with activation checkpointing
     outside: float  # embedding and heads
     optimizer: float
 
     def step(self, tokens: float, layers: int, checkpointed: int, passes: int) -> float:
-        """Seconds of an optimizer step with `tokens` positions in each of its passes."""
+        """Seconds of an optimizer step with `tokens` tokens in each of its passes."""
         kept = layers - checkpointed
-        a_token = self.outside + kept * self.layer + checkpointed * self.layer_again
-        return passes * tokens * a_token + layers * self.optimizer
+        per_token = self.outside + kept * self.layer + checkpointed * self.layer_recomputed
+        return passes * tokens * per_token + layers * self.optimizer
 
 
-def measure(spec: StepSpec, examples: list[Example], device: torch.device, *, layers: int, again: int) -> Speed | None:
-    """Time the real training step of models with one layer and with none; None where making them takes too much.
+def measure(
+    spec: StepSpec, examples: list[Example], device: torch.device, *, layers: int, checkpointed: int
+) -> Speed | None:
+    """Time the real training step of models with one layer and with none; None for models that are too large to build.
 
-    `examples` are those of a pack; on a CPU a part of them is timed. Of `layers`, the first `again` are recomputed:
-    a layer is timed only as it is trained.
+    `examples` are those of a pack; on a CPU only the first ones are timed. The first `checkpointed` of the stage's
+    `layers` are recomputed: a layer is timed with recomputing, without it or both, as the stage needs it.
     """
-    if device.type == "cpu" and _bytes(spec.base, spec.dtype) > _LARGEST:
+    if device.type == "cpu" and _bytes(spec.base, spec.dtype) > _MAX_CPU_BYTES:
         return None
-    batch = tensors_to(pack(_some(examples) if device.type == "cpu" else examples), device)
+    batch = tensors_to(pack(_first_examples(examples) if device.type == "cpu" else examples), device)
     tokens = count_tokens(batch)
     model = _one_layer(spec, device)
     decoder = spec.family.layers(model)
@@ -56,9 +58,9 @@ def measure(spec: StepSpec, examples: list[Example], device: torch.device, *, la
     def train() -> float:
         return _seconds(lambda: packed_loss(model, batch).backward(), device)
 
-    kept = train() if again < layers else 0.0
+    kept = train() if checkpointed < layers else 0.0
     checkpoint_first(decoder, 1)
-    recomputed = train() if again else 0.0
+    recomputed = train() if checkpointed else 0.0
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     update = _seconds(torch.optim.AdamW(trained, fused=True).step, device)
     del decoder[0]
@@ -75,7 +77,7 @@ def _one_layer(spec: StepSpec, device: torch.device) -> PeftModel:
             model = family.build(spec.config, layers=1, dtype=spec.dtype)
         for parameter in model.parameters():
             parameter.data.uniform_(-0.02, 0.02)
-        family.extensions.add(model, spec.own)
+        family.extensions.add(model, spec.builtin_extensions)
         if spec.quantize is not None:
             quantize_layers(model, family.four_bits, device)
         family.extensions.add(model, spec.trained)
@@ -84,7 +86,7 @@ def _one_layer(spec: StepSpec, device: torch.device) -> PeftModel:
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """The shortest of some repeats."""
+    """Seconds of the shortest of some repeats."""
     taken = []
     for _ in range(_REPEATS):
         _synchronize(device)
@@ -100,8 +102,8 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _some(examples: list[Example]) -> list[Example]:
-    """As many as make a pack that is timed on a CPU."""
+def _first_examples(examples: list[Example]) -> list[Example]:
+    """The first examples, with at least `CPU_TOKENS` tokens if there are as many."""
     chosen: list[Example] = []
     for example in examples:
         if sum(map(len, chosen)) < CPU_TOKENS:

@@ -1,4 +1,4 @@
-"""Options that fit if a plan does not, each with a dry run, the cheapest in time first."""
+"""Changes of a recipe with which its plan would fit, each checked by dry runs, the fastest first."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,20 +8,20 @@ from higgstune.config.recipe import Recipe, Stage
 from higgstune.files import format_bytes
 from higgstune.planning.plan import Planner, RunPlan, with_stages
 
-WANTED = 3
-# Time of a step against now, by which options are ordered: what more forward passes, a recomputed forward pass and
-# unpacking of 4 bits cost, roughly. Not measured on a GPU.
-_HALVED, _AGAIN, _FOUR_BITS, _LESS_RANK = 1.03, 4 / 3, 1.25, 0.99
+MAX_OPTIONS = 3
+# Time of a step relative to the recipe's, by which options are sorted: rough costs of more forward passes, recomputed
+# layers and dequantization. Not measured on a GPU.
+_HALF_PACK, _RECOMPUTED, _FOUR_BITS, _LOWER_RANK = 1.03, 4 / 3, 1.25, 0.99
 _RANKS = (64, 32, 16, 8, 4)
 
 
 @dataclass(frozen=True)
 class Option:
-    """Another recipe, in words, and what it would take."""
+    """A changed recipe that fits."""
 
-    change: str
-    peak: int
-    time: float  # of a step, against what it is now
+    change: str  # in the recipe's keys
+    peak: int  # bytes
+    time: float  # of a step, relative to the recipe's
     recipe: Recipe
 
 
@@ -33,33 +33,33 @@ class _Variant:
 
 
 def options(planner: Planner, *, room: int | None = None) -> list[Option]:
-    """Up to three variants of the planner's recipe that take at most `room` bytes (else: the machine's memory).
+    """Up to three variants of the planner's recipe that fit `room` bytes (default: the machine's memory).
 
-    Changes of one kind come before combinations of them, which are tried only where the former are too few. Of each
-    kind the mildest that fits is taken.
+    Combinations are tried only if single changes give too few options. Of each kind of change, the mildest that fits
+    counts.
     """
     room = planner.machine.memory if room is None else room
     if room is None:
         return []
     recipe = planner.recipe
-    found = list(_fitting(planner, room, _one_by_one(planner, recipe, room)))
-    if len(found) < WANTED:
-        found += islice(_fitting(planner, room, _combined(planner, recipe, room)), WANTED - len(found))
-    return sorted(found, key=lambda option: option.time)[:WANTED]
+    found = list(_fitting(planner, room, _single_changes(planner, recipe, room)))
+    if len(found) < MAX_OPTIONS:
+        found += islice(_fitting(planner, room, _combined_changes(planner, recipe, room)), MAX_OPTIONS - len(found))
+    return sorted(found, key=lambda option: option.time)[:MAX_OPTIONS]
 
 
 def summary(found: list[Option]) -> str:
-    """Options as lines of text."""
+    """The options as lines of text."""
     if not found:
-        return "Nothing that was tried would fit: shorter clips (prepare --max-seconds), or more memory"
-    only = "" if len(found) >= WANTED else f" (no more than {len(found)} of those that were tried)"
+        return "No change that was tried would fit: use shorter clips (prepare --max-seconds), or more memory"
+    only = "" if len(found) >= MAX_OPTIONS else f" (only {len(found)} of the changes that were tried)"
     lines = [f"  {option.change}: {format_bytes(option.peak)}, about {option.time:.2f} x the time" for option in found]
-    return "\n".join([f"What would fit{only}, the quickest first:", *lines])
+    return "\n".join([f"These changes would fit{only}, the fastest first:", *lines])
 
 
-def _fitting(planner: Planner, room: int, ways: Iterator[list[_Variant]]) -> Iterator[Option]:
-    """Of each way the first variant that fits; none is tried of a way whose last one does not."""
-    for variants in ways:
+def _fitting(planner: Planner, room: int, kinds: Iterator[list[_Variant]]) -> Iterator[Option]:
+    """The first variant of each kind of change that fits; if the strongest does not fit, the others are not tried."""
+    for variants in kinds:
         if not variants or planner.plan(variants[-1].recipe).peak > room:
             continue
         for variant in variants:
@@ -70,30 +70,30 @@ def _fitting(planner: Planner, room: int, ways: Iterator[list[_Variant]]) -> Ite
 
 
 def _with_layers(change: str, plan: RunPlan) -> str:
-    most = max(plan.stages, key=lambda stage: stage.checkpointed)
-    return change.replace("LAYERS", f"{most.checkpointed} of {most.layers} layers")
+    stage = max(plan.stages, key=lambda stage: stage.checkpointed)
+    return change.replace("LAYERS", f"{stage.checkpointed} of {stage.layers} layers")
 
 
-def _one_by_one(planner: Planner, recipe: Recipe, room: int) -> Iterator[list[_Variant]]:
-    """Kinds of change, each with its variants from mild to strong."""
+def _single_changes(planner: Planner, recipe: Recipe, room: int) -> Iterator[list[_Variant]]:
+    """Variants of each kind of change, from mild to strong."""
     yield list(_checkpointing(planner, recipe, room))
     yield list(_smaller_packs(planner, recipe))
     yield list(_four_bits(recipe))
     yield list(_ranks(recipe))
 
 
-def _combined(planner: Planner, recipe: Recipe, room: int) -> Iterator[list[_Variant]]:
-    """Ways in which two or three changes go together, each with its variants from mild to strong."""
-    for whole in list(_checkpointing(planner, recipe, 0))[-1:]:
-        yield [_both(whole, v) for v in _smaller_packs(planner, whole.recipe)]
+def _combined_changes(planner: Planner, recipe: Recipe, room: int) -> Iterator[list[_Variant]]:
+    """Variants of each combination of two or three changes, from mild to strong."""
+    for full in list(_checkpointing(planner, recipe, 0))[-1:]:
+        yield [_both(full, v) for v in _smaller_packs(planner, full.recipe)]
     for four in _four_bits(recipe):
         yield [_both(four, v) for v in _smaller_packs(planner, four.recipe)]
         yield [_both(four, v) for v in _checkpointing(planner, four.recipe, room)]
         for deeper in _checkpointing(planner, four.recipe, 0):
             both = _both(four, deeper)
             yield [_both(both, v) for v in _smaller_packs(planner, both.recipe)]
-    for less in list(_ranks(recipe))[:1]:
-        yield [_both(less, v) for v in _smaller_packs(planner, less.recipe)]
+    for lower in list(_ranks(recipe))[:1]:
+        yield [_both(lower, v) for v in _smaller_packs(planner, lower.recipe)]
 
 
 def _both(one: _Variant, other: _Variant) -> _Variant:
@@ -101,26 +101,26 @@ def _both(one: _Variant, other: _Variant) -> _Variant:
 
 
 def _checkpointing(planner: Planner, recipe: Recipe, room: int) -> Iterator[_Variant]:
-    """Activation checkpointing in as many layers as `room` requires."""
-    layers = planner.seen.config.num_hidden_layers
+    """Activation checkpointing in as many layers as `room` requires, and in all."""
+    layers = planner.survey.spec.layers
     before = max(planner.checkpointed(recipe, stage) for stage in recipe.stages)
     for count in _layers(planner, recipe, room):
         if count > before:
             changed = recipe.model_copy(update={"gradient_checkpointing": "auto" if count < layers else True})
-            time = 1 + (_AGAIN - 1) * (count - before) / layers
+            time = 1 + (_RECOMPUTED - 1) * (count - before) / layers
             yield _Variant(f"gradient_checkpointing: {'auto' if count < layers else 'true'} (LAYERS)", time, changed)
 
 
 def _layers(planner: Planner, recipe: Recipe, room: int) -> list[int]:
-    """How many layers `auto` would take, and all of them."""
+    """The number of layers that `auto` would recompute within `room` (0: not planned), and that of all layers."""
     auto = recipe.model_copy(update={"gradient_checkpointing": "auto"})
-    layers = planner.seen.config.num_hidden_layers
+    layers = planner.survey.spec.layers
     chosen = max(planner.checkpointed(auto, stage) for stage in recipe.stages) if room else layers
     return sorted({chosen, layers})
 
 
 def _smaller_packs(planner: Planner, recipe: Recipe) -> Iterator[_Variant]:
-    """Smaller forward passes, and as many more of them in an optimizer step."""
+    """Smaller packs, with more gradient accumulation."""
     for halvings in range(1, 7):
         changes, texts = {}, []
         for index, stage in enumerate(recipe.stages):
@@ -129,16 +129,16 @@ def _smaller_packs(planner: Planner, recipe: Recipe) -> Iterator[_Variant]:
                 return
             changes[stage.name] = dict(change)
             texts += [f"stages.{index}.{key}: {value}" for key, value in change.items()]
-        yield _Variant(", ".join(texts), _HALVED**halvings, with_stages(recipe, changes))
+        yield _Variant(", ".join(texts), _HALF_PACK**halvings, with_stages(recipe, changes))
 
 
 def _smaller(planner: Planner, recipe: Recipe, stage: Stage, parts: int) -> dict[str, int] | None:
-    """A stage with packs of that part or less, and the same number of clips or tokens in a step."""
+    """Changes of a stage for packs of at most 1/`parts` of the size, without fewer clips or tokens in a step."""
     before = stage.gradient_accumulation
     if stage.pack_size.tokens is None:
         clips = stage.pack_size.clips
-        fewer = max((count for count in range(1, clips // parts + 1) if clips % count == 0), default=0)
-        return {"batch_size": fewer, "gradient_accumulation": before * clips // fewer} if fewer else None
+        smaller = max((count for count in range(1, clips // parts + 1) if clips % count == 0), default=0)
+        return {"batch_size": smaller, "gradient_accumulation": before * clips // smaller} if smaller else None
     packs = planner.packs(recipe, stage)
     assert packs is not None
     tokens = stage.pack_size.tokens // parts
@@ -154,11 +154,11 @@ def _four_bits(recipe: Recipe) -> Iterator[_Variant]:
 
 
 def _ranks(recipe: Recipe) -> Iterator[_Variant]:
-    """A smaller adapter; not if it continues another one, whose shape it must have."""
+    """An adapter of a lower rank, unless `init_adapter` fixes its shape."""
     for r in _RANKS:
         if r < recipe.lora.r and recipe.init_adapter is None:
             share = r / recipe.lora.r
             alpha = recipe.lora.alpha * (share**0.5 if recipe.lora.rslora else share)  # the same scaling
             lora = recipe.lora.model_copy(update={"r": r, "alpha": alpha})
             change = f"lora.r: {r}, lora.alpha: {lora.alpha:g}"
-            yield _Variant(change, _LESS_RANK, recipe.model_copy(update={"lora": lora}))
+            yield _Variant(change, _LOWER_RANK, recipe.model_copy(update={"lora": lora}))

@@ -1,4 +1,4 @@
-"""What a recipe names, read as far as a plan needs it: no weight, no codec, no encoder is loaded."""
+"""What a plan needs to know of a recipe's checkpoint, data and machine; no weight, codec or encoder is loaded."""
 
 import json
 import math
@@ -29,7 +29,9 @@ from higgstune.kernels.attention import SHORT_SEGMENT
 from higgstune.model.load import load_tokenizer
 from higgstune.planning.training_data import TrainingData, check_families
 
-_CLIPS = 200_000  # of all epochs together whose packs are made, the first epoch apart
+MARGIN = 0.05  # of the memory, which `gradient_checkpointing: auto` leaves free
+_MAX_CLIPS = 200_000  # in the packs of all epochs after the first
+DeviceKind = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,10 @@ class Survey:
 
     folder: Path
     family: Family
-    is_plain: bool  # transformers itself reads the folder, and takes its file as it lies
+    is_plain: bool  # transformers reads the folder itself, and maps its weight file
     config: Any
-    own: Conditioning  # what the checkpoint brings
-    trained: Conditioning  # with what the recipe adds
+    builtin_extensions: Conditioning  # of the checkpoint
+    trained: Conditioning  # with those that the recipe adds
     data: TrainingData
     prompter: Prompter
     rendering: Rendering
@@ -53,32 +55,21 @@ class Survey:
 
     @cached_property
     def files(self) -> dict[str, int]:
-        """Bytes of the checkpoint's tensors by their stored dtype, as far as its files are here."""
+        """Bytes of the checkpoint's tensors by stored dtype, of the files that are on this machine."""
         return stored_bytes(self.folder)
 
     @property
     def codec_bytes(self) -> int:
-        """Of a codec that lies in the checkpoint's folder; computed in float32."""
+        """Bytes in float32 of a codec in the checkpoint's folder."""
         widths = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
         return sum(4 * size // widths.get(dtype, 4) for dtype, size in stored_bytes(self.folder / CODEC_FOLDER).items())
 
 
-@dataclass(frozen=True)
-class Packs:
-    """The packs of a stage's first epoch, and those of its epochs of which one takes the most memory."""
+def survey_recipe(recipe: Recipe) -> Survey:
+    """Read the small files of a recipe's checkpoint and data.
 
-    lengths: NDArray[np.int64]  # positions of each example
-    packs: list[Pack]
-    heaviest: list[Packed]
-
-    @property
-    def positions(self) -> list[int]:
-        """Of each pack."""
-        return [int(self.lengths[pack].sum()) for pack in self.packs]
-
-
-def survey(recipe: Recipe) -> Survey:
-    """Raises CheckpointError, DataError or ConfigError for what is missing or does not fit."""
+    Raises CheckpointError, DataError or ConfigError for files that are missing or do not match.
+    """
     folder = fetch(recipe.model.checkpoint, what="checkpoint", revision=recipe.model.revision, weights=False)
     info, kind, _ = family_in(folder)
     family = load_family(info)
@@ -98,78 +89,21 @@ def survey(recipe: Recipe) -> Survey:
             checkpoint=index.checkpoint, revision=index.revision, d_model=index.d_model,
             chunk_frames=index.chunk_frames, token_id=token_id,
         )  # fmt: skip
-    own = family.extensions.written(folder)
-    attention = bool(recipe.model.audio_attention) or own.audio_attention
+    builtin_extensions = family.extensions.written(folder)
+    attention = bool(recipe.model.audio_attention) or builtin_extensions.audio_attention
     trained = Conditioning(audio_attention=attention, whisper=shape)
     is_plain = kind == family.export.layouts[0]
     return Survey(
-        folder, family, is_plain, config, own, trained, data, prompter, Rendering(recipe.data.reference, features)
+        folder,
+        family,
+        is_plain,
+        config,
+        builtin_extensions,
+        trained,
+        data,
+        prompter,
+        Rendering(recipe.data.reference, features),
     )
-
-
-def packs_of(
-    seen: Survey, recipe: Recipe, stage: Stage, *, split: str = "train", keeps_probabilities: bool
-) -> Packs | None:
-    """The packs that the trainer will make, of the first epochs; None for a split without rows.
-
-    `keeps_probabilities`: whether attention does so in runs that are short, as in float32.
-    """
-    rows = row_examples(seen, stage, split)
-    if not len(rows):
-        return None
-    lengths = rows.lengths()
-    sampler = PackSampler(lengths, stage.pack_size, seed=recipe.seed if split == "train" else None)
-    first = sampler.packs(0)
-    epochs = stage.epochs or math.ceil((stage.max_steps or 1) / steps_of(stage, len(first)))
-    every = [made for epoch in range(min(math.ceil(epochs), 1 + _CLIPS // len(rows))) for made in sampler.packs(epoch)]
-
-    def packed(indices: Pack) -> Packed:
-        return pack([rows[i] for i in indices], share_prefix=recipe.lora.dropout == 0)
-
-    shared = packed(max(every, key=len))["shared_at"].shape[1]
-    pair = _weight_of_a_pair(seen.spec) if keeps_probabilities else 0.0
-    heaviest = _heaviest(every, lengths, shared, pair)
-    return Packs(lengths, first, [packed(indices) for indices in heaviest])
-
-
-def steps_of(stage: Stage, packs: int) -> int:
-    """Optimizer steps of an epoch of so many packs."""
-    return math.ceil(math.ceil(packs / processes()) / stage.gradient_accumulation)
-
-
-def processes() -> int:
-    """Of the run that this process belongs to."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _heaviest(packs: Sequence[Pack], lengths: NDArray[np.int64], shared: int, pair: float) -> list[Pack]:
-    """The pack that seems to keep the most, and others only where they have clearly more of what may weigh.
-
-    `shared` positions of all clips but one have no hidden state. `pair`: what a pair of positions in a short run weighs
-    against a hidden state.
-    """
-    positions = np.array([lengths[made].sum() for made in packs])
-    rows = positions - shared * (np.array([len(made) for made in packs]) - 1)
-    of_clips = np.where(lengths <= SHORT_SEGMENT, lengths, 0) ** 2
-    pairs = pair * np.array([of_clips[made].sum() for made in packs])
-    found: list[int] = []
-    for measure, clearly in ((rows + pairs, 0.0), (rows, 1.02), (positions, 1.02), (pairs, 1.1)):
-        most = int(measure.argmax())
-        if all(measure[most] > clearly * measure[other] for other in found):
-            found.append(most)
-    return [packs[index] for index in found]
-
-
-def _weight_of_a_pair(base: Spec) -> float:
-    """Of what a layer keeps in float32, roughly: a probability of half of all pairs by head, against one position's."""
-    heads = base.heads + 2 * base.key_value_heads
-    of_a_position = 4 * base.hidden_size + 3 * base.intermediate_size + 2 * heads * base.head_dim
-    return base.heads / 2 / of_a_position
-
-
-def row_examples(seen: Survey, stage: Stage, split: str) -> RowExamples:
-    """The examples of a split, as the stage labels them."""
-    return RowExamples(seen.data.rows(split), seen.prompter, stage.text_targets, seen.rendering)
 
 
 def stored_bytes(folder: Path) -> dict[str, int]:
@@ -186,35 +120,115 @@ def stored_bytes(folder: Path) -> dict[str, int]:
 
 
 def dtype_of(recipe: Recipe, device: str) -> torch.dtype:
-    """The dtype that the base will have on a device that may not be here: `auto` is bfloat16 on a GPU."""
+    """The base's dtype on a device of this kind: `auto` is bfloat16 on a GPU. The device need not be available."""
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     return named.get(recipe.model.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
 
 
-DeviceKind = Literal["cpu", "cuda"]
-MARGIN = 0.05  # of the memory: a plan that `auto` makes leaves it free
+@dataclass(frozen=True)
+class Packs:
+    """The packs of a stage's first epoch, and the batches of any epoch that may take the most memory."""
+
+    lengths: NDArray[np.int64]  # [examples], in tokens
+    packs: list[Pack]
+    candidates: list[Packed]
+
+    @property
+    def tokens(self) -> list[int]:
+        """The number of tokens of each pack."""
+        return [int(self.lengths[pack].sum()) for pack in self.packs]
+
+
+def packs_of(
+    survey: Survey, recipe: Recipe, stage: Stage, *, split: str = "train", saves_probabilities: bool
+) -> Packs | None:
+    """The packs that the trainer will make; None for a split without rows.
+
+    `saves_probabilities`: attention in short segments saves its probabilities for the backward pass, as in float32.
+    """
+    rows = row_examples(survey, stage, split)
+    if not len(rows):
+        return None
+    lengths = rows.lengths()
+    sampler = PackSampler(lengths, stage.pack_size, seed=recipe.seed if split == "train" else None)
+    first = sampler.packs(0)
+    epochs = stage.epochs or math.ceil((stage.max_steps or 1) / steps_of(stage, len(first)))
+    every = [
+        made for epoch in range(min(math.ceil(epochs), 1 + _MAX_CLIPS // len(rows))) for made in sampler.packs(epoch)
+    ]
+
+    def packed(indices: Pack) -> Packed:
+        return pack([rows[i] for i in indices], share_prefix=recipe.lora.dropout == 0)
+
+    shared = packed(max(every, key=len))["shared_at"].shape[1]
+    pair = _pair_cost(survey.spec) if saves_probabilities else 0.0
+    candidates = _peak_candidates(every, lengths, shared, pair)
+    return Packs(lengths, first, [packed(indices) for indices in candidates])
+
+
+def _peak_candidates(packs: Sequence[Pack], lengths: NDArray[np.int64], shared: int, pair: float) -> list[Pack]:
+    """The pack with the highest estimate of memory, and others that have clearly more of one of its parts.
+
+    All clips but one share the hidden states of their first `shared` tokens. `pair`: the memory of a pair of tokens in
+    a short segment, in hidden states.
+    """
+    tokens = np.array([lengths[made].sum() for made in packs])
+    rows = tokens - shared * (np.array([len(made) for made in packs]) - 1)
+    of_clips = np.where(lengths <= SHORT_SEGMENT, lengths, 0) ** 2
+    pairs = pair * np.array([of_clips[made].sum() for made in packs])
+    found: list[int] = []
+    for measure, clearly in ((rows + pairs, 0.0), (rows, 1.02), (tokens, 1.02), (pairs, 1.1)):
+        largest = int(measure.argmax())
+        if all(measure[largest] > clearly * measure[other] for other in found):
+            found.append(largest)
+    return [packs[index] for index in found]
+
+
+def _pair_cost(base: Spec) -> float:
+    """Activations of a pair of tokens relative to those of a token in a float32 layer, roughly.
+
+    A layer saves a probability for each head and half of the pairs.
+    """
+    heads = base.heads + 2 * base.key_value_heads
+    of_a_token = 4 * base.hidden_size + 3 * base.intermediate_size + 2 * heads * base.head_dim
+    return base.heads / 2 / of_a_token
+
+
+def steps_of(stage: Stage, packs: int) -> int:
+    """Optimizer steps of an epoch with this number of packs."""
+    return math.ceil(math.ceil(packs / processes()) / stage.gradient_accumulation)
+
+
+def processes() -> int:
+    """The number of processes of the run that this process belongs to."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def row_examples(survey: Survey, stage: Stage, split: str) -> RowExamples:
+    """The examples of a split, with the stage's labels."""
+    return RowExamples(survey.data.rows(split), survey.prompter, stage.text_targets, survey.rendering)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The device that is planned for."""
+    """The planned device."""
 
     kind: DeviceKind
-    memory: int | None  # bytes that training may take; None: the device is not here, and nobody said
-    at_hand: bool
+    memory: int | None  # bytes for training; None: the device is not available, and --memory was not given
+    available: bool
 
     def usable(self) -> int | None:
-        """Bytes that a plan may fill."""
+        """Bytes that `auto` may use."""
         return None if self.memory is None else int((1 - MARGIN) * self.memory)
 
 
 def machine_for(recipe: Recipe, *, memory: int | None = None, device: str | None = None) -> Machine:
-    """The device of the recipe, or another kind that is planned for; its memory is the given one, or what is free.
+    """The recipe's device, or one of another kind; its memory is `memory` or, on this machine, what is free.
 
-    Raises ConfigError for a device that cannot be.
+    Raises ConfigError for an unknown or unavailable device.
     """
     if device not in (None, "cpu", "cuda"):
-        raise ConfigError(f"--device {device}: a plan is for cpu or cuda")
+        raise ConfigError(f"--device {device}: choose cpu or cuda")
     here = device is None or device == "cpu" or torch.cuda.is_available()
     kind = choose_device(device or recipe.model.device).type if here else "cuda"
     assert kind in ("cpu", "cuda")
@@ -224,7 +238,7 @@ def machine_for(recipe: Recipe, *, memory: int | None = None, device: str | None
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, with what this process holds and does not use, or in RAM."""
+    """Free bytes: in RAM, or on a GPU with those that this process has reserved but does not use."""
     if device.type != "cuda":
         return int(psutil.virtual_memory().available)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -232,7 +246,10 @@ def free_memory(device: torch.device) -> int:
 
 
 def parse_memory(text: str) -> int:
-    """`16GB`, `15.5 GiB`, `800MB`. Raises ConfigError, also without a unit: 16 is meant as gigabytes by some."""
+    """Bytes of a size such as `16GB`, `15.5 GiB` or `800MB`.
+
+    Raises ConfigError for anything else, also for a number without a unit, which some mean as gigabytes.
+    """
     units = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
     number = text.strip().rstrip("BbGgIiMmTt ")
     unit = text.strip()[len(number) :].strip().upper()
@@ -241,5 +258,5 @@ def parse_memory(text: str) -> int:
     except (KeyError, ValueError):
         raise ConfigError(f"--memory {text}: write a number with MB, GB, MiB or GiB, such as 16GB") from None
     if not 0 < size < math.inf:
-        raise ConfigError(f"--memory {text}: it must be more than nothing")
+        raise ConfigError(f"--memory {text}: write a size above zero")
     return int(size)

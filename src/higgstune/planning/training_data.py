@@ -1,4 +1,4 @@
-"""What a recipe trains on: a code store, and rows of another one against forgetting."""
+"""The training data of a recipe: a code store, and replayed rows of another one against forgetting."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,12 +34,12 @@ class TrainingData:
 
     store: CodeStore
     replay: CodeStore | None
-    share: float  # of replayed rows among all that are trained on
+    share: float  # of replayed rows among all training rows
     seed: int
 
     @classmethod
     def open(cls, recipe: Recipe) -> Self:
-        """Raises DataError where a store is missing, has no training rows, or the two have other codecs."""
+        """Open the stores. Raises DataError if one is missing or has no training rows, or if their codecs differ."""
         replay = recipe.data.replay
         found = cls(
             CodeStore.open(recipe.data.store),
@@ -59,22 +59,22 @@ class TrainingData:
 
     @property
     def stores(self) -> list[CodeStore]:
-        """That of the recipe, then the one that is replayed."""
+        """The recipe's store, then the replayed one."""
         return [self.store] if self.replay is None else [self.store, self.replay]
 
     def rows(self, split: str) -> Sequence[Row]:
-        """Of a split; only training has replayed ones."""
-        own = self.store.split(split)
+        """The rows of a split; only training includes replayed ones."""
+        rows = self.store.split(split)
         if self.replay is None or split != "train":
-            return own
-        return MixedRows(own, self.replay.split(split), share=self.share, seed=self.seed)
+            return rows
+        return MixedRows(rows, self.replay.split(split), share=self.share, seed=self.seed)
 
     def features(self, whisper: str) -> JoinedFeatureStore:
-        """The Whisper features of their clips. Raises DataError where a store has no features of that checkpoint."""
+        """The stores' Whisper features. Raises DataError if a store has none of that checkpoint."""
         return JoinedFeatureStore([FeatureStore.open(store.folder, whisper) for store in self.stores])
 
     @property
     def identity(self) -> dict[str, list[str]]:
-        """Checksums of all rows, by what they are for."""
+        """Checksums of all rows, of the store and of the replayed one."""
         names = ("store", "replay")
         return {name: [shard.sha256 for shard in store.shards] for name, store in zip(names, self.stores, strict=False)}

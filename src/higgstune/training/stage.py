@@ -125,7 +125,7 @@ def train_stage(job: Job, stage: Stage, base: ModelAndTokenizers, start_from: Pa
     trainer = _trainer(job, stage, base, model, resumes=checkpoint is not None)
     if job.processes.count > 1:  # each draws a dropout of its own
         torch.manual_seed(seed + job.processes.rank)
-    with job.memory.explained(stage):
+    with job.memory.explain_out_of_memory(stage):
         _train_or_resume(trainer, checkpoint)
     _end_training(job, stage, trainer.state.global_step)
 
