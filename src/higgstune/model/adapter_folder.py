@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from higgstune.errors import CheckpointError
 from higgstune.families import check_family, family_info, family_of, load_family
 from higgstune.families.base import Conditioning, FamilyInfo, base_of
 from higgstune.inputs import ADAPTER_CONFIG
+from higgstune.peft_compat import LoraConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CARD = "higgstune.json"  # base, codec and recipe of the adapter: what speaking with it needs

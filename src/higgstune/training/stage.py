@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -29,6 +28,7 @@ from higgstune.kernels.memory import checkpoint_first
 from higgstune.model.adapters import adapted_layers, add_lora, continue_lora, unload_adapter
 from higgstune.model.compiled import compile_layers, is_worth_it
 from higgstune.model.load import ModelAndTokenizers
+from higgstune.peft_compat import PeftModel
 from higgstune.planning.run_memory import RunMemory
 from higgstune.training.callbacks import ProgressReport, StopSignals
 from higgstune.training.checkpoint import newest_checkpoint, trained_state

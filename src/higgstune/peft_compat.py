@@ -1,0 +1,79 @@
+"""peft without bitsandbytes, whose import takes several seconds, until something is loaded in 4 bits.
+
+Where bitsandbytes is installed, peft imports it twice: in `peft.helpers`, and for each layer that gets LoRA, to learn
+whether that layer is one of bitsandbytes. Checked with peft 0.21. Take peft's names from here: other modules import
+it first, as `transformers.trainer` does.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+_NAME = "bitsandbytes"
+
+
+class _Deferred(ModuleType):
+    """Gives the attributes of bitsandbytes, which it imports for the first of them."""
+
+    def __init__(self, spec: Any) -> None:
+        super().__init__(_NAME)
+        self.__spec__ = spec  # for those who ask whether it is installed
+        self.__file__ = spec.origin  # for those who look through all modules
+
+    def __getattr__(self, attribute: str) -> Any:
+        if sys.modules.get(_NAME) is self:
+            del sys.modules[_NAME]
+        return getattr(import_module(_NAME), attribute)
+
+
+@contextmanager
+def _deferred() -> Iterator[None]:
+    """What is imported inside of this gets a `_Deferred`; afterwards `import bitsandbytes` is what it always was."""
+    spec = None if _NAME in sys.modules else find_spec(_NAME)
+    if spec is None:
+        yield
+        return
+    stand_in = _Deferred(spec)
+    sys.modules[_NAME] = stand_in
+    try:
+        yield
+    finally:
+        if sys.modules.get(_NAME) is stand_in:
+            del sys.modules[_NAME]
+
+
+with _deferred():
+    import peft.tuners.lora.model
+    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+__all__ = [
+    "LoraConfig",
+    "LoraLayer",
+    "ModulesToSaveWrapper",
+    "PeftModel",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "plain_layers",
+    "set_peft_model_state_dict",
+]
+
+
+@contextmanager
+def plain_layers() -> Iterator[None]:
+    """For adding LoRA to a model: as long as bitsandbytes is not imported, no layer can be one of its own."""
+    module = vars(peft.tuners.lora.model)
+    questions = [name for name in ("is_bnb_available", "is_bnb_4bit_available") if name in module]
+    if _NAME in sys.modules:
+        questions = []
+    answers = {name: module[name] for name in questions}
+    try:
+        module.update(dict.fromkeys(questions, lambda: False))
+        yield
+    finally:
+        module.update(answers)
