@@ -68,7 +68,7 @@ __all__ = [
 def plain_layers() -> Iterator[None]:
     """For adding LoRA to a model: as long as bitsandbytes is not imported, no layer can be one of its own."""
     module = vars(peft.tuners.lora.model)
-    questions = [name for name in ("is_bnb_available", "is_bnb_4bit_available") if name in module]
+    questions: list[str] = [name for name in ("is_bnb_available", "is_bnb_4bit_available") if name in module]
     if _NAME in sys.modules:
         questions = []
     answers = {name: module[name] for name in questions}

@@ -9,7 +9,7 @@ from doctor_world import examined, failed, messages_of, rows
 from tiny_checkpoint import tiny_prompter
 from transformers import DynamicCache
 
-from higgstune.diagnostics import doctor
+from higgstune.diagnostics.examine import doctor
 from higgstune.diagnostics.generation import check_generation
 from higgstune.families.higgs_v2.decoder import Decoder
 from higgstune.families.higgs_v2.family import HiggsV2

@@ -12,7 +12,6 @@ from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Sampler
 
 from higgstune.errors import ConfigError
 
@@ -140,7 +139,7 @@ def fill(packs: Sequence[Pack], lengths: NDArray[np.int64], tokens: int) -> floa
     return float(np.mean([lengths[pack].sum() / tokens for pack in counted]))
 
 
-class PackSampler(Sampler[Pack]):
+class PackSampler:
     """One process's packs of each epoch, as a batch sampler; all processes have equally many.
 
     Packs belong to optimizer steps: `per_step` of them to each, fewer to the last one of an epoch, whatever the number

@@ -182,6 +182,7 @@ class FamilyInfo:
     extensions: tuple[str, ...]  # settings of `model` in a recipe that it has
     check_recipe: Callable[[Any], Iterator[tuple[str, str]]]  # recipe -> (path of a field, what is wrong with it)
     code: str  # the module that has the family's `FAMILY`
+    prompts: str  # the module of its `read_prompter` (see `families.read_prompter`), which brings neither
     stage_defaults: Mapping[str, Any] = field(default_factory=dict)  # of a stage in a recipe, where they are others
 
 

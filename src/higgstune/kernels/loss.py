@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from higgstune.kernels import IGNORE
+
 Sums = dict[str, Tensor]
 
 _LOGITS = 2**26  # that are there at a time: 256 MiB in float32
@@ -87,6 +89,3 @@ def combine(sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], weights: L
         audio = torch.stack([share * value for share, value in shares]).sum() / sum(weights.codebooks)
     text = sums["text_loss"] / counts["text"].clamp(min=1)
     return weights.text * text + weights.audio * audio
-
-
-IGNORE = -100  # cells with this label carry no loss; the value that torch's cross entropy ignores

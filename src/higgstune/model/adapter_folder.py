@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
@@ -16,7 +16,9 @@ from higgstune.errors import CheckpointError
 from higgstune.families import check_family, family_info, family_of, load_family
 from higgstune.families.base import Conditioning, FamilyInfo, base_of
 from higgstune.inputs import ADAPTER_CONFIG
-from higgstune.peft_compat import LoraConfig
+
+if TYPE_CHECKING:
+    from higgstune.peft_compat import LoraConfig  # imported where there is an adapter
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CARD = "higgstune.json"  # base, codec and recipe of the adapter: what speaking with it needs
@@ -201,7 +203,7 @@ class _Written(BaseModel):
     modules_to_save: Names | None = None
 
 
-def read_adapter_config(path: Path, patterns: tuple[str, ...]) -> LoraConfig:
+def read_adapter_config(path: Path, patterns: tuple[str, ...]) -> "LoraConfig":
     """The LoRA that `adapter_config.json` describes; `patterns` are the regular expressions that it may name layers by.
 
     Raises CheckpointError for what is no plain LoRA.
@@ -222,10 +224,12 @@ def read_adapter_config(path: Path, patterns: tuple[str, ...]) -> LoraConfig:
             f"{written.target_modules[:100]!r}; name the layers in a list"
         )
     known = written.model_dump(exclude={*extra, "peft_type", "init_lora_weights"})
+    from higgstune.peft_compat import LoraConfig
+
     return LoraConfig(**known, inference_mode=True)
 
 
-def check_shapes(config: LoraConfig, model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+def check_shapes(config: "LoraConfig", model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Raise CheckpointError unless every layer that the configuration names has its LoRA among the tensors.
 
     Before peft makes the layers: a rank from a stranger must not ask for more memory than the file itself has.
@@ -259,7 +263,7 @@ def check_values(weights: Mapping[str, Tensor], folder: Path) -> None:
             )
 
 
-def _is_target(config: LoraConfig, name: str) -> bool:
+def _is_target(config: "LoraConfig", name: str) -> bool:
     """Whether a layer gets LoRA, as peft decides it."""
     targets: Any = config.target_modules
     if any(f".{kept}." in f".{name}." for kept in config.modules_to_save or ()):  # trained in full

@@ -14,9 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch._functorch.config as functorch_config
 from torch import Tensor, nn
-from torch.utils._triton import has_triton
 
 from higgstune.batch.collate import Packed
 from higgstune.config.recipe import Compile
@@ -80,6 +78,8 @@ def _compare(model: nn.Module, base: Any, batch: Packed) -> float:
     with _moved(model):
         expected = _gradients(model, batch)
         base.compiler_stance = "default"
+        import torch._functorch.config as functorch_config
+
         # What is cheap to compute again is not kept, also where a product needs it: see `fused`.
         with warnings.catch_warnings(), functorch_config.patch(ban_recompute_materialized_backward=False):
             warnings.simplefilter("ignore")  # those of the compiler about what it does itself
@@ -109,6 +109,8 @@ def _possible(base: Any) -> bool:
 
 def _has_compiler() -> bool:
     """Whether there is Triton, and a C compiler where Triton looks for one."""
+    from torch.utils._triton import has_triton
+
     return has_triton() and ("CC" in os.environ or any(map(shutil.which, ("clang", "gcc", "cc"))))
 
 

@@ -5,20 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
-from higgstune.checkpoint_files import check_checksums, read_json
+from higgstune.checkpoint_files import check_checksums
 from higgstune.codec import Codec, checkpoint_codec, load_codec
 from higgstune.codec.whisper_encoder import WhisperTower
 from higgstune.config.recipe import Quantize
 from higgstune.environment import choose_device, choose_dtype
 from higgstune.errors import CheckpointError
-from higgstune.families import family_in, load_family, read_layout
+from higgstune.families import load_family, read_layout
 from higgstune.families.base import Family, Layout, Prompter, Spec
 from higgstune.hub import fetch
 from higgstune.inputs import ADAPTER_CONFIG
 from higgstune.kernels.quantize import check_quantize, quantize_layers
 from higgstune.model.adapter_folder import UNQUANTIZED_FINGERPRINT, base_fingerprint
+from higgstune.model.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -112,27 +112,9 @@ def load_model_and_tokenizers(
 
 def load_tokenizer(folder: Path, family: Family, config: Any) -> Any:
     """The checkpoint's own tokenizer. Raises CheckpointError when it is missing or does not fit the config."""
-    if not (folder / "tokenizer.json").exists():
-        raise CheckpointError(f"{folder / 'tokenizer.json'} is missing: the tokenizer belongs to the checkpoint")
-    settings = read_json(folder / "tokenizer_config.json", "") if (folder / "tokenizer_config.json").exists() else {}
-    # A name here would be read instead of the folder's own file. That of special_tokens_map_file never is.
-    files = [key for key in settings if key.endswith("_file") and key != "special_tokens_map_file"]
-    if named := [key for key in files if settings[key] is not None]:
-        raise CheckpointError(f"{folder / 'tokenizer_config.json'} names a file by {named[0]}: remove the key")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # tokenizers has nothing narrower
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    tokenizer = read_tokenizer(folder)
     family.check_tokenizer(tokenizer, config, folder)
     return tokenizer
-
-
-def load_prompter(checkpoint: str | Path) -> Prompter:
-    """The prompter of a checkpoint, without its weights. Raises CheckpointError."""
-    folder = fetch(checkpoint, what="checkpoint", weights=False)
-    family = load_family(family_in(folder)[0])
-    config = family.read_config(folder)
-    return family.prompter(load_tokenizer(folder, family, config), config)
 
 
 def check_codec(codec: Codec, spec: Spec, name: str) -> None:
