@@ -15,7 +15,7 @@ from higgstune.cli.options import (
     RevisionOption,
     RunArgument,
 )
-from higgstune.cli.output import Bar, announce, print_result
+from higgstune.cli.output import Bar, announced, print_result
 from higgstune.exporting.options import check_options
 from higgstune.files import check_new
 from higgstune.hub import check_name
@@ -69,8 +69,8 @@ def export(
             check_name(name, what=what)
     if data is not None:
         check_store(data)
-    announce("loading the model", as_json)
-    from higgstune.exporting.export import export as write
+    with announced("loading the model", as_json):
+        from higgstune.exporting.export import export as write
 
     with Bar() as bar:
         result = write(

@@ -20,7 +20,7 @@ from higgstune.cli.options import (
     WhisperOption,
     within,
 )
-from higgstune.cli.output import Bar, announce, print_result
+from higgstune.cli.output import Bar, announced, print_result
 from higgstune.errors import ConfigError
 from higgstune.hub import check_name
 from higgstune.inputs import check_wav_name, find_adapter
@@ -85,10 +85,10 @@ def speak(
         raise ConfigError("give either a text or --file")
     said = text if file is None else _lines(file)
     _check_names(out if file is None else None, adapter, model, codec, reference, reference_text)
-    announce("loading the model", as_json)
-    from higgstune.data.messages import DEFAULT_SCENE
-    from higgstune.families.sampling import Sampling
-    from higgstune.generate.speak import speak as run
+    with announced("loading the model", as_json):
+        from higgstune.data.messages import DEFAULT_SCENE
+        from higgstune.families.sampling import Sampling
+        from higgstune.generate.speak import speak as run
 
     assert said is not None
     with Bar() as bar:

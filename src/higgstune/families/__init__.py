@@ -12,6 +12,7 @@ from higgstune.checkpoint_files import read_json, safetensors_keys, weight_files
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.families import higgs_v2
 from higgstune.families.base import Family, FamilyInfo, Layout, Prompter, base_of
+from higgstune.imports import collector_paused
 
 DEFAULT_FAMILY = higgs_v2.INFO.name  # of artefacts that name none
 _KNOWN: dict[str, FamilyInfo] = {}
@@ -35,7 +36,8 @@ def family_info(name: str | None) -> FamilyInfo:
 
 def load_family(info: FamilyInfo) -> Family:
     """The family's code."""
-    family: Family = import_module(info.code).FAMILY
+    with collector_paused():
+        family: Family = import_module(info.code).FAMILY
     return family
 
 
