@@ -10,9 +10,11 @@ from export_world import make_world
 
 pytestmark = pytest.mark.processes
 
-TRAINING = ("matplotlib", "tensorboard", "sklearn", "scipy.signal", "pandas", "bitsandbytes")
-HEAVY = ("torch", "transformers", "peft", "pyarrow", "scipy", *TRAINING)
-OTHER_VERBS = tuple(f"higgstune.{name}" for name in ("training", "planning", "evaluation", "diagnostics", "exporting"))
+TRAINING = ("matplotlib", "tensorboard", "sklearn", "scipy.signal", "bitsandbytes")
+HEAVY = ("torch", "transformers", "peft", "pyarrow", "scipy", "pandas", *TRAINING)
+OTHER_VERBS = tuple(
+    f"higgstune.{name}" for name in ("training", "planning", "evaluation", "diagnostics", "exporting.export")
+)
 RECIPE = "data: {store: x}\nstages: [{name: voice, kind: full, epochs: 1}]\n"
 PROGRAM = """
 import json, sys
@@ -42,7 +44,7 @@ ROWS: list[tuple[str, int, tuple[str, ...]]] = [
     ("train recipe.yaml", 2, HEAVY),
     ("evaluate nowhere/at/all", 2, HEAVY),
     ("export nowhere --out x", 2, HEAVY),
-    ("inspect data --model base", 0, ("torch", "peft", "scipy", *TRAINING)),
+    ("inspect data --model base", 0, ("torch", "peft", "scipy", "higgstune.diagnostics.examine", *TRAINING)),
     ("speak Hello. --model base --max-seconds 0.2 --json", 0, ("peft", *TRAINING, *OTHER_VERBS)),
 ]
 

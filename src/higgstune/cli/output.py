@@ -38,7 +38,7 @@ def _without(beginning: str) -> Callable[[logging.LogRecord], bool]:
 
 @contextmanager
 def announced(what: str, as_json: bool = False) -> Iterator[None]:
-    """Say on stderr what a verb begins with, and quiet transformers; the verb imports what takes long inside of this."""
+    """Say on stderr what a verb begins with, and quiet transformers. The verb imports what is large inside of this."""
     if not as_json and os.environ.get("RANK", "0") == "0":
         errors.print(f"{what} ...", highlight=False)
     with collector_paused():
