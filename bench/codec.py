@@ -1,4 +1,4 @@
-"""The codec: clip by clip, as the project uses it, against batches of clips of equal length."""
+"""The codec: clip by clip, as Higgstune uses it, against batches of clips of equal length."""
 
 from typing import Any
 
@@ -141,12 +141,12 @@ def measure(
 
 def main() -> None:
     """Measure, print, write."""
-    asked = parser(__doc__ or "", EXAMPLE)
-    asked.add_argument("--size", choices=WIDTHS, help="of the random Higgs codec (default: moderate)")
-    asked.add_argument("--clips", type=int, default=8, metavar="N", help="in a batch (default: 8)")
-    asked.add_argument("--seconds", type=float, help="length of every clip (default: 5)")
-    asked.add_argument("--device", default="cpu", help="of the Higgs codec (default: cpu)")
-    given = asked.parse_args()
+    options = parser(__doc__ or "", EXAMPLE)
+    options.add_argument("--size", choices=WIDTHS, help="of the random Higgs codec (default: moderate)")
+    options.add_argument("--clips", type=int, default=8, metavar="N", help="in a batch (default: 8)")
+    options.add_argument("--seconds", type=float, help="length of every clip (default: 5)")
+    options.add_argument("--device", default="cpu", help="of the Higgs codec (default: cpu)")
+    given = options.parse_args()
     size = given.size or ("small" if given.quick else "moderate")
     seconds = given.seconds or (1.0 if given.quick else 5.0)
     rows, equal = measure(size, given.clips, seconds, device=given.device, repeats=given.repeats, threads=given.threads)

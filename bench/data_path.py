@@ -1,4 +1,4 @@
-"""The way of the data: from a prepared store to batches, against a manifest that is read and padded by Python."""
+"""The data path: from a prepared store to batches, against a manifest that Python reads and pads."""
 
 import tempfile
 import time
@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from report import Case, Found, Meter, Row, alternate, finish, parser, rates, same_work, say, values
-from stores import ManifestExamples, demo_prompter, labelled_cells, make_store, write_as_earlier_trainers
+from stores import ManifestExamples, demo_prompter, label_entries, make_store, write_as_earlier_trainers
 from torch.utils.data import DataLoader
 
-from higgstune.batch.collate import PaddedCollator, positions
+from higgstune.batch.collate import PaddedCollator, count_tokens
 from higgstune.batch.dataset import RowExamples
 from higgstune.batch.loader import PackLoader, example_lengths
 from higgstune.batch.packing import PackSize
@@ -30,8 +30,8 @@ def examples_of(folder: Path, kind: str, prompter: Prompter) -> Any:
 
 
 def passage(folder: str, kind: str, *, with_lengths: bool = True) -> Found:
-    """CPU-seconds from the disk to a data set that can be asked for any row; of the positions of all examples, which
-    packing and grouping by length want to know; and of one epoch of batches: packs, or padded ones of a manifest.
+    """CPU-seconds from the disk to a data set with random access; of the lengths of all examples, which packing and
+    grouping by length need; and of one epoch of batches: packs, or padded ones of a manifest.
     """
     prompter = demo_prompter()
     opening, measuring, epoch = Meter(), Meter(), Meter()
@@ -41,14 +41,14 @@ def passage(folder: str, kind: str, *, with_lengths: bool = True) -> Found:
     if with_lengths:
         with measuring:
             lengths = example_lengths(examples)
-    tokens = cells = 0
+    tokens = labels = 0
     with epoch:
         for batch in loader:
-            tokens += positions(batch) if kind == "store" else int(batch["attention_mask"].sum())
-            cells += labelled_cells(batch)
+            tokens += count_tokens(batch) if kind == "store" else int(batch["attention_mask"].sum())
+            labels += label_entries(batch)
     assert not with_lengths or lengths.sum() == tokens
     parts = {"opening": opening, "lengths": measuring, "epoch": epoch}
-    return {"rows": len(examples), "tokens": tokens, "cells": cells} | {k: m.cpu_seconds for k, m in parts.items()}
+    return {"rows": len(examples), "tokens": tokens, "labels": labels} | {k: m.cpu_seconds for k, m in parts.items()}
 
 
 def _loader(examples: Any, kind: str) -> DataLoader[Any]:
@@ -72,17 +72,17 @@ def waiting(folder: str, kind: str, steps: int, tokens: int = BATCH_TOKENS, laye
     trained = 0
     began = time.perf_counter()
     for _ in range(steps):
-        asked = time.perf_counter()
+        waits_since = time.perf_counter()
         batch = next(batches)
-        waited += time.perf_counter() - asked
+        waited += time.perf_counter() - waits_since
         training.step(batch)
-        trained += positions(batch)
+        trained += count_tokens(batch)
     total = time.perf_counter() - began
     return {"waited_percent": 100 * waited / total, "tokens": trained}
 
 
 def encoding(seconds: float, size: str) -> Found:
-    """What earlier trainers do in every epoch: from a waveform to codes."""
+    """From a waveform to codes, as earlier trainers do in every epoch."""
     from codec import random_codec
 
     codec = random_codec(size)
@@ -94,7 +94,7 @@ def encoding(seconds: float, size: str) -> Found:
 
 
 def reading(folder: str, rows: int) -> Found:
-    """What stands in its place: codes of rows in random order, from the store."""
+    """In its place: codes of rows in random order, from the store."""
     view = CodeStore.open(folder).split("train")
     order = np.random.default_rng(0).permutation(len(view))[:rows]
     with Meter() as meter:
@@ -109,7 +109,7 @@ def measure(folder: Path, size: int, *, repeats: int, threads: int, fresh: bool 
         kind: Case(passage, {"folder": str(folder), "kind": kind, "with_lengths": kind != "npy"}) for kind in KINDS
     }
     found = alternate(cases, repeats=repeats, threads=threads, fresh=fresh)
-    for counted in ("rows", "tokens", "cells"):
+    for counted in ("rows", "tokens", "labels"):
         same_work(*found.values(), counted=counted)
     rows = []
     for part, name, kinds in (
@@ -149,12 +149,12 @@ def encoding_row(folder: Path, *, seconds: float, size: str, repeats: int, threa
 
 def main() -> None:
     """Measure, print, write."""
-    asked = parser(__doc__ or "", EXAMPLE)
-    asked.add_argument("--rows", type=int, nargs="+", metavar="N", help="sizes of the store (default: 1000 10000)")
-    asked.add_argument("--steps", type=int, default=15, help="training steps that may wait (default: 15)")
-    asked.add_argument("--encode-seconds", type=float, default=4.0, help="audio to encode with the full-size codec")
-    asked.add_argument("--folder", type=Path, help="keep stores and manifests there, and use those of an earlier run")
-    given = asked.parse_args()
+    options = parser(__doc__ or "", EXAMPLE)
+    options.add_argument("--rows", type=int, nargs="+", metavar="N", help="sizes of the store (default: 1000 10000)")
+    options.add_argument("--steps", type=int, default=15, help="training steps that may wait (default: 15)")
+    options.add_argument("--encode-seconds", type=float, default=4.0, help="audio to encode with the full-size codec")
+    options.add_argument("--folder", type=Path, help="keep stores and manifests there, and use those of an earlier run")
+    given = options.parse_args()
     sizes = given.rows or ([200] if given.quick else [1000, 10_000])
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)

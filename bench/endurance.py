@@ -1,4 +1,4 @@
-"""Does memory grow while a run goes on? A real run of the demo's miniature; its resident memory by steps."""
+"""Does memory grow during a run? A real run of the demo's miniature; its resident memory by steps."""
 
 import re
 import shutil
@@ -91,11 +91,11 @@ def draw(samples: list[Sample], path: Path) -> None:
 
 def main() -> None:
     """Train, print, draw, write; exits with 1 when memory has grown by more than --max-growth."""
-    asked = parser(__doc__ or "", EXAMPLE)
-    asked.add_argument("--steps", type=int, help="optimizer steps (default: 10,000, with --quick 60)")
-    asked.add_argument("--figure", type=Path, help="draw there")
-    asked.add_argument("--max-growth", type=float, default=0.02, help="share of the memory that may be added")
-    given = asked.parse_args()
+    options = parser(__doc__ or "", EXAMPLE)
+    options.add_argument("--steps", type=int, help="optimizer steps (default: 10,000, with --quick 60)")
+    options.add_argument("--figure", type=Path, help="draw there")
+    options.add_argument("--max-growth", type=float, default=0.02, help="share of the memory that may be added")
+    given = options.parse_args()
     steps = given.steps or (60 if given.quick else 10_000)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Speaking: frames a second of the project's engine against the native `generate`, on the same model and prompts."""
+"""Generation: frames a second of Higgstune's engine against the native `generate`, on the same model and prompts."""
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ def prompts_for(model: HiggsAudioV2ForConditionalGeneration, batch: int) -> list
 
 
 def ours(batch: int, frames: int, scale: int, layers: int, device: str = "cpu") -> Found:
-    """The engine behind `higgstune.speak`."""
+    """The engine behind `Speaker.speak_all`."""
     model = endless_model(scale, layers, device)
     prompts = prompts_for(model, batch)
     generate(model, prompts, max_frames=[2] * batch, seeds=range(batch), sampling=SAMPLING)
@@ -90,8 +90,8 @@ def measure(
     rows = []
     per, unit = ("cpu_seconds", "frames/CPU-s") if device == "cpu" else ("wall_seconds", "frames/s")
     for batch in batches:
-        asked = {"batch": batch, "frames": frames, "scale": scale, "layers": layers, "device": device}
-        cases = {"native": Case(native, asked), "ours": Case(ours, asked)}
+        settings = {"batch": batch, "frames": frames, "scale": scale, "layers": layers, "device": device}
+        cases = {"native": Case(native, settings), "ours": Case(ours, settings)}
         found = alternate(cases, repeats=repeats, threads=threads, fresh=fresh)
         same_work(*found.values(), counted="frames")
         sides = [rates(found[name], "frames", per=per) for name in cases]
@@ -101,13 +101,13 @@ def measure(
 
 def main() -> None:
     """Measure, print, write."""
-    asked = parser(__doc__ or "", EXAMPLE)
-    asked.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="clips (default: 1 8)")
-    asked.add_argument("--frames", type=int, metavar="N", help="of each clip, 25 a second (default: 125)")
-    asked.add_argument("--scale", type=int, metavar="N", help="how much narrower than the released model (default: 8)")
-    asked.add_argument("--layers", type=int, default=4, metavar="N", help="of the model (default: 4)")
-    asked.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    given = asked.parse_args()
+    options = parser(__doc__ or "", EXAMPLE)
+    options.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="clips (default: 1 8)")
+    options.add_argument("--frames", type=int, metavar="N", help="of each clip, 25 a second (default: 125)")
+    options.add_argument("--scale", type=int, metavar="N", help="narrower by, against the released model (default: 8)")
+    options.add_argument("--layers", type=int, default=4, metavar="N", help="of the model (default: 4)")
+    options.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    given = options.parse_args()
     rows = measure(
         given.batch,
         given.frames or (10 if given.quick else 125),

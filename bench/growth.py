@@ -21,7 +21,7 @@ BATCH_TOKENS = 4096
 
 
 def by_seconds(lengths: Sequence[float], tokens: int, scale: int, layers: int) -> Found:
-    """CPU-seconds of a training step for a clip, at about as many positions a pack whatever the clips' length."""
+    """CPU-seconds of a training step per clip, in packs of about equally many tokens whatever the clips' length."""
     from miniature import Training, small_config
     from workload import make_examples
 
@@ -138,14 +138,14 @@ def measure_store(
 
 def main() -> None:
     """Measure, print, draw, write."""
-    asked = parser(__doc__ or "", EXAMPLE)
-    asked.add_argument("--only", choices=("training", "store"), help="one half of it")
-    asked.add_argument(
+    options = parser(__doc__ or "", EXAMPLE)
+    options.add_argument("--only", choices=("training", "store"), help="one half of it")
+    options.add_argument(
         "--figure", type=Path, help="draw there (default: docs/figures/growth.png, and not with --quick)"
     )
-    asked.add_argument("--with", dest="earlier", type=Path, help="JSON of a run with --only: take its half from there")
-    asked.add_argument("--folder", type=Path, help="keep the stores there, and use those of an earlier run")
-    given = asked.parse_args()
+    options.add_argument("--with", dest="earlier", type=Path, help="JSON of a run with --only, for its half")
+    options.add_argument("--folder", type=Path, help="keep the stores there, and use those of an earlier run")
+    given = options.parse_args()
     shared = {"repeats": given.repeats, "threads": given.threads}
     curves = earlier_curves(given.earlier) if given.earlier else {}
     if given.only != "store":

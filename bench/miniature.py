@@ -1,4 +1,4 @@
-"""A small model of the real proportions that trains on a CPU, for benches of what stands around the training step."""
+"""A small model of the real proportions that trains on a CPU, for benches of the code around the training step."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Does `higgstune train --plan` say what training takes? Planned against measured peaks of real runs."""
+"""The accuracy of `higgstune train --plan`: planned against measured memory peaks of real runs."""
 
 import math
 import shutil
@@ -123,7 +123,7 @@ def prepare_run(setting: RunSetup, folder: Path, own: Path) -> Path:
         "stages": [stage],
         "gradient_checkpointing": setting.checkpointing,
         "compile": setting.compile,
-        "log_steps": math.ceil(setting.steps / 2),  # the second half is what is told of speed
+        "log_steps": math.ceil(setting.steps / 2),  # the speed is that of the second half
         "evaluation": {"clips": 0 if setting.on_cuda else 1},  # random weights speak without an end
         "report_to": [],
     }  # fmt: skip
@@ -152,13 +152,13 @@ def _make_base(setting: RunSetup, base: Path) -> None:
 
 def main() -> None:
     """Plan, train, print, write."""
-    asked = parser(__doc__ or "", EXAMPLE, repeats=1)
-    asked.add_argument(
+    options = parser(__doc__ or "", EXAMPLE, repeats=1)
+    options.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the released shape, and its speed"
     )
-    given = asked.parse_args()
+    given = options.parse_args()
     if given.device == "cuda" and given.quick:
-        asked.error("--quick is for --device cpu")
+        options.error("--quick is for --device cpu")
     rows, runs = [], []
     with tempfile.TemporaryDirectory() as folder:
         for setting in ON_A_GPU if given.device == "cuda" else QUICK if given.quick else SETTINGS:

@@ -203,7 +203,7 @@ def _number(value: float) -> str:
 
 
 def write_json(path: str | Path, bench: str, rows: Sequence[Row], *, settings: Mapping[str, Any], **more: Any) -> None:
-    """The rows with all repeats, what was asked for, the machine, and `more`."""
+    """The rows with all repeats, the arguments, the machine, and `more`."""
     content = {
         "bench": bench,
         "machine": machine(),
@@ -224,7 +224,7 @@ def write_json(path: str | Path, bench: str, rows: Sequence[Row], *, settings: M
 
 
 def finish(bench: str, rows: Sequence[Row], arguments: argparse.Namespace, **more: Any) -> None:
-    """Print the table, and write the JSON where it was asked for."""
+    """Print the table, and write the JSON if --json was given."""
     sys.stdout.write(table(rows) + "\n")
     if arguments.json:
         write_json(arguments.json, bench, rows, settings=vars(arguments), **more)
@@ -251,9 +251,9 @@ def parser(description: str, example: str, *, repeats: int = 3) -> argparse.Argu
 
 def _answer(call: str, path: str) -> None:
     """The fresh process: see `Case.run`."""
-    asked = json.loads(call)
-    function = getattr(importlib.import_module(asked["module"]), asked["function"])
-    found = function(**asked["arguments"])
+    request = json.loads(call)
+    function = getattr(importlib.import_module(request["module"]), request["function"])
+    found = function(**request["arguments"])
     Path(path).write_text(json.dumps({"peak_bytes": peak_bytes()} | found))
 
 

@@ -1,4 +1,4 @@
-"""Prepared data for the benches: a store with random codes, and the same rows as earlier trainers keep them."""
+"""Prepared data for the benches: a store with random codes, and the same rows in the formats of earlier trainers."""
 
 import argparse
 import hashlib
@@ -146,14 +146,14 @@ class ManifestExamples:
         return self.prompter.example(messages, [codes], text_targets="transcript")
 
 
-def labelled_cells(batch: dict[str, Any]) -> int:
-    """Labels of a batch, of text and audio: that both sides learn the same is seen by their number."""
+def label_entries(batch: dict[str, Any]) -> int:
+    """The number of label entries of a batch, of text and audio, which must be equal on both sides."""
     return int((batch["audio_targets"] != IGNORE).sum()) + len(batch["text_targets"])
 
 
 if __name__ == "__main__":
-    asked = argparse.ArgumentParser(description="Make a store with random codes, to look at or to measure with.")
-    asked.add_argument("folder", type=Path)
-    asked.add_argument("rows", type=int)
-    given = asked.parse_args()
+    options = argparse.ArgumentParser(description="Make a store with random codes, to look at or to measure with.")
+    options.add_argument("folder", type=Path)
+    options.add_argument("rows", type=int)
+    given = options.parse_args()
     sys.stdout.write(f"{len(make_store(given.folder, given.rows))} rows in {given.folder}\n")

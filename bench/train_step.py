@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from report import Case, Found, Meter, Row, alternate, finish, parser, peak_bytes, rates, same_work, values
 from workload import Shape, clip_seconds, make_examples, random_model
 
-from higgstune.batch.collate import pack, positions
+from higgstune.batch.collate import count_tokens, pack
 from higgstune.batch.packing import PackSampler, PackSize, fill
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels import fused
@@ -68,7 +68,7 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--scale", type=int, default=16, help="mini: width, vocabulary and codebooks divided by this")
     made.add_argument("--layers", type=int, default=28)
     made.add_argument("--clips", type=int, help="clips to train on (default: 64; 24 with --quick; 2048 with full)")
-    made.add_argument("--batch-tokens", type=int, default=4096, help="mini: ours, positions in a pack")
+    made.add_argument("--batch-tokens", type=int, default=4096, help="mini: ours, tokens in a pack")
     made.add_argument("--low", type=float, default=1.0, help="seconds of the shortest clip")
     made.add_argument("--high", type=float, default=15.0, help="seconds of the longest clip")
     made.add_argument("--median", type=float, default=4.0, help="seconds; of the lognormal that is cut to low..high")
@@ -175,7 +175,7 @@ def ours(*, batch_tokens: int, variant: str = "", **settings: Any) -> Found:
     found = _measured(step, packs, warm_up=len(packs) if variant == "compiled" else 1)
     made = [packed(chosen) for chosen in packs]
     return found | {
-        "tokens": sum(positions(batch) for batch in made),
+        "tokens": sum(count_tokens(batch) for batch in made),
         "text_labels": sum(len(batch["text_targets"]) for batch in made),
         "audio_labels": sum(int((batch["audio_targets"] != IGNORE).sum()) for batch in made),
         "rows": sum(len(batch["from_sequence"]) for batch in made),

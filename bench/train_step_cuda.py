@@ -24,7 +24,7 @@ from peft import PeftModel, get_peft_model
 from report import Found, Row, say, table, write_json
 from workload import Shape, clip_seconds, make_examples, random_model
 
-from higgstune.batch.collate import Packed, pack, positions, tensors_to
+from higgstune.batch.collate import Packed, count_tokens, pack, tensors_to
 from higgstune.batch.packing import PackSampler, PackSize
 from higgstune.config.recipe import Lora
 from higgstune.environment import to_device_async
@@ -42,7 +42,7 @@ from higgstune.training.metrics import FiniteSteps
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 BATCH_TOKENS = (2048, 8192, 24576)
 PLAIN_BATCH_TOKENS = (2048, 8192)
-_HEEDED = ("layers", "low", "high", "median", "sigma", "rank", "seed", "repeats")  # of the arguments
+_SETTINGS = ("layers", "low", "high", "median", "sigma", "rank", "seed", "repeats")  # of the arguments
 _STEPS = 5  # measured for each setting
 _CLIPS = 16  # of the baseline's, at the least: a few batches of one clip would be a matter of chance
 _SMALL_CARD = 16e9
@@ -58,10 +58,10 @@ def main(arguments: argparse.Namespace) -> None:
     say(f"{torch.cuda.get_device_name()}: {peak / 1e12:.0f} TFLOP/s in a bf16 product of 8192 x 8192 x 8192")
     bench = Bench(arguments, Shape(1, arguments.layers), torch.device("cuda"))
     found: Found = {"device": torch.cuda.get_device_name(), "matrix_flops_per_second": peak}
-    settings = {name: getattr(arguments, name) for name in _HEEDED} | {"clips": len(bench.examples)}
+    settings = {name: getattr(arguments, name) for name in _SETTINGS} | {"clips": len(bench.examples)}
     for part in measure(bench):
         found |= part
-        if arguments.json:  # a run that is cut off has told what it had
+        if arguments.json:  # a run that is cut off has written what it had
             write_json(arguments.json, "train_step_cuda", rows(found), settings=settings, found=found)
     sys.stdout.write(table(rows(found)) + "\n")
     if failed := [name.removesuffix(_FAILED) for name in found if name.endswith(_FAILED)]:
@@ -110,7 +110,7 @@ def rows(found: Found) -> list[Row]:
                 fastest = max(side, key=_speed)
                 name = f"{order}, batch {fastest['batch_size']}"
                 made.append(Row(name, rates(fastest), rates(best), "tokens/s"))
-        # What all clips begin with is computed once: fewer rows than positions of clips.
+        # The common prefix of all clips is computed once: there are fewer rows than tokens.
         for key, counted in (("flops", "tokens"), ("flops_of_rows", "rows that are computed")):
             shares = [100 * rate / found["matrix_flops_per_second"] for rate in rates(best, key)]
             made.append(Row(f"share of the matrix rate, by {counted}", None, shares, "%"))
@@ -182,16 +182,16 @@ class Bench:
             started = time.perf_counter()
             first = tensors_to(pack(self.examples[:3]), self.device)
             difference = compile_layers(model, first)
-            told = "layers are not compiled" if difference is None else f"gradients are off by {difference:.3f}"
-            say(f"{told}, after {time.perf_counter() - started:.0f} s")
+            outcome = "layers are not compiled" if difference is None else f"gradients are off by {difference:.3f}"
+            say(f"{outcome}, after {time.perf_counter() - started:.0f} s")
         found = []
         for tokens in budgets:
             packs = self._packs(tokens, _STEPS)
             made = [self._pinned(pack([self.examples[i] for i in chosen])) for chosen in packs]
-            measured = self._measured(f"packs of {tokens}", step, made, [positions(batch) for batch in made])
+            measured = self._measured(f"packs of {tokens}", step, made, [count_tokens(batch) for batch in made])
             if measured is None:
                 break
-            of_tokens = 4 * sum(matrix_products(model, batch, positions(batch)) for batch in made)
+            of_tokens = 4 * sum(matrix_products(model, batch, count_tokens(batch)) for batch in made)
             of_rows = 4 * sum(matrix_products(model, batch, len(batch["from_sequence"])) for batch in made)
             measured |= {"flops": of_tokens, "flops_of_rows": of_rows, "planned_bytes": self._planned(made)}
             compiles = base_of(model).compiler_stance is not None
@@ -246,7 +246,7 @@ class Bench:
             with counted_waits() as seen:
                 torch.ones((), device=self.device).item()
             if not seen:
-                raise RuntimeError("PyTorch's debug mode did not tell of an .item()")
+                raise RuntimeError("PyTorch's debug mode did not report an .item()")
             with counted_waits() as seen:
                 step(last)
         finally:
@@ -267,7 +267,7 @@ class Bench:
             _, step = self._packed_step(quantized=True)
             checkpoint_first(self._layers(), self.config.num_hidden_layers)
             made = [self._pinned(pack(examples[i : i + 4])) for i in (0, 4)] * 3
-            found = self._measured("4 bits", step, made, [positions(batch) for batch in made])
+            found = self._measured("4 bits", step, made, [count_tokens(batch) for batch in made])
             if found is None:
                 raise torch.OutOfMemoryError(f"a 4-bit base does not fit {_SMALL_CARD / 1e9:.0f} GB")
             return found | {"planned_bytes": self._planned(made, quantized=True)}
@@ -306,13 +306,13 @@ class Bench:
         sampler = PackSampler(self.lengths, PackSize(tokens=tokens), seed=self.seed)
         packs = sampler.packs(0)[:-1]  # the last may be half empty
         if len(packs) < count:
-            raise ValueError(f"--clips {len(self.examples)} are too few for packs of {tokens} positions")
+            raise ValueError(f"--clips {len(self.examples)} are too few for packs of {tokens} tokens: raise it")
         return packs[:count]
 
     def _padded(self, order: str, size: int) -> list[np.ndarray]:
-        """Batches like those of the whole epoch: from the one with the most cells to the one with the fewest, evenly.
+        """Batches evenly spaced over those of a whole epoch, from the largest to the smallest, padding included.
 
-        With the largest one a batch size that fits here fits an epoch.
+        They include the largest, so a batch size that fits here fits an epoch.
         """
         indices = np.argsort(self.lengths, kind="stable") if order == "grouped" else self.order
         batches = [indices[i : i + size] for i in range(0, len(indices) - size + 1, size)]
@@ -381,7 +381,7 @@ class Bench:
 
 
 def matrix_products(model: PeftModel, batch: Packed, rows: int) -> int:
-    """Matrix parameters x positions of one pass: attention and one FFN for each of `rows`, heads where labels are."""
+    """Matrix parameters x tokens of one pass: attention and one FFN for each of `rows`, heads for each label."""
     config = model.get_base_model().config
     hidden, inner = config.hidden_size, config.intermediate_size
     attention = 2 * hidden * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)

@@ -1,4 +1,4 @@
-"""What the fuzzers share: seeds that they make themselves, and a folder in memory that is theirs alone."""
+"""What the fuzzers share: running libFuzzer on generated seeds, in a private folder in memory, and odd values."""
 
 import os
 import shutil
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import atheris
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # hostile_input.py: the checks are those of the tests
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))  # hostile_input.py: the tests' own checks
 
 
 def scratch() -> Path:
-    """An empty folder, in memory where the system has such a place; `fuzz` removes it."""
+    """An empty folder, in memory if the system has /dev/shm; `fuzz` removes it."""
     memory = Path("/dev/shm")
     return Path(tempfile.mkdtemp(prefix="higgstune-fuzz-", dir=memory if memory.is_dir() else None))
 
@@ -46,7 +46,7 @@ def _escaped(word: str) -> str:
 
 
 def odd_value(data: atheris.FuzzedDataProvider, names: list[str], depth: int = 0) -> object:
-    """A value as JSON or YAML may have it, of words that the readers know and of what is odd."""
+    """A value of JSON or YAML, of names that the readers know and of odd ones."""
     kind = data.ConsumeIntInRange(0, 9 if depth < 4 else 6)
     if kind == 0:
         return data.PickValueInList(names)

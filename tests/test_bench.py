@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import HiggsAudioV2ForConditionalGeneration
 
-from higgstune.batch.collate import positions
+from higgstune.batch.collate import count_tokens
 from higgstune.batch.dataset import RowExamples
 from higgstune.batch.packing import PackSize
 from higgstune.data.store import CodeStore
@@ -119,7 +119,7 @@ def test_both_data_sets_give_the_same_examples(folder: Path) -> None:
 def test_data_path(folder: Path) -> None:
     data_path = bench("data_path")
     found = {kind: data_path.passage(str(folder), kind) for kind in data_path.KINDS}
-    assert len({(one["rows"], one["tokens"], one["cells"]) for one in found.values()}) == 1
+    assert len({(one["rows"], one["tokens"], one["labels"]) for one in found.values()}) == 1
     examples = RowExamples(CodeStore.open(folder).split("train"), bench("stores").demo_prompter(), "transcript")
     assert found["store"]["tokens"] == sum(len(examples[i]) for i in range(30)) == examples.lengths().sum()
     rows = data_path.measure(folder, 30, **HERE)
@@ -136,7 +136,7 @@ def test_training_that_waits_counts_its_own_steps(folder: Path) -> None:
     assert all(0 < one["waited_percent"] < 100 for one in found)
     examples = RowExamples(CodeStore.open(folder).split("train"), bench("stores").demo_prompter(), "transcript")
     packs = list(data_path.PackLoader(examples, PackSize(tokens=800), seed=0))
-    assert found[0]["tokens"] == sum(positions(pack) for pack in packs[1:3])
+    assert found[0]["tokens"] == sum(count_tokens(pack) for pack in packs[1:3])
 
 
 def test_codec() -> None:
@@ -197,7 +197,7 @@ def small(gpu: Any) -> Any:
     return gpu.Bench(arguments, bench("workload").Shape(64, 2), torch.device("cpu"))
 
 
-def test_the_bench_for_a_gpu_measures_and_tells_what_failed(
+def test_the_bench_for_a_gpu_measures_and_reports_failures(
     gpu: Any, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(small, "waits", lambda: {"plain": 0})
@@ -240,7 +240,7 @@ def test_both_sides_on_a_gpu_train_on_each_batch_once_in_a_repeat(
             return forward(self, *args, **kwargs)
 
         monkeypatch.setattr(model, "forward", counted)
-    monkeypatch.setattr(small, "_planned", lambda _: 0)  # it rehearses, by the same forward pass
+    monkeypatch.setattr(small, "_planned", lambda _: 0)  # its dry run has the same forward pass
     ran_before_and_measured = 1 + small.repeats
     (ours,) = small.ours([400], compiled=False)
     assert len(calls) == ran_before_and_measured

@@ -1,4 +1,4 @@
-"""What README, docs and recipes tell people to type: run for real where it is the README's, parsed where it is not.
+"""The commands of README, docs and recipes: those of README are run, the others parsed.
 
 The released checkpoint, a hub and a GPU stand no test, so each command gets the options in `MAPPING` on top: the demo's
 base in place of the released one, and a few steps in place of some epochs.
@@ -19,6 +19,7 @@ import soundfile
 import typer.main
 from commands import Command, run_script
 from processes import forked_proofs  # noqa: F401
+from with_parent import with_parent
 
 import higgstune
 from higgstune.cli.main import app
@@ -122,7 +123,7 @@ def test_resuming_an_interrupted_run(clone: Path, type_in: Callable[[str], str])
     [resume] = blocks()[2]
     type_in(prepare)
     process = subprocess.Popen(
-        [sys.executable, "-m", *words(train)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        with_parent([sys.executable, "-m", *words(train)]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 300
     while not (clone / "runs/voice/voice/checkpoints/checkpoint-2").exists():

@@ -19,6 +19,7 @@ from commands import run_script
 from processes import forked_proofs  # noqa: F401
 from safetensors.torch import load_file
 from tiny_checkpoint import SENTENCES, save_tiny_checkpoint
+from with_parent import with_parent
 
 import higgstune
 from higgstune.data.store import CodeStore
@@ -65,7 +66,7 @@ def start(arguments: list[str], *, processes: int = 0) -> subprocess.Popen[str]:
     """The script in a process of its own, or in several under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(torchrun if processes else []), str(SCRIPT), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(with_parent(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def run(arguments: list[str], *, processes: int = 0) -> tuple[int, str]:
@@ -116,7 +117,7 @@ def stage2(world: Path, out: Path) -> Path:
     return out / "stage2"
 
 
-def test_stage2_goes_on_from_stage1(out: Path, stage2: Path) -> None:
+def test_stage2_continues_stage1(out: Path, stage2: Path) -> None:
     recipe = yaml.safe_load((stage2 / "recipe.yaml").read_text())
     assert recipe["init_adapter"] == str(out / "stage1")
     assert adapter(out / "stage1").keys() < adapter(stage2).keys()
@@ -154,7 +155,7 @@ def test_stage2_from_the_base(world: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"training_stage": "stage3"}, "invalid choice: 'stage3'"),
         ({"batch_size": "many"}, "invalid int value"),
@@ -164,13 +165,13 @@ def test_stage2_from_the_base(world: Path, tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_wrong_flags_end_with_2_and_a_message(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], told: str
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
 ) -> None:
     assert run_script(SCRIPT, flags(world, tmp_path, **changes)) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_killed_stage_goes_on_where_it_was(world: Path, out: Path) -> None:
+def test_a_killed_stage_resumes(world: Path, out: Path) -> None:
     again = world / "again"
     arguments = flags(world, again, train_manifest=out / "data")
     process = start(arguments)

@@ -7,9 +7,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# What is clean so far. To grow: fix a folder, add it. Once all are clean: src, tests, docs, recipes, README, CHANGELOG.
-# Left out for good: dev/LOG.md, which is history, and this file.
-CLEAN = ("fuzz", "src/higgstune/hub.py", "tests/conftest.py", "tests/helpers", "tests/kernels", "tests/test_layout.py")
+# What is checked. Left out for good: dev/LOG.md, which is history, and this file.
+CLEAN = (
+    "README.md", "CHANGELOG.md", "SECURITY.md", "unified_lora_training.py",
+    "bench", "docs", "fuzz", "recipes", "src", "tests", "tools",
+)  # fmt: skip
+LEFT_OUT = ("tests/test_words.py",)
 
 # Regular expressions of old words -> what to write instead.
 OLD_WORDS = {
@@ -39,11 +42,15 @@ ALLOWED_PHRASES = {
     r"listening test": "the field's term for people who rate speech",
     r"\b(there|it) (is|are|was) no\b": "nothing is there; no noun is denied to be another",
     r"\b(is|are) no (longer|more|less|fewer)\b": "a comparison",
+    r"\.tell\(|def tell\(": "the method of a file",
 }
 # (part of a path, word) -> why it may stay there.
 ALLOWED_PLACES = {
     ("data/importers/", "cell"): "cells of a table",
     ("evaluation/report/", "cell"): "cells of an HTML table",
+    ("exporting/card.py", "cell"): "cells of a Markdown table",
+    ("tests/evaluation/test_report.py", "cell"): "cells of an HTML table",
+    ("tools/demo/texts.py", ""): "sentences to be spoken",
     ("tests/test_fuzz.py", "cell"): "cells of a table",
 }
 ALLOWED = re.compile("|".join(ALLOWED_PHRASES), re.IGNORECASE)
@@ -59,7 +66,7 @@ def files(name: str) -> list[Path]:
 def old_words(line: str, path: str = "") -> list[str]:
     """The old words of a line: in prose, in messages and in identifiers."""
     found = [match[0] for match in PATTERN.finditer(ALLOWED.sub("", line))]
-    return [word for word in found if not any(p in path and word.startswith(w) for p, w in ALLOWED_PLACES)]
+    return [word for word in found if not any(p in path and word.lower().startswith(w) for p, w in ALLOWED_PLACES)]
 
 
 @pytest.mark.parametrize("name", CLEAN)
@@ -67,6 +74,8 @@ def test_old_words_stay_out(name: str) -> None:
     found = []
     for path in files(name):
         place = path.relative_to(ROOT).as_posix()
+        if place in LEFT_OUT:
+            continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             found += [f"{place}:{number}: {word}" for word in old_words(line, place)]
     assert not found, "\n".join(found)

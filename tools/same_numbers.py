@@ -153,9 +153,9 @@ def speech(run: Path) -> list[Any]:
     from higgstune.data.messages import speech_messages
     from higgstune.families.sampling import Sampling
     from higgstune.generate.engine import generate
-    from higgstune.generate.speak import load_speaker
+    from higgstune.generate.speaker import load
 
-    speaker = load_speaker(adapter=run, device="cpu")
+    speaker = load(run, device="cpu")
     prompts = [speaker.prompter.prompt(speech_messages(text), []) for text in SENTENCES]
     return [
         clip.codes.tolist()
@@ -166,8 +166,8 @@ def speech(run: Path) -> list[Any]:
 
 def evaluation(world: Path) -> dict[str, Any]:
     out = world / "evaluation"
-    told = higgstune_verb("evaluate", world / "voice", "--out", out, "--limit", "3", "--json")
-    systems = json.loads(told)["systems"]
+    summary = higgstune_verb("evaluate", world / "voice", "--out", out, "--limit", "3", "--json")
+    systems = json.loads(summary)["systems"]
     waveforms = sorted(out.rglob("*.wav"), key=lambda path: digest(path.read_bytes()))
     return {
         "spoken": [digest(path.read_bytes()) for path in waveforms],
@@ -177,7 +177,9 @@ def evaluation(world: Path) -> dict[str, Any]:
 
 def plan(recipe: Path) -> Any:
     planned = json.loads(higgstune_verb("train", recipe, "--out", recipe.with_suffix(""), "--plan", "--json"))
-    return [{key: stage[key] for key in ("steps", "memory") if key in stage} for stage in planned["stages"]]
+    for stage in planned["stages"]:
+        stage["memory"].pop("process")  # what the libraries of this process take: it follows imports
+    return [{key: stage[key] for key in ("steps", "memory")} for stage in planned["stages"]]
 
 
 def codes_of_store(folder: Path) -> list[str]:

@@ -1,5 +1,5 @@
 #!/bin/bash
-# sbatch docs/cluster/slurm.sh RECIPE RUN         as often as you like: it goes on where it stopped
+# sbatch docs/cluster/slurm.sh RECIPE RUN         as often as you like: it resumes where it stopped
 #SBATCH --job-name=higgstune
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -25,9 +25,9 @@ srun --kill-on-bad-exit=1 --cpus-per-task "$SLURM_CPUS_PER_TASK" torchrun \
     -m higgstune train "$recipe" --out "$run" --resume &
 training=$!
 
-# Slurm tells this shell alone that time is nearly up; srun passes SIGTERM on to torchrun, and that to the training.
-again=no
-trap 'again=yes; kill -TERM "$training"' USR1
+# Slurm signals only this shell when time is nearly up; srun passes SIGTERM on to torchrun, which passes it on to training.
+requeue=no
+trap 'requeue=yes; kill -TERM "$training"' USR1
 trap 'kill -TERM "$training"' TERM
 
 wait "$training"
@@ -36,7 +36,7 @@ while kill -0 "$training" 2>/dev/null; do # a trap has ended the wait, not the t
     wait "$training"
     code=$?
 done
-if [ "$again" = yes ] && [ "$code" -ne 0 ]; then
+if [ "$requeue" = yes ] && [ "$code" -ne 0 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

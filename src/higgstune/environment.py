@@ -1,4 +1,4 @@
-"""The environment of a run: versions of Python and packages, the machine, device and dtype."""
+"""The environment of a run: versions of Python and packages, the machine, the device and the dtype."""
 
 import platform
 import re
@@ -16,7 +16,7 @@ _PACKAGES = ("higgstune", "torch", "transformers", "peft", "bitsandbytes", "nump
 
 
 def versions(device: "torch.device | None" = None) -> dict[str, str]:
-    """By name; of packages those that are installed."""
+    """The versions of Python and of the installed packages, the machine and, if given, the device, by name."""
     found = {"Python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
     for name in _PACKAGES:
         try:
@@ -31,13 +31,13 @@ def versions(device: "torch.device | None" = None) -> dict[str, str]:
 
 
 def check_device_name(device: str | None) -> None:
-    """Raise ConfigError for a device that PyTorch cannot have, without importing PyTorch."""
+    """Raise ConfigError for a name of no possible device, without importing PyTorch."""
     if device is not None and not _DEVICE.fullmatch(device):
         raise ConfigError(f"unknown device {device!r}: auto, cpu, cuda or cuda:N")
 
 
 def choose_device(device: "str | torch.device | None" = None) -> "torch.device":
-    """The given device, else CUDA where there is one, else the CPU. Raises ConfigError for an unavailable one."""
+    """The given device, else CUDA if available, else the CPU. Raises ConfigError for an unavailable device."""
     import torch
 
     if device is None or str(device) == "auto":
@@ -52,7 +52,7 @@ def choose_device(device: "str | torch.device | None" = None) -> "torch.device":
 
 
 def choose_dtype(dtype: "str | torch.dtype | None", device: "torch.device") -> "torch.dtype":
-    """The given dtype, else bf16 where the device computes in it natively, else float32. Raises ConfigError."""
+    """The given dtype, else bfloat16 if the device computes in it natively, else float32. Raises ConfigError."""
     import torch
 
     if isinstance(dtype, torch.dtype):
@@ -67,5 +67,5 @@ def choose_dtype(dtype: "str | torch.dtype | None", device: "torch.device") -> "
 
 
 def to_device_async(value: "Tensor", device: "torch.device") -> "Tensor":
-    """A tensor of the CPU copied to a device: from pinned memory, so that a GPU's queue is not blocked."""
+    """Copy a CPU tensor to a device, from pinned memory, so that the copy does not block a GPU's queue."""
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)

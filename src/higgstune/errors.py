@@ -45,7 +45,7 @@ class WorkError(HiggstuneError, RuntimeError):
 
 
 class Interrupted(WorkError):
-    """A signal ended the work; what is needed to resume it is kept."""
+    """A signal ended the work; everything needed to resume it is kept."""
 
     def __init__(self, number: int, message: str = "nothing is lost") -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}: {message}")

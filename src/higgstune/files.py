@@ -24,8 +24,6 @@ _ADVICE = {
     errno.ENOLCK: "name a folder on a file system that can lock files (flock)",
     errno.EOPNOTSUPP: "name a folder on a file system that can lock files (flock)",
 }
-
-
 NOTHING_KEPT = "nothing of it was kept"
 
 

@@ -78,6 +78,6 @@ def fetch(
 
 
 def check_name(name_or_path: str | Path, *, what: str) -> None:
-    """Raise CheckpointError for a name that is neither a folder nor spelt like a hub id, without asking a hub."""
+    """Raise CheckpointError for a name that is neither a folder nor spelt like a hub id; the hub is not contacted."""
     if not _HUB_ID.fullmatch(str(name_or_path)):
         fetch(name_or_path, what=what)

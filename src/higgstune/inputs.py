@@ -3,10 +3,17 @@
 It can be refused from its name, or from a small file, so none of this imports torch or pyarrow.
 """
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
 
 from higgstune.checkpoint_files import read_json
 from higgstune.errors import CheckpointError, DataError, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+Quantize = Literal["4bit"]
 
 INDEX_NAME = "store.json"  # of a code store
 ADAPTER_CONFIG = "adapter_config.json"
@@ -19,6 +26,29 @@ _UNDERSTOOD = """What is understood:
 - a manifest, one JSON object a line: a .jsonl file, or a folder with manifest.jsonl or metadata.jsonl
 - a ChatML list: a .json file with [{"messages": [...]}, ...]
 - a metadata.json with {"samples": [...]}, or its folder"""
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """Which base to load and how. What is None comes from the adapter, then from the checkpoint and the machine.
+
+    >>> BaseSpec("models/base", quantize="4bit").checkpoint
+    'models/base'
+    """
+
+    checkpoint: str | Path | None = None  # folder or hub id
+    revision: str | None = None  # commit, tag or branch of the checkpoint at the hub
+    codec: str | Path | None = None  # folder or hub id
+    dtype: "str | torch.dtype | None" = None  # of the weights; None: bfloat16 where the device computes in it natively
+    device: "str | torch.device | None" = None  # cpu, cuda, cuda:N; None: CUDA where it is available
+    quantize: Quantize | None = None  # the linear weights of the decoder layers
+
+    def filled(self, checkpoint: str | None = None, revision: str | None = None, codec: str | None = None) -> Self:
+        """With this checkpoint, at its revision, and this codec, for those that are not named."""
+        found = self
+        if self.checkpoint is None and checkpoint is not None:
+            found = replace(found, checkpoint=checkpoint, revision=self.revision or revision)
+        return replace(found, codec=self.codec or codec)
 
 
 def check_source(path: Path) -> None:
@@ -78,3 +108,10 @@ def kind_of(target: Path) -> str:
     if (target / ADAPTER_CONFIG).exists() or (target / RUN_STATE).exists():
         return ADAPTER
     return BASE if not target.is_dir() or (target / "config.json").exists() else CLIPS
+
+
+def base_and_adapter(path: str | Path, base: BaseSpec) -> tuple[BaseSpec, Path | None]:
+    """A checkpoint becomes the base; a run or an adapter gives the adapter's folder. Raises CheckpointError."""
+    if kind_of(Path(path).expanduser()) == BASE:
+        return replace(base, checkpoint=path), None
+    return base, find_adapter(path)

@@ -2,10 +2,10 @@
 
 `transformers.models.higgs_audio_v2_tokenizer` imports torchaudio for `functional.resample`, and
 torchaudio does not load beside current builds of torch. `install()` puts a module with that one function
-in its place, where the real one cannot be imported. Nothing else is taken in by it: transformers is
-asked "is torchaudio there?" (it remembers its answer) while that is still no, there is no distribution
-and no version, and other names raise. So `transformers.HiggsAudioV2TokenizerModel` stays the placeholder
-that it is without torchaudio: take the class from `higgstune.codec.higgs`.
+in its place, where the real one cannot be imported. Nothing else mistakes it for torchaudio: transformers
+looks for torchaudio before, and remembers that it is missing; the stand-in has no distribution and no
+version, and other names raise. So `transformers.HiggsAudioV2TokenizerModel` stays the placeholder that it
+is without torchaudio: take the class from `higgstune.codec.higgs`.
 """
 
 import importlib
@@ -22,7 +22,7 @@ _ROLLOFF = 0.99  # cut-off as a part of the lower Nyquist frequency
 
 
 def install() -> None:
-    """Make `import torchaudio` give the real one if it loads, else the stand-in. May be repeated."""
+    """Make `import torchaudio` import the real one if it loads, else the stand-in. May be called repeatedly."""
     if sys.modules.get(_NAME) is None and not _real_one_loads():
         _hide_from_transformers()
         functional = _StandIn(f"{_NAME}.functional", resample=resample)
@@ -32,7 +32,7 @@ def install() -> None:
 def resample(waveform: torch.Tensor, orig_freq: int, new_freq: int) -> torch.Tensor:
     """[..., samples] at `orig_freq` Hz -> [..., ceil(samples * new_freq / orig_freq)], Hann-windowed sinc.
 
-    Agrees with torchaudio 2.11's `functional.resample` by default. Any floating dtype, any device.
+    Equals torchaudio 2.11's `functional.resample` with its default options. Any floating dtype, any device.
     Raises ValueError for rates that are not positive integers and TypeError for integer samples.
     """
     if min(orig_freq, new_freq) <= 0 or int(orig_freq) != orig_freq or int(new_freq) != new_freq:
@@ -86,9 +86,9 @@ def _real_one_loads() -> bool:
 
 
 def _hide_from_transformers() -> None:
-    """Let transformers find, and remember, that there is no torchaudio: it would import kaldi features."""
-    sys.modules[_NAME] = None  # type: ignore[assignment]  # the import system's mark for "not there"
-    # Not imported before: transformers asks for the first time when it is imported itself.
+    """Let transformers find, and remember, that torchaudio is missing: it would import kaldi features."""
+    sys.modules[_NAME] = None  # type: ignore[assignment]  # marks a module as missing for the import system
+    # Imported only now: transformers looks for torchaudio when it is imported itself.
     from transformers.utils import is_torchaudio_available
 
     is_torchaudio_available()

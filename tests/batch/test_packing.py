@@ -88,12 +88,12 @@ def test_a_step_has_the_same_clips_on_any_number_of_processes(
     for step in range(-(-len(one) // per_step)):
         expected = one[step * per_step : (step + 1) * per_step]
         found = [pack for share in several for pack in share[step * rounds : (step + 1) * rounds]]
-        heard = sorted(pack for pack in found if pack[0] >= 0)
-        assert heard == sorted(expected)
+        labelled = sorted(pack for pack in found if pack[0] >= 0)
+        assert labelled == sorted(expected)
         assert sorted(pack for pack in found if pack[0] < 0) == [[~expected[0][0]]] * (len(found) - len(expected))
         sampler = PackSampler(lengths, PackSize(tokens=200), seed=5, per_step=per_step)
         steps_before = epoch * -(-len(one) // per_step)
-        assert sorted(sampler.of_step(steps_before + step)) == heard
+        assert sorted(sampler.of_step(steps_before + step)) == labelled
 
 
 def test_the_processes_of_a_step_have_the_packs_of_one_process() -> None:
@@ -123,5 +123,5 @@ def test_a_number_of_clips() -> None:
 
 
 def test_a_clip_that_is_longer_than_a_pack_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"batch_tokens is 100, but clip 1 .*has 101 positions.*raise batch_tokens"):
+    with pytest.raises(ConfigError, match=r"batch_tokens is 100, but clip 1 .*has 101 tokens.*raise batch_tokens"):
         pack_indices(np.array([20, 101, 7]), PackSize(tokens=100), seed=0)

@@ -236,12 +236,12 @@ def test_reference_speakers_become_turns(trainer_folder: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.json", "{", "is not JSON"),
-        ("a.json", '{"a": 1}', "no known kind"),
-        ("a.json", "[]", "no known kind"),
+        ("a.json", '{"a": 1}', "unknown kind"),
+        ("a.json", "[]", "unknown kind"),
         ("a.json", '{"samples": []}', "has no samples"),
         ("a.jsonl", "", "has no row"),
-        ("a.wav", "", "no known kind"),
-        ("a.parquet", "", "no known kind"),
+        ("a.wav", "", "unknown kind"),
+        ("a.parquet", "", "unknown kind"),
     ],
 )
 def test_files_that_are_not_sources(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -251,7 +251,7 @@ def test_files_that_are_not_sources(tmp_path: Path, name: str, content: str, mes
 
 
 def test_folders_that_are_not_sources(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no"):
+    with pytest.raises(DataError, match="does not exist"):
         rows(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"no recording and no manifest(.|\n)*LJSpeech"):
         rows(tmp_path)
@@ -264,7 +264,7 @@ def test_folders_that_are_not_sources(tmp_path: Path) -> None:
         rows(tmp_path)
 
 
-@pytest.mark.skipif(not SPEECH.is_dir(), reason=f"the real recordings are not there: {SPEECH.name}")
+@pytest.mark.skipif(not SPEECH.is_dir(), reason=f"the real recordings are missing: {SPEECH.name}")
 @pytest.mark.parametrize(("name", "count"), [("ljspeech", 35), ("librivox_austen", 5), ("librispeech", 100)])
 def test_real_speech_is_imported_whole(name: str, count: int) -> None:
     found = list(read_source(SPEECH / name))

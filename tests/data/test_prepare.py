@@ -155,7 +155,7 @@ def test_a_clip_shared_by_rows_is_encoded_once(tmp_path: Path) -> None:
     assert run(tmp_path / "in", tmp_path / "out").encoded == 3
 
 
-@pytest.mark.skipif(not SPEECH.is_dir(), reason=f"the real recordings are not there: {SPEECH.name}")
+@pytest.mark.skipif(not SPEECH.is_dir(), reason=f"the real recordings are missing: {SPEECH.name}")
 def test_real_speech(tmp_path: Path) -> None:
     options: dict[str, Any] = {"references": "same_speaker"}
     first = run(SPEECH / "ljspeech", tmp_path / "out", speaker="lj", **options)

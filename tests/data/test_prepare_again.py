@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from preparing import ids, manifest, recordings, run
 from recordings import CountingCodec, clip, speech, write
+from with_parent import with_parent
 
 from higgstune.data import shard_writer as shards
 from higgstune.data.store import CodeStore
@@ -156,7 +157,8 @@ prepare(sys.argv[1], sys.argv[2], codec=CountingCodec(seconds=0.05))
 
 def start_slow_run(source: Path, out: Path) -> subprocess.Popen[bytes]:
     """A preparation in a process of its own, with some clips encoded and most of them not."""
-    process = subprocess.Popen([sys.executable, "-c", SLOW, source, out, Path(__file__).parents[1] / "helpers"])
+    helpers = Path(__file__).parents[1] / "helpers"
+    process = subprocess.Popen(with_parent([sys.executable, "-c", SLOW, source, out, helpers]))
     for _ in range(600):
         if sum(path.stat().st_size for path in out.glob(".partial/*.bin")) > 1000:
             return process
@@ -176,7 +178,7 @@ def test_a_killed_run_resumes(tmp_path: Path) -> None:
     (journal,) = out.glob(".partial/*.bin")
     with open(journal, "ab") as file:
         file.write(b"a record that was cut short")
-    with pytest.raises(DataError, match="no code store"):
+    with pytest.raises(DataError, match="is not a code store"):
         CodeStore.open(out)
     summary = run(source, out)
     assert 0 < summary.encoded < 40

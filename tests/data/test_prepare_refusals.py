@@ -210,7 +210,7 @@ def test_impossible_folders(tmp_path: Path) -> None:
         run(source, source)
     with pytest.raises(DataError, match="is not a folder"):
         run(source, source / "000.txt")
-    with pytest.raises(DataError, match="there is no"):
+    with pytest.raises(DataError, match="does not exist"):
         run(tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

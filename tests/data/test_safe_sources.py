@@ -287,7 +287,7 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         (PLAIN + "seed: 0x" + "f" * 90, "too large"),
         (PLAIN + "seed: " + "1:" * 5_000 + "1", "too large"),
         (PLAIN + "seed: " + "1:" * 200 + "1.5", "too large"),
-        (PLAIN + "seed: 0b_", "is no number"),
+        (PLAIN + "seed: 0b_", "is not a number"),
         (PLAIN + "seed: 4294967296", "seed: .*less than"),
         (PLAIN + "seed: 1\nlog_steps: 2\nseed: 3", r"the key 'seed' stands twice(.|\n)*line 5"),
         ("data: {store: x, store: y}", "the key 'store' stands twice"),

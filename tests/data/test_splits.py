@@ -168,7 +168,7 @@ def test_a_reference_is_another_recording_of_the_speaker_in_the_split() -> None:
         assert row.text != other.text
 
 
-def test_the_same_recording_will_do_where_there_is_no_other() -> None:
+def test_the_same_recording_is_the_reference_without_another() -> None:
     rows = [entry("long", n, split="train") for n in range(10)]
     assert all(reference not in (None, row_id) for row_id, reference in paired(rows).items())
     rows.append(entry("short", split="train"))

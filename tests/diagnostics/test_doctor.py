@@ -8,6 +8,7 @@ import pytest
 from commands import Command
 from doctor_world import failed, messages_of
 
+from higgstune import BaseSpec
 from higgstune.diagnostics.examine import doctor
 from higgstune.diagnostics.machine import check_disk, check_versions
 from higgstune.errors import ConfigError
@@ -54,9 +55,9 @@ def test_wrong_versions_and_a_full_disk_are_found() -> None:
 
 def test_a_device_that_does_not_exist_is_the_callers_mistake() -> None:
     with pytest.raises(ConfigError, match="unknown device"):
-        doctor(device="toaster")
+        doctor(BaseSpec(device="toaster"))
     with pytest.raises(ConfigError, match="unknown dtype"):
-        doctor(dtype="int3")
+        doctor(BaseSpec(dtype="int3"))
 
 
 def test_the_command_prints_a_table_or_json_and_exits_as_it_should(

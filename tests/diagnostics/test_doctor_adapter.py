@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint, tiny_prompter
 from tiny_runs import DEMO_CODEC
 
+from higgstune import BaseSpec
 from higgstune.diagnostics.adapter import (
     check_applied,
     check_card,
@@ -82,7 +83,7 @@ def test_an_adapter_of_another_base_is_found(world: Path, base: Path) -> None:
     report = examined(world, model=base, data=None)
     assert failed(report) == {"adapter"}
     assert "fingerprint" in messages_of(report, "adapter")
-    report = doctor(model=save_tiny_checkpoint(base / "tiny"), adapter=world / "adapter", codec=DEMO_CODEC)
+    report = doctor(BaseSpec(save_tiny_checkpoint(base / "tiny"), codec=DEMO_CODEC), adapter=world / "adapter")
     assert failed(report) == {"adapter"}
     assert "hidden_size" in messages_of(report, "adapter")
 

@@ -13,6 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny_checkpoint import tiny_config, tiny_tokenizer
 from tiny_runs import DEMO_CODEC
 
+from higgstune import BaseSpec
 from higgstune.diagnostics.checkpoint import check_config
 from higgstune.diagnostics.examine import doctor
 from higgstune.families.higgs_v2.family import FAMILY
@@ -71,7 +72,7 @@ def test_an_extra_tensor_and_copied_pathways_are_warned_of(world: Path, base: Pa
         weights["model.something.weight"] = torch.ones(2)
 
     change_weights(base, copy)
-    report = doctor(model=base)
+    report = doctor(BaseSpec(base))
     assert report.passed
     assert "layers.0.audio_mlp is mlp" in messages_of(report, "checkpoint", "warning")
     assert "model.something.weight" in messages_of(report, "checkpoint", "warning")
@@ -80,17 +81,17 @@ def test_an_extra_tensor_and_copied_pathways_are_warned_of(world: Path, base: Pa
 def test_an_original_checkpoint_is_examined(tmp_path: Path) -> None:
     golden = Golden("base")
     folder = golden.save_original_checkpoint(tmp_path / "original")
-    report = doctor(model=folder, codec=DEMO_CODEC)
+    report = doctor(BaseSpec(folder, codec=DEMO_CODEC))
     assert failed(report) == {"checkpoint", "codec"}  # it has no tokenizer, and smaller codebooks than the demo's codec
     assert "original layout" in messages_of(report, "checkpoint", "ok")
     assert report.of("rotary", "ok")
     golden.weights["rotary_emb.inv_freq"] = torch.ones(8)
     golden.save_original_checkpoint(folder)
-    assert "rope_parameters" in messages_of(doctor(model=folder, codec=DEMO_CODEC), "rotary")
+    assert "rope_parameters" in messages_of(doctor(BaseSpec(folder, codec=DEMO_CODEC)), "rotary")
 
 
 def test_a_missing_checkpoint_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = doctor(model="/no/where")
+    report = doctor(BaseSpec("/no/where"))
     assert failed(report) == {"checkpoint"}
     assert "/no/where does not exist" in messages_of(report, "checkpoint")
 
@@ -98,21 +99,21 @@ def test_a_missing_checkpoint_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> N
         raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    report = doctor(model="owner/name")
+    report = doctor(BaseSpec("owner/name"))
     assert failed(report) == {"checkpoint"}
     assert len([f for f in report.findings if f.status == "failed"]) == 1
     assert "hf download owner/name" in messages_of(report, "checkpoint")
 
 
 def test_a_folder_that_is_not_a_checkpoint_is_one_finding(tmp_path: Path) -> None:
-    report = doctor(model=tmp_path)
+    report = doctor(BaseSpec(tmp_path))
     assert [f.check for f in report.findings if f.status == "failed"] == ["checkpoint"]
     assert "config.json is missing" in messages_of(report, "checkpoint")
 
 
 def test_default_frequencies_are_warned_of(base: Path) -> None:
     change_config(base, rope_parameters=None)
-    assert "no rope_parameters" in messages_of(doctor(model=base), "rotary", "warning")
+    assert "no rope_parameters" in messages_of(doctor(BaseSpec(base)), "rotary", "warning")
 
 
 def test_special_ids_that_are_the_same_are_found() -> None:

@@ -11,6 +11,7 @@ from fake_codec import FakeCodec
 from tiny_checkpoint import tiny_prompter
 from tiny_codec import tiny_codec
 
+from higgstune import BaseSpec
 from higgstune.codec.higgs import HiggsCodec
 from higgstune.diagnostics import examine
 from higgstune.diagnostics.codec import check_codes, check_fit, check_modes
@@ -25,7 +26,7 @@ def test_a_codec_in_train_mode_is_found(world: Path, monkeypatch: pytest.MonkeyP
         return codec
 
     monkeypatch.setattr(examine, "load_codec", load)
-    report = doctor(model=world / "base")
+    report = doctor(BaseSpec(world / "base"))
     assert failed(report) == {"codec"}
     assert "in train mode" in messages_of(report, "codec")
     assert "gives other codes" in messages_of(report, "codec")

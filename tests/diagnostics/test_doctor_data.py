@@ -14,6 +14,7 @@ from doctor_world import examined, failed, messages_of, prepare
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_runs import DEMO_CODEC
 
+from higgstune import BaseSpec
 from higgstune.batch.dataset import Rendering
 from higgstune.codec import MelCodec
 from higgstune.data.store import CodeStore
@@ -110,7 +111,7 @@ def test_high_losses_of_untrained_weights_are_not_a_failure() -> None:
 def test_random_weights_are_named_and_are_not_a_failure(world: Path, tmp_path: Path) -> None:
     folder = save_tiny_checkpoint(tmp_path / "random")
     shutil.copytree(DEMO_CODEC, folder / "codec")
-    report = doctor(model=folder, data=world / "data")
+    report = doctor(BaseSpec(folder), data=world / "data")
     assert report.passed, failed(report)
     assert "random weights" in messages_of(report, "loss", "warning")
     assert never_trained(load_model(folder, device="cpu"))
@@ -129,14 +130,14 @@ def test_a_missing_or_empty_store_is_found(world: Path, tmp_path: Path) -> None:
 
 
 def test_missing_whisper_features_are_reported(world: Path) -> None:
-    store, heard = CodeStore.open(world / "data"), Rendering(reference="scene")
-    assert find_features(store, heard, named=None, shape=None) == (heard, [])
+    store, in_scene = CodeStore.open(world / "data"), Rendering(reference="scene")
+    assert find_features(store, in_scene, named=None, shape=None) == (in_scene, [])
     _, [finding] = find_features(store, Rendering(), named="a/whisper", shape=None)
     assert finding.status == "failed"
-    assert "has anything to hear" in finding.message
+    assert "has audio for Whisper" in finding.message
     with pytest.raises(DataError, match="--whisper a/whisper"):
-        find_features(store, heard, named="a/whisper", shape=None)
+        find_features(store, in_scene, named="a/whisper", shape=None)
     shape = WhisperSpec(checkpoint="a/whisper", revision="0", d_model=3, chunk_frames=4, token_id=11)
-    rendering, [finding] = find_features(store, heard, named=None, shape=shape)
+    rendering, [finding] = find_features(store, in_scene, named=None, shape=shape)
     assert finding.status == "warning"
-    assert rendering == heard
+    assert rendering == in_scene

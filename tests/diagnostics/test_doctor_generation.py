@@ -9,6 +9,7 @@ from doctor_world import examined, failed, messages_of, rows
 from tiny_checkpoint import tiny_prompter
 from transformers import DynamicCache
 
+from higgstune import BaseSpec
 from higgstune.diagnostics.examine import doctor
 from higgstune.diagnostics.generation import check_generation
 from higgstune.families.higgs_v2.decoder import Decoder
@@ -46,6 +47,6 @@ def test_a_broken_cache_is_found(world: Path, monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("no cache today")
 
     monkeypatch.setattr(DynamicCache, "update", breaks)
-    report = doctor(model=world / "base")
+    report = doctor(BaseSpec(world / "base"))
     assert failed(report) == {"generation"}
     assert "no cache today" in messages_of(report, "generation")

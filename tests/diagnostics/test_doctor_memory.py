@@ -8,6 +8,7 @@ import pytest
 import torch
 from doctor_world import examined, failed, messages_of
 
+from higgstune import BaseSpec
 from higgstune.diagnostics import machine as memory
 from higgstune.diagnostics.examine import doctor
 
@@ -52,7 +53,7 @@ def test_a_recipe_names_the_rest_and_its_training_is_planned(
 
 
 def test_a_broken_recipe_is_a_finding(world: Path, tmp_path: Path) -> None:
-    report = doctor(recipe=recipe(world, tmp_path, seeds=1), model=world / "base")  # the data stay unknown
+    report = doctor(BaseSpec(world / "base"), recipe=recipe(world, tmp_path, seeds=1))  # the data stay unknown
     assert failed(report) == {"recipe"}
     assert "the nearest one is seed" in messages_of(report, "recipe")
     assert report.of("generation", "ok")

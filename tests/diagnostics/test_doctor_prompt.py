@@ -10,6 +10,7 @@ import pytest
 from doctor_world import examined, failed, messages_of
 from tiny_checkpoint import random_codes, tiny_prompter, tiny_tokenizer
 
+from higgstune import BaseSpec
 from higgstune.batch.dataset import Rendering
 from higgstune.codec.base import WhisperFeatures
 from higgstune.data.store import Row
@@ -27,7 +28,7 @@ def test_a_changed_chat_template_is_found(world: Path, base: Path) -> None:
     assert failed(report) == {"prompt"}
     assert "writes a training row otherwise" in messages_of(report, "prompt")
     template.write_text(template.read_text().replace("<|eot_id|>\n", "<|eot_id|>").replace("{%- endmacro -%}", ""))
-    assert failed(doctor(model=base)) == {"prompt"}
+    assert failed(doctor(BaseSpec(base))) == {"prompt"}
 
 
 def test_a_checkpoint_without_a_chat_template_skips_the_comparison() -> None:
@@ -42,8 +43,8 @@ def conversation(row: Row) -> Row:
     """A conversation with audio of the user, and assistant text before the target."""
     said = {"role": "user", "content": [{"type": "text", "text": "Repeat:"}, {"type": "audio", "url": "a.wav"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "Here."}, {"type": "audio", "url": "b.wav"}]}
-    heard = [random_codes(5, seed=3)]
-    return dataclasses.replace(row, messages=[said, answer], context_codes=heard, context_sha256=["0"])
+    context = [random_codes(5, seed=3)]
+    return dataclasses.replace(row, messages=[said, answer], context_codes=context, context_sha256=["0"])
 
 
 @pytest.mark.parametrize("change", [lambda row: row, conversation], ids=["utterance", "conversation"])
@@ -70,7 +71,7 @@ def test_a_prompt_that_differs_between_training_and_speaking_is_found(
     assert "position 0 differs" in check_same_prompt(prompter, row, FAMILY.checks)[0].message
 
 
-class Ears:
+class FixedFeatures:
     """Whisper features of any clip, and those of another encoder."""
 
     def __init__(self, value: float) -> None:
@@ -83,7 +84,7 @@ class Ears:
 def test_whisper_features_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     _, prompter = tiny_prompter()
     row = conversation(built_in_row(8, 1024))
-    assert check_same_prompt(prompter, row, FAMILY.checks, Rendering(features=Ears(1.0)))[0].status == "ok"
+    assert check_same_prompt(prompter, row, FAMILY.checks, Rendering(features=FixedFeatures(1.0)))[0].status == "ok"
     speak = Prompter.prompt
 
     def other_features(self: Prompter, *arguments: Any) -> Example:
@@ -93,8 +94,8 @@ def test_whisper_features_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Prompter, "prompt", other_features)
     assert (
-        "other features in speaking"
-        in check_same_prompt(prompter, row, FAMILY.checks, Rendering(features=Ears(1.0)))[0].message
+        "differ between speaking and training"
+        in check_same_prompt(prompter, row, FAMILY.checks, Rendering(features=FixedFeatures(1.0)))[0].message
     )
 
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import soundfile
 import torch
 from commands import Command
 from judging import answering
+from on_cpu import CPU
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_codec import save_tiny_codec
 from tiny_runs import make_recordings, recipe
@@ -57,24 +58,24 @@ def run(world: Path, tmp_path: Path) -> Path:
 def spoken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every text that is spoken, in order."""
     texts: list[str] = []
-    real = Speaker.say_each
+    real = Speaker.speak_all
 
-    def recording(self: Speaker, requests: Sequence[Request], **options: Any) -> list[Speech]:
+    def recording(self: Speaker, requests: Sequence[Request], **options: Any) -> Iterator[Speech]:
         texts.extend(request.text for request in requests)
         return real(self, requests, **options)
 
-    monkeypatch.setattr(Speaker, "say_each", recording)
+    monkeypatch.setattr(Speaker, "speak_all", recording)
     return texts
 
 
 def texts(world: Path, **options: Any) -> dict[str, Any]:
-    return {"texts": str(world / "texts.txt"), "device": "cpu"} | options
+    return {"texts": str(world / "texts.txt"), "base": CPU} | options
 
 
 def test_recordings_base_and_adapter_are_measured(world: Path, run: Path, tmp_path: Path) -> None:
     asr = answering(tmp_path, "asr", "'text': 'the weather is fine'")
     speaker = answering(tmp_path, "speaker", "'model a': 0.5, 'model b': 0.25")
-    found = evaluate(run, asr=asr, speaker_judge=speaker, limit=1, device="cpu")
+    found = evaluate(run, asr=asr, speaker_judge=speaker, limit=1, base=CPU)
     assert list(found.texts.systems) == ["recordings", "base", "adapter"]
     adapter = found.texts.systems["adapter"]
     assert adapter.summary["similarity"].value == 0.5
@@ -96,19 +97,19 @@ def test_what_was_spoken_is_not_spoken_again(world: Path, run: Path, spoken: lis
     again = evaluate(run, **texts(world))
     assert spoken == []
     assert again.texts.as_json() == first.texts.as_json()  # and the same numbers
-    evaluate(run, **texts(world, seed=1, base=False, limit=1))
+    evaluate(run, **texts(world, seed=1, with_base=False, limit=1))
     assert spoken == ["Hi."]
 
 
 def test_another_text_or_adapter_is_spoken(world: Path, run: Path, tmp_path: Path, spoken: list[str]) -> None:
     out = tmp_path / "out"
-    evaluate(run, **texts(world, out=out, base=False))
+    evaluate(run, **texts(world, out=out, with_base=False))
     spoken.clear()
     (tmp_path / "texts.txt").write_text("Oh.\nAh.\nHi.\n")  # one is new, the others have moved
-    evaluate(run, **texts(tmp_path, out=out, base=False))
+    evaluate(run, **texts(tmp_path, out=out, with_base=False))
     assert spoken == ["Ah."]
     spoken.clear()
-    evaluate(world / "two", **texts(world, out=out, base=False))
+    evaluate(world / "two", **texts(world, out=out, with_base=False))
     assert spoken == ["Hi.", "No.", "Oh."]
 
 
@@ -118,18 +119,18 @@ def test_it_resumes_where_it_was_stopped(world: Path, run: Path, spoken: list[st
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(run, **texts(world, base=False, batch_size=1, progress=stop))
+        evaluate(run, **texts(world, with_base=False, batch_size=1, progress=stop))
     assert spoken == ["Hi.", "No."]
-    evaluate(run, **texts(world, base=False))
+    evaluate(run, **texts(world, with_base=False))
     assert spoken == ["Hi.", "No.", "Oh."]
 
 
 def test_answers_of_judges_are_cached(world: Path, run: Path, tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     asr = answering(tmp_path, "asr", f"'text': open({str(calls)!r}, 'a').write(file) and 'hi'")
-    evaluate(run, **texts(world, base=False, asr=asr))
+    evaluate(run, **texts(world, with_base=False, asr=asr))
     before = calls.read_text()
-    evaluate(run, **texts(world, base=False, asr=asr))
+    evaluate(run, **texts(world, with_base=False, asr=asr))
     assert calls.read_text() == before
 
 
@@ -161,7 +162,7 @@ def test_a_zero_shot_set_has_its_references(world: Path, run: Path, tmp_path: Pa
     shutil.copy(world / "recordings" / "clip0.wav", tmp_path / "wavs" / "a.wav")
     (tmp_path / "meta.lst").write_text("a|Hello there.|wavs/a.wav|Oh no.\n")
     speaker = answering(tmp_path, "speaker", "'model': 0.5")
-    found = evaluate(run, texts=str(tmp_path / "meta.lst"), base=False, speaker_judge=speaker, device="cpu")
+    found = evaluate(run, texts=str(tmp_path / "meta.lst"), with_base=False, speaker_judge=speaker, base=CPU)
     [row] = found.texts.systems["adapter"].clips
     assert row["similarity_reference"] == 0.5
     assert "similarity" not in found.texts.systems["adapter"].summary  # nobody says whose voice it is
@@ -178,8 +179,8 @@ def test_a_base_alone(world: Path, tmp_path: Path) -> None:
     [
         ("one", {"limit": 0}, ConfigError, "limit is 0"),
         ("one", {"texts": "klingon"}, ConfigError, "klingon"),
-        ("one", {"guard": ["nowhere.txt"], "base": True}, DataError, "nowhere.txt"),
-        ("one", {"guard": ["en"], "base": False}, ConfigError, "guard needs the base"),
+        ("one", {"guard": ["nowhere.txt"], "with_base": True}, DataError, "nowhere.txt"),
+        ("one", {"guard": ["en"], "with_base": False}, ConfigError, "guard needs the base"),
         ("base", {"texts": "validation"}, DataError, "name it with --data"),
         ("one", {"data": "foreign"}, DataError, "was encoded by the codec"),
         ("recordings/none", {}, CheckpointError, "does not exist"),
@@ -194,16 +195,16 @@ def test_wrong_input_is_refused(
         higgstune.prepare(recordings, tmp_path / "foreign", codec=tmp_path / "codec")
         options = {"data": tmp_path / "foreign"}
     with pytest.raises(error, match=says):
-        evaluate(world / target, out=tmp_path / "out", device="cpu", **options)
+        evaluate(world / target, out=tmp_path / "out", base=CPU, **options)
 
 
 def test_a_judge_that_fails_ends_it_and_speech_is_kept(
     world: Path, run: Path, tmp_path: Path, spoken: list[str]
 ) -> None:
     with pytest.raises(WorkError):
-        evaluate(run, **texts(world, base=False, asr=answering(tmp_path, "asr", "'text': 1 / 0")))
+        evaluate(run, **texts(world, with_base=False, asr=answering(tmp_path, "asr", "'text': 1 / 0")))
     assert len(spoken) == 3
-    evaluate(run, **texts(world, base=False))
+    evaluate(run, **texts(world, with_base=False))
     assert len(spoken) == 3
 
 
@@ -238,7 +239,7 @@ def test_the_best_of_five(tmp_path: Path) -> None:
         clip_folder(tmp_path / "longer", seconds=2.5),
     ]
     found = compare(folders, out=tmp_path / "out", gates=["cap_rate <= 0", "short_rate <= 0"],
-                    rank="-abs(duration_ratio - 1) - silence", device="cpu")  # fmt: skip
+                    rank="-abs(duration_ratio - 1) - silence", base=CPU)  # fmt: skip
     assert found.best == "good"
     assert found.choice.broken == [["cap_rate <= 0"], ["short_rate <= 0"], [], [], []]
     assert found.differences["silent"]["silence"].value > 1
@@ -334,7 +335,7 @@ def test_errors_name_the_target_that_was_probably_meant(
     card.write_text(card.read_text().replace(str(world / "data"), "data"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="the store data that the adapter was trained on does not exist, seen from"):
-        evaluate(run, device="cpu")
+        evaluate(run, base=CPU)
 
 
 def test_options_that_mean_nothing_for_clips_are_refused(tmp_path: Path, command: Command) -> None:
@@ -390,14 +391,14 @@ def test_the_report_has_all_sets_and_how_to_repeat_it(world: Path, run: Path, tm
 def test_another_store_than_the_one_trained_on_is_a_warning(
     world: Path, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = evaluate(run, **texts(world, limit=1, base=False))
+    found = evaluate(run, **texts(world, limit=1, with_base=False))
     assert found.settings is not None
     assert found.settings.store_as_trained_on is True
     assert "may have been trained on" not in caplog.text
     shutil.copytree(world / "data", tmp_path / "data")
     make_recordings(tmp_path / "recordings", clips=8)
     higgstune.prepare(tmp_path / "recordings", tmp_path / "data", codec=world / "base" / "codec", speaker="anna")
-    found = evaluate(run, **texts(world, limit=1, base=False, data=tmp_path / "data"))
+    found = evaluate(run, **texts(world, limit=1, with_base=False, data=tmp_path / "data"))
     assert found.settings is not None
     assert found.settings.store_as_trained_on is False
     assert "may have been trained on" in caplog.text
@@ -428,7 +429,7 @@ def test_the_report_shows_whose_voice_clips_have(tmp_path: Path) -> None:
         (folder / "voices" / name).mkdir(parents=True)
         shutil.copy(folder / f"{number}.wav", folder / "voices" / name / "a.wav")
     speaker = answering(tmp_path, "speaker", "'model': 0.75 if '/anna/' in sys.argv[2] else 0.25")
-    found = evaluate(folder, speaker_judge=speaker, device="cpu")
+    found = evaluate(folder, speaker_judge=speaker, base=CPU)
     confusion = found.texts.systems["clips"].confusion
     assert confusion is not None
     assert confusion.similarity == [[0.75, 0.25], [0.75, 0.25]]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from export_world import make_adapter, make_world, whisper_spec_of
+from on_cpu import CPU
 
 from higgstune import export
 from higgstune.families.base import Conditioning
@@ -22,4 +23,4 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def merged(world: Path) -> Path:
     """The plain adapter, merged with all defaults."""
-    return export(world / "plain" / "adapter", world / "merged", device="cpu").folder
+    return export(world / "plain" / "adapter", world / "merged", base=CPU).folder

@@ -20,6 +20,7 @@ from export_world import (
     whisper_spec_of,
 )
 from golden_values import Golden
+from on_cpu import CPU
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import HiggsAudioV2ForConditionalGeneration
@@ -72,7 +73,7 @@ def test_an_original_config_keeps_what_only_it_says() -> None:
 
 
 def test_boson_has_the_names_and_shapes_of_the_reference(world: Path, tmp_path: Path) -> None:
-    result = export(world / "plain" / "adapter", tmp_path / "out", format="boson", device="cpu")
+    result = export(world / "plain" / "adapter", tmp_path / "out", format="boson", base=CPU)
     golden, written = Golden("base"), load_file(result.folder / "model.safetensors")
     assert written.keys() == golden.weights.keys()
     for key, value in golden.weights.items():  # which have 32 codes in a codebook, the real ones 1024
@@ -95,7 +96,7 @@ def test_boson_has_the_names_of_the_references_extensions(world: Path, tmp_path:
         audio_attention="audio_attention" in name, whisper=whisper_spec_of(world) if "whisper" in name else None
     )
     adapter = make_adapter(world, tmp_path / "adapter", conditioning=has)
-    result = export(adapter, tmp_path / "out", format="boson", device="cpu")
+    result = export(adapter, tmp_path / "out", format="boson", base=CPU)
     golden = Golden(name)
     assert load_file(result.folder / "model.safetensors").keys() == golden.weights.keys()
     config = json.loads((result.folder / "config.json").read_text())
@@ -105,7 +106,7 @@ def test_boson_has_the_names_of_the_references_extensions(world: Path, tmp_path:
 
 
 def test_native_is_what_transformers_loads(world: Path, tmp_path: Path) -> None:
-    result = export(world / "plain" / "adapter", tmp_path / "out", format="native", base_bits=8, device="cpu")
+    result = export(world / "plain" / "adapter", tmp_path / "out", format="native", base_bits=8, base=CPU)
     plain = HiggsAudioV2ForConditionalGeneration.from_pretrained(result.folder, use_text_head=True)
     assert gap(logits(plain, world), adapted_logits(world, world / "plain" / "adapter")) < 5e-5
     base = load_file(world / "base" / "model.safetensors")
@@ -116,7 +117,7 @@ def test_native_is_what_transformers_loads(world: Path, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_peft_is_what_plain_peft_loads(world: Path, tmp_path: Path) -> None:
     before = tree(world / "plain" / "adapter")
-    result = export(world / "plain" / "adapter", tmp_path / "out", format="peft", device="cpu")
+    result = export(world / "plain" / "adapter", tmp_path / "out", format="peft", base=CPU)
     names = {path.name for path in result.folder.iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "higgstune.json", "README.md", "LICENSE"}
     base = HiggsAudioV2ForConditionalGeneration.from_pretrained(world / "base", use_text_head=True)
@@ -126,7 +127,7 @@ def test_peft_is_what_plain_peft_loads(world: Path, tmp_path: Path) -> None:
     assert matter["library_name"] == "peft"
     assert matter["base_model_relation"] == "adapter"
     assert tree(world / "plain" / "adapter") == before
-    # It is an adapter folder of ours, too, and tells a damaged file.
+    # It is an adapter folder of ours, too, which detects a damaged file.
     moved = shutil.move(result.folder, tmp_path / "moved")
     load_adapter(load_model(world / "base", device="cpu"), moved)
     flip_byte(moved / "adapter_model.safetensors")
@@ -137,19 +138,19 @@ def test_peft_is_what_plain_peft_loads(world: Path, tmp_path: Path) -> None:
 def test_an_adapter_that_does_nothing_is_not_passed_on(world: Path, tmp_path: Path) -> None:
     nothing = make_adapter(world, tmp_path / "adapter", strength=0)
     with pytest.raises(VerificationError, match="hardly changes the base"):
-        export(nothing, tmp_path / "out", format="peft", device="cpu")
+        export(nothing, tmp_path / "out", format="peft", base=CPU)
     assert nothing_is_left(tmp_path / "out")
 
 
 @pytest.mark.parametrize("format", ["native", "peft"])
 def test_modules_that_would_be_lost_are_named(world: Path, tmp_path: Path, format: str) -> None:
     with pytest.raises(ConfigError, match=r"model\.layers\.\*\.audio_attn.*model\.audio_encoder_proj"):
-        export(world / "both" / "adapter", tmp_path / "out", format=format, device="cpu")
+        export(world / "both" / "adapter", tmp_path / "out", format=format, base=CPU)
     assert nothing_is_left(tmp_path / "out")
 
 
 def test_they_can_be_dropped_for_native(world: Path, tmp_path: Path) -> None:
-    result = export(world / "both" / "adapter", tmp_path / "out", drop_modules=True, device="cpu")
+    result = export(world / "both" / "adapter", tmp_path / "out", drop_modules=True, base=CPU)
     assert result.format == "native"
     assert "model.layers.*.audio_attn" in result.dropped
     HiggsAudioV2ForConditionalGeneration.from_pretrained(result.folder, use_text_head=True)
@@ -165,7 +166,7 @@ def snippet(folder: Path) -> str:
 def test_the_cards_snippet_is_python_that_says_the_bits(
     world: Path, tmp_path: Path, format: str, bits: int | None
 ) -> None:
-    folder = export(world / "plain" / "adapter", tmp_path / "out", format=format, base_bits=bits, device="cpu").folder
+    folder = export(world / "plain" / "adapter", tmp_path / "out", format=format, base_bits=bits, base=CPU).folder
     code = snippet(folder)
     called: dict[str, dict[str, Any]] = {}
     run_with_stand_ins(code, called)
@@ -217,7 +218,7 @@ def test_options_that_do_not_go_together_are_refused(
     world: Path, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        export(world / "plain" / "adapter", tmp_path / "out", device="cpu", **options)
+        export(world / "plain" / "adapter", tmp_path / "out", base=CPU, **options)
     assert nothing_is_left(tmp_path / "out")
 
 

@@ -6,20 +6,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-import soundfile
 import yaml
 from adapter_folders import card, copy_of
 from commands import Command
 from export_world import adapted_logits, flip_byte, gap, logits, nothing_is_left, save_base, tree
+from on_cpu import CPU
 from tiny_runs import recipe
 from transformers import AutoTokenizer, GenerationConfig
 
-from higgstune import export
+from higgstune import BaseSpec, export, load
 from higgstune.checkpoint_files import check_checksums
 from higgstune.errors import CheckpointError
-from higgstune.exporting import layouts
 from higgstune.exporting import verify as check
-from higgstune.generate.speak import speak
 from higgstune.model.load import load_model, load_model_and_tokenizers
 from higgstune.training.run import train
 
@@ -62,24 +60,23 @@ def test_the_folder_has_all_that_a_checkpoint_has(world: Path, merged: Path) -> 
 
 def test_the_merged_folder_speaks(merged: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(merged, tmp_path / "elsewhere")
-    files = speak("Hello there.", tmp_path / "x.wav", model=moved, device="cpu", max_seconds=0.4)
-    assert len(soundfile.read(files[0])[0]) > 0
+    assert load(moved, device="cpu").speak("Hello there.", max_seconds=0.4).seconds > 0
 
 
 def test_a_base_without_a_template_gets_the_native_one(world: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     (base / "LICENSE").rename(base / "LICENSE.txt")
-    result = export(world / "plain" / "adapter", tmp_path / "out", model=base, device="cpu")
+    result = export(world / "plain" / "adapter", tmp_path / "out", base=BaseSpec(base, device="cpu"))
     expected = (world / "base" / "chat_template.jinja").read_text()
     assert (result.folder / "chat_template.jinja").read_text() == expected
     assert (result.folder / "LICENSE.txt").exists()
 
 
 def test_large_weights_are_written_in_shards(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layouts, "SHARD_SIZE", "500KB")
+    monkeypatch.setattr("higgstune.families.higgs_v2.export.SHARD_SIZE", "500KB")
     for format in ("native", "boson"):
-        folder = export(world / "plain" / "adapter", tmp_path / format, format=format, device="cpu").folder
+        folder = export(world / "plain" / "adapter", tmp_path / format, format=format, base=CPU).folder
         shards = sorted(path.name for path in folder.glob("*.safetensors"))
         assert len(shards) > 1
         assert set(shards) < set(card(folder)["files"])
@@ -140,7 +137,7 @@ def test_an_adapter_without_records_is_merged_and_says_so(world: Path, tmp_path:
     base = save_base(tmp_path / "mine")
     (base / "LICENSE").unlink()
     shutil.rmtree(base / "codec")
-    result = export(adapter, tmp_path / "out", model=base, data=world / "data", device="cpu")
+    result = export(adapter, tmp_path / "out", data=world / "data", base=BaseSpec(base, device="cpu"))
     text = (result.folder / "README.md").read_text()
     assert "Stages: not recorded" in text
     assert "| train | not recorded | not recorded |" in text
@@ -151,7 +148,7 @@ def test_an_adapter_without_records_is_merged_and_says_so(world: Path, tmp_path:
 def test_a_codec_that_has_moved_with_its_base_is_found(world: Path, tmp_path: Path) -> None:
     base = shutil.copytree(world / "base", tmp_path / "base")
     adapter = copy_of(world / "plain" / "adapter", tmp_path / "adapter", codec="/gone/codec")
-    result = export(adapter, tmp_path / "out", model=base, device="cpu")
+    result = export(adapter, tmp_path / "out", base=BaseSpec(base, device="cpu"))
     assert (result.folder / "codec" / "model.safetensors").exists()
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from adapter_folders import copy_of
 from export_world import batch_of, make_adapter, nothing_is_left
+from on_cpu import CPU
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
@@ -30,7 +31,7 @@ def test_what_was_not_merged_is_refused(world: Path, tmp_path: Path, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr(merging, "merge_layers", broken)
             with pytest.raises(VerificationError, match=message):
-                export(adapter, out, device="cpu")
+                export(adapter, out, base=CPU)
         assert nothing_is_left(out)
 
 
@@ -47,7 +48,7 @@ def test_a_layer_that_computes_something_else_is_refused(
 ) -> None:
     monkeypatch.setattr("peft.tuners.lora.layer.Linear.merge", lambda self, **options: self.set_scale("default", 1.001))
     with pytest.raises(VerificationError, match=r"merging model\.layers\.0\.\S+ changed what it computes"):
-        export(world / "plain" / "adapter", tmp_path / "out", device="cpu")
+        export(world / "plain" / "adapter", tmp_path / "out", base=CPU)
     assert nothing_is_left(tmp_path / "out")
 
 
@@ -62,21 +63,21 @@ def test_what_is_compared_is_what_lies_on_the_disk(
 
     monkeypatch.setattr(merging, "write_checkpoint", write_badly)
     with pytest.raises(VerificationError, match="it was not kept"):
-        export(world / "plain" / "adapter", tmp_path / "out", device="cpu")
+        export(world / "plain" / "adapter", tmp_path / "out", base=CPU)
     assert nothing_is_left(tmp_path / "out")
 
 
 def test_an_adapter_that_rounding_drowns_is_refused(world: Path, tmp_path: Path) -> None:
     weak = make_adapter(world, tmp_path / "adapter", strength=3e-4)
-    assert export(weak, tmp_path / "exact", dtype="float32", device="cpu").check.from_base > 1e-3
+    assert export(weak, tmp_path / "exact", dtype="float32", base=CPU).check.from_base > 1e-3
     with pytest.raises(VerificationError, match="--dtype float32"):
-        export(weak, tmp_path / "rounded", dtype="bfloat16", device="cpu")
+        export(weak, tmp_path / "rounded", dtype="bfloat16", base=CPU)
     nothing = make_adapter(world, tmp_path / "nothing", strength=0)
     with pytest.raises(VerificationError, match="hardly differs"):
-        export(nothing, tmp_path / "none", device="cpu")
+        export(nothing, tmp_path / "none", base=CPU)
     broken = make_adapter(world, tmp_path / "broken", strength=float("nan"))
     with pytest.raises(CheckpointError, match="holds NaN or infinity"):
-        export(broken, tmp_path / "none", device="cpu")
+        export(broken, tmp_path / "none", base=CPU)
     assert nothing_is_left(tmp_path / "none")
 
 
@@ -100,18 +101,18 @@ def test_where_the_store_has_gone_the_runs_probe_is_compared_on(world: Path, tmp
     gone = {"data": {"store": "/gone/data"}, "recipe": {}}
     adapter = copy_of(world / "plain" / "adapter", tmp_path / "s" / "adapter", **gone)
     with pytest.raises(DataError, match=r"neither the store /gone/data nor .* exists.*--data"):
-        export(adapter, tmp_path / "out", device="cpu")
-    given = export(adapter, tmp_path / "given", data=world / "data", device="cpu")
+        export(adapter, tmp_path / "out", base=CPU)
+    given = export(adapter, tmp_path / "given", data=world / "data", base=CPU)
     assert (given.check.clips, given.check.origin) == (3, "validation clips of the store data")
     (tmp_path / "s" / "verify").mkdir()
     probe, model = tmp_path / "s" / "verify" / "probe.safetensors", load_model(world / "base", device="cpu")
     batch = batch_of(model, world)
     write_probe(batch, probe_logits(model, batch), probe)
-    probed = export(adapter, tmp_path / "probed", device="cpu")
+    probed = export(adapter, tmp_path / "probed", base=CPU)
     assert (probed.check.clips, probed.check.origin) == (6, "the clips of the run's own verification")
     probe.write_bytes(probe.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="truncated"):
-        export(adapter, tmp_path / "out", device="cpu")
+        export(adapter, tmp_path / "out", base=CPU)
     assert nothing_is_left(tmp_path / "out")
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from adapter_folders import card
 from export_world import adapted_logits, gap, logits, make_adapter
+from on_cpu import CPU
 from safetensors.torch import load_file, save_file
 
-from higgstune import export
+from higgstune import BaseSpec, export
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.exporting import verify as check
 from higgstune.exporting.merge import merge_layers
@@ -29,7 +30,7 @@ def test_every_variant_gives_the_logits_of_base_and_adapter(
 ) -> None:
     has = Conditioning(audio_attention=True) if "attention" in variant else None
     adapter = make_adapter(world, tmp_path / "adapter", conditioning=has, **variant)
-    result = export(adapter, tmp_path / "out", device="cpu")
+    result = export(adapter, tmp_path / "out", base=CPU)
     found = logits(load_model(result.folder, device="cpu", dtype="float32"), world)
     assert gap(found, adapted_logits(world, adapter)) < 5e-5
     assert gap(found, logits(load_model(world / "base", device="cpu", dtype="float32"), world)) > 0.1
@@ -41,7 +42,7 @@ def test_a_bfloat16_base_is_merged_in_float32(world: Path, tmp_path: Path) -> No
     weights = {key: value.bfloat16() for key, value in load_file(base / "model.safetensors").items()}
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     adapter = make_adapter(world, tmp_path / "adapter", base=base)
-    result = export(adapter, tmp_path / "out", device="cpu")
+    result = export(adapter, tmp_path / "out", base=CPU)
     assert result.dtype == result.check.dtype == "bfloat16"
     assert json.loads((result.folder / "config.json").read_text())["dtype"] == "bfloat16"
     trained = load_file(adapter / "adapter_model.safetensors")
@@ -68,7 +69,7 @@ def test_no_more_than_one_layer_is_in_float32_at_a_time(world: Path) -> None:
 
 
 def test_the_dtype_of_what_is_written_can_be_chosen(world: Path, merged: Path, tmp_path: Path) -> None:
-    result = export(world / "plain" / "adapter", tmp_path / "out", dtype="bfloat16", device="cpu")
+    result = export(world / "plain" / "adapter", tmp_path / "out", dtype="bfloat16", base=CPU)
     written = load_file(result.folder / "model.safetensors")
     assert {value.dtype for value in written.values()} == {torch.bfloat16}
     # From the float32 base, rounded once at the end.
@@ -86,15 +87,15 @@ def test_a_half_precision_base_needs_a_dtype(world: Path, tmp_path: Path) -> Non
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     adapter = make_adapter(world, tmp_path / "adapter", base=base)
     with pytest.raises(CheckpointError, match=r"stored as F16.*--dtype"):
-        export(adapter, tmp_path / "out", device="cpu")
-    assert export(adapter, tmp_path / "out", dtype="float32", device="cpu").dtype == "float32"
+        export(adapter, tmp_path / "out", base=CPU)
+    assert export(adapter, tmp_path / "out", dtype="float32", base=CPU).dtype == "float32"
 
 
 def test_a_run_that_was_begun_on_a_merged_checkpoint_is_merged_into_it(
     world: Path, merged: Path, tmp_path: Path
 ) -> None:
     adapter = make_adapter(world, tmp_path / "adapter", base=merged)
-    result = export(adapter, tmp_path / "out", device="cpu")
+    result = export(adapter, tmp_path / "out", base=CPU)
     found = logits(load_model(result.folder, device="cpu"), world)
     assert gap(found, logits(load_adapter(load_model(merged, device="cpu"), adapter), world)) < 5e-5
     assert card(result.folder)["merged"]["base_merged"] == card(merged)["merged"]
@@ -108,7 +109,9 @@ def test_a_base_in_the_original_layout_is_the_same_base(world: Path, merged: Pat
     tokens = {token: tokenizer.convert_tokens_to_ids(token) for token in (AUDIO_IN, AUDIO_EOS)}
     (base / "config.json").write_text(json.dumps(original_config(model.config, tokens=tokens)))
     for format in ("native", "boson"):
-        result = export(world / "plain" / "adapter", tmp_path / format, model=base, format=format, device="cpu")
+        result = export(
+            world / "plain" / "adapter", tmp_path / format, format=format, base=BaseSpec(base, device="cpu")
+        )
         expected = load_file(merged / "model.safetensors")
         if format == "boson":
             expected = original_state(expected)

@@ -35,8 +35,8 @@ def clips(prompter: Prompter) -> list[tuple[Example, Example, np.ndarray]]:
     ):
         target = random_codes(frames, seed=index, codes=CODES)
         context = [] if reference is None else [random_codes(reference, seed=100 + index, codes=CODES)]
-        asked = speech_messages(text, context=[("Good morning.", "reference.wav") for _ in context])
-        made.append((prompter.example([*asked, TARGET], [*context, target]), prompter.prompt(asked, context), target))
+        turns = speech_messages(text, context=[("Good morning.", "reference.wav") for _ in context])
+        made.append((prompter.example([*turns, TARGET], [*context, target]), prompter.prompt(turns, context), target))
     return made
 
 

@@ -1,6 +1,9 @@
 """Speaking: chunks of long texts, references, caps, files."""
 
+import base64
+import io
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +16,11 @@ from tiny_checkpoint import tiny_prompter
 
 from higgstune.data.audio import write_wav
 from higgstune.errors import ConfigError, DataError, InputError
+from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.families.higgs_v2.prompt import render
 from higgstune.families.sampling import Sampling
 from higgstune.generate.chunks import expected_seconds, frame_cap, join, split_text
-from higgstune.generate.speak import speak
-from higgstune.generate.speaker import Speaker, Voice
+from higgstune.generate.speaker import Request, Speaker, Speech, Voice
 from higgstune.model.load import ModelAndTokenizers
 
 LONG = "The sun rises in the east. It was the night before my birthday! Hello there, good morning. " * 6
@@ -26,7 +29,16 @@ LONG = "The sun rises in the east. It was the night before my birthday! Hello th
 def make_speaker(codec: FakeCodec | None = None) -> Speaker:
     model, prompter = tiny_prompter()
     return Speaker(
-        ModelAndTokenizers(model, prompter.tokenizer, codec or FakeCodec(), None, model.config, "tiny", None, "fake")
+        ModelAndTokenizers(
+            model=model,
+            tokenizer=prompter.tokenizer,
+            audio_tokenizer=codec or FakeCodec(),
+            config=model.config,
+            checkpoint="tiny",
+            revision=None,
+            codec="fake",
+            family=FAMILY,
+        )
     )
 
 
@@ -86,7 +98,7 @@ def test_pieces_of_a_long_text_get_the_previous_one_and_the_reference(
     text = LONG[:300]
     pieces = split_text(text)
     assert len(pieces) == 2
-    spoken = speaker.say([text], reference=voice, max_seconds=0.2)[0]
+    spoken = speaker.speak(text, reference=voice, max_seconds=0.2)
     assert [prompt.count("<|AUDIO_OUT|>") for prompt in prompts] == [1, 2]
     assert "Good morning." in prompts[0]
     assert pieces[0] in prompts[1]
@@ -96,14 +108,14 @@ def test_pieces_of_a_long_text_get_the_previous_one_and_the_reference(
 def test_a_cap_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     speaker = make_speaker()
     with caplog.at_level(logging.WARNING):
-        speech = speaker.say(["The sun rises in the east."], max_seconds=0.2)[0]
+        speech = speaker.speak("The sun rises in the east.", max_seconds=0.2)
     assert speech.hit_cap
     assert "frame cap" in caplog.text
 
 
 def test_seeds_repeat_and_differ() -> None:
     speaker = make_speaker()
-    a, b, c = (speaker.say(["Hello."], seed=seed, max_seconds=0.3)[0].waveform for seed in (1, 1, 2))
+    a, b, c = (speaker.speak("Hello.", seed=seed, max_seconds=0.3).waveform for seed in (1, 1, 2))
     np.testing.assert_array_equal(a, b)
     assert a.shape != c.shape or (a != c).any()
 
@@ -113,18 +125,30 @@ def test_seeds_repeat_and_differ() -> None:
 )
 def test_what_cannot_be_said_is_refused(text: str, error: type[Exception]) -> None:
     with pytest.raises(error):
-        make_speaker().say([text], max_seconds=0.2)
+        make_speaker().speak(text, max_seconds=0.2)
 
 
-def test_a_reference_needs_its_words(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="reference-text"):
-        speak("Hello.", tmp_path / "x.wav", model="nowhere", reference="x.wav")
-    with pytest.raises(InputError, match="reference-text"):
-        speak("Hello.", tmp_path / "x.wav", model="nowhere", reference="x.wav", reference_text=" ")
-    with pytest.raises(InputError, match=r"\.wav"):
-        speak("Hello.", tmp_path / "x.mp3", model="nowhere")
-    with pytest.raises(InputError, match="--model"):
-        speak("Hello.", tmp_path / "x.wav")
+def test_a_reference_needs_its_transcript(tmp_path: Path) -> None:
+    for words in ({}, {"reference_text": " "}):
+        with pytest.raises(InputError, match="reference-text"):
+            make_speaker().speak("Hello.", reference="x.wav", **words)
+
+
+def test_many_texts_are_spoken_in_batches_as_each_alone() -> None:
+    speaker, seeds = make_speaker(), (1, 2, 3)
+    spoken = speaker.speak_all([Request("Hello.", seed=seed) for seed in seeds], max_seconds=0.2, batch_size=2)
+    assert [speech.waveform.shape for speech in spoken] == [
+        speaker.speak("Hello.", seed=seed, max_seconds=0.2).waveform.shape for seed in seeds
+    ]
+
+
+def test_a_notebook_plays_a_clip() -> None:
+    clip = Speech("Hi.", np.array([0, 0.5, -0.5], dtype=np.float32), 24_000, hit_cap=False)
+    shown = re.fullmatch('<audio controls src="data:audio/wav;base64,(.+)"></audio>', clip._repr_html_())
+    assert shown is not None
+    waveform, rate = soundfile.read(io.BytesIO(base64.b64decode(shown[1])))
+    assert rate == 24_000
+    assert waveform == pytest.approx(clip.waveform, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import higgstune
+from higgstune import BaseSpec
 from higgstune.codec import MelCodec
 from higgstune.config.recipe import Lora
 from higgstune.data.manifest import Utterance, read_manifest, write_manifest
@@ -91,7 +92,8 @@ def prepare(world: Path, out: Path, codec: Any) -> Path:
 
 def examined(world: Path, **changes: Any) -> Report:
     """The report on the healthy setup, or on one with some parts replaced."""
-    return doctor(**({"model": world / "base", "adapter": world / "adapter", "data": world / "data"} | changes))
+    named = {"checkpoint": changes.pop("model", world / "base"), "codec": changes.pop("codec", None)}
+    return doctor(BaseSpec(**named), **({"adapter": world / "adapter", "data": world / "data"} | changes))
 
 
 def cut_off(base: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from training_world import Unplanned, proven
+from with_parent import end_with_parent
 
 from higgstune.cli.main import main as cli
 from higgstune.errors import WorkError
@@ -42,10 +43,11 @@ def from_third_step(fault: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()  # a launcher that is killed stops none of its processes
     name, rank = sys.argv[1:3]
     del sys.argv[1:3]
     run.RunMemory = Unplanned  # type: ignore[misc, assignment]
     stage.verify_in_fresh_process = proven
     if name != "none" and os.environ["RANK"] == rank:
         from_third_step(FAULTS[name])
-    cli.main()
+    cli()

@@ -1,5 +1,6 @@
 """Processes that train together. They start at once: each is forked from one that has imported everything."""
 
+import atexit
 import gc
 import multiprocessing
 import os
@@ -14,12 +15,22 @@ from typing import Any
 
 import pytest
 import torch
+from with_parent import end_with_parent
 
 from higgstune.errors import HiggstuneError
 from higgstune.training import verify
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["higgstune.training.run", "bitsandbytes"])
+PATIENCE = 300.0  # seconds, on a machine that has other work to do
+
+
+def _kill_all() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+atexit.register(_kill_all)  # where tests were interrupted: multiprocessing itself would wait for them
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,11 +48,12 @@ def _forked_proof(request: Path, environment: Mapping[str, str]) -> "subprocess.
     process = _CONTEXT.Process(target=_prove, args=(request, dict(environment)))
     process.start()
     process.join()
-    output = [request.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".out", ".err")]
-    return subprocess.CompletedProcess([], process.exitcode or 0, *output)
+    printed = [request.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".out", ".err")]
+    return subprocess.CompletedProcess([], process.exitcode or 0, *printed)
 
 
 def _prove(request: Path, environment: dict[str, str]) -> None:
+    end_with_parent()
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     out, err = (request.with_suffix(suffix).open("w", encoding="utf-8") for suffix in (".out", ".err"))
     with out, err, redirect_stdout(out), redirect_stderr(err):
@@ -70,8 +82,8 @@ class Together:
     def log(self, rank: int = 0) -> str:
         return _log_of(self.folder, rank).read_text(encoding="utf-8")
 
-    def exit_codes(self, seconds: float = 120.0) -> list[int | None]:
-        """Exit codes once all have ended; None for a process that was killed because it took longer."""
+    def exit_codes(self, seconds: float = PATIENCE) -> list[int | None]:
+        """Once all have ended; None for one that has not in this time, and is killed then."""
         codes = []
         for process in self.all:
             process.join(seconds)
@@ -89,12 +101,13 @@ def _log_of(folder: Path, rank: int) -> Path:
 
 
 def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("", 0))
-        return int(server.getsockname()[1])
+    with socket.socket() as bound:
+        bound.bind(("", 0))
+        return int(bound.getsockname()[1])
 
 
 def _run(rank: int, count: int, port: int, folder: Path, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    end_with_parent()
     gc.freeze()  # see conftest.py
     log = _log_of(folder, rank).open("w", encoding="utf-8", buffering=1)  # open until the process ends
     os.dup2(log.fileno(), 1)
@@ -112,6 +125,6 @@ def _run(rank: int, count: int, port: int, folder: Path, work: Callable[..., Non
         log.write(f"{type(error).__name__}: {error}\n")
         os._exit(error.exit_code)
     finally:
-        # Print the exception here: a forked process must not run its parent's clean-up.
+        # Errors are printed here: a forked process must not run its parent's clean-up.
         traceback.print_exc(file=log)
         os._exit(1)

@@ -13,6 +13,7 @@ from higgstune.batch.dataset import TARGET
 from higgstune.config.recipe import Lora
 from higgstune.data.messages import speech_messages
 from higgstune.families.base import Example
+from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.families.higgs_v2.prompter import Prompter
 from higgstune.model.adapters import add_lora
 from higgstune.model.load import ModelAndTokenizers
@@ -24,7 +25,10 @@ CODES = 32
 def loaded_and_prompter() -> tuple[ModelAndTokenizers, Prompter]:
     model, prompter = tiny_prompter(codes=CODES)
     codec = FakeCodec(CODES)
-    return ModelAndTokenizers(model, prompter.tokenizer, codec, None, model.config, "tiny", None, "fake"), prompter
+    loaded = ModelAndTokenizers(
+        model, prompter.tokenizer, codec, model.config, "tiny", revision=None, codec="fake", family=FAMILY
+    )
+    return loaded, prompter
 
 
 def example(prompter: Prompter, frames: int, seed: int, text: str = "The sun rises in the east.") -> Example:

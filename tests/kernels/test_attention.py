@@ -69,13 +69,13 @@ def kept(*lengths: int) -> int:
 
 
 def test_memory_of_long_segments_grows_with_their_length_and_not_with_its_square() -> None:
-    long = attention.SHORT_RUN + 1
+    long = attention.SHORT_SEGMENT + 1
     assert kept(4 * long) == pytest.approx(4 * kept(long), rel=0.05)
-    assert kept(attention.SHORT_RUN) > kept(long)
+    assert kept(attention.SHORT_SEGMENT) > kept(long)
 
 
 def test_a_long_segment_changes_nothing_for_short_ones() -> None:
-    long = attention.SHORT_RUN + 1
+    long = attention.SHORT_SEGMENT + 1
     assert kept(400, long, 300) == pytest.approx(kept(400) + kept(long) + kept(300), rel=0.1)
 
 

@@ -145,7 +145,7 @@ def test_a_compiler_that_fails_is_reported_and_not_used(
     model, batch = trained()
     assert compile_layers(model, batch) is None
     assert base_of(model).compiler_stance is None
-    assert "layers are not compiled, and training is slower for it: RuntimeError: no Python.h" in caplog.text
+    assert "layers are not compiled, so training is slower: RuntimeError: no Python.h" in caplog.text
     assert "and more" not in caplog.text
 
 
@@ -221,7 +221,7 @@ def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch, caplog:
     monkeypatch.setattr(compiled, "_has_compiler", lambda: False)
     model, batch = trained()
     assert compile_layers(model, batch) is None
-    assert "it takes Triton, and a C compiler" in caplog.text
+    assert "Triton or a C compiler is missing" in caplog.text
 
 
 @pytest.mark.parametrize("lora", [Lora(r=4, dropout=0.1), Lora(r=4, dora=True)])
@@ -262,7 +262,7 @@ def test_a_run_may_resume_with_compiled_layers(tmp_path: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_save_and_prove", stopped)
+        patch.setattr(stage, "_save_and_verify", stopped)
         with pytest.raises(KeyboardInterrupt):
             train_unproven(made, run)
     shutil.rmtree(run / "voice" / "checkpoints" / "checkpoint-3")

@@ -1,4 +1,4 @@
-"""The plan of a run: memory rehearsed without weights, packs, steps, options, and what training makes of it."""
+"""The plan of a run: memory by a dry run without weights, packs, steps, options, and what training makes of it."""
 
 import json
 from collections import Counter
@@ -54,7 +54,7 @@ def planner(world: Path) -> Planner:
 
 @pytest.fixture
 def parts(planner: Planner) -> tuple[StepSpec, Packed]:
-    """What is rehearsed."""
+    """The spec of the dry run."""
     footprint = planner.footprints(planner.recipe, planner.recipe.stages[0])[0]
     return footprint.spec, footprint.pack
 
@@ -104,8 +104,8 @@ def test_a_dry_run_takes_what_the_real_step_takes(world: Path, parts: tuple[Step
             optimizer.step()
             optimizer.zero_grad()
     real = max(peak.total() for peak in tracker.peaks.values())
-    rehearsed = max(peak.total() for peak in dry_run(spec, batch, (again, 2 - again)).values())
-    assert rehearsed == pytest.approx(real, rel=0.01)
+    planned = max(peak.total() for peak in dry_run(spec, batch, (again, 2 - again)).values())
+    assert planned == pytest.approx(real, rel=0.01)
 
 
 @pytest.mark.parametrize(("again", "kept"), [(0, 4), (3, 3)])
@@ -160,9 +160,9 @@ def test_recomputed_layers_change_no_bit(world: Path, parts: tuple[StepSpec, Pac
         loss = training_step(model, parts[1])
         return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
-    kept, computed_again = gradients(0), gradients(again)
+    kept, recomputed = gradients(0), gradients(again)
     assert len(kept) == 1 + 2 * 2 * 10
-    assert all(torch.equal(a, b) for a, b in zip(kept, computed_again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
 
 
 def test_a_signal_during_planning_ends_the_run(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ def test_packs_and_steps_are_those_of_the_trainer(
     assert planned.packs * planned.tokens_per_pack == pytest.approx(planned.tokens)
     assert planned.positions <= 700
     result = higgstune.train(changed, tmp_path / "run")
-    assert result.stages["voice"]["steps"] == planned.steps == 2 * planned.steps_per_epoch
+    assert result.stages["voice"].steps == planned.steps == 2 * planned.steps_per_epoch
 
 
 def test_auto_takes_the_fewest_layers(world: Path, planner: Planner) -> None:

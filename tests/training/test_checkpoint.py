@@ -1,4 +1,4 @@
-"""The folder of a checkpoint: whole or not there, and known from a damaged one."""
+"""The folder of a checkpoint, which is complete or does not exist; damage is detected."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ def names(parent: Path) -> list[str]:
     return sorted(path.name for path in parent.iterdir())
 
 
-def test_it_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_it_has_its_name_only_when_it_is_complete(tmp_path: Path) -> None:
     def write_half() -> None:
         with new_checkpoint(tmp_path, 1, {}) as folder:
             (folder / "weights").write_bytes(b"half")
@@ -57,7 +57,7 @@ def test_only_the_newest_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no seal", "half a seal", "empty seal"])
-def test_a_damaged_one_is_told_of_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+def test_a_damaged_one_is_reported_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
     older, newer = write(tmp_path, 9), write(tmp_path, 10)
     weights, seal = newer / "weights", newer / SEAL
     content = weights.read_bytes()
@@ -78,7 +78,7 @@ def test_a_damaged_one_is_told_of_and_skipped(tmp_path: Path, caplog: pytest.Log
     assert "checkpoint-10" in caplog.text
     assert "skipped, and kept as damaged-checkpoint-10" in caplog.text
     assert (tmp_path / "damaged-checkpoint-10").is_dir()
-    write(tmp_path, 10, content=b"again")  # the run comes by there once more
+    write(tmp_path, 10, content=b"again")  # the run reaches this step once more
     assert (newest_checkpoint(tmp_path) or older).name == "checkpoint-10"
     assert weights.read_bytes() == b"again"
 
@@ -94,7 +94,7 @@ def test_what_is_written_after_a_damaged_one_was_skipped_stays(tmp_path: Path) -
     assert names(tmp_path) == ["checkpoint-8", "damaged-checkpoint-8"]
 
 
-def test_where_none_is_whole_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_where_none_is_complete_it_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (write(tmp_path, 2) / "weights").unlink()
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint(tmp_path) is None
@@ -123,8 +123,8 @@ def test_names_that_leave_the_folder_are_refused(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_full_leaves_those_before(tmp_path: Path) -> None:
     older = write(tmp_path, 1)
-    told = r"checkpoint-2 cannot be written.*before it are unchanged.*resume with --resume"
-    with pytest.raises(WorkError, match=told), largest_file(4096):
+    message = r"checkpoint-2 cannot be written.*before it are unchanged.*resume with --resume"
+    with pytest.raises(WorkError, match=message), largest_file(4096):
         write(tmp_path, 2)
     assert names(tmp_path) == ["checkpoint-1"]
     assert newest_checkpoint(tmp_path) == older

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from on_cpu import CPU
 from peft import PeftModel
 from processes import Together, forked_proofs  # noqa: F401
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from tiny_whisper import save_tiny_whisper
 from training_world import STEP, assert_identical, assert_same, train_unproven, train_with_signal
 
 import higgstune
+from higgstune import BaseSpec
 from higgstune.codec.whisper_encoder import load_whisper
 from higgstune.config.recipe import Recipe, parse_recipe
 from higgstune.data.manifest import Utterance, read_manifest
@@ -32,7 +34,7 @@ from higgstune.evaluation.clips import read_clips
 from higgstune.evaluation.compare import compare
 from higgstune.evaluation.evaluate import evaluate
 from higgstune.families.higgs_v2.extensions import conditioning_of
-from higgstune.generate.speak import load_speaker, speak
+from higgstune.generate.speaker import load
 from higgstune.model.adapter_folder import adapter_card, adapter_conditioning, base_fingerprint
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model
@@ -65,8 +67,8 @@ def write_manifest(recordings: Path) -> None:
         {"audio": f"clip{i}.wav", "text": f"Sentence number {i}.", "speaker": "anna"} for i in range(7)
     ]
     for i, read_as in ((7, None), (8, "codes"), (9, "whisper")):
-        asked: dict[str, Any] = {"type": "audio", "url": "voice.wav"} | ({"as": read_as} if read_as else {})
-        user = {"role": "user", "content": [asked, {"type": "text", "text": f"Say sentence {i}."}]}
+        part: dict[str, Any] = {"type": "audio", "url": "voice.wav"} | ({"as": read_as} if read_as else {})
+        user = {"role": "user", "content": [part, {"type": "text", "text": f"Say sentence {i}."}]}
         said = {"role": "assistant", "content": [{"type": "audio", "url": f"clip{i}.wav"}]}
         rows.append({"messages": [user, said]})
     (recordings / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -102,7 +104,7 @@ def run(request: pytest.FixtureRequest, world: Path) -> Path:
     return world / request.param
 
 
-def test_features_are_stored_once_for_what_is_heard(world: Path) -> None:
+def test_features_are_stored_once_for_each_clip(world: Path) -> None:
     store = CodeStore.open(world / "data")
     features = FeatureStore.open(world / "data", str(world / "whisper"))
     needed = {sha256 for row in store.rows() for sha256 in whisper_clips(row, "scene")}
@@ -130,12 +132,12 @@ def test_a_row_is_inspected_as_it_is_trained_on(world: Path) -> None:
             world / "data", index, model=world / "base", reference="scene", whisper=str(world / "whisper")
         )
         prompts[row.text] = found
-        assert found.positions == found.text_tokens + found.feature_positions + found.audio_rows
-    heard = "<|audio_bos|><|AUDIO|><|audio_eos|>"
-    assert prompts["Say sentence 7."].prompt.count(heard) == prompts["Say sentence 9."].prompt.count(heard) == 2
+        assert found.tokens == found.text_tokens + found.feature_positions + found.audio_rows
+    chunk = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+    assert prompts["Say sentence 7."].prompt.count(chunk) == prompts["Say sentence 9."].prompt.count(chunk) == 2
     assert prompts["Say sentence 7."].feature_positions == 75
-    assert heard not in prompts["Say sentence 8."].prompt  # "as": "codes"
-    assert f"SPEAKER0: {heard}" in prompts["Sentence number 1."].prompt.replace("\n", "")
+    assert chunk not in prompts["Say sentence 8."].prompt  # "as": "codes"
+    assert f"SPEAKER0: {chunk}" in prompts["Sentence number 1."].prompt.replace("\n", "")
 
 
 def test_both_stages_train_on_from_the_base_and_from_each_other(world: Path, run: Path) -> None:
@@ -204,7 +206,7 @@ def test_another_encoder_is_refused_wherever_it_comes_in(world: Path, run: Path,
     stage = [{"name": "a", "kind": "full", "max_steps": 1}]
     model = recipe(world, attention=run.name).model_dump()["model"] | {"whisper": str(renamed)}
     data = {"store": str(store), "reference": "scene"}
-    with pytest.raises(CheckpointError, match="hear through"):
+    with pytest.raises(CheckpointError, match="was trained with features of"):
         train(recipe(world, model=model, data=data, stages=stage, init_adapter=str(run)), tmp_path / "run")
     extractor = json.loads((renamed / "preprocessor_config.json").read_text())
     (renamed / "preprocessor_config.json").write_text(json.dumps(extractor | {"feature_size": 80}))
@@ -212,30 +214,23 @@ def test_another_encoder_is_refused_wherever_it_comes_in(world: Path, run: Path,
         load_whisper(renamed)
 
 
-def test_a_voice_in_the_scene_is_heard_when_speaking(world: Path, run: Path, tmp_path: Path) -> None:
+def test_speaking_encodes_a_voice_in_the_scene(world: Path, run: Path, tmp_path: Path) -> None:
     reference = world / "recordings" / "voice.wav"
-    settings: dict[str, Any] = {
-        "reference": reference,
-        "reference_text": "Whatever.",
-        "max_seconds": 1,
-        "device": "cpu",
-    }
-    (file,) = speak("Hello there.", tmp_path / "a.wav", adapter=run, **settings)
-    assert soundfile.info(file).duration > 0
-    speaker = load_speaker(adapter=run, device="cpu")
+    speaker = load(run, device="cpu")
     assert speaker.reference_place == "scene"
     voice = speaker.reference(reference, "Whatever.")
-    assert voice.heard is not None
-    assert voice.heard.chunks == (50, 25)
+    assert voice.whisper_features is not None
+    assert voice.whisper_features.chunks == (50, 25)
+    assert speaker.speak("Hello there.", reference=reference, max_seconds=1).seconds > 0
     other = save_tiny_whisper(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match="name the right one with --whisper"):
-        speak("Hello there.", tmp_path / "b.wav", adapter=run, whisper=other, **settings)
-    with pytest.raises(CheckpointError, match="say so with --whisper"):
-        speak("Hello there.", tmp_path / "b.wav", adapter=run, whisper=tmp_path / "nowhere", **settings)
+        load(run, device="cpu", whisper=other).reference(reference)
+    with pytest.raises(CheckpointError, match="name it with --whisper"):
+        load(run, device="cpu", whisper=tmp_path / "nowhere").reference(reference)
     with pytest.raises(InputError, match="--whisper has no effect"):
-        load_speaker(world / "base", device="cpu", whisper=other)
-    by_codes = load_speaker(adapter=run, device="cpu", reference_place="turn").reference(reference, "Whatever.")
-    assert by_codes.heard is None
+        load(world / "base", device="cpu", whisper=other)
+    by_codes = load(run, device="cpu", reference_place="turn").reference(reference, "Whatever.")
+    assert by_codes.whisper_features is None
 
 
 def flip(path: Path, at: float = 0.9) -> None:
@@ -254,7 +249,7 @@ def drop_tensor(folder: Path) -> None:
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any], *, seals: bool = True) -> None:
-    """Change a JSON file; with `seals`, take away the checksums that would tell, to see what tells without them."""
+    """Change a JSON file; with `seals`, remove the checksums, to see what else detects the change."""
     content = json.loads(path.read_text())
     before = dict(content)
     change(content)
@@ -296,7 +291,7 @@ def test_a_damaged_adapter_is_refused(world: Path, run: Path, tmp_path: Path, da
     copy = shutil.copytree(run / "stage2" / "adapter", tmp_path / "copy")
     damage(copy)
     with pytest.raises(CheckpointError, match=names):
-        load_speaker(world / "base", copy, device="cpu")
+        load(copy, base=BaseSpec(world / "base", device="cpu"))
 
 
 def test_where_things_lie_may_be_edited(world: Path, run: Path, tmp_path: Path) -> None:
@@ -304,7 +299,7 @@ def test_where_things_lie_may_be_edited(world: Path, run: Path, tmp_path: Path) 
     adapter = shutil.copytree(run / "stage2" / "adapter", tmp_path / "adapter")
     for name in ("adapter_config.json", "higgstune.json"):
         (adapter / name).write_text((adapter / name).read_text().replace(str(world / "base"), str(moved)))
-    assert load_speaker(adapter=adapter, device="cpu").loaded.checkpoint == str(moved)
+    assert load(adapter, device="cpu").loaded.checkpoint == str(moved)
 
 
 def test_another_base_is_refused(run: Path, world: Path, tmp_path: Path) -> None:
@@ -333,7 +328,7 @@ def test_stored_features_that_changed_are_refused(world: Path, tmp_path: Path) -
         ({"stages": [{"name": "a", "kind": "text", "max_steps": 1}]}, ConfigError, "never be trained"),
         ({"model": {"whisper": None}}, DataError, "no Whisper is configured"),
         ({"model": {"whisper": "openai/whisper-large-v3"}}, DataError, "--whisper openai/whisper-large-v3"),
-        ({"lora": {"dora": True}, "model": {"audio_attention": "lora"}}, ConfigError, "no direction to start from"),
+        ({"lora": {"dora": True}, "model": {"audio_attention": "lora"}}, ConfigError, "lora.dora cannot start from"),
         ({"init_adapter": "OTHER"}, CheckpointError, "stays on"),
     ],
 )
@@ -354,7 +349,7 @@ def test_what_cannot_be_is_said_before_anything_is_trained(
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("*.safetensors"))
 
 
-def test_whisper_without_anything_to_hear_has_no_effect(world: Path, tmp_path: Path) -> None:
+def test_whisper_without_clips_has_no_effect(world: Path, tmp_path: Path) -> None:
     higgstune.prepare(
         make_recordings(tmp_path / "recordings", clips=4), tmp_path / "data", codec=world / "base" / "codec",
         whisper=str(world / "whisper"), validation_fraction=0,
@@ -371,7 +366,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(world: Path, run: Path, tmp_pat
     assert_identical(out, run)
 
 
-def test_sharded_it_goes_on_as_on_one_process(world: Path, run: Path, tmp_path: Path) -> None:
+def test_sharded_it_continues_as_on_one_process(world: Path, run: Path, tmp_path: Path) -> None:
     """Also the projector, which stands outside of the layers: its moments are saved after a validation."""
     tree = recipe(world, attention=run.name, parallel="fsdp").model_dump(mode="json")
     for stage in tree["stages"]:
@@ -383,7 +378,7 @@ def test_sharded_it_goes_on_as_on_one_process(world: Path, run: Path, tmp_path: 
     assert_same(out, run, atol=1e-4)  # at ten times the usual rate
 
 
-def test_the_demos_miniature_hears_and_attends_and_moves_house(world: Path, tmp_path: Path) -> None:
+def test_the_demos_miniature_with_both_extensions_can_be_moved(world: Path, tmp_path: Path) -> None:
     shutil.copytree(ASSETS / "base", tmp_path / "base")
     shutil.copytree(DEMO_CODEC, tmp_path / "base" / "codec")
     shutil.copytree(ASSETS / "voices", tmp_path / "voices")
@@ -430,13 +425,15 @@ def test_what_is_trained_in_full_learns_at_its_own_rate(
 
 
 def test_a_comparison_finds_a_whisper_that_has_moved(world: Path, run: Path, tmp_path: Path) -> None:
-    """An adapter that listens beside a base that does not, both in 4 bits."""
+    """An adapter with Whisper and a base without, both in 4 bits."""
     recording = world / "recordings" / "voice.wav"
     shutil.copy(recording, tmp_path / "voice.wav")
     (tmp_path / "meta.lst").write_text("a|Whatever.|voice.wav|Oh.\n")
     moved = shutil.copytree(world / "whisper", tmp_path / "whisper")
-    options: dict[str, Any] = {"texts": str(tmp_path / "meta.lst"), "device": "cpu", "whisper": moved}
-    found = compare([run, world / "base"], out=tmp_path / "out", quantize="4bit", **options)
+    options: dict[str, Any] = {"texts": str(tmp_path / "meta.lst"), "base": CPU, "whisper": moved}
+    found = compare(
+        [run, world / "base"], out=tmp_path / "out", **(options | {"base": BaseSpec(device="cpu", quantize="4bit")})
+    )
     assert [settings.dtype for settings in found.settings.values() if settings] == ["float32-4bit"] * 2
     other = save_tiny_whisper(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match="name the right one with --whisper"):
@@ -447,7 +444,7 @@ def test_a_comparison_finds_a_whisper_that_has_moved(world: Path, run: Path, tmp
         evaluate(world / "base", out=tmp_path / "out", **options)
 
 
-def test_it_listens_to_voices_that_are_heard_while_it_is_trained(world: Path, tmp_path: Path) -> None:
+def test_sample_evaluation_encodes_voices_during_training(world: Path, tmp_path: Path) -> None:
     stage = {"name": "voice", "kind": "full", "max_steps": 2, "batch_size": 2}
     made = recipe(world, stages=[stage], eval_steps=2, evaluation={"clips": 2})
     train_unproven(made, tmp_path / "run")

@@ -50,7 +50,7 @@ def test_what_fsdp_gives_is_proven_by_processes_that_shard_it_again(world: Path,
     assert verification["from_base"] > 1e-3
 
 
-def test_layers_that_are_computed_again_are_gathered_again(world: Path, tmp_path: Path) -> None:
+def test_recomputed_layers_are_gathered_again(world: Path, tmp_path: Path) -> None:
     made = shared_recipe(world, 2, parallel="fsdp", gradient_checkpointing=True)
     Together(tmp_path / "logs", 2, train_unproven, made, tmp_path / "run").succeeded()
     assert_same(tmp_path / "run", world / "ddp2")

@@ -1,4 +1,4 @@
-"""What clusters do to a run: whatever it is, the run goes on and ends as if nothing had been."""
+"""What clusters do to a run: whatever it is, the run resumes and ends with the same bits."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Together
+from processes import PATIENCE, Together
 from training_world import (
     STEP,
     assert_identical,
@@ -42,7 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(world: Path) -> Path:
-    """A run that nothing happened to."""
+    """An uninterrupted run."""
     Together(world / "logs-whole", 1, train_unproven, faulty_recipe(world), world / "whole").succeeded()
     return world / "whole"
 
@@ -60,9 +60,7 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(
-    world: Path, whole: Path, tmp_path: Path, moment: str
-) -> None:
+def test_killed_at_any_moment_it_resumes_exactly(world: Path, whole: Path, tmp_path: Path, moment: str) -> None:
     run, made = tmp_path / "run", faulty_recipe(world)
     killed = Together(tmp_path / "killed", 1, train_with_signal, made, run, signal.SIGKILL, *MOMENTS[moment])
     assert killed.exit_codes() == [-signal.SIGKILL], killed.log()
@@ -75,10 +73,8 @@ def test_a_signal_ends_it_with_a_checkpoint_of_that_step(
     world: Path, whole: Path, tmp_path: Path, name: str, code: int
 ) -> None:
     run, made = tmp_path / "run", faulty_recipe(world, save_steps=100)
-    started = time.monotonic()
     stopped = Together(tmp_path / "stopped", 1, train_with_signal, made, run, signal.Signals[name], STEP, 9)
     assert stopped.exit_codes() == [code], stopped.log()
-    assert time.monotonic() - started < 30
     assert f"stopped by {name}: after step 5 of stage1" in stopped.log()
     assert [path.name for path in (run / "stage1" / "checkpoints").iterdir()] == ["checkpoint-5"]
     made = faulty_recipe(world, save_steps=6)  # how often is free to change
@@ -96,16 +92,16 @@ def test_a_signal_outside_of_training_ends_it_at_once(world: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("first", "then", "rank", "parallel"), [(2, 1, 1, "ddp"), (2, 2, 1, "ddp"), (2, 4, 0, "fsdp")])
-def test_it_goes_on_with_the_same_data_on_another_number_of_processes(
+def test_it_resumes_with_the_same_data_on_another_number_of_processes(
     world: Path, tmp_path: Path, first: int, then: int, rank: int, parallel: str
 ) -> None:
-    # Between two logs: what was not logged yet is summed over the processes, and goes on in the first one.
+    # Between two logs: what was not logged yet is summed over the processes, and continues in the first one.
     run, made = tmp_path / "run", shared_recipe(world, first, parallel=parallel, log_steps=2)
     at = "higgstune.training.trainer:HiggsAudioTrainer.training_step"
     stopped = Together(tmp_path / "stopped", first, train_with_signal, made, run, signal.SIGTERM, at, 3, rank)
     assert stopped.exit_codes() == [143, 143], stopped.log()
     checkpoints = sorted(path.name for path in (run / "stage1" / "checkpoints").iterdir())
-    assert len(checkpoints) == 1  # of the same step in all processes, which are asked one step late
+    assert len(checkpoints) == 1  # of the same step in all processes, which learn of the signal one step late
     Together(tmp_path / "resumed", then, train_unproven, made, run, True).succeeded()
     alone = tmp_path / "alone"
     Together(tmp_path / "logs-alone", 1, train_unproven, shared_recipe(world, 1, log_steps=2), alone).succeeded()
@@ -123,10 +119,8 @@ def fail_in_one(made: Recipe, out: Path, rank: int) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_fails_ends_them_all_with_its_own_error(world: Path, tmp_path: Path, rank: int) -> None:
-    started = time.monotonic()
     failed = Together(tmp_path / "logs", 2, fail_in_one, shared_recipe(world, 2), tmp_path / "run", rank)
-    assert failed.exit_codes(60) == [1, 1]
-    assert time.monotonic() - started < 60
+    assert failed.exit_codes() == [1, 1]
     assert "this process has had enough" in failed.log(rank)
     assert failed.log(1 - rank).splitlines()[-1].startswith("WorkError: another process of this run has ended")
 
@@ -144,7 +138,7 @@ def train_on_a_full_disk(made: Recipe, out: Path, at: str, nth: int) -> None:
     ("at", "nth", "said", "kept"),
     [
         (
-            "higgstune.training.trainer:new_checkpoint",
+            "higgstune.training.resume:new_checkpoint",
             2,
             "checkpoint-4 cannot be written",
             [2],
@@ -197,7 +191,7 @@ def train_and_wait(made: Recipe, out: Path, until: Path) -> None:
 def test_two_jobs_do_not_share_a_folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, made = tmp_path / "run", faulty_recipe(world)
     first = Together(tmp_path / "first", 1, train_and_wait, made, run, tmp_path / "go")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not (run / "waiting").exists():
         assert time.monotonic() < deadline, first.log()
         time.sleep(0.02)
@@ -213,12 +207,12 @@ def test_two_jobs_do_not_share_a_folder(world: Path, tmp_path: Path, monkeypatch
         train(made, run, resume=True)
 
 
-def test_a_folder_that_cannot_be_written_is_told(world: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(world: Path) -> None:
     with pytest.raises(WorkError, match=r"/proc/self/run cannot be written.*nothing was trained.*name a folder"):
         train(faulty_recipe(world), "/proc/self/run")
 
 
-def test_a_run_may_go_on_with_another_way_but_not_with_another_aim(world: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_run_may_resume_with_other_means_but_not_with_another_aim(world: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     state = json.loads((run / "run.json").read_text())
@@ -235,9 +229,7 @@ def skipped(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_clips_of_steps_that_were_left_out_are_kept(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clips_of_skipped_steps_are_recorded(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from higgstune.training.trainer import HiggsAudioTrainer
 
     compute, calls = HiggsAudioTrainer.compute_loss, 0

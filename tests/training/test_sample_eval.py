@@ -1,4 +1,4 @@
-"""What a stage says while it is trained: written down, measured, and the best step is what it ends with."""
+"""Samples of a stage while it is trained: saved and measured, and the stage ends with the best step."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from judging import answering
+from on_cpu import CPU
 from processes import Together
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -49,8 +50,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def listening_recipe(world: Path, processes: int = 1, steps: int = 6, stages: int = 1, **evaluation: Any) -> Recipe:
-    """Listens to short texts after steps 2, 4 and 6 of each stage, the last of two; saves at them, too."""
+def samples_recipe(world: Path, processes: int = 1, steps: int = 6, stages: int = 1, **evaluation: Any) -> Recipe:
+    """Speaks short texts after steps 2, 4 and 6 of each stage, or of the last one; saves at them, too."""
     (world / "texts.txt").write_text("Hi.\nNo.\n")
     made = shared_recipe(
         world, processes, eval_steps=2, save_steps=2, save_total_limit=9,
@@ -62,8 +63,8 @@ def listening_recipe(world: Path, processes: int = 1, steps: int = 6, stages: in
 
 @pytest.fixture(scope="module")
 def chosen(world: Path) -> Path:
-    """A run that ends with the first step that was listened to, in both stages."""
-    made = listening_recipe(world, stages=2, **EARLIEST)
+    """A run that ends with the first evaluated step, in both stages."""
+    made = samples_recipe(world, stages=2, **EARLIEST)
     Together(world / "logs-chosen", 1, train_unproven, made, world / "chosen").succeeded()
     return world / "chosen"
 
@@ -86,11 +87,11 @@ def test_every_validation_leaves_clips_with_measures(chosen: Path) -> None:
 
 
 def test_what_is_spoken_changes_with_the_adapter_alone(chosen: Path) -> None:
-    first, again, later = (
+    first, second, later = (
         (chosen / stage / "samples" / step / "01.wav").read_bytes()
         for stage, step in (("stage1", "step-000002"), ("stage2", "step-000000"), ("stage2", "step-000006"))
     )
-    assert first == again  # stage 2 goes on from the step that stage 1 has chosen
+    assert first == second  # stage 2 starts from the step that stage 1 has chosen
     assert first != later
 
 
@@ -110,31 +111,31 @@ def test_a_stage_ends_with_the_best_step(chosen: Path) -> None:
         assert saved.keys() == then.keys()
         assert all(torch.equal(saved[key], then[key]) for key in saved)
         assert not all(torch.equal(saved[key], last[key]) for key in saved)
-    told = json.loads((chosen / "run.json").read_text())["stages"]["stage2"]["chosen"]
-    assert (told["step"], told["rule"]) == (2, "the highest -step")
-    assert [candidate["step"] for candidate in told["candidates"]] == [2, 4, 6]
+    choice = json.loads((chosen / "run.json").read_text())["stages"]["stage2"]["chosen"]
+    assert (choice["step"], choice["rule"]) == (2, "the highest -step")
+    assert [candidate["step"] for candidate in choice["candidates"]] == [2, 4, 6]
 
 
-def test_the_report_tells_which_and_lets_it_be_heard(chosen: Path) -> None:
+def test_the_report_names_the_step_and_plays_its_samples(chosen: Path) -> None:
     page = write_run_report(chosen).read_text(encoding="utf-8")
     assert "stage2, step 2" in page
     assert page.count("<audio") == 8  # two stages, at their start and at the chosen step
 
 
-def test_listening_changes_nothing_of_training(world: Path, tmp_path: Path) -> None:
-    """No random number is taken from training, with dropout, either; and the last step is kept where that is asked."""
-    made = listening_recipe(world, choose="last").model_dump(mode="json")
+def test_samples_change_nothing_of_training(world: Path, tmp_path: Path) -> None:
+    """Also with dropout, they draw no random number from training; and `choose: last` keeps the last step."""
+    made = samples_recipe(world, choose="last").model_dump(mode="json")
     made["lora"]["dropout"] = 0.1
     silent = made | {"evaluation": {"clips": 0}}
-    for name, tree in (("heard", made), ("silent", silent)):
+    for name, tree in (("spoken", made), ("silent", silent)):
         out = tmp_path / name
         Together(tmp_path / f"logs-{name}", 1, train_unproven, Recipe.model_validate(tree), out).succeeded()
-    heard, unheard = adapter(tmp_path / "heard"), adapter(tmp_path / "silent")
-    assert all(torch.equal(heard[key], unheard[key]) for key in heard)
+    spoken, silent = adapter(tmp_path / "spoken"), adapter(tmp_path / "silent")
+    assert all(torch.equal(spoken[key], silent[key]) for key in spoken)
 
 
 def test_patience_ends_a_stage(world: Path, tmp_path: Path) -> None:
-    made = listening_recipe(world, steps=20, patience=1, **EARLIEST)
+    made = samples_recipe(world, steps=20, patience=1, **EARLIEST)
     Together(tmp_path / "logs", 1, train_unproven, made, tmp_path / "run").succeeded()
     stages = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
     assert [(stage["steps"], stage["chosen"]["step"]) for stage in stages.values()] == [(4, 2)]
@@ -147,20 +148,22 @@ def test_patience_ends_a_stage(world: Path, tmp_path: Path) -> None:
         ("higgstune.training.trainer:HiggsAudioTrainer.take_best", 1),
         ("higgstune.training.sample_eval:mel_image", 6),  # in the second stage
     ],
-    ids=["a step", "the choice", "listening"],
+    ids=["a step", "the choice", "samples"],
 )
-def test_killed_it_goes_on_to_the_same_choice(world: Path, chosen: Path, tmp_path: Path, at: str, nth: int) -> None:
-    made, out = listening_recipe(world, stages=2, **EARLIEST), tmp_path / "run"
+def test_killed_it_resumes_to_the_same_choice(world: Path, chosen: Path, tmp_path: Path, at: str, nth: int) -> None:
+    made, out = samples_recipe(world, stages=2, **EARLIEST), tmp_path / "run"
     killed = Together(tmp_path / "killed", 1, train_with_signal, made, out, signal.SIGKILL, at, nth)
     assert killed.exit_codes() == [-signal.SIGKILL], killed.log()
     Together(tmp_path / "resumed", 1, train_unproven, made, out, True).succeeded()
     assert_identical(out, chosen)
-    told, expected = (json.loads((run / "run.json").read_text())["stages"]["stage1"]["chosen"] for run in (out, chosen))
-    assert told == expected
+    found, expected = (
+        json.loads((run / "run.json").read_text())["stages"]["stage1"]["chosen"] for run in (out, chosen)
+    )
+    assert found == expected
 
 
 def test_a_stage_that_patience_has_ended_is_not_trained_on(world: Path, tmp_path: Path) -> None:
-    made, out = listening_recipe(world, steps=20, patience=1, **EARLIEST), tmp_path / "run"
+    made, out = samples_recipe(world, steps=20, patience=1, **EARLIEST), tmp_path / "run"
     at = "higgstune.training.trainer:HiggsAudioTrainer.take_best"
     killed = Together(tmp_path / "killed", 1, train_with_signal, made, out, signal.SIGKILL, at, 1)
     assert killed.exit_codes() == [-signal.SIGKILL], killed.log()
@@ -170,8 +173,8 @@ def test_a_stage_that_patience_has_ended_is_not_trained_on(world: Path, tmp_path
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_hear_and_choose_the_same(world: Path, chosen: Path, tmp_path: Path, parallel: str) -> None:
-    made = listening_recipe(world, 2, stages=2, **EARLIEST).model_copy(update={"parallel": parallel})
+def test_two_processes_speak_and_choose_the_same(world: Path, chosen: Path, tmp_path: Path, parallel: str) -> None:
+    made = samples_recipe(world, 2, stages=2, **EARLIEST).model_copy(update={"parallel": parallel})
     Together(tmp_path / "logs", 2, train_unproven, made, tmp_path / "run").succeeded()
     assert_same(tmp_path / "run", chosen)
 
@@ -189,7 +192,7 @@ def speak_with_unequal_logits(out: Path) -> None:
         return logits.flip(-1) if processes.rank else logits
 
     Decoder.step = perturbed  # type: ignore[method-assign]
-    [speech] = Speaker(loaded, model=model.eval()).say_each(
+    [speech] = Speaker(loaded, model=model.eval()).speak_all(
         [Request("Hi.")], sampling=Sampling(temperature=1.0), max_seconds=0.4, sync_logits=processes.broadcast
     )
     np.save(out / f"{processes.rank}.npy", speech.waveform)
@@ -202,29 +205,29 @@ def test_a_sharded_model_speaks_the_same_codes_in_all_processes(tmp_path: Path) 
     assert np.array_equal(first, second)
 
 
-def test_a_language_that_the_judge_cannot_hear_is_told_before_training(world: Path, tmp_path: Path) -> None:
+def test_a_language_that_the_judge_does_not_support_is_refused_before_training(world: Path, tmp_path: Path) -> None:
     save_tiny_asr(tmp_path / "english", multilingual=False)
-    made = listening_recipe(world, texts="de", asr=str(tmp_path / "english"))
+    made = samples_recipe(world, texts="de", asr=str(tmp_path / "english"))
     with pytest.raises(ConfigError, match="does not support the language 'de', it supports English only"):
         train_unproven(made, tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
     with pytest.raises(ConfigError, match="does not support the language 'de'"):
-        evaluate(world / "base", texts="de", asr=str(tmp_path / "english"), out=tmp_path / "out", device="cpu")
+        evaluate(world / "base", texts="de", asr=str(tmp_path / "english"), out=tmp_path / "out", base=CPU)
     assert not (tmp_path / "out").exists()
 
 
 def test_judges_measure_what_is_spoken(world: Path, tmp_path: Path) -> None:
     asr = answering(tmp_path, "asr", "'text': 'nothing like it'")
     speaker = answering(tmp_path, "speaker", "'voices': 0.5")
-    made = listening_recipe(world, clips=1, texts=None, asr=asr, speaker_judge=speaker, gates=["wer < 0.1"])
+    made = samples_recipe(world, clips=1, texts=None, asr=asr, speaker_judge=speaker, gates=["wer < 0.1"])
     Together(tmp_path / "logs", 1, train_unproven, made, tmp_path / "run").succeeded()
     [measured, *_] = [entry for entry in history(tmp_path / "run") if entry["step"] == 6 and "eval_wer" in entry]
     assert measured["eval_wer"] >= 0.9
     assert measured["eval_recording_wer"] == measured["eval_wer"]
     assert measured["eval_similarity"] == 0.5
-    told = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["stage2"]["chosen"]
-    assert (told["healthy"], told["step"]) == (False, 6)
-    assert told["candidates"][0]["broken"] == ["wer < 0.1"]
+    choice = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["stage2"]["chosen"]
+    assert (choice["healthy"], choice["step"]) == (False, 6)
+    assert choice["candidates"][0]["broken"] == ["wer < 0.1"]
     log = (tmp_path / "logs" / "0.log").read_text()
     assert "no evaluated step meets all conditions" in log
 
@@ -232,7 +235,7 @@ def test_judges_measure_what_is_spoken(world: Path, tmp_path: Path) -> None:
 def test_a_judge_that_fails_does_not_end_training(world: Path, tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text("import sys; sys.exit('out of memory')")
-    made = listening_recipe(world, asr=f"{sys.executable} {script}")
+    made = samples_recipe(world, asr=f"{sys.executable} {script}")
     Together(tmp_path / "logs", 1, train_unproven, made, tmp_path / "run").succeeded()
     log = (tmp_path / "logs" / "0.log").read_text()
     assert "the samples were not measured" in log
@@ -246,7 +249,7 @@ def test_without_validation_rows_training_texts_are_spoken(world: Path, tmp_path
     index["shards"] = [shard for shard in index["shards"] if shard["split"] == "train"]
     index["info"]["rows"]["validation"] = 0
     (data / "store.json").write_text(json.dumps(index))
-    made = listening_recipe(world, texts=None).model_dump(mode="json")
+    made = samples_recipe(world, texts=None).model_dump(mode="json")
     made["data"]["store"] = str(data)
     Together(tmp_path / "logs", 1, train_unproven, Recipe.model_validate(made), tmp_path / "run").succeeded()
     assert len(read_clips(tmp_path / "run" / "stage2" / "samples" / "step-000006")) == 2
@@ -260,10 +263,10 @@ def test_without_validation_rows_training_texts_are_spoken(world: Path, tmp_path
         ({"texts": "nowhere.txt"}, "nowhere.txt"),
     ],
 )
-def test_a_rule_or_text_that_cannot_be_is_told_before_training(
+def test_a_rule_or_text_that_cannot_be_used_is_refused_before_training(
     world: Path, tmp_path: Path, evaluation: dict[str, Any], says: str
 ) -> None:
-    made = listening_recipe(world, **evaluation)
+    made = samples_recipe(world, **evaluation)
     failed = Together(tmp_path / "logs", 1, train_unproven, made, tmp_path / "run")
     assert failed.exit_codes() == [2], failed.log()
     assert says in failed.log()

@@ -47,14 +47,14 @@ def test_golden_losses() -> None:
 
 
 def fresh_code_losses(*, shifted: bool, steps: int) -> list[float]:
-    """Train on new random codes in every step; the loss over code cells of each step."""
+    """Train on new random codes in every step; the loss over codes of each step."""
     model, prompter = tiny_prompter(codes=CODES)
     with_training_forward(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
     for step in range(steps):
         batch = pack([example(prompter, 24, seed=1000 * step + i) for i in range(4)])
-        if not shifted:  # what the public trainers did: a position is asked for the row that it has just read
+        if not shifted:  # as the public trainers did: each position predicts the frame that it has just read
             batch["audio_positions"] = batch["audio_positions"] + 1
         sums, counts = model(**batch), label_counts(batch, eos_id=EOS)
         optimizer.zero_grad()
@@ -147,7 +147,7 @@ def test_the_audio_loss_reaches_the_text_pathway_through_the_frozen_audio_module
     moved = [p for n, p in run.model.named_parameters() if "lora_B" in n and p.abs().sum() > 0]
     assert any(True for _ in moved)
     mlp = [n for n, p in run.model.named_parameters() if ".mlp." in n and "lora_B" in n and p.abs().sum() > 0]
-    assert mlp  # text positions matter to audio through the shared attention
+    assert mlp  # text tokens affect audio through the shared attention
 
 
 def test_what_is_logged(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_checkpoints_hold_nothing_pickled_and_the_newest_stay(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["full", None])
-def test_a_checkpoint_is_gone_on_from_exactly_with_an_adapter_and_without(tmp_path: Path, kind: str | None) -> None:
+def test_a_checkpoint_is_resumed_from_exactly_with_an_adapter_and_without(tmp_path: Path, kind: str | None) -> None:
     whole = trainer(tmp_path / "a", kind=kind, save_strategy="steps", save_steps=2)
     whole.train()
     resumed = trainer(tmp_path / "b", kind=kind, save_strategy="steps", save_steps=2)

@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from higgstune.batch.collate import Packed, pack, positions
+from higgstune.batch.collate import Packed, count_tokens, pack
 from higgstune.data.messages import DEFAULT_SCENE, DEFAULT_SYSTEM, speech_messages
 from higgstune.families.base import Example
 from higgstune.families.higgs_v2.packed import with_training_forward
@@ -61,7 +61,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The words that every prompt has become one token each: a third of a short example's positions.
+    # The words of every prompt become one token each: a third of a short example's tokens.
     tokenizer.train_from_iterator([*texts, *[_EVERY_PROMPT] * len(texts)], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -149,7 +149,7 @@ class Corpus:
         return self.prompter.example(messages, codes, text_targets="transcript")
 
     def batches(self, clips: range, tokens: int, generator: np.random.Generator) -> Iterator[list[Example]]:
-        """Endless batches of about `tokens` positions, of clips that are about equally long."""
+        """Endless batches of about `tokens` tokens, of clips of about equal lengths."""
         while True:
             order = generator.permutation(np.array(clips))
             for window in np.array_split(order, max(1, len(order) // 512)):
@@ -217,7 +217,7 @@ def main() -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        step, seen = step + 1, seen + positions(batch)
+        step, seen = step + 1, seen + count_tokens(batch)
         if time.monotonic() - reported > 60:
             reported = time.monotonic()
             report(model, tokenizer, args.out, held_out, step, seen, float(loss.detach()), progress)

@@ -2,8 +2,8 @@
 
     python tools/faults/random_faults.py --faults 50 --seed 0
 
-A run of the tests' tiny model, both stages without their proofs, is hit again and again and gone on with, until it
-has finished; then its adapters must be those of a run that nothing happened to, bit by bit. Prints a line a fault.
+A run of the tests' tiny model, both stages without their verification, is hit and resumed until it has finished; then
+its adapters must be those of an uninterrupted run, bit by bit. Prints a line for each fault.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def start(made: Recipe, out: Path, resume: bool) -> None:
 
 
 def hit(run: Together, fault: str, moment: float) -> tuple[int | None, float]:
-    """Let a run go on for so many seconds, hit it, and wait -> (exit code, seconds until it had ended)."""
+    """Let a run work for so many seconds, hit it, and wait -> (exit code, seconds until it had ended)."""
     (process,) = run.all
     process.join(moment)
     began = time.monotonic()
@@ -63,10 +63,10 @@ def damage(run: Path, chance: random.Random) -> None:
 
 def main() -> None:
     """Hit runs until enough faults have hit; exits with 1 at the first thing that was lost."""
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--faults", type=int, default=50)
-    asked.add_argument("--seed", type=int, default=0)
-    given = asked.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
     chance = random.Random(given.seed)
     world = make_world(Path(tempfile.mkdtemp()))
     made = faulty_recipe(world)

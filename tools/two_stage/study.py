@@ -25,7 +25,7 @@ from higgstune.codec import CODEC_FOLDER
 from higgstune.config.recipe import Recipe, parse_recipe
 from higgstune.evaluation.evaluate import RECORDINGS, evaluate
 from higgstune.families.sampling import Sampling
-from higgstune.inputs import ADAPTER
+from higgstune.inputs import ADAPTER, BaseSpec
 from higgstune.training.run import train
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "conditioning"))
@@ -118,8 +118,8 @@ def recipe_for(setting: RunSetup, base: Path, store: Path, *, share: float, arm:
 def evaluated(args: argparse.Namespace, name: str, target: Path, stores: Stores, system: str) -> dict[str, Any]:
     """The evaluation of the test sentences: the rows of all clips, and the judges' names."""
     found = evaluate(
-        target, out=args.out / name / "evaluation", data=stores.test, base=False, asr=args.asr,
-        speaker_judge=args.speaker_judge, sampling=Sampling(temperature=0), device="cpu",
+        target, out=args.out / name / "evaluation", data=stores.test, base=BaseSpec(device="cpu"), with_base=False,
+        asr=args.asr, speaker_judge=args.speaker_judge, sampling=Sampling(temperature=0),
     )  # fmt: skip
     evaluation = found.texts.systems[system]
     return {"judges": evaluation.judges, "rows": list(evaluation.clips)}

@@ -1,4 +1,4 @@
-"""From a row of a code store to a training example."""
+"""Rows of a code store -> conversations -> training examples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ from higgstune.families.base import Audio, Example, Prompter, TextTargets
 
 TARGET: Message = {"role": "assistant", "content": [{"type": "audio", "url": "target"}]}
 _TOKENIZED_AT_ONCE = 1000  # rows
-_LOOKED_AT = 64  # rows of a split, at the most, in search of some that tell
+_MAX_PROBED = 64  # rows of a split that `probe_rows` reads
 
 
 class Features(Protocol):
-    """What Whisper hears in the clips of a store, by their audio hash."""
+    """The Whisper features of a store's clips, by audio hash."""
 
     def read(self, sha256: str) -> WhisperFeatures:
         """Raises DataError for a clip that was not encoded."""
@@ -36,21 +36,22 @@ class Features(Protocol):
 
 @dataclass(frozen=True)
 class Rendering:
-    """How rows become conversations; the same in training and, for its reference, in speaking."""
+    """How rows become conversations; speaking places a reference in the same way."""
 
     reference: ReferencePlace = "turn"  # an utterance's reference: an earlier turn, or a voice in the scene
-    features: Features | None = None  # without, audio in user and system turns is read by its codes
+    features: Features | None = None  # None: audio in user and system turns is read by its codes
 
 
 PLAIN = Rendering()
 
 
 def row_conversation(row: Row, rendering: Rendering = PLAIN) -> tuple[list[Message], list[Audio], int | None]:
-    """A row's messages, what fills their audio parts in order, and the first target message (None: the last).
+    """A row's messages, the audio of their audio parts in order, and the index of the first target message (None: the
+    last message).
 
-    An utterance is written as generation asks for it: default system message, its scene (or the default one), its
-    reference in its place, its text, its audio. With Whisper features, audio in user, system and scene messages is
-    heard, but for parts that say `"as": "codes"`.
+    An utterance becomes the conversation that generation uses: default system message, its scene (or the default one),
+    its reference in its place, its text, its audio. With Whisper features, they stand for audio in user, system and
+    scene messages, except in parts that say `"as": "codes"`.
     """
     if row.messages is not None:
         return list(row.messages), _audio_in_order(row, rendering.features), row.start_index
@@ -72,7 +73,7 @@ def row_conversation(row: Row, rendering: Rendering = PLAIN) -> tuple[list[Messa
 
 
 def row_example(prompter: Prompter, row: Row, text_targets: TextTargets, rendering: Rendering = PLAIN) -> Example:
-    """A row as the model sees it in training. Raises DataError as `Prompter.example`."""
+    """The training example of a row. Raises DataError as `Prompter.example`."""
     messages, audio, target_from = row_conversation(row, rendering)
     return prompter.example(messages, audio, text_targets=text_targets, target_from=target_from)
 
@@ -80,19 +81,19 @@ def row_example(prompter: Prompter, row: Row, text_targets: TextTargets, renderi
 def probe_rows(splits: Sequence[tuple[str, Sequence[Row]]], rendering: Rendering) -> tuple[str, list[Row]]:
     """Rows to compare models on, and the name of their split: the first split that has any.
 
-    With Whisper, the first one in which anything is heard, and of it the rows that hear: others would prove nothing of
+    With Whisper, only rows with Whisper features, of the first split that has any: other rows would prove nothing about
     the projector.
     """
     if rendering.features is not None:
         for name, rows in splits:
-            hearing = [row for row in islice(rows, _LOOKED_AT) if whisper_clips(row, rendering.reference)]
-            if hearing:
-                return name, hearing
-    return next(((name, list(islice(rows, _LOOKED_AT))) for name, rows in splits if len(rows)), ("", []))
+            with_features = [row for row in islice(rows, _MAX_PROBED) if whisper_clips(row, rendering.reference)]
+            if with_features:
+                return name, with_features
+    return next(((name, list(islice(rows, _MAX_PROBED))) for name, rows in splits if len(rows)), ("", []))
 
 
 class RowExamples:
-    """The examples of one split for one stage, as a data set: built when they are asked for."""
+    """The examples of one split for one stage, as a map-style data set that builds each one on access."""
 
     def __init__(
         self,
@@ -111,17 +112,17 @@ class RowExamples:
         return len(self.rows)
 
     def with_targets(self, text_targets: TextTargets) -> "RowExamples":
-        """The same rows with other labels; their lengths are not found again."""
+        """The same rows with other labels; known lengths are kept."""
         other = RowExamples(self.rows, self.prompter, text_targets, self.rendering)
         other._lengths = self._lengths
         return other
 
     def row_id(self, index: int) -> str:
-        """What the row of an example is called."""
+        """The id of an example's row."""
         return self.rows[index].id
 
     def lengths(self) -> NDArray[np.int64]:
-        """The positions of each example, [rows], without reading the codes of a store."""
+        """The number of tokens of each example, [rows], without reading the codes of a store."""
         if self._lengths is None:
             self._lengths = self._measured()
         return self._lengths
@@ -134,7 +135,7 @@ class RowExamples:
                 lengths += self.prompter.lengths([row_conversation(row, self.rendering)[:2] for row in rows])
             except DataError:
                 for row in rows:
-                    self._example(row)  # tells which one it is
+                    self._example(row)  # its error names the row
                 raise
         return np.array(lengths, dtype=np.int64)
 
@@ -149,7 +150,7 @@ class RowExamples:
 
 
 def _audio_in_order(row: Row, features: Features | None) -> list[Audio]:
-    """Context and target audio as their parts stand in the conversation."""
+    """Context and target audio in the order of the conversation."""
     assert row.messages is not None
     parts, target = conversation_audio(row.messages)
     context = parts[:target] + parts[target + 1 :]

@@ -1,4 +1,4 @@
-"""Packs of examples, one after the other, for training and for validation."""
+"""Loads packs of examples for training and validation."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _AHEAD = 4  # packs that are built before they are needed
 
 
 class PackLoader(DataLoader[Packed]):
-    """A `DataLoader` without worker processes that gives packs (see `collate.pack`), built ahead by one thread."""
+    """A `DataLoader` of packs (see `collate.pack`), which one thread builds ahead; there are no worker processes."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class PackLoader(DataLoader[Packed]):
         per_step: int | None = None,
         pin_memory: bool = False,
     ) -> None:
-        """`examples` is map-style and gives `Example`s; where it has `lengths()`, no example is built to know its own.
+        """`examples` is a map-style data set of `Example`s. If it has `lengths()`, no example is built to measure it.
         `per_step`: see `PackSampler`.
 
         Raises ConfigError for an example that is longer than a pack.
@@ -48,11 +48,11 @@ class PackLoader(DataLoader[Packed]):
             batch_sampler=self.packs,
             collate_fn=partial(pack, share_prefix=share_prefix),
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # a loader that draws from the common one would change what dropout draws
+            generator=torch.Generator(),  # drawing from the global one would change what dropout draws
         )
 
     def __iter__(self) -> "Prefetched":  # type: ignore[override]
-        """The packs of an epoch. What goes wrong in an example is raised in `next`."""
+        """The packs of an epoch. An example's error is raised in `next`."""
         return Prefetched(super().__iter__())
 
     def set_epoch(self, epoch: int) -> None:
@@ -61,10 +61,10 @@ class PackLoader(DataLoader[Packed]):
 
 
 class Prefetched(Iterator[Packed]):
-    """The items of an iterator in their order, computed ahead of time by one thread, which ends with this object."""
+    """The items of an iterator in order, computed ahead by one thread, which ends with this object."""
 
     def __init__(self, source: Iterator[Packed]) -> None:
-        """`source` is used by the thread alone."""
+        """Only the thread uses `source`."""
         self.source = source
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="packs")
         self._coming: deque[Future[Packed]] = deque()
@@ -83,7 +83,7 @@ class Prefetched(Iterator[Packed]):
 
 
 def example_lengths(examples: Any) -> NDArray[np.int64]:
-    """The positions of each example, [examples]."""
+    """The number of tokens of each example, [examples]."""
     if hasattr(examples, "lengths"):
         return examples.lengths()
     return np.array([len(examples[i]) for i in range(len(examples))], dtype=np.int64)

@@ -1,7 +1,7 @@
-"""Which clips go together: packs of a budget of positions, or of a number of clips.
+"""Decides which clips form a pack: packs have a budget of tokens, or a number of clips.
 
-A plan of packs follows from lengths, seed and epoch alone, so that all processes have the same one, and each takes its
-share. Every clip is in exactly one pack of an epoch.
+The packs of an epoch follow from lengths, seed and epoch alone, so that all processes have the same ones and each takes
+its share. Every clip is in exactly one pack of an epoch.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -16,44 +16,44 @@ from numpy.typing import NDArray
 from higgstune.errors import ConfigError
 
 Pack = list[int]  # indices of clips
-_LOOKAHEAD = 512  # clips among which one is looked for that fills a gap
-_SMALL = 16  # clips in a pack from which on it can always be filled
-_FULL = 0.985  # the share of their budget that packs should hold
+_LOOKAHEAD = 512  # clips that are searched for one that fills a gap
+_MIN_CLIPS_TO_FILL = 16  # from so many clips a pack can always be filled
+_MIN_FILL = 0.985  # share of its budget that a pack should hold
 
 
 @dataclass(frozen=True)
 class PackSize:
-    """How much goes into a pack: at most so many positions, or just so many clips."""
+    """The size of a pack: at most `tokens` tokens, or exactly `clips` clips."""
 
     tokens: int | None = None
     clips: int = 1
 
 
 def pack_indices(lengths: NDArray[np.int64], size: PackSize, *, seed: int | None) -> list[Pack]:
-    """Packs of all clips by their lengths [clips] in positions; shuffled by `seed`, in the given order without it.
+    """Packs of all clips by their lengths [clips] in tokens; shuffled by `seed`, in the given order without it.
 
     Raises ConfigError for a clip that is longer than a pack.
     """
     if size.tokens is not None and len(lengths) and lengths.max() > size.tokens:
         longest = int(lengths.argmax())
         raise ConfigError(
-            f"batch_tokens is {size.tokens}, but clip {longest} (counted from 0) has {lengths[longest]} positions, "
-            "of text and 25 a second of audio: raise batch_tokens, or prepare with a smaller --max-seconds"
+            f"batch_tokens is {size.tokens}, but clip {longest} (counted from 0) has {lengths[longest]} tokens, 25 a "
+            "second of audio and those of its text: raise batch_tokens, or prepare with a smaller --max-seconds"
         )
     generator = None if seed is None else np.random.default_rng(seed)
     order = np.arange(len(lengths)) if generator is None else generator.permutation(len(lengths))
     if size.tokens is None:
         return [order[first : first + size.clips].tolist() for first in range(0, len(order), size.clips)]
-    small = len(lengths) > 0 and lengths.mean() * _SMALL <= size.tokens
-    spare = int((1 - _FULL) * size.tokens) if small else size.tokens
+    small = len(lengths) > 0 and lengths.mean() * _MIN_CLIPS_TO_FILL <= size.tokens
+    spare = int((1 - _MIN_FILL) * size.tokens) if small else size.tokens
     packs = _draw(order.tolist(), lengths.tolist(), size.tokens, spare)
     return _tightened(packs, lengths, size.tokens) if small else packs
 
 
 def _tightened(drawn: list[Pack], lengths: NDArray[np.int64], budget: int) -> list[Pack]:
-    """The last packs, as few as do, packed by length alone, where short clips ran out before long ones."""
+    """Repack the last packs by length alone, as few as needed, if short clips ran out before long ones."""
     best, back = drawn, 8
-    while fill(best, lengths, budget) < _FULL and back < 2 * len(drawn):
+    while fill(best, lengths, budget) < _MIN_FILL and back < 2 * len(drawn):
         tail = [index for pack in drawn[-back:] for index in pack]
         tried = [*drawn[:-back], *_best_fit(tail, lengths.tolist(), budget)]
         best = max(best, tried, key=lambda packs: fill(packs, lengths, budget))
@@ -62,14 +62,14 @@ def _tightened(drawn: list[Pack], lengths: NDArray[np.int64], budget: int) -> li
 
 
 def _draw(order: Sequence[int], lengths: Sequence[int], budget: int, spare: int) -> list[Pack]:
-    """Clips in their order; where the next one does not fit, the longest of the following that does, as in best fit.
+    """Take clips in their order; if the next one does not fit, the longest following one that does, as in best fit.
 
-    Where none does and more than `spare` positions are left, one clip of the pack waits for the next one, and a longer
-    one takes its place. So a pack is a random draw, but for the few that fill its end.
+    If none fits and more than `spare` tokens are left, a longer clip replaces one of the pack, which moves to the next
+    pack. So a pack is a random draw, except for the few clips that fill its end.
     """
     packs: list[Pack] = []
-    following: deque[int] = deque()  # the next clips in their order, some of which were taken already
-    by_length: list[tuple[int, int]] = []  # the same, without those that were taken
+    following: deque[int] = deque()  # the next clips in their order, some of which are taken already
+    by_length: list[tuple[int, int]] = []  # the same, without taken ones
     coming = iter(order)
     pack: Pack = []
     room = budget
@@ -104,7 +104,7 @@ def _draw(order: Sequence[int], lengths: Sequence[int], budget: int, spare: int)
 def _best_exchange(
     pack: Pack, room: int, lengths: Sequence[int], by_length: Sequence[tuple[int, int]]
 ) -> tuple[int, tuple[int, int]] | None:
-    """The place in a pack and the (length, clip) that fills the room best in place of the clip there."""
+    """The index in a pack, and the (length, clip) that fills the room best in place of the clip there."""
     found, most = None, 0
     for at, index in enumerate(pack):
         place = bisect_right(by_length, (lengths[index] + room, len(lengths))) - 1
@@ -114,9 +114,9 @@ def _best_exchange(
 
 
 def _best_fit(pool: Sequence[int], lengths: Sequence[int], budget: int) -> list[Pack]:
-    """Each clip, the longest first, into the pack that it fills best; the least full pack is the last."""
+    """Put each clip, the longest first, into the pack that it fills best; the least full pack comes last."""
     packs: list[Pack] = []
-    rooms: list[tuple[int, int]] = []  # (positions left, pack), ascending
+    rooms: list[tuple[int, int]] = []  # (tokens left, pack), ascending
     for index in sorted(pool, key=lambda i: -lengths[i]):
         place = bisect_left(rooms, (lengths[index], -1))
         if place == len(rooms):
@@ -134,17 +134,17 @@ def _is_in(ascending: Sequence[tuple[int, int]], item: tuple[int, int]) -> bool:
 
 
 def fill(packs: Sequence[Pack], lengths: NDArray[np.int64], tokens: int) -> float:
-    """The mean share of a pack's budget that is used, the last pack apart."""
+    """The mean share of its budget that a pack uses, without the last pack."""
     counted = packs[:-1] or packs
     return float(np.mean([lengths[pack].sum() / tokens for pack in counted]))
 
 
 class PackSampler:
-    """One process's packs of each epoch, as a batch sampler; all processes have equally many.
+    """A batch sampler of one process's packs of each epoch; all processes have equally many.
 
-    Packs belong to optimizer steps: `per_step` of them to each, fewer to the last one of an epoch, whatever the number
-    of processes. Where the packs of a step do not fill the processes, some get a muted clip: an index i < 0 asks for
-    clip ~i without its labels. It counts nowhere, and every clip still counts once.
+    Packs belong to optimizer steps: `per_step` to each, fewer to the last one of an epoch, whatever the number of
+    processes. If a step has too few packs for all processes, some get a muted clip: an index i < 0 stands for clip ~i
+    without its labels. It adds nothing to the loss, so every clip still counts once.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class PackSampler:
         processes: int = 1,
         per_step: int | None = None,
     ) -> None:
-        """`seed` None: the order of the clips, the same in every epoch; `per_step` None: one pack for each process.
+        """`seed` None keeps the order of the clips in every epoch; `per_step` None means one pack for each process.
 
         Raises ConfigError as `pack_indices`.
         """
@@ -185,7 +185,7 @@ class PackSampler:
 
     @property
     def idle(self) -> int:
-        """How many processes have nothing but muted clips in every step."""
+        """The number of processes that get only muted clips in every step."""
         return max(0, self.processes - min(self.per_step, len(self._first)))
 
     def of_step(self, step: int) -> list[Pack]:
@@ -194,7 +194,7 @@ class PackSampler:
         return self._steps(epoch)[place]
 
     def _rounds(self, packs: int) -> int:
-        """How many packs each process has where there are so many of all."""
+        """The number of packs of each process, given the number of all packs."""
         return -(-packs // self.processes)
 
     def _steps(self, epoch: int) -> list[list[Pack]]:
@@ -202,7 +202,7 @@ class PackSampler:
         return [packs[first : first + self.per_step] for first in range(0, len(packs), self.per_step)]
 
     def packs(self, epoch: int) -> list[Pack]:
-        """All processes' packs of an epoch; equally many in each, because schedules are made by the first."""
+        """All processes' packs of an epoch. Every epoch has as many as the first, by which schedules are planned."""
         if self.seed is None or epoch == 0:
             return list(self._first)
         packs = pack_indices(self.lengths, self.size, seed=self.seed + epoch * 1_000_003)

@@ -10,6 +10,7 @@ from rich.console import Console
 from higgstune.cli.options import MODEL, AsrOption, DeviceOption, JsonOption, RevisionOption, SpeakerOption
 from higgstune.cli.output import Bar, announced, errors, measures_summary, print_result
 from higgstune.errors import ConfigError, WorkError
+from higgstune.inputs import BaseSpec
 
 
 def doctor(
@@ -30,17 +31,15 @@ def doctor(
 
     Exits with 1 when a check failed. Nothing is changed.
     """
-    with announced("importing torch", as_json):
+    with announced("loading libraries", as_json):
         from higgstune.diagnostics.examine import doctor as run
 
     report = run(
-        model,
-        adapter,
-        data,
-        codec,
-        recipe,
-        revision=revision,
-        device=None if device == "auto" else device,
+        # Not by `base_spec`: a wrong name is a finding, too.
+        BaseSpec(model, revision, codec, device=None if device == "auto" else device),
+        adapter=adapter,
+        data=data,
+        recipe=recipe,
         progress=lambda what: errors.print(f"examining {what}", highlight=False),
     )
     if as_json:

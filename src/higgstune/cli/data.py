@@ -132,9 +132,9 @@ def inspect(
     typer.echo(f"{found.id} ({found.split}): {found.seconds:.2f} s, {found.frames} frames\n")
     typer.echo(found.prompt + "\n")
     typer.echo(
-        f"{found.positions} tokens: {found.text_tokens} of text, {found.audio_rows} audio frames, "
+        f"{found.tokens} tokens: {found.text_tokens} of text, {found.audio_rows} audio frames, "
         f"{found.feature_positions} Whisper features; "
-        f"{len(found.text_labels)} text labels, {found.audio_label_cells} audio label entries\n"
+        f"{len(found.text_labels)} text labels, {found.audio_label_entries} audio label entries\n"
     )
     typer.echo(
         "text labels (position token): " + " ".join(f"{p} {token!r}" for p, _, token in found.text_labels) + "\n"

@@ -23,6 +23,7 @@ from higgstune.cli.options import (
     SpeakerOption,
     TemperatureOption,
     WhisperOption,
+    base_spec,
 )
 from higgstune.cli.output import Bar, announced, command_line, print_measures, print_result
 from higgstune.errors import ConfigError
@@ -76,6 +77,7 @@ def evaluate(
         )
     if guard and no_base:
         raise ConfigError("--guard compares with the base: leave out --no-base")
+    spec = base_spec(model, codec=codec, device=device, quantize=quantize)
     with announced("loading models and judges", as_json):
         from higgstune.evaluation.evaluate import evaluate as run
         from higgstune.evaluation.report.run_report import write_target_report
@@ -88,7 +90,7 @@ def evaluate(
             guard=guard or [],
             out=out,
             data=data,
-            base=not no_base,
+            with_base=not no_base,
             asr=asr,
             speaker_judge=speaker_judge,
             quality_judge=quality_judge,
@@ -96,11 +98,8 @@ def evaluate(
             seed=seed,
             limit=limit,
             language=language,
-            model=model,
-            codec=codec,
+            base=spec,
             whisper=whisper,
-            quantize=quantize,
-            device=device,
             progress=bar,
         )
     report = write_target_report(result, target, command_line())
@@ -168,9 +167,8 @@ def compare(
             seed=seed,
             limit=limit,
             language=language,
+            base=base_spec(device=device, quantize=quantize),
             whisper=whisper,
-            quantize=quantize,
-            device=device,
             progress=bar,
             command=command_line(),
         )

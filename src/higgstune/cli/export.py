@@ -14,6 +14,7 @@ from higgstune.cli.options import (
     JsonOption,
     RevisionOption,
     RunArgument,
+    base_spec,
 )
 from higgstune.cli.output import Bar, announced, print_result
 from higgstune.exporting.options import check_options
@@ -64,9 +65,9 @@ def export(
     check_options(format, drop_modules=drop_modules, dtype=dtype, base_bits=base_bits, whisper=whisper)
     check_new(out)
     find_adapter(run)
-    for name, what in ((model, "checkpoint"), (codec, "codec"), (whisper, "Whisper checkpoint")):
-        if name is not None:
-            check_name(name, what=what)
+    base = base_spec(model, revision=revision, codec=codec, device=device)
+    if whisper is not None:
+        check_name(whisper, what="Whisper checkpoint")
     if data is not None:
         check_store(data)
     with announced("loading the model", as_json):
@@ -82,10 +83,7 @@ def export(
             base_bits=base_bits,
             whisper=whisper,
             data=data,
-            model=model,
-            revision=revision,
-            codec=codec,
-            device=device,
+            base=base,
             progress=bar,
         )
     if as_json:

@@ -62,7 +62,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _stop)
     atexit.register(gc.freeze)  # the interpreter would take a second to visit all that torch has made, one by one
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="higgstune", standalone_mode=False)
     except (HiggstuneError, OSError, _USAGE_ERROR) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that ends the others must not cut the message off
         _report_to_launcher(error)

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from higgstune.environment import check_device_name
+from higgstune.hub import check_name
+from higgstune.inputs import BaseSpec, Quantize
 
 TEXTS, VOICE, SAMPLING, JUDGES = "Texts", "Voice", "Sampling", "Judges"
 MODEL, DEVICE = "Model", "Device"
@@ -31,6 +33,21 @@ def within(low: float, high: float | None = None, *, above: bool = False) -> Cal
 def _device(value: str | None) -> str | None:
     check_device_name(value)
     return value
+
+
+def base_spec(
+    model: str | None = None,
+    *,
+    revision: str | None = None,
+    codec: str | None = None,
+    device: str = "auto",
+    quantize: Quantize | None = None,
+) -> BaseSpec:
+    """The base that a command's options name. Raises CheckpointError for a name that cannot exist."""
+    for name, what in ((model, "checkpoint"), (codec, "codec")):
+        if name is not None:
+            check_name(name, what=what)
+    return BaseSpec(model, revision, codec, device=None if device == "auto" else device, quantize=quantize)
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -67,7 +84,7 @@ PlannedDeviceOption = Annotated[
     typer.Option(metavar="NAME", callback=_device, help="With --plan: cpu or cuda, whether or not it is present."),
 ]
 QuantizeOption = Annotated[
-    Literal["4bit"] | None,
+    Quantize | None,
     typer.Option(help="Load the base in 4 bits, for a small GPU.", rich_help_panel=DEVICE),
 ]
 

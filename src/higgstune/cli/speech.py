@@ -18,11 +18,11 @@ from higgstune.cli.options import (
     SeedOption,
     TemperatureOption,
     WhisperOption,
+    base_spec,
     within,
 )
 from higgstune.cli.output import Bar, announced, print_result
 from higgstune.errors import ConfigError
-from higgstune.hub import check_name
 from higgstune.inputs import check_wav_name, find_adapter
 
 
@@ -63,7 +63,10 @@ def speak(
     max_seconds: Annotated[
         float | None,
         typer.Option(
-            metavar="SECONDS", help="Longest piece; default: from the text's length.", rich_help_panel=SAMPLING
+            metavar="SECONDS",
+            callback=within(0, above=True),
+            help="Longest piece; default: from the text's length.",
+            rich_help_panel=SAMPLING,
         ),
     ] = None,
     model: Annotated[
@@ -81,61 +84,43 @@ def speak(
     as_json: JsonOption = False,
 ) -> None:
     """Speak a text, or each line of a file."""
-    if (text is None) == (file is None):
+    if text is not None and file is None:
+        texts, files = [text], [out]
+    elif file is not None and text is None:
+        texts = _lines(file)
+        files = [out / f"{number:04d}.wav" for number in range(1, len(texts) + 1)]
+    else:
         raise ConfigError("give either a text or --file")
-    said = text if file is None else _lines(file)
-    _check_names(out if file is None else None, adapter, model, codec, reference, reference_text)
-    with announced("loading the model", as_json):
-        from higgstune.data.messages import DEFAULT_SCENE
-        from higgstune.families.sampling import Sampling
-        from higgstune.generate.speak import speak as run
-
-    assert said is not None
-    with Bar() as bar:
-        files = run(
-            said,
-            out,
-            model=model,
-            adapter=adapter,
-            codec=codec,
-            reference=reference,
-            reference_text=reference_text,
-            whisper=whisper,
-            scene=DEFAULT_SCENE if scene is None else scene or None,
-            sampling=Sampling(temperature, top_k, top_p),
-            seed=seed,
-            max_seconds=max_seconds,
-            batch_size=batch_size,
-            device=device,
-            revision=revision,
-            quantize=quantize,
-            on_spoken=lambda done: bar("speaking", done, 1 if isinstance(said, str) else len(said)),
-        )
-    print_result({"files": [str(path) for path in files]}, as_json)
-
-
-def _check_names(
-    wav: Path | None,
-    adapter: Path | None,
-    model: str | None,
-    codec: str | None,
-    reference: Path | None,
-    reference_text: str | None,
-) -> None:
-    """Refuse what needs no model to be refused."""
-    if wav is not None:
-        check_wav_name(wav)
+    for name in files:
+        check_wav_name(name)
     if adapter is None and model is None:
         raise ConfigError("name a base (--model) or an adapter (--adapter)")
-    if adapter is not None:
-        find_adapter(adapter)
-    for name, what in ((model, "checkpoint"), (codec, "codec")):
-        if name is not None:
-            check_name(name, what=what)
+    base = base_spec(model, revision=revision, codec=codec, device=device, quantize=quantize)
+    folder = None if adapter is None else find_adapter(adapter)
     if reference is None and reference_text is not None:
         raise ConfigError("--reference-text needs the recording in which it is said: --reference")
     if reference is not None and not reference.is_file():
         raise ConfigError(f"--reference {reference} does not exist")
+    with announced("loading the model", as_json):
+        from higgstune.data.messages import DEFAULT_SCENE
+        from higgstune.families.sampling import Sampling
+        from higgstune.generate.speaker import Request, Speaker, check_transcript, trained_place
+        from higgstune.model.load import load_base
+
+    if reference is not None:  # before the model is loaded
+        check_transcript(trained_place(folder, None if model is None else Path(model)), reference_text or "")
+    speaker = Speaker(load_base(base, folder), folder, whisper=whisper)
+    voice = None if reference is None else speaker.reference(reference, reference_text or "")
+    scene = DEFAULT_SCENE if scene is None else scene or None
+    requests = [Request(text, voice, scene, seed + index) for index, text in enumerate(texts)]
+    spoken = speaker.speak_all(
+        requests, sampling=Sampling(temperature, top_k, top_p), max_seconds=max_seconds, batch_size=batch_size
+    )
+    with Bar() as bar:
+        for done, (name, speech) in enumerate(zip(files, spoken, strict=True), 1):
+            speech.save(name)  # at once: a long list that is stopped keeps them
+            bar("speaking", done, len(texts))
+    print_result({"files": [str(path) for path in files]}, as_json)
 
 
 def _lines(file: Path) -> list[str]:

@@ -61,7 +61,7 @@ def checkpoint_codec(checkpoint: str | Path | None, codec: str | Path | None = N
 
 
 def __getattr__(name: str) -> Any:
-    """The codecs bring scipy, or torch and transformers, so each is imported when it is asked for."""
+    """The codecs bring scipy, or torch and transformers, so each is imported on first use."""
     home = {"HiggsCodec": "higgstune.codec.higgs", "MelCodec": "higgstune.codec.mel"}.get(name)
     if home is None:
         raise AttributeError(f"module 'higgstune.codec' has no attribute {name!r}")

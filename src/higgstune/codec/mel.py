@@ -116,11 +116,6 @@ class Spectrum:
         return total.reshape(-1)[: (len(pieces) - 1) * self.hop + self.n_fft]
 
 
-def _start_phase(shape: tuple[int, ...]) -> np.ndarray:
-    phase = np.random.default_rng(0).uniform(0, 2 * np.pi, shape)
-    return np.exp(1j * phase).astype(np.complex64)
-
-
 @dataclass(frozen=True)
 class MelCodecConfig:
     """All settings of the codec; the fitted tensors are apart."""
@@ -300,3 +295,8 @@ def _fit_tensors(features: Sequence[np.ndarray], config: MelCodecConfig, seed: i
         codebooks.append(clusters.cluster_centers_)
         residual = residual - clusters.cluster_centers_[clusters.labels_]
     return {"mean": pca.mean_, "basis": pca.components_, "codebooks": np.stack(codebooks)}
+
+
+def _start_phase(shape: tuple[int, ...]) -> np.ndarray:
+    phase = np.random.default_rng(0).uniform(0, 2 * np.pi, shape)
+    return np.exp(1j * phase).astype(np.complex64)

@@ -19,8 +19,8 @@ from higgstune.errors import ConfigError
 from higgstune.families import DEFAULT_FAMILY, family_info
 from higgstune.families.base import TextTargets
 from higgstune.files import write_file
+from higgstune.inputs import Quantize
 
-Quantize = Literal["4bit"]
 Compile = bool | Literal["auto"]
 AttentionTraining = Literal["lora", "full"]
 
@@ -62,8 +62,13 @@ class ModelSettings(_Strict):
         False, description="audio self-attention in every layer, trained in full stages by LoRA (true) or in full"
     )
     whisper: str | None = Field(
-        None, description="Whisper checkpoint that user and system audio is heard through; the store has its features"
+        None, description="Whisper checkpoint that encodes user and system audio; the store has its features"
     )
+
+    @field_validator("family")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        return family_info(value).name
 
     @field_validator("audio_attention", mode="before")
     @classmethod
@@ -148,7 +153,7 @@ class Stage(_Strict):
     warmup_steps: float = Field(0, ge=0, description="optimizer steps; below 1: a share of all steps")
     weight_decay: float = Field(0.0, ge=0, description="of the LoRA weights, by AdamW")
     batch_tokens: int | None = Field(
-        None, ge=1, description="positions in a forward pass, for each process: clips are packed up to it; 4096"
+        None, ge=1, description="tokens in a forward pass, for each process: clips are packed up to it; 4096"
     )
     batch_size: int | None = Field(None, ge=1, description="clips in a forward pass, instead of batch_tokens")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes in an optimizer step")
@@ -204,20 +209,25 @@ class Stage(_Strict):
 
 
 class Recipe(_Strict):
-    """A whole run."""
+    """A whole run.
+
+    >>> recipe = Recipe(data={"store": "data"}, stages=[{"name": "voice", "kind": "full", "epochs": 3}])
+    >>> recipe.with_({"stages.0.learning_rate": 5e-5}).stages[0].learning_rate
+    5e-05
+    """
 
     model: ModelSettings = ModelSettings()  # type: ignore[call-arg]
     data: DataSettings
     lora: Lora = Lora()  # type: ignore[call-arg]
     stages: tuple[Stage, ...]
     evaluation: EvaluationSettings = EvaluationSettings()  # type: ignore[call-arg]
-    init_adapter: str | None = Field(None, description="adapter or run that the first stage goes on from")
+    init_adapter: str | None = Field(None, description="adapter or run that the first stage continues")
     seed: int = Field(0, ge=0, lt=1 << 32, description="of the adapter's start and of the order of the clips")
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="several processes: ddp, each with the whole base; fsdp, each with a share of it (FSDP2)"
     )
     gradient_checkpointing: bool | Literal["auto"] = Field(
-        False, description="less memory for up to a third more time; auto: in as many layers as the memory asks for"
+        False, description="less memory for up to a third more time; auto: in as many layers as the memory requires"
     )
     compile: Compile = Field(
         "auto", description="on a GPU: layers compiled, which takes a minute; auto: in stages of 1000 steps or more"
@@ -249,7 +259,7 @@ class Recipe(_Strict):
     def _stages_fit(self) -> Self:
         if not self.stages:
             raise ValueError("stages is empty: a recipe needs at least one")
-        names = [stage.name.casefold() for stage in self.stages]  # one folder where a disk tells no case
+        names = [stage.name.casefold() for stage in self.stages]  # one folder on disks that ignore case
         if len(set(names)) < len(names):
             raise ValueError(f"stages need different names, got {', '.join(stage.name for stage in self.stages)}")
         if self.parallel == "fsdp" and self.model.quantize is not None:
@@ -260,6 +270,21 @@ class Recipe(_Strict):
         if problems := [f"{path}: {problem}" for path, problem in _family_problems(self)]:
             raise ValueError("; ".join(problems))
         return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """A recipe from a YAML file. Raises ConfigError with the path of every wrong field (see `load_recipe`)."""
+        return load_recipe(path)
+
+    def with_(self, changes: Mapping[str, object]) -> "Recipe":
+        """A recipe with other values, by their paths: `{"stages.0.max_steps": 50}`; this one does not change.
+
+        Raises ConfigError with the path of every wrong field.
+        """
+        tree = self.model_dump(mode="json")
+        for key, value in changes.items():
+            _set(tree, key, value, what=key)
+        return parse_recipe(tree, where="the changed recipe")
 
 
 def _stage_defaults(family: Any) -> Mapping[str, Any]:
@@ -272,11 +297,7 @@ def _stage_defaults(family: Any) -> Mapping[str, Any]:
 
 def _family_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """What the recipe's model family cannot do, by the path of the field."""
-    try:
-        family = family_info(recipe.model.family)
-    except ConfigError as error:
-        yield "model.family", str(error)
-        return
+    family = family_info(recipe.model.family)
     for setting in ("audio_attention", "whisper"):
         if getattr(recipe.model, setting) and setting not in family.extensions:
             yield f"model.{setting}", f"{family.title} has no such extension; leave it out"
@@ -309,7 +330,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, commands: bo
     if not commands:
         _refuse_commands(tree, path)
     for override in overrides:
-        _set(tree, override)
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {override}: write key=value, such as stages.0.learning_rate=1e-4")
+        what = f"--set {override}"
+        _set(tree, key, parse_yaml(value.encode(errors="surrogatepass"), where=f"{what}: the value"), what=what)
     return parse_recipe(tree, where=str(path))
 
 
@@ -338,30 +363,27 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     write_file(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 
-def _set(tree: Any, override: str) -> None:
-    key, separator, value = override.partition("=")
-    if not separator:
-        raise ConfigError(f"--set {override}: write key=value, such as stages.0.learning_rate=1e-4")
-    parsed = parse_yaml(value.encode(errors="surrogatepass"), where=f"--set {override}: the value")
+def _set(tree: Any, key: str, value: object, *, what: str) -> None:
+    """Set the value at a dotted path of a tree, in place; `what` names the change in errors."""
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
-        place = _place(node, parent, override)
+        place = _place(node, parent, what)
         # A copy: an alias makes one object stand in several places. Nothing: a section that was left empty (`lora:`).
         node[place] = {} if node[place] is None else copy.copy(node[place])
         node = node[place]
-    node[_place(node, last, override)] = parsed
+    node[_place(node, last, what)] = value
 
 
-def _place(node: Any, key: str, override: str) -> str | int:
+def _place(node: Any, key: str, what: str) -> str | int:
     """Where `key` stands in a mapping, which gets it when it is new, or in a list, which does not grow."""
     if isinstance(node, dict):
         node.setdefault(key)
         return key
     if not isinstance(node, list):
-        raise ConfigError(f"--set {override}: {key!r} stands inside a plain value")
+        raise ConfigError(f"{what}: {key!r} stands inside a plain value")
     if not (key.isdecimal() and len(key) < 10 and int(key) < len(node)):
-        raise ConfigError(f"--set {override}: {key!r} is no entry of a list of {len(node)}; entries count from 0")
+        raise ConfigError(f"{what}: {key!r} is not an index of a list of {len(node)} entries; they count from 0")
     return int(key)
 
 

@@ -90,7 +90,7 @@ class _Loader(yaml.SafeLoader):
                 raise OverflowError
         except (ValueError, OverflowError) as error:
             raise ConstructorError(
-                None, None, f"{node.value[:_MAX_DIGITS]} is no number, or too large a one", node.start_mark
+                None, None, f"{node.value[:_MAX_DIGITS]} is not a number, or is too large", node.start_mark
             ) from error
         return number
 

@@ -1,6 +1,7 @@
 """Audio files: read, checked, hashed by their decoded samples, resampled and written, by libsndfile and soxr."""
 
 import hashlib
+import io
 import math
 import os
 import re
@@ -262,5 +263,12 @@ def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
     check_wav_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    soundfile.write(temporary, np.clip(waveform, -1, 1), sample_rate, format="WAV", subtype="PCM_16")
+    temporary.write_bytes(wav_bytes(waveform, sample_rate))
     os.replace(temporary, path)
+
+
+def wav_bytes(waveform: np.ndarray, sample_rate: int) -> bytes:
+    """[samples] float32 in [-1, 1] -> a 16-bit WAV file's content."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.clip(waveform, -1, 1), sample_rate, format="WAV", subtype="PCM_16")
+    return buffer.getvalue()

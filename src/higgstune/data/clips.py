@@ -142,7 +142,7 @@ class Candidate:
 
     location: str
     utterance: Utterance
-    text: str  # normalised; what the target says
+    text: str  # of the target, normalised
     target: Clip
     reference: Clip | None = None
     reference_text: str | None = None

@@ -85,7 +85,8 @@ def new_entry(candidate: Candidate, source_key: str) -> Entry:
     """A checked row as it will be stored; its id is the given one or empty, split and frames are set later."""
     utterance, target, reference = candidate.utterance, candidate.target, candidate.reference
     context = list(zip(candidate.context, candidate.context_is_target, strict=True))
-    context_only = [clip.recording.sha256 for clip, learnt in context if not learnt]
+    context_only = [clip.recording.sha256 for clip, is_target in context if not is_target]
+    targets = [clip.recording.sha256 for clip, is_target in context if is_target]
     return Entry(
         id=utterance.id or "",
         text=candidate.text,
@@ -101,7 +102,7 @@ def new_entry(candidate: Candidate, source_key: str) -> Entry:
         recording_sha256=target.recording.sha256,
         reference_sha256=reference.sha256 if reference else None,
         context_sha256=[clip.sha256 for clip, _ in context],
-        target_recordings=_unique([target.recording.sha256, *(c.recording.sha256 for c, learnt in context if learnt)]),
+        target_recordings=_unique([target.recording.sha256, *targets]),
         context_recordings=_unique([*context_only, *([reference.recording.sha256] if reference else [])]),
         recording_samples=target.recording.samples,
         recording_rate=target.recording.rate,

@@ -94,10 +94,6 @@ class Merger:
         return next(name for n in range(2, len(self._by_id) + 3) if (name := f"{names[-1]}#{n}") not in self._by_id)
 
 
-def _contents(entry: Entry) -> tuple[object, ...]:
-    return (entry.content, entry.id, entry.speaker, entry.language, entry.scene, entry.reference_text)
-
-
 @dataclass(frozen=True)
 class Pairing:
     """The outcome of pairing, over the whole store."""
@@ -170,3 +166,7 @@ class _Pool:
             if other.audio_sha256 != entry.audio_sha256 and other.text != entry.text:
                 return other
         return None
+
+
+def _contents(entry: Entry) -> tuple[object, ...]:
+    return (entry.content, entry.id, entry.speaker, entry.language, entry.scene, entry.reference_text)

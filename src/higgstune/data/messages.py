@@ -325,7 +325,7 @@ def speech_messages(
     context: Sequence[tuple[str, str]] = (),
     voice: str | None = None,
 ) -> list[Message]:
-    """The conversation that asks for `text`, ending with the user's turn.
+    """The conversation before the speech of `text`, ending with the user's turn.
 
     `context` holds earlier (text, name of its audio) turns: a reference voice, or what was spoken before. `voice` is
     the name of an audio in the scene instead: the speaker's voice, without its words.

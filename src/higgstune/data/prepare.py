@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
+from higgstune.checkpoint_files import read_json
 from higgstune.codec.base import Codec
 from higgstune.data.clips import Candidate, Checker, Limits
 from higgstune.data.encode import CodeJournal, Encoder, journal_path
@@ -100,6 +101,8 @@ def prepare(
 ) -> PrepareSummary:
     """Add the recordings of `source` as rows to the code store in `out`; rows that the store already has stay.
 
+        prepare("recordings/", "data/voice", speaker="anna").accepted      # {"train": 95, "validation": 5}
+
     `source` is any kind that `read_source` understands. `codec` is a codec, or the name of one that `load_codec` loads
     on `device`; the default is the codec of `model`, the checkpoint that will be trained. `codec_name` is its name in
     the store. `speaker`, `language` and `scene` are set for every row (a conversation has its own scene).
@@ -153,6 +156,16 @@ def _load_codec(codec: Codec | str | Path | None, model: str | Path | None, devi
 
     name = checkpoint_codec(model, codec)
     return name, load_codec(name, device=device)
+
+
+def _model_type(model: str | None) -> str | None:
+    """The family of a checkpoint, as its config.json names it."""
+    if model is None:
+        return None
+    from higgstune.hub import fetch
+
+    config = fetch(model, what="checkpoint", weights=False) / "config.json"
+    return read_json(config, "").get("model_type") if config.exists() else None
 
 
 def _load_whisper(whisper: WhisperEncoder | str | None, device: str) -> WhisperEncoder | None:
@@ -317,6 +330,8 @@ class Preparation:
             higgstune_version=version("higgstune"),
             rows=_rows_by_split(entries),
             hours=_hours_by_split(entries),
+            model_type=_model_type(self._options.model)
+            or (None if self._store is None else self._store.info.model_type),
             settings=earlier | {name: value for name, value in asdict(self._options).items() if value is not None},
         )
 

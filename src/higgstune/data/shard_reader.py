@@ -56,6 +56,7 @@ class StoreInfo:
     rows: dict[str, int]  # by split
     hours: dict[str, float]  # by split
     settings: dict[str, Any] = field(default_factory=dict)  # of the last preparation
+    model_type: str | None = None  # of the checkpoint that it was prepared for; None: Higgs Audio v2, or not named
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ _STORE_INDEX = TypeAdapter(StoreIndex)
 
 
 def read_index(folder: Path) -> StoreIndex:
-    """The index of the store in a folder. Raises DataError where there is none or it is not one of ours."""
+    """The index of the store in a folder. Raises DataError where it is missing, damaged or of another version."""
     check_store(folder)
     path = folder / INDEX_NAME
     try:

@@ -89,7 +89,7 @@ def clean_text(text: str) -> str:
 
 
 def is_speakable(text: str) -> bool:
-    """Whether there is a letter or a digit to say, apart from speaker tags such as [SPEAKER0]."""
+    """Whether a text has a letter or a digit to speak, apart from speaker tags such as [SPEAKER0]."""
     return any(character.isalnum() for character in _SPEAKER_TAG.sub("", text))
 
 

@@ -248,6 +248,17 @@ def store_features(
     return len(wanted) - len(missing), missing
 
 
+def portable_name(name: str) -> str:
+    """A hub id as it is, a folder as an absolute path."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two names stand for the same checkpoint."""
+    return portable_name(one) == portable_name(other)
+
+
 def _indices(store: Path) -> Iterator[FeatureIndex]:
     for path in sorted((store / FOLDER).glob(f"*/{_INDEX}")):
         yield read_feature_index(path)
@@ -263,17 +274,6 @@ def _take_name(store: Path, index: FeatureIndex) -> None:
 
 def _to_json(index: FeatureIndex) -> str:
     return json.dumps(asdict(index), indent=1, ensure_ascii=False)
-
-
-def portable_name(name: str) -> str:
-    """A hub id as it is, a folder as an absolute path."""
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else name
-
-
-def same_name(one: str, other: str) -> bool:
-    """Whether two names stand for the same checkpoint."""
-    return portable_name(one) == portable_name(other)
 
 
 def _empty_index(encoder: WhisperEncoder) -> FeatureIndex:

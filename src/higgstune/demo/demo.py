@@ -1,6 +1,6 @@
-"""The embedded demo: a miniature base learns a second voice, through the same functions as the real job.
+"""The demo: a miniature base learns a second voice, by the same functions as a real run.
 
-Everything comes from the package: the sample recordings, the fitted codec, the miniature base. No network, no GPU.
+The package has everything: the sample recordings, the fitted codec, the miniature base. No network, no GPU.
 """
 
 import shutil
@@ -27,16 +27,15 @@ from higgstune.errors import ConfigError
 from higgstune.evaluation.judges import load_judges
 from higgstune.evaluation.judges.base import Judges
 from higgstune.families.sampling import Sampling
-from higgstune.generate.speak import load_speaker
-from higgstune.generate.speaker import Speaker
+from higgstune.generate.speaker import Request, Speaker, load
 from higgstune.progress import Progress, silent
 from higgstune.training.result import RunResult
 from higgstune.training.run import train
 
 TARGET_VOICE = "rms"
-CLIPS = 30  # of its recordings, for training and validation: as many as it can learn in a few minutes
+CLIPS = 30  # of its recordings, for training and validation: as many as the base learns in a few minutes
 SPOKEN_SENTENCES = 24  # training sentences that are spoken and, if there are judges, measured
-SAMPLING = Sampling(temperature=0)  # greedy: a miniature has no probability mass to spare
+SAMPLING = Sampling(temperature=0)  # greedy: a miniature's probabilities are too flat to sample from
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,10 @@ class _Clock:
 def run_demo(
     out: str | Path, *, asr: str | None = None, speaker_judge: str | None = None, progress: Progress | None = None
 ) -> DemoResult:
-    """Prepare, train two stages, speak before and after, report; all of it under `out`, which must not exist.
+    """Prepare, train two stages, speak before and after, report; all under `out`, which must be empty or missing.
 
-    `asr` and `speaker_judge` (specs as for `load_judges`) add measurements to the report. Raises ConfigError, and
-    whatever the steps raise.
+    `asr` and `speaker_judge` (specs as for `load_judges`) add measurements to the report. Raises ConfigError, and the
+    errors of the steps.
     """
     out = Path(out)
     if out.exists() and any(out.iterdir()):
@@ -81,7 +80,7 @@ def run_demo(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Use one thread: for models this small a second one costs more than it gains, tenfold on a busy machine."""
+    """Use one thread: for such small models a second one costs more than it gains, tenfold on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -120,7 +119,7 @@ def _run(out: Path, judges: Judges, show: Progress) -> DemoResult:
 
 
 def _unpack(out: Path) -> Path:
-    """Copy what the package ships; return the manifest of the target voice."""
+    """Copy the package's assets to `out`; returns the manifest of the target voice."""
     with resources.as_file(resources.files("higgstune.demo") / "assets") as assets:
         shutil.copytree(assets / "voices", out / "dataset")
         shutil.copytree(assets / "base", out / "base")
@@ -146,17 +145,17 @@ def _speak(
     """The originals, their codec round trip, and the same sentences by the base and with the adapter."""
     rows = [*trained, *unseen]
     recorded = {row.id: row for row in _utterances(out / "dataset" / f"{TARGET_VOICE}.jsonl")}
-    base = load_speaker(out / "base", device="cpu")
+    base = load(out / "base", device="cpu")
     files = {"original": [out / "dataset" / str(recorded[row.id].audio) for row in rows]}
     files["round trip"] = _write(out, "round_trip", rows, base, [base.codec.decode(row.codes) for row in rows])
     files["base"] = _say(out, "before", rows, base, show)
-    files["adapted"] = _say(out, "after", rows, load_speaker(adapter=run.adapter, device="cpu"), show)
+    files["adapted"] = _say(out, "after", rows, load(run.adapter, device="cpu"), show)
     return files
 
 
 def _speak_controls(out: Path, run: RunResult, trained: Sequence[StoreRow], show: Progress) -> dict[str, list[Path]]:
     """Controls that must fail the bars: each sentence spoken with the next one's text, and an adapter of zeros."""
-    speaker = load_speaker(adapter=run.adapter, device="cpu")
+    speaker = load(run.adapter, device="cpu")
     swapped = _say(out, "swapped", trained, speaker, show, texts=[row.text for row in [*trained[1:], trained[0]]])
     with torch.no_grad():
         for name, parameter in speaker.model.named_parameters():
@@ -174,8 +173,12 @@ def _say(
     texts: Sequence[str] | None = None,
 ) -> list[Path]:
     texts = texts or [row.text for row in rows]
-    spoken = speaker.say(texts, sampling=SAMPLING, on_spoken=lambda done: show(f"speaking, {name}", done, len(texts)))
-    return _write(out, name, rows, speaker, [speech.waveform for speech in spoken])
+    requests = [Request(text, seed=seed) for seed, text in enumerate(texts)]
+    waveforms = []
+    for speech in speaker.speak_all(requests, sampling=SAMPLING):
+        waveforms.append(speech.waveform)
+        show(f"speaking, {name}", len(waveforms), len(texts))
+    return _write(out, name, rows, speaker, waveforms)
 
 
 def _write(

@@ -1,4 +1,4 @@
-"""The demo's measurements: error rates, similarities, and the bars that they must clear."""
+"""The demo's measurements: error rates, similarities, and the bars that they must meet."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from higgstune.evaluation.asr_errors import word_error_rate
 from higgstune.evaluation.judges import SAME_SPEAKER
 from higgstune.evaluation.judges.base import SpeakerJudge, Transcriber
 
-MAX_ABOVE_ROUND_TRIP = 0.15  # of the word error rate, above that of the originals' codec round trip
-MIN_SWAPPED = 0.80  # error rate against another sentence's text
+MAX_ABOVE_ROUND_TRIP = 0.15  # word error rate above that of the originals' codec round trip
+MIN_SWAPPED = 0.80  # word error rate against another sentence's text
 SIMILARITY_MARGIN = 0.05
 LANGUAGE = "en"  # of the demo's sentences
 

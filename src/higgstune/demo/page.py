@@ -17,7 +17,7 @@ _COLUMNS = {
 _INTRODUCTION = (
     "A 10-million-parameter base with Higgs Audio's architecture, trained on one synthetic voice, was taught another "
     "with LoRA in two stages. It speaks through a codec fitted in a minute, which sounds rough: listen to the round "
-    "trip, which is the best that it can reach. It learns the sentences of its training set, and hardly reads others."
+    "trip, which is the best possible result. It learns the sentences of its training set, and hardly reads others."
 )
 
 

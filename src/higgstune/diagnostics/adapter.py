@@ -22,7 +22,7 @@ from higgstune.training.verify import MARGIN, TOLERANCE, probe_logits
 CHECK = "adapter"
 _PREFIX = "base_model.model."  # peft's, before the names of the base
 _COPY = "copy the adapter's whole folder again from where it was trained"
-_RETRAIN = "train it again, or take an earlier checkpoint: what it claims to have learnt is not there"
+_RETRAIN = "train it again, or use an earlier checkpoint: its training has left no trace in the weights"
 
 
 def check_card(folder: Path) -> list[Finding]:
@@ -30,7 +30,7 @@ def check_card(folder: Path) -> list[Finding]:
     card = adapter_card(folder)
     if not card:
         text = f"{folder} has no {ADAPTER_CARD}: base, codec and checksum cannot be compared"
-        advice = "an adapter from elsewhere; make sure yourself that base and codec are those that it was trained with"
+        advice = "an adapter of other software: make sure that base and codec are those that it was trained with"
         return [Finding(CHECK, "warning", text, advice)]
     lacking = [key for key in ("base_fingerprint", "weights_sha256", "codec_revision") if card.get(key) is None]
     if lacking:

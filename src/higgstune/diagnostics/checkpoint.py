@@ -19,7 +19,7 @@ _AGAIN = "copy or download the checkpoint again"
 
 
 def check_tensors(layout: Layout, family: Family, config: Any) -> list[Finding]:
-    """Every tensor of the model is in the files, with the shape that the config asks for. Reads headers alone."""
+    """Every tensor of the model is in the files, with the shape that the config describes. Reads headers alone."""
     with torch.device("meta"):
         expected = {key: tuple(value.shape) for key, value in family.build(config).state_dict().items()}
     found = family.checks.tensor_shapes(layout)
@@ -33,7 +33,7 @@ def check_tensors(layout: Layout, family: Family, config: Any) -> list[Finding]:
         findings.append(Finding(CHECK, "failed", f"{layout.folder}: {text}", _AGAIN))
     if wrong:
         key = wrong[0]
-        text = f"{len(wrong)} tensors do not have the shape that config.json asks for, such as {key}"
+        text = f"{len(wrong)} tensors do not have the shape that config.json describes, such as {key}"
         text += f": {found[key]}, not {expected[key]}"
         findings.append(Finding(CHECK, "failed", f"{layout.folder}: {text}", "use the config.json of these weights"))
     if extra:

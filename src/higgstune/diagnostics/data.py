@@ -14,7 +14,7 @@ from higgstune.families.base import Spec, WhisperSpec
 CHECK = "data"
 ROWS = 16  # as many are looked at
 MAX_FRAMES = 250  # of a row's target that are looked at: 10 s
-_NOTHING_HEARD = (
+_NO_WHISPER_CLIPS = (
     "leave model.whisper out, or give rows a voice: `prepare --references same_speaker` and data.reference: scene, or "
     "conversations with audio in user turns"
 )
@@ -38,20 +38,20 @@ def find_features(
     """The rendering with the store's Whisper features: those of the checkpoint that a recipe has `named`, or of the
     encoder (`shape`) of an adapter or a checkpoint. Without either, audio is read by its codes.
 
-    Raises DataError where the recipe's are not there.
+    Raises DataError if those of the recipe are missing.
     """
     if named is None and shape is None:
         return rendering, []
     if not any(whisper_clips(row, rendering.reference) for row in store.contexts()):
-        text = f"model.whisper has no effect: no row of {store.folder} has anything to hear"
-        return rendering, [] if named is None else [Finding(CHECK, "failed", text, _NOTHING_HEARD)]
+        text = f"model.whisper has no effect: no row of {store.folder} has audio for Whisper"
+        return rendering, [] if named is None else [Finding(CHECK, "failed", text, _NO_WHISPER_CLIPS)]
     features = _features_of(store, shape) if named is None else FeatureStore.open(store.folder, named)
     if features is None:
         assert shape is not None
-        text = f"the store has no features of {shape.checkpoint}: what the model would hear is read by its codes"
+        text = f"the store has no features of {shape.checkpoint}: its audio is read by its codes instead"
         advice = f"prepare the data again with --whisper {shape.checkpoint} to examine it as it is used"
         return rendering, [Finding(CHECK, "warning", text, advice)]
-    text = f"the store has features of {features.index.checkpoint} for what is heard"
+    text = f"the store has features of {features.index.checkpoint} for its audio"
     return replace(rendering, features=features), [Finding(CHECK, "ok", text)]
 
 
@@ -75,7 +75,7 @@ def check_store(store: CodeStore, rows: list[Row], spec: Spec | None) -> list[Fi
     if problem := _code_problem(rows, spec):
         return [Finding(CHECK, "failed", f"{store.folder}: {problem}", "prepare the data with the checkpoint's codec")]
     if not counts["validation"]:
-        advice = "training cannot tell learning from learning by heart: raise --validation-fraction in prepare"
+        advice = "training cannot distinguish learning from memorising: raise --validation-fraction in prepare"
         return [Finding(CHECK, "warning", text, advice)]
     return [Finding(CHECK, "ok", text)]
 

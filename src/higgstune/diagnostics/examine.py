@@ -1,7 +1,7 @@
 """The order of an examination: what each check needs, and what is still examined when an earlier one failed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 
 from higgstune.batch.dataset import PLAIN, Rendering
-from higgstune.checkpoint_files import read_json
 from higgstune.codec import CODEC_FOLDER, Codec, checkpoint_codec, load_codec
 from higgstune.config.recipe import Recipe, load_recipe
 from higgstune.data.store import CodeStore, Row
@@ -27,10 +26,10 @@ from higgstune.errors import CheckpointError, ConfigError, HiggstuneError
 from higgstune.families import family_in, load_family, read_layout
 from higgstune.families.base import Family, Layout, Prompter, Spec
 from higgstune.hub import fetch
-from higgstune.inputs import ADAPTER_CONFIG, find_adapter
+from higgstune.inputs import BaseSpec, find_adapter
 from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, adapter_conditioning
 from higgstune.model.adapters import load_adapter
-from higgstune.model.load import load_model, load_tokenizer
+from higgstune.model.load import load_model, load_tokenizer, recorded_base
 from higgstune.peft_compat import PeftModel
 
 
@@ -38,39 +37,32 @@ from higgstune.peft_compat import PeftModel
 class Names:
     """Folders and hub ids; None where nothing names one yet."""
 
-    model: str | None
+    base: BaseSpec
     adapter: str | None
     data: str | None
-    codec: str | None
     recipe: str | None
-    revision: str | None
 
     @property
     def any(self) -> bool:
         """Whether there is anything but the machine to examine."""
-        return any((self.model, self.adapter, self.data, self.codec, self.recipe))
+        return any((self.base.checkpoint, self.adapter, self.data, self.base.codec, self.recipe))
 
     def take_from_recipe(self, recipe: Recipe) -> None:
-        """A recipe names base, codec, store and the adapter that it goes on from."""
-        self._take_model(recipe.model.checkpoint, recipe.model.revision)
-        self.data = self.data or recipe.data.store
-        self.codec = self.codec or recipe.model.codec
-        self.adapter = self.adapter or recipe.init_adapter
+        """A recipe names base, codec, store and the adapter that it continues from, and says how the base is loaded.
 
-    def take_from_adapter(self, config: dict[str, Any], card: dict[str, Any]) -> None:
-        """peft's configuration names the base, Higgstune's card its revision and codec."""
-        self._take_model(config.get("base_model_name_or_path"), card.get("revision"))
-        self.codec = self.codec or card.get("codec")
+        In 4 bits, too: its memory is compared so, and on a small GPU it does not fit otherwise.
+        """
+        model = recipe.model
+        filled = self.base.filled(model.checkpoint, model.revision, model.codec)
+        self.base = replace(filled, dtype=filled.dtype or model.dtype, quantize=filled.quantize or model.quantize)
+        self.data = self.data or recipe.data.store
+        self.adapter = self.adapter or recipe.init_adapter
 
     def take_from_store(self, store: CodeStore) -> None:
         """A store may name the checkpoint that it was made for; without one, there is its codec to examine."""
-        self._take_model(store.info.settings.get("model"), None)
-        if self.model is None:
-            self.codec = self.codec or store.info.codec
-
-    def _take_model(self, model: str | None, revision: str | None) -> None:
-        if self.model is None and model is not None:
-            self.model, self.revision = model, self.revision or revision
+        self.base = self.base.filled(store.info.settings.get("model"))
+        if self.base.checkpoint is None:
+            self.base = self.base.filled(codec=store.info.codec)
 
 
 Progress = Callable[[str], None]
@@ -90,27 +82,24 @@ _REPORT_IT = "look at the message; with a sound installation and sound files thi
 
 
 def doctor(
-    model: str | Path | None = None,
+    base: BaseSpec = BaseSpec(),
+    *,
     adapter: str | Path | None = None,
     data: str | Path | None = None,
-    codec: str | Path | None = None,
     recipe: str | Path | None = None,
-    *,
-    revision: str | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Examine whatever is named, and the machine; without any, the machine alone. Nothing is changed.
 
-    An adapter and a recipe name their base, codec and data themselves; what is given here goes before. `progress` is
-    told what is being examined. Whatever is wrong is a finding of the report; ConfigError is raised for a device or
+        doctor(adapter="runs/voice", data="data/voice").passed
+
+    An adapter and a recipe name their base, codec and data themselves; arguments override that. `progress` gets the
+    name of the running check. Whatever is wrong is a finding of the report; ConfigError is raised for a device or
     dtype that does not exist.
     """
-    target = choose_device(device)
-    choose_dtype(dtype, target)
-    names = Names(*(None if name is None else str(name) for name in (model, adapter, data, codec, recipe, revision)))
-    examination = _Examination(names, dtype, device, progress or (lambda _: None))
+    choose_dtype(base.dtype, choose_device(base.device))
+    names = Names(base, *(None if name is None else str(name) for name in (adapter, data, recipe)))
+    examination = _Examination(names, progress or (lambda _: None))
     examination.run()
     return in_order(examination.findings)
 
@@ -120,8 +109,6 @@ class _Examination:
     """One examination. What could be loaded is an attribute; why something could not is in `absent`."""
 
     names: Names
-    dtype: str | None
-    device_name: str | None
     show: Progress
     findings: list[Finding] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
@@ -191,8 +178,8 @@ class _Examination:
     def _skip(self, check: str, reason: str, gives: str | None) -> None:
         if gives is not None:
             self.absent.setdefault(gives, reason)
-        told = [f.message for f in self.findings if f.check == check and f.status in ("failed", "skipped")]
-        if not told:
+        messages = [f.message for f in self.findings if f.check == check and f.status in ("failed", "skipped")]
+        if not messages:
             self.findings.append(Finding(check, "skipped", reason))
 
     def _if_failed(self, found: list[Finding], thing: str, reason: str) -> list[Finding]:
@@ -209,13 +196,12 @@ class _Examination:
         self.recipe = recipe
         self.names.take_from_recipe(recipe)
         self.rendering = Rendering(reference=recipe.data.reference)
-        self.dtype = self.dtype or recipe.model.dtype
         stages = ", ".join(f"{stage.name} ({stage.kind})" for stage in recipe.stages)
         found = [Finding("recipe", "ok", f"{self.names.recipe}: {stages}")]
-        if self.device_name is None:
+        if self.names.base.device is None:
             try:
                 choose_device(recipe.model.device)
-                self.device_name = recipe.model.device
+                self.names.base = replace(self.names.base, device=recipe.model.device)
             except ConfigError as error:
                 advice = "train on a machine with such a device; what follows is examined on the one that is here"
                 found.append(Finding("recipe", "failed", f"model.device: {error}", advice))
@@ -224,14 +210,13 @@ class _Examination:
     def _read_card(self) -> list[Finding]:
         assert self.names.adapter is not None
         folder = find_adapter(self.names.adapter)
-        config = read_json(folder / ADAPTER_CONFIG, "it is no adapter folder without it")
         try:
             card = adapter_card(folder)
             adapter_conditioning(folder)
         except CheckpointError:
-            self.names.take_from_adapter(config, {})  # what is not damaged is examined
+            self.names.base = recorded_base(self.names.base, folder, {})  # what is not damaged is examined
             raise
-        self.names.take_from_adapter(config, card)
+        self.names.base = recorded_base(self.names.base, folder, card)
         self.adapter = folder
         if self.recipe is None:
             self.rendering = Rendering(reference=card.get("recipe", {}).get("data", {}).get("reference", "turn"))
@@ -248,7 +233,7 @@ class _Examination:
         names = self.names
         if names.recipe is not None:
             self._check("recipe", (), self._read_recipe)
-        self.device = choose_device(self.device_name)
+        self.device = choose_device(names.base.device)
         if names.adapter is None:
             self.absent["adapter"] = "no adapter was named with --adapter"
         else:
@@ -259,14 +244,15 @@ class _Examination:
             self._check("data", (), self._open_store, gives="data")
         if self.store is not None:
             names.take_from_store(self.store)
-        if names.model is None:
+        if names.base.checkpoint is None:
             self.absent["model name"] = "no checkpoint was named with --model, and nothing else names one"
 
     # The checkpoint
 
     def _read_config(self) -> list[Finding]:
-        assert self.names.model is not None
-        self.folder = fetch(self.names.model, what="checkpoint", revision=self.names.revision)
+        base = self.names.base
+        assert base.checkpoint is not None
+        self.folder = fetch(base.checkpoint, what="checkpoint", revision=base.revision)
         self.family = load_family(family_in(self.folder)[0])
         self.config = self.family.read_config(self.folder)
         self.spec = self.family.spec(self.config)
@@ -286,9 +272,8 @@ class _Examination:
         return [Finding("checkpoint", "ok", f"the tokenizer has {len(tokenizer)} tokens and fits the config")]
 
     def _load_model(self) -> list[Finding]:
-        # As it will be trained: its memory was compared so, and on a small GPU it does not fit otherwise.
-        quantize = None if self.recipe is None else self.recipe.model.quantize
-        self.model = load_model(self.folder, dtype=self.dtype, device=self.device, quantize=quantize)
+        base = self.names.base
+        self.model = load_model(self.folder, dtype=base.dtype, device=self.device, quantize=base.quantize)
         found = checkpoints.check_weights(self.model)
         return self._if_failed(found, "finite weights", "the checkpoint's weights are broken")
 
@@ -302,11 +287,12 @@ class _Examination:
 
     def _look_at_codec(self) -> list[Finding]:
         brought = hasattr(self, "folder") and (self.folder / CODEC_FOLDER).is_dir()
-        if self.names.codec is None and "config" in self.absent and not brought:
+        if self.names.base.codec is None and "config" in self.absent and not brought:
             self.absent["codec"] = "there is no checkpoint to name its codec"
             return [Finding("codec", "skipped", self.absent["codec"])]
         # The checkpoint by its folder: it has been fetched.
-        name = self.names.codec if self.names.codec is not None else checkpoint_codec(self.folder)
+        base = self.names.base
+        name = base.codec if base.codec is not None else checkpoint_codec(self.folder)
         self.codec = load_codec(name, device=str(self.device))
         found = codecs.check_modes(self.codec, getattr(self, "model", None)) + codecs.check_codes(self.codec)
         return found if "config" in self.absent else found + codecs.check_fit(self.codec, self.spec)
@@ -365,7 +351,7 @@ class _Examination:
 
     def _look_at_loss(self) -> list[Finding]:
         rows = [stores.read_by_codes(row) for row in self.rows]
-        plain = Rendering(reference=self.rendering.reference)  # the base alone hears nothing through Whisper
+        plain = Rendering(reference=self.rendering.reference)  # the base alone does not use Whisper
         return loss.check_loss(self.model, self.prompter, rows, plain)
 
     def _look_at_adapter_files(self) -> list[Finding]:
@@ -397,7 +383,7 @@ class _Examination:
         return generation.check_generation(model, self.prompter, self._some_rows(), what, self.rendering)
 
     def _compare_memory(self) -> list[Finding]:
-        dtype = choose_dtype(self.dtype, self.device)
+        dtype = choose_dtype(self.names.base.dtype, self.device)
         attention = self.family.extensions.written(self.folder).audio_attention
         if self.adapter is not None:
             attention |= adapter_conditioning(self.adapter).audio_attention
@@ -408,7 +394,8 @@ class _Examination:
         else:
             if self.store is None:
                 return [Finding("memory", "skipped", "without data there is no training to plan")]
-            settings = self.recipe.model.model_copy(update={"checkpoint": str(self.folder), "dtype": self.dtype})
+            changes = {"checkpoint": str(self.folder), "dtype": self.names.base.dtype}
+            settings = self.recipe.model.model_copy(update=changes)
             data = self.recipe.data.model_copy(update={"store": str(self.store.folder)})
             changed = self.recipe.model_copy(update={"model": settings, "data": data})
             plan = memory.training_plan(changed, self.device)

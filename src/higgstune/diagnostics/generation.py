@@ -37,7 +37,7 @@ def check_generation(
     forced = _teacher_forced(model, trained)
     stepped = _step_by_step(model, [as_spoken(prompter, row, rendering) for row in clips], trained, clips)
     gap, allowed = _compare(torch.cat(forced), torch.cat(stepped), base_of(model))
-    text = f"{what}: on {sum(map(len, forced))} rows of audio, logits of a batch and step by step differ by {gap:.2g}"
+    text = f"{what}: on {sum(map(len, forced))} audio frames, logits of a batch and step by step differ by {gap:.2g}"
     if gap <= allowed:
         return [Finding(CHECK, "ok", f"{text} of their spread (allowed {allowed:.2g})")]
     advice = (

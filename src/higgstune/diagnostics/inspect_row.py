@@ -1,4 +1,4 @@
-"""What the model sees of one row: the verb `inspect`."""
+"""One row as the model sees it: the verb `inspect`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +24,15 @@ class RowInspection:
     id: str
     split: str
     prompt: str  # exactly as it is tokenized; each audio is one placeholder
-    positions: int
+    tokens: int
     text_tokens: int
-    feature_positions: int  # filled with Whisper features
-    audio_rows: int  # of all audio in the prompt, delay rows included
+    feature_positions: int  # tokens with Whisper features
+    audio_rows: int  # delayed frames of all audio in the prompt
     frames: int  # of the target
     seconds: float
     text_labels: list[tuple[int, int, str]]  # position, token id, token
-    audio_labels: list[tuple[int, list[int | None]]]  # position of a row of audio, its labels (None: ignored)
-    audio_label_cells: int
+    audio_labels: list[tuple[int, list[int | None]]]  # position of an audio frame, its labels (None: ignored)
+    audio_label_entries: int
 
 
 def inspect_row(
@@ -75,7 +75,7 @@ def _inspection(
     text = np.flatnonzero(example.text_labels != IGNORE)
     tokens = [(int(p), int(example.text_labels[p])) for p in text]
     rows = np.flatnonzero(example.audio_mask)
-    heard = 0 if example.whisper_features is None else len(example.whisper_features)
+    features = 0 if example.whisper_features is None else len(example.whisper_features)
     labelled = [
         (int(position), [None if label == IGNORE else int(label) for label in labels])
         for position, labels in zip(rows, example.audio_labels, strict=True)
@@ -85,20 +85,20 @@ def _inspection(
         id=row_id,
         split=split,
         prompt=example.prompt,
-        positions=len(example),
-        text_tokens=int((~example.audio_mask).sum()) - heard,
-        feature_positions=heard,
+        tokens=len(example),
+        text_tokens=int((~example.audio_mask).sum()) - features,
+        feature_positions=features,
         audio_rows=len(rows),
         frames=frames,
         seconds=seconds,
         text_labels=[(position, token, prompter.tokenizer.decode([token])) for position, token in tokens],
         audio_labels=labelled,
-        audio_label_cells=int((example.audio_labels != IGNORE).sum()),
+        audio_label_entries=int((example.audio_labels != IGNORE).sum()),
     )
 
 
 def label_table(inspection: RowInspection, *, head: int = 12, tail: int = 10) -> list[list[Any]]:
-    """Rows of text for people: position and one cell a codebook, `.` where nothing is learned; the middle left out."""
+    """Rows of a table for people: position and one label per codebook, `.` without a label; the middle left out."""
     rows: list[list[Any]] = [
         [position, *("." if label is None else label for label in labels)]
         for position, labels in inspection.audio_labels

@@ -80,7 +80,7 @@ def judge_loss(loss: DataLoss, chance: float, *, untrained: bool, rows: int) -> 
         return [Finding(CHECK, "warning", f"{text}: the model knows nothing of these codes", _RANDOM_WEIGHTS)]
     if real < IMPOSSIBLE_CODE_LOSS:
         return [Finding(CHECK, "failed", f"{text}: unseen audio cannot be predicted this well", _TOO_GOOD)]
-    # The number alone cannot tell: a base without much learning scores above chance on a voice, or on prompts with a
+    # The number alone proves nothing: a base without much learning scores above chance on a voice, or on prompts with a
     # reference, that it never met. That the order of the codebooks matters shows that the codes are its own.
     if rolled - real < CLEAR or (real > chance + MARGIN and rolled - real < MARGIN):
         return [Finding(CHECK, "failed", f"{text}: the codes are not those that the model speaks in", _WRONG_CODES)]
@@ -151,8 +151,8 @@ def _loss(model: Any, prompter: Prompter, rows: Sequence[Row], rendering: Render
         with torch.no_grad():
             sums = model(**tensors_to(batch, device))
         parts.append({key: sums[key].double().cpu() for key in ("audio_loss", "audio_eos_loss")})
-    total, cells = add_sums(parts), add_sums(counts)
-    codes: Tensor = (cells["audio"] - cells["audio_eos"]).clamp(min=1)
+    total, entries = add_sums(parts), add_sums(counts)
+    codes: Tensor = (entries["audio"] - entries["audio_eos"]).clamp(min=1)
     return tuple(((total["audio_loss"] - total["audio_eos_loss"]) / codes).tolist())
 
 

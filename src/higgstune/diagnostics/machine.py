@@ -26,8 +26,8 @@ __all__ = ["CHECK", "Plan", "check_memory", "free_memory", "speaking_plan", "tra
 
 CHECK = "memory"
 LOW_HEADROOM = 0.1  # of what is free
-_PROMPT = 100  # positions before the target, where no data tells
-_SECONDS = 30.0  # of the longest clip, where no data tells
+_PROMPT = 100  # tokens before the target, without data
+_SECONDS = 30.0  # of the longest clip, without data
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Plan:
 def training_plan(recipe: Recipe, device: torch.device) -> Plan:
     """What the stage that needs most will take beside this process: as `higgstune train --plan` says.
 
-    Raises CheckpointError, DataError or ConfigError for what the recipe names and is not there.
+    Raises CheckpointError, DataError or ConfigError for anything that the recipe names and that is missing.
     """
     from higgstune.planning.plan import Planner  # which reads checkpoints as this package does
 
@@ -57,7 +57,7 @@ def training_plan(recipe: Recipe, device: torch.device) -> Plan:
     trained = stage.memory[ADAPTER] + stage.memory[GRADIENTS] + stage.memory[OPTIMIZER]
     weights = stage.memory[WEIGHTS]
     return Plan(
-        f"training a {stage.kind} stage, packs of up to {stage.positions} positions",
+        f"training a {stage.kind} stage, packs of up to {stage.positions} tokens",
         weights=weights,
         trained=trained,
         activations=stage.peak - planner.process - weights - trained,

@@ -21,11 +21,12 @@ def built_in_row(codebooks: int, codes: int, *, frames: int = 12, seed: int = 0)
     """A row for those who have no data yet: a sentence, a reference, and random codes."""
     draw = np.random.default_rng(seed)
     texts = ("The sun rises in the east.", "Good morning to you all, and to those who are still asleep.")
-    target, heard = (draw.integers(0, codes, (length, codebooks)).astype(np.uint16) for length in (frames, 6))
+    target, reference = (draw.integers(0, codes, (length, codebooks)).astype(np.uint16) for length in (frames, 6))
     return Row(
         id=f"built-in sentence {seed}", text=texts[seed % 2], speaker=None, language=None, scene=None, split="train",
         duration=frames / 25, codes=target, reference_id=None, reference_text="It was the night before my birthday.",
-        reference_codes=heard, messages=None, context_codes=[], start_index=None, audio_sha256="", recording_sha256="",
+        reference_codes=reference, messages=None, context_codes=[], start_index=None, audio_sha256="",
+        recording_sha256="",
     )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def as_trained(
 
 def as_spoken(prompter: Prompter, row: Row, rendering: Rendering = PLAIN) -> Example:
     """The prompt that speaking would make for a row's last target. Raises DataError."""
-    return prompter.prompt(*_asked(row, rendering))
+    return prompter.prompt(*_request(row, rendering))
 
 
 def check_same_prompt(prompter: Prompter, row: Row, checks: Checks, rendering: Rendering = PLAIN) -> list[Finding]:
@@ -47,9 +48,9 @@ def check_same_prompt(prompter: Prompter, row: Row, checks: Checks, rendering: R
     problem = _first_difference(prompter, trained, spoken, checks.prompt_end)
     if problem is None:
         rows = len(spoken.audio_input_ids)
-        text = f"row {row.id}: the {len(spoken)} positions before the target are the same in training and speaking"
+        text = f"row {row.id}: the {len(spoken)} tokens before the target are the same in training and speaking"
         return [Finding(CHECK, "ok", f"{text} ({rows} of them audio)")]
-    advice = "the model would be asked otherwise than it was trained: prepare the data again with this Higgstune"
+    advice = "speaking would use another prompt than training: prepare the data again with this Higgstune"
     return [Finding(CHECK, "failed", f"row {row.id}: {problem}", advice)]
 
 
@@ -58,17 +59,17 @@ def check_chat_template(tokenizer: Any, row: Row, checks: Checks) -> list[Findin
     if getattr(tokenizer, "chat_template", None) is None:
         return [Finding(CHECK, "skipped", "the checkpoint has no chat template to compare with")]
     messages, _, _ = row_conversation(row)
-    asked, _ = _asked(row)
+    request, _ = _request(row)
     try:
         theirs = [
             tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False),
-            tokenizer.apply_chat_template([dict(m) for m in _before_target(asked)], tokenize=False,
+            tokenizer.apply_chat_template([dict(m) for m in _before_target(request)], tokenize=False,
                                           add_generation_prompt=True),
         ]  # fmt: skip
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         text = f"the checkpoint's chat template cannot write row {row.id}: {error}"
         return [Finding(CHECK, "failed", text, _TEMPLATE_ADVICE)]
-    ours = [checks.render(messages, generation=False), checks.render(_before_target(asked), generation=True)]
+    ours = [checks.render(messages, generation=False), checks.render(_before_target(request), generation=True)]
     for name, our, their in zip(("a training row", "a prompt to speak"), ours, theirs, strict=True):
         if our is not None and our != their:
             text = f"the checkpoint's chat template writes {name} otherwise: {_around_difference(our, their)}"
@@ -92,8 +93,8 @@ def check_tokens(tokenizer: Any, checks: Checks) -> list[Finding]:
     return [Finding(CHECK, "ok", f"all {len(checks.control_tokens)} control tokens are one id each")]
 
 
-def _asked(row: Row, rendering: Rendering = PLAIN) -> tuple[Sequence[Message], list[Audio]]:
-    """The conversation that asks for a row's last target, as `speak` makes it, and the audio of what comes before."""
+def _request(row: Row, rendering: Rendering = PLAIN) -> tuple[Sequence[Message], list[Audio]]:
+    """The conversation before a row's last target, as `speak` makes it, and its audio."""
     messages, audio, _ = row_conversation(row, rendering)
     if row.messages is None:
         scene = DEFAULT_SCENE if row.scene is None else row.scene
@@ -119,23 +120,23 @@ def _audio_parts(message: Message) -> int:
 
 
 def _first_difference(prompter: Prompter, trained: Example, spoken: Example, prompt_end: str) -> str | None:
-    ids, asked = trained.input_ids, spoken.input_ids
-    if int(asked[-1]) != prompter.tokenizer.convert_tokens_to_ids(prompt_end):
-        return f"the prompt to speak does not end with {prompt_end}"
-    if len(asked) > len(ids) or (ids[: len(asked)] != asked).any():
-        shared = min(len(ids), len(asked))
-        odd = np.flatnonzero(ids[:shared] != asked[:shared])
+    ids, prompt = trained.input_ids, spoken.input_ids
+    if int(prompt[-1]) != prompter.tokenizer.convert_tokens_to_ids(prompt_end):
+        return f"the prompt for generation does not end with {prompt_end}"
+    if len(prompt) > len(ids) or (ids[: len(prompt)] != prompt).any():
+        shared = min(len(ids), len(prompt))
+        odd = np.flatnonzero(ids[:shared] != prompt[:shared])
         place = int(odd[0]) if len(odd) else shared
         around = slice(max(0, place - 4), place + 4)
-        told = [prompter.tokenizer.decode(tokens[around].tolist()) for tokens in (ids, asked)]
-        return f"position {place} differs: training has {told[0]!r}, speaking {told[1]!r}"
+        texts = [prompter.tokenizer.decode(tokens[around].tolist()) for tokens in (ids, prompt)]
+        return f"position {place} differs: training has {texts[0]!r}, speaking {texts[1]!r}"
     if not np.array_equal(trained.audio_input_ids[: len(spoken.audio_input_ids)], spoken.audio_input_ids):
         return "the audio before the target has other codes in speaking than in training"
-    heard = spoken.whisper_features
-    if heard is not None and (
-        trained.whisper_features is None or not np.array_equal(trained.whisper_features[: len(heard)], heard)
+    features = spoken.whisper_features
+    if features is not None and (
+        trained.whisper_features is None or not np.array_equal(trained.whisper_features[: len(features)], features)
     ):
-        return "what is heard before the target has other features in speaking than in training"
+        return "the Whisper features before the target differ between speaking and training"
     return None
 
 

@@ -62,7 +62,7 @@ class Report:
         table = Table("status", "check", "finding", "what to do")
         for finding in self.findings:
             colour = _COLOURS[finding.status]
-            # Text, not strings: a path in brackets is no markup.
+            # Text, not strings: a path in brackets is not markup.
             table.add_row(
                 Text(finding.status, style=colour), finding.check, Text(finding.message), Text(finding.advice)
             )

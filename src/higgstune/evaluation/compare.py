@@ -9,7 +9,6 @@ from typing import Any
 
 from higgstune.checkpoint_files import read_json
 from higgstune.config.expression import LOSS, STEP, Expression
-from higgstune.config.recipe import Quantize
 from higgstune.environment import choose_device
 from higgstune.errors import ConfigError, DataError
 from higgstune.evaluation.choice import Choice, Rule, choose
@@ -25,7 +24,7 @@ from higgstune.evaluation.score import compare as differences_of
 from higgstune.evaluation.test_sets import VALIDATION
 from higgstune.families.sampling import Sampling
 from higgstune.files import write_file
-from higgstune.inputs import ADAPTER, BASE, CLIPS, RUN_STATE, find_adapter, kind_of
+from higgstune.inputs import ADAPTER, BASE, CLIPS, RUN_STATE, BaseSpec, find_adapter, kind_of
 from higgstune.metrics import METRICS, SIGNIFICANT, Difference, Evaluation
 from higgstune.model.adapter_folder import adapter_card, adapter_conditioning
 from higgstune.progress import Progress
@@ -98,8 +97,8 @@ def compare(
     data: str | Path | None = None,
     gates: Sequence[str] | None = None,
     rank: str | None = None,
+    base: BaseSpec = BaseSpec(),
     whisper: str | Path | None = None,
-    quantize: Quantize | None = None,
     asr: str | None = None,
     speaker_judge: str | None = AUTO,
     quality_judge: str | None = None,
@@ -108,16 +107,16 @@ def compare(
     limit: int | None = None,
     language: str | None = None,
     batch_size: int = 8,
-    device: str | None = None,
-    dtype: str | None = None,
     progress: Progress | None = None,
     command: Sequence[str] = (),
 ) -> ComparisonResult:
     """Evaluate two or more runs, adapters, bases or folders of clips on the same texts, and write a page into `out`.
 
+        compare(["runs/a", "runs/b"], out="runs/compared", asr="large-v3").best
+
     The others are compared with the first one. `gates` and `rank` decide which is best (see `choice.Rule`); `command`
-    is shown on the page. `out` is a folder; as in `evaluate`, it keeps the speech. `whisper` applies to the adapters
-    that were trained with Whisper, `quantize` to every base.
+    is shown on the page. `out` is a folder; as in `evaluate`, it keeps the speech. `base` applies to every
+    base, `whisper` to the adapters that were trained with Whisper.
 
     Raises as `evaluate`, and DataError if systems did not speak the same texts.
     """
@@ -127,7 +126,7 @@ def compare(
     with_whisper = [_uses_whisper(place) for place in places]
     if whisper is not None and not any(with_whisper):
         raise ConfigError("--whisper has no effect: no adapter here was trained with Whisper")
-    judges = load_judges(asr, speaker_judge, quality_judge, device=str(choose_device(device)))
+    judges = load_judges(asr, speaker_judge, quality_judge, device=str(choose_device(base.device)))
     _check_early(places, [*(gates or ()), *([] if rank is None else [rank])], judges)
     if data is None:  # one store for all: its rows are spoken, and clips are compared with its voices
         found_store = _store_of(places)
@@ -137,9 +136,9 @@ def compare(
     systems = {}
     for name, place, uses_whisper in zip(names, places, with_whisper, strict=True):
         found = evaluate(
-            place, texts=texts, out=out / name, data=data, whisper=whisper if uses_whisper else None, quantize=quantize,
-            base=False, judges=judges, sampling=sampling, seed=seed, limit=limit, language=language,
-            batch_size=batch_size, device=device, dtype=dtype, progress=_named_progress(name, progress),
+            place, texts=texts, out=out / name, data=data, base=base, with_base=False,
+            whisper=whisper if uses_whisper else None, judges=judges, sampling=sampling, seed=seed, limit=limit,
+            language=language, batch_size=batch_size, progress=_named_progress(name, progress),
         )  # fmt: skip
         systems[name] = _system(place, found)
     evaluations = {name: system.evaluation for name, system in systems.items()}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from higgstune.checkpoint_files import read_json, sha256_of
-from higgstune.config.recipe import Quantize
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore
 from higgstune.environment import choose_device
@@ -36,12 +35,11 @@ from higgstune.evaluation.statistics import smallest_p
 from higgstune.evaluation.test_sets import VALIDATION, Sentence, read_sentences
 from higgstune.families.sampling import Sampling
 from higgstune.files import alone_in, write_file
-from higgstune.generate.speak import load_base
 from higgstune.generate.speaker import Speaker
-from higgstune.inputs import ADAPTER, ADAPTER_CONFIG, BASE, CLIPS, RUN_STATE, find_adapter, kind_of
+from higgstune.inputs import ADAPTER, ADAPTER_CONFIG, BASE, CLIPS, RUN_STATE, BaseSpec, base_and_adapter, kind_of
 from higgstune.metrics import METRICS, SIGNIFICANT, Difference, Evaluation, verdict
 from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, base_fingerprint
-from higgstune.model.load import ModelAndTokenizers
+from higgstune.model.load import ModelAndTokenizers, load_base
 from higgstune.progress import Progress, silent
 
 _LOG = logging.getLogger(__name__)
@@ -159,11 +157,9 @@ def evaluate(
     guard: Sequence[str] = (),
     out: str | Path | None = None,
     data: str | Path | None = None,
-    model: str | Path | None = None,
-    codec: str | Path | None = None,
+    base: BaseSpec = BaseSpec(),
+    with_base: bool = True,
     whisper: str | Path | None = None,
-    quantize: Quantize | None = None,
-    base: bool = True,
     asr: str | None = None,
     speaker_judge: str | None = AUTO,
     quality_judge: str | None = None,
@@ -173,11 +169,11 @@ def evaluate(
     limit: int | None = None,
     language: str | None = None,
     batch_size: int = 8,
-    device: str | None = None,
-    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult:
     """Speak `texts` and the `guard` sets with an adapter (its folder or its run's) and with its base, and measure them.
+
+        evaluate("runs/voice", texts="en", asr="large-v3").texts.conclusion
 
     `texts` and each entry of `guard` is `validation` (rows of the store that the adapter was trained on, or of `data`),
     built-in languages, a file of sentences or a `meta.lst` (see `read_sentences`). `limit` caps the texts of each set;
@@ -185,8 +181,9 @@ def evaluate(
     the store's language, if it has only one. Speech is kept in `out` and reused for the same adapter, text, voice and
     seed; the judges' answers are kept as well.
 
-    `whisper` is the new place of the Whisper checkpoint that an adapter, or a base alone, was trained with. `quantize`
-    ("4bit") loads the base in 4 bits. `judges` that are already loaded replace the three specs (see `load_judges`).
+    `base` says how to load the base, and where it is if it has moved; the judges use its device, too. `with_base=False`
+    leaves out its clips. `whisper` is the new place of the Whisper checkpoint that an adapter, or a base alone, was
+    trained with. `judges` that are already loaded replace the three specs (see `load_judges`).
 
     `target` may also be a base, or an external folder of clips (see `read_clips`), which are measured as they are.
 
@@ -194,25 +191,23 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}: it must be at least 1")
-    if guard and not base:
+    if guard and not with_base:
         raise ConfigError("guard needs the base to compare with: leave out --no-base")
     target = Path(target)
     show = progress or silent
     kind = kind_of(target)
-    adapter = find_adapter(target) if kind == ADAPTER else None
+    base, adapter = (base, None) if kind == CLIPS else base_and_adapter(target, base)
     folder = Path(out) if out is not None else target if kind == CLIPS else _folder_of(target, adapter)
     if judges is None:
-        judges = load_judges(asr, speaker_judge, quality_judge, device=str(choose_device(device)))
+        judges = load_judges(asr, speaker_judge, quality_judge, device=str(choose_device(base.device)))
     if kind == CLIPS:
         return _evaluate_clips(target, judges, folder, seed, show)
     names = [texts, *dict.fromkeys(name for name in guard if name != texts)]
     _check_sets(names, judges, language)
-    loaded = load_base(
-        target if adapter is None else model, adapter, codec=codec, dtype=dtype, device=device, quantize=quantize
-    )
+    loaded = load_base(base, adapter)
     store = _open_store(data, adapter, needed=VALIDATION in names, codec_revision=loaded.audio_tokenizer.revision)
     settings = SpeechSettings(
-        sampling or Sampling(), seed, limit, _precision(loaded, quantize), str(loaded.model.device),
+        sampling or Sampling(), seed, limit, _precision(loaded, base), str(loaded.model.device),
         None if adapter is None else str(adapter), loaded.checkpoint, loaded.codec,
         None if store is None else str(store.folder), _is_as_trained(store, adapter),
     )  # fmt: skip
@@ -224,7 +219,7 @@ def evaluate(
     with alone_in(folder, "evaluation", "nothing was spoken"):
         context = _Context(store, {}, cached(judges, folder / "judged"), folder, seed, limit, language, settings)
         spoken: dict[str, dict[str, list[Clip]]] = {name: {} for name in names}
-        for system in _systems(loaded, adapter, settings, whisper, with_base=base):
+        for system in _systems(loaded, adapter, settings, whisper, with_base=with_base):
             for name in names:
                 spoken[name][system.name] = synthesize_items(
                     _items(name, system.speaker, context), system.speaker, folder, system=system.identity,
@@ -250,8 +245,8 @@ def _check_sets(names: Sequence[str], judges: Judges, language: str | None) -> N
             check_languages(judges, [sentence.language or language for sentence in read_sentences(name)])
 
 
-def _precision(loaded: ModelAndTokenizers, quantize: Quantize | None) -> str:
-    return str(loaded.model.dtype).removeprefix("torch.") + (f"-{quantize}" if quantize else "")
+def _precision(loaded: ModelAndTokenizers, base: BaseSpec) -> str:
+    return str(loaded.model.dtype).removeprefix("torch.") + (f"-{base.quantize}" if base.quantize else "")
 
 
 def _systems(

@@ -170,7 +170,7 @@ def synthesize_items(
     missing = [index for index, place in enumerate(places) if _read_note(place) is None]
     for first in range(0, len(missing), batch_size):
         batch = missing[first : first + batch_size]
-        spoken = speaker.say_each([items[index].request for index in batch], sampling=sampling, batch_size=batch_size)
+        spoken = speaker.speak_all([items[index].request for index in batch], sampling=sampling, batch_size=batch_size)
         for index, speech in zip(batch, spoken, strict=True):
             write_wav(places[index].with_suffix(".wav"), speech.waveform, speech.sample_rate)
             note = {
@@ -200,7 +200,7 @@ def _item_from_row(row: Row, speaker: Speaker, folder: Path, seed: int, features
         reference = _decoded(row.reference_codes, speaker.codec, place, name)
         voice = Voice(row.reference_text or "", row.reference_codes)
         if speaker.uses_whisper and features is not None and row.reference_sha256 is not None:
-            voice = replace(voice, heard=features.read(row.reference_sha256))
+            voice = replace(voice, whisper_features=features.read(row.reference_sha256))
         elif speaker.uses_whisper:
             voice = speaker.reference(reference, voice.text)
     own = _seed(seed, row.text)
@@ -235,8 +235,8 @@ def _decoded(codes: np.ndarray, codec: Codec, folder: Path, name: str) -> Path:
 def _key(request: Request, system: str, sampling: Sampling) -> str:
     voice = None
     if request.voice is not None:
-        heard = request.voice.heard
-        parts = [request.voice.codes] if heard is None else [heard.features]
+        encoded = request.voice.whisper_features
+        parts = [request.voice.codes] if encoded is None else [encoded.features]
         voice = [request.voice.text, *(hashlib.sha256(part.tobytes()).hexdigest() for part in parts)]
     said = [system, request.text, request.scene, request.seed, voice, asdict(sampling)]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:24]

@@ -153,7 +153,8 @@ def _recipe_of(source: Source) -> dict[str, dict[str, Any]]:
 def _base(source: Source, facts: CardFacts) -> str:
     rows = {
         "name": public_name(source.checkpoint),
-        "revision": source.revision or source.card.get("revision") or "not recorded",
+        "model family": source.layout.family.title,
+        "revision": source.base.revision or source.card.get("revision") or "not recorded",
         "fingerprint of its weights": facts.base_fingerprint,
         "codec": public_name(facts.codec) + (", in the sub-folder `codec`" if facts.has_codec else ""),
         "revision of the codec": source.card.get("codec_revision") or "not recorded",
@@ -284,16 +285,17 @@ def describe(
     )
     (folder / "README.md").write_text(model_card(source, facts), encoding="utf-8")
     merged = {
+        "family": source.layout.family.name,
         "adapter_sha256": source.weights_sha256,
         "base": public_name(source.checkpoint),
-        "revision": source.revision,
+        "revision": source.base.revision,
         "base_fingerprint": written.base_fingerprint,
         "fingerprint": fingerprint,
         "layout": written.layout,
         "dtype": written.dtype,
         "dropped": list(written.dropped),
         "check": asdict(check),
-        "base_merged": folder_card(source.base).get(MERGED),  # where the base is itself a merged checkpoint
+        "base_merged": folder_card(source.layout.folder).get(MERGED),  # where the base is itself a merged checkpoint
     }
     write_checksums(
         folder, higgstune=higgstune.__version__, merged=merged, codec=public_name(written.codec),

@@ -12,7 +12,7 @@ from higgstune.exporting.options import Format, check_options
 from higgstune.exporting.source import Source, open_source, stored_dtype
 from higgstune.exporting.verify import MIN_CHANGE, ExportCheck, difference, held_out
 from higgstune.files import NOTHING_KEPT, check_new, writing
-from higgstune.inputs import ADAPTER_CONFIG
+from higgstune.inputs import ADAPTER_CONFIG, BaseSpec
 from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, base_fingerprint, write_card
 from higgstune.model.adapters import load_adapter
 from higgstune.progress import Progress, silent
@@ -40,13 +40,12 @@ def export(
     base_bits: int | None = None,
     whisper: str | Path | None = None,
     data: str | Path | None = None,
-    model: str | Path | None = None,
-    revision: str | None = None,
-    codec: str | Path | None = None,
-    device: str | None = None,
+    base: BaseSpec = BaseSpec(),
     progress: Progress | None = None,
 ) -> ExportResult:
     """Write the adapter of a run's or an adapter's folder into the new folder `out`, as other software loads it.
+
+        export("runs/voice", "models/voice", format="native").folder
 
     `format` is one of
 
@@ -58,8 +57,8 @@ def export(
     and, where not given, native, or extended when the native class has no place for modules of the adapter.
     `drop_modules` writes native without these modules. `dtype` (float32, bfloat16) is that of the merged weights; that
     of the base's files where not given. `base_bits` (4, 8) only adds to the card how to load the base that way.
-    `whisper` names the encoder for boson, `model`, `revision` and `codec` base and codec, where they have moved;
-    `data` is a store to compare on.
+    `whisper` names the encoder for boson and `base` base and codec, if they have moved, and the device; `data` is a
+    store to compare on.
 
     Raises ConfigError, CheckpointError or DataError for wrong input, VerificationError when the exported model does
     not give the logits of base + adapter, WorkError when disk or memory is too small. `out` does not exist then.
@@ -67,30 +66,30 @@ def export(
     out = Path(out)
     check_options(format, drop_modules=drop_modules, dtype=dtype, base_bits=base_bits, whisper=whisper)
     check_new(out)
-    source = open_source(run, model=model, revision=revision, codec=codec)
-    check_new(out, source.base, source.adapter)
+    source = open_source(run, base)
+    check_new(out, source.layout.folder, source.adapter)
     show = progress or silent
     with output_folder(out) as folder:
         if format == "peft":
-            check = _write_adapter(source, folder, out.name, data, base_bits, device)
+            check = _write_adapter(source, folder, out.name, data, base_bits)
             show("comparing", 1, 1)
             return ExportResult(out, "peft", None, check)
-        options = MergeOptions(format, drop_modules, dtype, base_bits, whisper, device)
+        options = MergeOptions(format, drop_modules, dtype, base_bits, whisper)
         merged = merge_into(folder, out.name, source, options, data, show)
     return ExportResult(out, merged.format, merged.dtype, merged.check, merged.dropped, merged.loss)
 
 
 def _write_adapter(
-    source: Source, folder: Path, name: str, data: str | Path | None, base_bits: int | None, device: str | None
+    source: Source, folder: Path, name: str, data: str | Path | None, base_bits: int | None
 ) -> ExportCheck:
     with writing(folder, NOTHING_KEPT):
         for part in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copyfile(source.adapter / part, folder / part)
         write_card(folder, source.card)
-        for path in licence_files(source.base):
+        for path in licence_files(source.layout.folder):
             shutil.copyfile(path, folder / path.name)
     dtype = stored_dtype(source.layout, wanted="float32")
-    loaded = load_source(source, dtype, device)
+    loaded = load_source(source, dtype)
     clips = held_out(source, loaded, data)
     fingerprint, base = base_fingerprint(loaded.model), logits_of(loaded.model, clips.batch)
     adapted = load_adapter(loaded.model, folder)

@@ -6,7 +6,7 @@ The last logits must be those of base + adapter, and not those of the base, or n
 """
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from higgstune.files import NOTHING_KEPT, writing
 from higgstune.hub import fetch
 from higgstune.model.adapter_folder import base_fingerprint
 from higgstune.model.adapters import load_adapter
-from higgstune.model.load import ModelAndTokenizers, load_model, load_model_and_tokenizers
+from higgstune.model.load import ModelAndTokenizers, load_base, load_model
 from higgstune.peft_compat import LoraLayer, PeftModel
 from higgstune.progress import Progress
 from higgstune.training.verify import probe_logits
@@ -87,7 +87,6 @@ class MergeOptions:
     dtype: str | None  # of the merged weights; None: that of the base's files
     base_bits: int | None
     whisper: str | Path | None
-    device: str | None
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def merge_into(
     stored = options.dtype or read
     dtypes = _Dtypes(stored, "bfloat16" if read == stored == "bfloat16" else "float32")
     written = _write(source, folder, options, dtypes, data, show)
-    check, fingerprint = _prove(folder, written, dtypes, options.device)
+    check, fingerprint = _prove(folder, written, dtypes, source.base.device)
     show("comparing", 1, 1)
     with writing(folder, NOTHING_KEPT):
         describe(source, folder, name, written, check, fingerprint, options.base_bits)
@@ -131,7 +130,7 @@ def _write(
     source: Source, folder: Path, options: MergeOptions, dtypes: _Dtypes, data: str | Path | None, show: Progress
 ) -> Written:
     """Load, merge, write. The models are freed when this returns."""
-    loaded = load_source(source, dtypes.computed, options.device)
+    loaded = load_source(source, dtypes.computed)
     show("reading the base", 1, 1)
     clips = held_out(source, loaded, data)
     fingerprint, base = base_fingerprint(loaded.model), logits_of(loaded.model, clips.batch)
@@ -171,11 +170,9 @@ def _write(
     )
 
 
-def load_source(source: Source, dtype: str, device: str | None) -> ModelAndTokenizers:
+def load_source(source: Source, dtype: str) -> ModelAndTokenizers:
     """Base, tokenizer and codec. Raises CheckpointError when the adapter was trained on codes of another codec."""
-    loaded = load_model_and_tokenizers(
-        source.checkpoint, codec=source.codec, dtype=dtype, device=device, revision=source.revision
-    )
+    loaded = load_base(replace(source.base, dtype=dtype))
     trained_with = source.card.get("codec_revision")
     if trained_with not in (None, loaded.audio_tokenizer.revision):
         raise CheckpointError(
@@ -233,7 +230,7 @@ def _codec_folder(codec: str) -> Path | None:
     return None if codec == DEFAULT_CODEC else fetch(codec, what="codec")
 
 
-def _prove(folder: Path, written: Written, dtypes: _Dtypes, device: str | None) -> tuple[ExportCheck, str]:
+def _prove(folder: Path, written: Written, dtypes: _Dtypes, device: Any) -> tuple[ExportCheck, str]:
     """Load the written checkpoint and compare; with the fingerprint of its weights. Raises VerificationError."""
     gc.collect()
     if torch.cuda.is_available():

@@ -8,14 +8,14 @@ from typing import Any
 
 from safetensors import safe_open
 
-from higgstune.checkpoint_files import folder_card, read_json, sha256_of
-from higgstune.codec import CODEC_FOLDER, checkpoint_codec
-from higgstune.errors import CheckpointError
+from higgstune.checkpoint_files import folder_card, sha256_of
+from higgstune.errors import CheckpointError, ConfigError
 from higgstune.families import read_layout
 from higgstune.families.base import Layout
 from higgstune.hub import fetch
-from higgstune.inputs import ADAPTER_CONFIG, find_adapter
-from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, check_adapter_files
+from higgstune.inputs import BaseSpec, find_adapter
+from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, check_adapter_family, check_adapter_files
+from higgstune.model.load import naming_where_recorded, recorded_base
 
 MERGED = "merged"  # key of a folder's higgstune.json: which adapter is in these weights
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
@@ -28,15 +28,13 @@ class Source:
     adapter: Path
     card: dict[str, Any]  # the adapter's; empty for an adapter that Higgstune did not write
     weights_sha256: str
-    checkpoint: str  # the base as the user or the adapter names it, with `revision`
-    revision: str | None
+    base: BaseSpec  # as the user or the adapter names it
     layout: Layout  # of the base's folder
-    codec: str
 
     @property
-    def base(self) -> Path:
-        """The base's folder on this disk."""
-        return self.layout.folder
+    def checkpoint(self) -> str:
+        """The base's folder or hub id, as it was named."""
+        return str(self.base.checkpoint)
 
     @property
     def run(self) -> Path:
@@ -44,36 +42,29 @@ class Source:
         return self.adapter.parent
 
 
-def open_source(
-    run: str | Path, *, model: str | Path | None = None, revision: str | None = None, codec: str | Path | None = None
-) -> Source:
-    """The adapter of a run's or an adapter's folder with its base (`model` where that has moved) and its codec.
+def open_source(run: str | Path, base: BaseSpec = BaseSpec()) -> Source:
+    """The adapter of a run's or an adapter's folder with its base and codec (`base`, if they have moved).
 
-    Raises CheckpointError when a part is missing or damaged, and when an adapter was merged into the base already.
+    Raises CheckpointError when a part is missing or damaged, and when an adapter was merged into the base already;
+    ConfigError for a `base` in 4 bits or another dtype.
     """
+    if base.dtype is not None or base.quantize is not None:
+        raise ConfigError("export reads the base as it is stored: its BaseSpec has no dtype and no quantize")
     adapter = find_adapter(run)
     check_adapter_files(adapter)
     card = adapter_card(adapter)
-    checkpoint = str(model) if model is not None else _recorded_base(adapter)
-    revision = revision if model is not None else revision or card.get("revision")
-    try:
-        layout = read_layout(fetch(checkpoint, what="checkpoint", revision=revision))
-    except CheckpointError as error:
-        if model is not None:
-            raise
-        raise CheckpointError(
-            f"{error}\n(the adapter {adapter} names its base; name it with --model if it has moved)"
-        ) from error
+    base = recorded_base(base, adapter, card)
+    with naming_where_recorded(adapter):
+        layout = read_layout(fetch(str(base.checkpoint), what="checkpoint", revision=base.revision))
+    check_adapter_family(adapter, layout.family)
     sha256 = sha256_of(adapter / ADAPTER_WEIGHTS)
     _refuse_merged_base(layout.folder, card, sha256)
     return Source(
         adapter=adapter,
         card=card,
         weights_sha256=sha256,
-        checkpoint=checkpoint,
-        revision=revision,
+        base=base,
         layout=layout,
-        codec=str(codec) if codec is not None else _recorded_codec(card, layout.folder),
     )
 
 
@@ -95,22 +86,6 @@ def stored_dtype(layout: Layout, *, wanted: str | None = None) -> str:
             "--dtype float32 or --dtype bfloat16"
         )
     return STORED_DTYPES.get(found, "float32")
-
-
-def _recorded_base(adapter: Path) -> str:
-    name = read_json(adapter / ADAPTER_CONFIG, "").get("base_model_name_or_path")
-    if not name:
-        raise CheckpointError(f"the adapter {adapter} does not record its base: name it with --model")
-    return str(name)
-
-
-def _recorded_codec(card: dict[str, Any], base: Path) -> str:
-    """The codec that the adapter was trained with; when its folder has moved, the one in the base's folder."""
-    recorded = card.get("codec")
-    own = base / CODEC_FOLDER
-    if recorded is None or (Path(recorded).is_absolute() and not Path(recorded).is_dir() and own.is_dir()):
-        return checkpoint_codec(base)
-    return str(recorded)
 
 
 def _refuse_merged_base(base: Path, card: dict[str, Any], sha256: str) -> None:

@@ -1,6 +1,6 @@
-"""Model families, found by the `model_type` of a checkpoint's config.json or by the name that artefacts keep.
+"""The registry of model families, by the `model_type` of a checkpoint's config.json or by the name in artefacts.
 
-A lookup of a `FamilyInfo` brings neither torch nor transformers; `family_of` and `load_family` bring the family's code.
+A lookup of a `FamilyInfo` imports neither torch nor transformers; `family_of` and `load_family` import a family's code.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ _KNOWN: dict[str, FamilyInfo] = {}
 
 
 def register(info: FamilyInfo) -> None:
-    """Add a family. Its name and model types must be its own."""
+    """Register a family, whose name and model types must be unique."""
     _KNOWN[info.name] = info
 
 
@@ -27,15 +27,15 @@ register(higgs_v2.INFO)
 
 
 def family_info(name: str | None) -> FamilyInfo:
-    """The family with this name; the default one without. Raises ConfigError."""
+    """The family with this name; None means the default one. Raises ConfigError."""
     found = _KNOWN.get(DEFAULT_FAMILY if name is None else name)
     if found is None:
-        raise ConfigError(f"there is no model family {name!r}: it is one of {', '.join(_KNOWN)}")
+        raise ConfigError(f"unknown model family {name!r}: use one of {', '.join(_KNOWN)}")
     return found
 
 
 def load_family(info: FamilyInfo) -> Family:
-    """The family's code."""
+    """Import the family's code."""
     with collector_paused():
         family: Family = import_module(info.code).FAMILY
     return family
@@ -57,8 +57,8 @@ def family_of(model: Any) -> Family:
 
 
 def family_in(folder: Path) -> tuple[FamilyInfo, str, dict[str, Any]]:
-    """The family of a checkpoint's folder, its layout, and its config.json. Raises CheckpointError."""
-    config = read_json(folder / "config.json", "it is not a checkpoint folder without it")
+    """The family of a checkpoint folder, its layout, and its config.json. Raises CheckpointError."""
+    config = read_json(folder / "config.json", "a checkpoint folder needs it")
     model_type = config.get("model_type")
     for info in _KNOWN.values():
         if (kind := info.model_types.get(str(model_type))) is not None:
@@ -68,7 +68,7 @@ def family_in(folder: Path) -> tuple[FamilyInfo, str, dict[str, Any]]:
 
 
 def read_layout(folder: Path) -> Layout:
-    """Check that config and weights are there and whole. Raises CheckpointError naming the file and what to do."""
+    """Check that config and weights exist and are whole. Raises CheckpointError naming the file and what to do."""
     info, kind, config = family_in(folder)
     weights = weight_files(folder)
     keys = frozenset(key for file in weights for key in safetensors_keys(file))
@@ -76,10 +76,13 @@ def read_layout(folder: Path) -> Layout:
 
 
 def check_family(what: str, name: str | None, base: FamilyInfo) -> None:
-    """Raises CheckpointError when an artefact (`what`, such as "the adapter runs/a") is not of its base's family.
+    """Raises CheckpointError if an artefact (`what`, such as "the adapter runs/a") is not of its base's family.
 
-    `name` is the family that it keeps; None: it is from before families, and of the default one.
+    `name` is the family that the artefact records, or a model type of that family; None means the default one.
     """
-    kept = DEFAULT_FAMILY if name is None else name
-    if kept != base.name:
-        raise CheckpointError(f"{what} belongs to the family {kept}, the base is {base.title} ({base.name})")
+    recorded = DEFAULT_FAMILY if name is None else name
+    if recorded != base.name and recorded not in base.model_types:
+        raise CheckpointError(
+            f"{what} belongs to the model family {recorded}, the base to {base.title} ({base.name}): use the base that "
+            "it was made for"
+        )

@@ -1,4 +1,4 @@
-"""Prompts of unequal lengths as one batch, padded on the left, for whichever family's decoder wants them so."""
+"""Prompts of unequal lengths as one left-padded batch, for decoders that need one."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,8 @@ from higgstune.families.base import Example
 
 
 def left_padded(prompts: Sequence[Example], *, pad_id: int) -> dict[str, Tensor]:
-    """Prompts -> input_ids and attention_mask [B, S], padded on the left, and where prompts have them
-    audio frames [B, A, K], Whisper features [W, d_model].
+    """Prompts -> input_ids and attention_mask [B, S], padded on the left, and if prompts have any, audio frames
+    [B, A, K] and Whisper features [W, d_model].
     """
     length = max(len(prompt) for prompt in prompts)
     rows = max(len(prompt.audio_input_ids) for prompt in prompts)
@@ -29,6 +29,6 @@ def left_padded(prompts: Sequence[Example], *, pad_id: int) -> dict[str, Tensor]
 
 
 def feature_tensors(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """`whisper_features` of a batch, or nothing where no example has any."""
+    """`whisper_features` of a batch; empty if no example has any."""
     features = [example.whisper_features for example in examples if example.whisper_features is not None]
     return {"whisper_features": torch.from_numpy(np.concatenate(features))} if features else {}

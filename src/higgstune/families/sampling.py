@@ -1,4 +1,4 @@
-"""From the logits of one row to its codes: delay pattern, temperature, top-k, top-p, repetition-aware sampling."""
+"""Sampling settings, and the filters that every family's sampler uses."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,20 @@ from higgstune.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How codes are drawn; the defaults are those that the released model is used with."""
+    """How codes are drawn; the defaults are those recommended for the released model.
+
+    >>> Sampling(temperature=0.7).top_k
+    50
+    """
 
     temperature: float = 1.0  # 0: greedy
     top_k: int = 50  # 0: off
     top_p: float = 0.95  # 1: off
-    repeat_window: int = 7  # rows looked back on; 0 switches repetition-aware sampling off
-    max_repeats: int = 2  # as many times may a code of a codebook stand in the window before it is drawn anew
+    repeat_window: int = 7  # rows to look back; 0 switches repetition-aware sampling off
+    max_repeats: int = 2  # a code that its codebook's window holds this often is redrawn
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a value that makes no sense."""
+        """Raises ConfigError for a value out of range."""
         for name, value, holds in (
             ("temperature", self.temperature, self.temperature >= 0),
             ("top_k", self.top_k, self.top_k >= 0),
@@ -32,7 +36,7 @@ class Sampling:
 
 
 def filtered(scores: Tensor, sampling: Sampling) -> Tensor:
-    """Scores [K, V] with what top-k and top-p leave out at -inf."""
+    """Scores [K, V], with -inf for codes that top-k and top-p exclude."""
     if sampling.top_k and sampling.top_k < scores.shape[-1]:
         smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < smallest, -torch.inf)

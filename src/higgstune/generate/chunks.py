@@ -1,4 +1,4 @@
-"""Long texts: where to split them, how long they may take, and how spoken pieces are joined."""
+"""Long texts: splits them, caps the length of their pieces, and joins the spoken pieces."""
 
 import re
 import unicodedata
@@ -23,15 +23,15 @@ def expected_seconds(text: str) -> float:
 
 
 def frame_cap(text: str, frame_rate: float) -> int:
-    """As many frames may a text take at the most: three times the expected duration and two seconds."""
+    """The maximum number of frames of a text: three times the expected duration plus two seconds."""
     return round((3 * expected_seconds(text) + 2) * frame_rate)
 
 
 def split_text(text: str, max_seconds: float = MAX_CHUNK_SECONDS) -> list[str]:
-    """Sentences of a text, put together again up to `max_seconds` of expected speech each.
+    """The pieces of a text: neighbouring sentences with up to `max_seconds` of expected speech together.
 
-    A sentence that is longer alone is split at clauses, then at words. Inside a piece the text stays as it was, line
-    breaks too, because training sees them; only white space between pieces is lost.
+    A longer sentence is split at clauses, then at words. The text within a piece is unchanged, line breaks included,
+    because training sees them; only white space between pieces is lost.
     """
     pieces = [piece for sentence in _SENTENCE.findall(text) for piece in _fitting(sentence, max_seconds)]
     chunks: list[str] = []
@@ -58,7 +58,7 @@ def _fitting(sentence: str, max_seconds: float) -> list[str]:
     parts = _CLAUSE.findall(sentence)
     if len(parts) == 1:
         parts = re.findall(r"\S+\s*|\s+", sentence)
-    if len(parts) == 1:  # a script without spaces: any place is as good
+    if len(parts) == 1:  # a script without spaces: split anywhere
         parts = list(sentence)
     if len(parts) == 1:
         return parts

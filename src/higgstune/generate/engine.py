@@ -1,6 +1,6 @@
-"""Step-by-step generation with a KV cache: prompts in, codes out, a batch of unequal lengths at a time.
+"""Step-by-step generation with a KV cache, for a batch of prompts of unequal lengths.
 
-The prompt goes through the model once; then each row of codes is fed alone. How, is the family's: see `Decoder` and
+The model reads each prompt once, then one row of codes at a time. The family decides how: see `Decoder` and
 `RowSampler` in `families.base`.
 """
 
@@ -36,10 +36,11 @@ def generate(
     on_row: Callable[[], None] | None = None,
     sync_logits: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Generated]:
-    """Speak a batch of prompts (see `Prompter.prompt`). A clip's result depends on its own prompt and seed alone,
-    up to the rounding of batched arithmetic. `model` is a native model or a peft model around one, in eval mode.
-    Where several processes compute one model together, `sync_logits` gives all of them the logits of one. Otherwise a
-    rounding difference would make them draw different codes, and one would end while the others wait for it.
+    """Generate the clips of a batch of prompts (see `Prompter.prompt`). A clip depends only on its own prompt and seed,
+    up to the rounding of batched arithmetic. `model` is a loaded model or a peft model around one, in eval mode.
+
+    If several processes run one model together, `sync_logits` gives all of them the logits of one. Otherwise a rounding
+    difference would make them draw different codes, and one would stop while the others wait for it.
     """
     family = family_of(model)
     spec = family.spec(base_of(model).config)

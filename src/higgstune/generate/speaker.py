@@ -1,8 +1,9 @@
-"""A loaded checkpoint that speaks, and what it is given and gives."""
+"""A loaded checkpoint that speaks, with its requests and results."""
 
+import base64
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from higgstune.checkpoint_files import folder_card
 from higgstune.codec.base import WhisperFeatures
 from higgstune.codec.whisper_encoder import WhisperTower, load_whisper
-from higgstune.data.audio import read_audio, resample
+from higgstune.data.audio import read_audio, resample, wav_bytes, write_wav
 from higgstune.data.messages import DEFAULT_SCENE, ReferencePlace, speech_messages
 from higgstune.data.text import normalize_text
 from higgstune.errors import CheckpointError, InputError
@@ -20,24 +21,29 @@ from higgstune.families.base import Audio, Example, WhisperSpec
 from higgstune.families.sampling import Sampling
 from higgstune.generate.chunks import frame_cap, join, split_text
 from higgstune.generate.engine import Generated, generate
+from higgstune.inputs import BaseSpec, base_and_adapter
 from higgstune.model.adapter_folder import adapter_card, adapter_conditioning
-from higgstune.model.load import ModelAndTokenizers
+from higgstune.model.load import ModelAndTokenizers, load_base
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Voice:
-    """A reference: somebody's words and their codes [frames, K], and what Whisper hears, where the model listens."""
+    """A reference: its transcript, its codes [frames, K], and its Whisper features if the model uses Whisper."""
 
     text: str
     codes: np.ndarray
-    heard: WhisperFeatures | None = None
+    whisper_features: WhisperFeatures | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """A text to be spoken, in which voice and scene, drawn with which seed."""
+    """A text to speak, with its voice, scene and seed.
+
+    >>> Request("Good morning", seed=1)
+    Request(text='Good morning', voice=None, scene='Audio is recorded from a quiet room.', seed=1)
+    """
 
     text: str
     voice: Voice | None = None
@@ -47,17 +53,31 @@ class Request:
 
 @dataclass(frozen=True)
 class Speech:
-    """One spoken text."""
+    """One spoken text, which a notebook plays.
 
-    text: str  # as it was given to the model, normalised
+    >>> clip = Speech("Hi.", np.zeros(12_000, np.float32), sample_rate=24_000, hit_cap=False)
+    >>> clip.seconds
+    0.5
+    """
+
+    text: str  # normalised, as the model got it
     waveform: np.ndarray  # [samples] float32
     sample_rate: int
-    hit_cap: bool  # some piece was ended by its frame cap, not by the model
+    hit_cap: bool  # the frame cap ended a piece, not the model
 
     @property
     def seconds(self) -> float:
-        """Duration."""
+        """The duration."""
         return len(self.waveform) / self.sample_rate
+
+    def save(self, path: str | Path) -> Path:
+        """Write a 16-bit WAV file, and its folders. Raises InputError when the name does not end in .wav."""
+        write_wav(path, self.waveform, self.sample_rate)
+        return Path(path)
+
+    def _repr_html_(self) -> str:
+        data = base64.b64encode(wav_bytes(self.waveform, self.sample_rate)).decode()
+        return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
 
 
 class Speaker:
@@ -72,11 +92,11 @@ class Speaker:
         reference_place: ReferencePlace | None = None,
         whisper: str | Path | None = None,
     ) -> None:
-        """`model` is `loaded.model` with an adapter that is on it already, as in training. `reference_place` is where a
-        reference stands in the prompt: as the adapter was trained, where not given. `whisper` names the Whisper
-        checkpoint of a model that listens, where it has moved.
+        """`model` is `loaded.model` with its adapter already loaded, as in training. `reference_place` is the place of
+        a reference in the prompt (None: as the adapter was trained). `whisper` names the Whisper checkpoint of a model
+        that uses Whisper, if it has moved.
 
-        Raises CheckpointError when the adapter does not fit the checkpoint or was trained with another codec.
+        Raises CheckpointError if the adapter does not fit the checkpoint or was trained with another codec.
         """
         self.loaded = loaded
         self.codec = loaded.audio_tokenizer
@@ -86,12 +106,12 @@ class Speaker:
 
             model = load_adapter(loaded.model, adapter)
         self.model = loaded.model if model is None else model
-        self.reference_place: ReferencePlace = reference_place or _trained_place(adapter, loaded.folder)
+        self.reference_place: ReferencePlace = reference_place or trained_place(adapter, loaded.folder)
         self._whisper_spec = loaded.family.extensions.of(self.model).whisper
-        if adapter is not None:  # a base may listen, and the adapter have been trained to read codes
+        if adapter is not None:  # a base may use Whisper although the adapter was trained on codes
             self._whisper_spec = adapter_conditioning(adapter).whisper
         if whisper is not None and self._whisper_spec is None:
-            raise InputError("--whisper has no effect: this model was not trained to hear through Whisper")
+            raise InputError("--whisper has no effect: this model was not trained with Whisper")
         self._whisper_name = whisper
         self._loaded_tower: WhisperTower | None = None
         trained_with = adapter_card(adapter).get("codec_revision") if adapter is not None else None
@@ -103,26 +123,28 @@ class Speaker:
 
     @property
     def whisper_spec(self) -> WhisperSpec | None:
-        """What a reference is heard through, where it is heard."""
+        """The Whisper encoder for references; None if references are read by their codes."""
         return self._whisper_spec if self.uses_whisper else None
 
     @property
     def uses_whisper(self) -> bool:
-        """Whether a reference is heard through Whisper, where it is not read by its codes."""
+        """Whether Whisper encodes references; otherwise they are read by their codes."""
         return self._whisper_spec is not None and self.reference_place == "scene"
 
     def reference(self, path: str | Path, text: str = "") -> Voice:
-        """A recording and what is said in it, as a voice to imitate; in the scene it stands without its words.
+        """A recording and its transcript, as a voice to imitate; a reference in the scene needs no transcript.
 
-        Raises DataError when it cannot be read, CheckpointError when the model listens through a Whisper checkpoint
-        that is not there or is another one than it was trained with.
+        Raises DataError if it cannot be read, CheckpointError if the model's Whisper checkpoint is missing or not the
+        one of training.
         """
         waveform, rate = read_audio(path)
-        heard = None
+        features = None
         if self._whisper_spec is not None and self.uses_whisper:
             tower = self._tower(self._whisper_spec)
-            heard = tower.encode(resample(waveform, rate, tower.sample_rate))
-        return Voice(normalize_text(text), self.codec.encode(resample(waveform, rate, self.codec.sample_rate)), heard)
+            features = tower.encode(resample(waveform, rate, tower.sample_rate))
+        return Voice(
+            normalize_text(text), self.codec.encode(resample(waveform, rate, self.codec.sample_rate)), features
+        )
 
     def _tower(self, shape: WhisperSpec) -> WhisperTower:
         if self._loaded_tower is not None:
@@ -133,53 +155,55 @@ class Speaker:
                 tower = load_whisper(self._whisper_name or shape.checkpoint, device=self.loaded.model.device)
             except CheckpointError as error:
                 raise CheckpointError(
-                    f"{error}\n(the model hears through it; where it has moved, say so with --whisper)"
+                    f"{error}\n(the model needs this Whisper checkpoint: if it has moved, name it with --whisper)"
                 ) from error
         if tower.revision != shape.revision:
             raise CheckpointError(
-                f"the model was trained to hear through {shape.checkpoint} (revision {shape.revision}); "
+                f"the model was trained with the Whisper checkpoint {shape.checkpoint} (revision {shape.revision}); "
                 f"{tower.checkpoint} has the revision {tower.revision}: name the right one with --whisper"
             )
         self._loaded_tower = tower
         return tower
 
-    def say(
+    def speak(
         self,
-        texts: Sequence[str],
+        text: str,
         *,
-        reference: Voice | None = None,
+        reference: Voice | str | Path | None = None,
+        reference_text: str = "",
         scene: str | None = DEFAULT_SCENE,
         sampling: Sampling | None = None,
         seed: int = 0,
         max_seconds: float | None = None,
-        batch_size: int = 8,
-        on_spoken: Callable[[int], None] | None = None,
-    ) -> list[Speech]:
-        """Speak texts in one voice and scene. Text i is drawn with seed + i. The rest as `say_each`."""
-        return self.say_each(
-            [Request(text, reference, scene, seed + i) for i, text in enumerate(texts)],
-            sampling=sampling,
-            max_seconds=max_seconds,
-            batch_size=batch_size,
-            on_spoken=on_spoken,
-        )
+    ) -> Speech:
+        """Speak one text; the same seed repeats the same speech.
 
-    def say_each(
+        `reference` is a recording to imitate, which needs its transcript in `reference_text` unless the model was
+        trained with references in the scene, or a voice that was read before (see `reference`). The rest as
+        `speak_all`. Raises InputError for an empty text or a missing transcript, DataError for a recording that
+        cannot be read or control tokens in the text, CheckpointError as `reference`.
+        """
+        if reference is not None and not isinstance(reference, Voice):
+            check_transcript(self.reference_place, reference_text)
+            reference = self.reference(reference, reference_text)
+        requests = [Request(text, reference, scene, seed)]
+        [speech] = self.speak_all(requests, sampling=sampling, max_seconds=max_seconds)
+        return speech
+
+    def speak_all(
         self,
         requests: Sequence[Request],
         *,
         sampling: Sampling | None = None,
         max_seconds: float | None = None,
         batch_size: int = 8,
-        on_spoken: Callable[[int], None] | None = None,
         sync_logits: Callable[[Tensor], Tensor] | None = None,
-    ) -> list[Speech]:
-        """Speak texts, `batch_size` at a time, each in its own voice.
+    ) -> Iterator[Speech]:
+        """Speak texts in their order, each in its own voice, `batch_size` at a time when the first of them is due.
 
-        Each piece of a long text hears the one before.
-        `max_seconds` caps every piece, in place of the cap from the text's length. Raises InputError on an empty
-        text, DataError on control tokens in it. `on_spoken` is told how many texts are done. `sync_logits`: see
-        `generate`.
+        Long texts are split into pieces; the prompt of each piece has the one before as context. `max_seconds` caps
+        every piece, instead of the cap from the text's length. `sync_logits`: see `generate`. Raises InputError for an
+        empty text, DataError for control tokens in a text.
         """
         if max_seconds is not None and not max_seconds > 0:
             raise InputError(f"max_seconds is {max_seconds}: it must be above 0")
@@ -199,9 +223,7 @@ class Speaker:
                 )
                 for clip, piece in zip(pending, spoken, strict=True):
                     clip.spoken.append(piece)
-            if on_spoken is not None:
-                on_spoken(min(first + batch_size, len(clips)))
-        return [self._speech(clip) for clip in clips]
+            yield from map(self._speech, batch)
 
     def _prompt(self, clip: "_Clip") -> Example:
         reference, scene = clip.request.voice, clip.request.scene
@@ -217,7 +239,7 @@ class Speaker:
         )
         audio: list[Audio] = [voice.codes for voice in context]
         if reference is not None and in_scene:
-            audio.insert(0, reference.codes if reference.heard is None else reference.heard)
+            audio.insert(0, reference.codes if reference.whisper_features is None else reference.whisper_features)
         return self.prompter.prompt(messages, audio)
 
     def _cap(self, text: str, max_seconds: float | None) -> int:
@@ -229,7 +251,7 @@ class Speaker:
         if hit_cap:
             for text in (text for text, piece in zip(clip.pieces, clip.spoken, strict=True) if piece.hit_cap):
                 logger.warning(
-                    "did not stop by itself and was cut at the frame cap, %.1f s: %r (train longer, lower the "
+                    "speech did not stop by itself and was cut at the frame cap, %.1f s: %r (train longer, lower the "
                     "temperature, or try another seed)",
                     self._cap(text, clip.max_seconds) / self.codec.frame_rate,
                     text,
@@ -239,7 +261,7 @@ class Speaker:
 
 
 class _Clip:
-    """A text on its way: its pieces, and those already spoken."""
+    """A text in progress: its pieces, and those already spoken."""
 
     def __init__(self, request: Request, max_seconds: float | None) -> None:
         self.request = request
@@ -248,7 +270,7 @@ class _Clip:
         self.pieces = split_text(self.text)
         self.spoken: list[Generated] = []
         if not self.pieces:
-            raise InputError("there is no text to speak")
+            raise InputError("the text to speak is empty")
 
     @property
     def done(self) -> bool:
@@ -259,7 +281,38 @@ class _Clip:
         return self.pieces[len(self.spoken)]
 
 
-def _trained_place(adapter: Path | None, checkpoint: Path | None) -> ReferencePlace:
+def load(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    base: BaseSpec = BaseSpec(),
+    reference_place: ReferencePlace | None = None,
+    whisper: str | Path | None = None,
+) -> Speaker:
+    """A speaker from a run (the adapter of its last stage), an adapter's folder or a checkpoint, to be kept.
+
+        voice = load("runs/voice", device="cuda")
+        voice.speak("Good morning").save("morning.wav")
+
+    An adapter records its base and codec; `base` names them if they have moved, and how to load them: `device` is
+    short for `base.device`. `reference_place` and `whisper` as in `Speaker`.
+
+    Raises CheckpointError, ConfigError, InputError for an option without effect.
+    """
+    base, adapter = base_and_adapter(path, base if device is None else replace(base, device=device))
+    return Speaker(load_base(base, adapter), adapter, reference_place=reference_place, whisper=whisper)
+
+
+def check_transcript(place: ReferencePlace, text: str) -> None:
+    """Raises InputError where a reference stands in a turn of its own, which needs its words, and there are none."""
+    if place == "turn" and not text.strip():
+        raise InputError(
+            "a reference needs both the recording (--reference) and its transcript (--reference-text), unless the "
+            "adapter was trained with references in the scene"
+        )
+
+
+def trained_place(adapter: Path | None, checkpoint: Path | None) -> ReferencePlace:
     """Where the reference stands in the prompts that an adapter, or the one in a merged checkpoint, was trained on."""
     if adapter is not None:
         card = adapter_card(adapter)

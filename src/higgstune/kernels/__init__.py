@@ -1,1 +1,1 @@
-IGNORE = -100  # label entries with this value carry no loss, as in torch's cross entropy; here, to need no torch
+IGNORE = -100  # label of an entry without loss, which torch's cross entropy ignores; here, where no torch is needed

@@ -1,6 +1,6 @@
-"""Steps of a layer with a backward pass of their own: fewer passes over memory, less kept, the same mathematics.
+"""Parts of a layer with their own backward pass: fewer passes over memory, fewer kept tensors, the same mathematics.
 
-Letters in shapes: P positions, R rows, D hidden size, F features, H heads, d head size, r rank.
+Letters in shapes: P tokens, R rows of hidden states, D hidden size, F features, H heads, d head size, r rank.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 
 class Order(NamedTuple):
-    """Which row of hidden states stands where in the sequence: see `batch.packed.pack`."""
+    """Maps rows of hidden states to positions in the sequence and back: see `batch.collate.pack`."""
 
     to_sequence: Tensor  # [P]
     from_sequence: Tensor  # [R]
@@ -21,17 +21,17 @@ class Order(NamedTuple):
 
 
 def scatter(hidden: Tensor, order: Order) -> Tensor:
-    """Rows of hidden states [R, ...] to their positions in the sequence [P, ...]."""
+    """Rows of hidden states [R, ...] -> the sequence [P, ...]."""
     return _Scatter.apply(hidden, *order)
 
 
 def gather(sequence: Tensor, order: Order) -> Tensor:
-    """Positions of the sequence [P, ...] to rows of hidden states [R, ...]: of shared rows, the first of each."""
+    """The sequence [P, ...] -> rows of hidden states [R, ...]; a shared row comes from its first position."""
     return _Gather.apply(sequence, *order)
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """x [P, D] through a RMS norm of transformers: computed in float32, as there."""
+    """x [P, D] through an RMS norm of transformers, computed in float32 as there."""
     return _RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
 
 
@@ -49,9 +49,9 @@ def linear(x: Tensor, layer: nn.Module) -> Tensor:
 
 
 def linears(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """x [P, D] -> [P, F] through each of some linear layers; in one go where all have a plain LoRA on frozen weights.
+    """x [P, D] -> [P, F] through each of several linear layers; in one pass if all have plain LoRA on frozen weights.
 
-    What peft has beside these (dropout, DoRA, quantised weights, several adapters) goes through peft's own forward.
+    Layers with anything else (dropout, DoRA, quantised weights, several adapters) run peft's own forward.
     """
     found = [_plain_lora(layer) for layer in layers]
     loras = [lora for lora in found if lora is not None]
@@ -64,7 +64,7 @@ def linears(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
 
 
 def is_plain(model: nn.Module) -> bool:
-    """Whether all layers with an adapter have a plain LoRA on frozen weights."""
+    """Whether all layers with an adapter have plain LoRA on frozen weights."""
     return all(_plain_lora(layer) is not None for layer in model.modules() if hasattr(layer, "lora_A"))
 
 
@@ -80,13 +80,13 @@ def feed_forward(x: Tensor, mlp: Any) -> Tensor:
 
 
 def as_autocast(x: Tensor) -> Tensor:
-    """In the dtype that autocast, where it is on, gives to matrix products."""
+    """x in the dtype that autocast, if enabled, uses for matrix products."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class _Lora(NamedTuple):
-    """A layer that is nothing but x W^T + s (x A^T) B^T with W frozen."""
+    """A layer that computes x W^T + s (x A^T) B^T, with W frozen."""
 
     weight: Tensor  # [F, D]
     a: Tensor  # [r, D]
@@ -113,7 +113,7 @@ def _plain_lora(layer: Any) -> _Lora | None:
 
 
 def _tensors(loras: Sequence[_Lora]) -> tuple[Tensor, ...]:
-    """As an autograd function takes them, and keeps them: see `_loras`."""
+    """The tensors as an autograd function takes and keeps them: see `_loras`."""
     return *(lora.weight for lora in loras), *(lora.a for lora in loras), *(lora.b for lora in loras)
 
 
@@ -124,7 +124,7 @@ def _loras(tensors: Sequence[Tensor], scalings: Sequence[float]) -> list[_Lora]:
 
 
 class _Scatter(Function):
-    """Plain indexing would add up gradients row by row, as if any row could be taken twice."""
+    """Plain indexing would accumulate gradients row by row, as if any row could repeat."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, to_sequence: Tensor, from_sequence: Tensor, shared_at: Tensor) -> Tensor:
@@ -135,13 +135,13 @@ class _Scatter(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         from_sequence, shared_at = ctx.saved_tensors
         gathered = grad.index_select(0, from_sequence)
-        again = grad.index_select(0, shared_at.flatten()).unflatten(0, shared_at.shape)
-        gathered[: shared_at.shape[1]] += again.sum(0)
+        repeated = grad.index_select(0, shared_at.flatten()).unflatten(0, shared_at.shape)
+        gathered[: shared_at.shape[1]] += repeated.sum(0)
         return gathered, None, None, None
 
 
 class _Gather(Function):
-    """What the sequence has at the places of shared rows, but for the first, goes nowhere."""
+    """Of the positions that share a row, only the first one is read, so the others get no gradient."""
 
     @staticmethod
     def forward(ctx: Any, sequence: Tensor, to_sequence: Tensor, from_sequence: Tensor, shared_at: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class _Gather(Function):
 
 
 class _RmsNorm(Function):
-    """Keeps the input, which the residual has anyway, and one number a row."""
+    """Keeps the input, which the residual keeps anyway, and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -185,7 +185,7 @@ def _normed_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> 
 
 
 class _Rotate(Function):
-    """The gradient of a rotation is the rotation back."""
+    """The backward pass rotates the gradient back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
 
 
 class _SwiGlu(Function):
-    """Keeps gate and up alone: silu(gate) is computed again."""
+    """Keeps gate and up alone; the backward pass recomputes silu(gate)."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -221,13 +221,13 @@ class _SwiGlu(Function):
 
 
 def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, opened: Tensor) -> tuple[Tensor, Tensor]:
-    """Of gate and up, from that of their product and silu(gate), both of which are overwritten."""
+    """Gradients of gate and up, from `grad` of their product and `opened` = silu(gate); overwrites both."""
     grad_up = opened.mul_(grad)
     return torch.ops.aten.silu_backward(grad.mul_(up), gate), grad_up
 
 
 class _LoraLinears(Function):
-    """Layers with the same input: it is kept, and what all their A make of it."""
+    """Layers with the same input; keeps that input and its product with all their A."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scalings: Sequence[float], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -247,7 +247,7 @@ class _LoraLinears(Function):
 
 
 class _SwiGluLoraLinear(Function):
-    """`_SwiGlu` and a layer with LoRA in one: what stands between them is computed again."""
+    """`_SwiGlu` and a layer with LoRA in one; the backward pass recomputes what lies between them."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, scaling: float, *tensors: Tensor) -> Tensor:
@@ -295,9 +295,9 @@ def _lora_forward(x: Tensor, inner: Tensor, lora: _Lora) -> Tensor:
 
 
 def _lora_products(x: Tensor, loras: Sequence[_Lora]) -> list[Tensor]:
-    """The same for a compiler, which finds the backward pass, and what to keep for it, by itself.
+    """The same for a compiler, which finds the backward pass and what to keep for it.
 
-    The compiler of torch 2.11 makes gradients of zero of autograd functions whose forward changes a tensor in place.
+    The compiler of torch 2.11 returns zero gradients for autograd functions whose forward changes a tensor in place.
     """
     parts = _inner(x, loras).split(_ranks(loras), dim=1)
     return [
@@ -309,7 +309,7 @@ def _lora_products(x: Tensor, loras: Sequence[_Lora]) -> list[Tensor]:
 def _lora_backward(
     grads: Sequence[Tensor], x: Tensor, inner: Tensor, loras: Sequence[_Lora], *, of_x: bool = True
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of x, if it is asked for, and of the layers' tensors, each in its dtype."""
+    """Gradients of x (None unless `of_x`) and of the layers' tensors, each in its dtype."""
     pairs = list(zip(grads, loras, strict=True))
     grad_inner = torch.cat([(grad @ lora.b.to(grad.dtype)).mul_(lora.scaling) for grad, lora in pairs], dim=1)
     of_a = [part.to(loras[0].a.dtype) for part in (grad_inner.T @ x).split(_ranks(loras))]

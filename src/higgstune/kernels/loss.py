@@ -1,7 +1,8 @@
-"""The losses: sums over labelled cells, and how sums become one number.
+"""The losses: sums over label entries, and how sums become one number.
 
-A forward returns sums, never means, so that an optimizer step can divide by the number of labelled cells in all its
-micro-batches on all ranks: accumulation k x b is then exactly one batch of k * b.
+A label entry is one label of one head: a text token, or one codebook of an audio frame. A forward returns sums, never
+means, so that an optimizer step can divide by the number of label entries in all its micro-batches on all ranks: k
+accumulated batches of b clips then equal one batch of k * b clips.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,12 @@ from higgstune.kernels import IGNORE
 
 Sums = dict[str, Tensor]
 
-_LOGITS = 2**26  # that are there at a time: 256 MiB in float32
+_MAX_LOGITS = 2**26  # in memory at a time: 256 MiB in float32
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """How the losses of one stage are put together."""
+    """How the losses of one stage are combined."""
 
     text: float = 1.0
     audio: float = 1.0
@@ -29,12 +30,12 @@ class LossWeights:
 
 
 def head_sums(hidden: Tensor, weight: Tensor, targets: Tensor, *, eos_id: int | None = None) -> Sums:
-    """What a head makes of hidden states [M, D], scored against targets [M, K], in float32 and a piece at a time.
+    """Score the logits of hidden states [M, D] against targets [M, K], in float32 and one piece at a time.
 
-    weight [K * V, D] of K heads with V classes each. Per head [K]: loss and hits over all cells; with `eos_id`, the
-    loss over its cells apart. Logits are never kept: the backward pass computes those of a piece again.
+    weight [K * V, D] has K heads with V classes each. Per head [K]: loss and hits over all label entries; with
+    `eos_id`, also the loss over its entries. Logits are never kept: the backward pass recomputes those of a piece.
     """
-    pieces = max(1, _LOGITS // len(weight))
+    pieces = max(1, _MAX_LOGITS // len(weight))
     parts = [
         checkpoint(_piece_sums, *piece, weight, eos_id, use_reentrant=False, preserve_rng_state=False)
         for piece in zip(hidden.split(pieces), targets.split(pieces), strict=True)
@@ -54,7 +55,7 @@ def _piece_sums(hidden: Tensor, targets: Tensor, weight: Tensor, eos_id: int | N
 
 
 def label_counts(batch: Mapping[str, Tensor], *, eos_id: int) -> Sums:
-    """How many cells of a batch are labelled: `audio` [K], `audio_eos` [K] and `text` []; int64."""
+    """The number of label entries of a batch: `audio` [K], `audio_eos` [K] and `text` []; int64."""
     targets = batch["audio_targets"]
     return {
         "audio": (targets != IGNORE).sum(0),
@@ -64,7 +65,7 @@ def label_counts(batch: Mapping[str, Tensor], *, eos_id: int) -> Sums:
 
 
 def zero_sums(codebooks: int, device: torch.device) -> tuple[Sums, Sums]:
-    """Sums and counts of no label at all, to add to."""
+    """Sums and counts of zero, to add to."""
     sums = {key: torch.zeros(codebooks, device=device) for key in ("audio_loss", "audio_eos_loss", "audio_hits")}
     sums |= {key: torch.zeros((), device=device) for key in ("text_loss", "text_hits")}
     counts = {key: torch.zeros(codebooks, dtype=torch.long, device=device) for key in ("audio", "audio_eos")}
@@ -72,7 +73,7 @@ def zero_sums(codebooks: int, device: torch.device) -> tuple[Sums, Sums]:
 
 
 def add_sums(parts: Sequence[Mapping[str, Tensor]]) -> Sums:
-    """Key by key sum of equal-shaped sums or counts."""
+    """Sums or counts of equal shapes, added up by key."""
     return {key: torch.stack([part[key] for part in parts]).sum(0) for key in parts[0]}
 
 

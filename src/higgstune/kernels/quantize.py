@@ -1,4 +1,4 @@
-"""A base in 4 bits (QLoRA): the linear weights of the decoder layers as nf4 with double quantisation, by bitsandbytes.
+"""A 4-bit base (QLoRA): bitsandbytes keeps the linear weights of the decoder layers as nf4 with double quantisation.
 
 These are 4.9 of the 5.8 billion parameters of Higgs Audio v2. Embeddings, heads and norms stay as they are, and so does
 what is added to the model afterwards, such as LoRA. Source of the format: Dettmers et al., QLoRA (arXiv 2305.14314),
@@ -22,21 +22,21 @@ _LOG = logging.getLogger(__name__)
 
 
 def check_quantize(quantize: str | None, dtype: torch.dtype) -> None:
-    """Raises ConfigError for an unknown way, without bitsandbytes, and for a dtype that it does not compute in."""
+    """Raises ConfigError for an unknown value, without bitsandbytes, and for a dtype that 4 bits do not compute in."""
     if quantize is None:
         return
     if quantize != "4bit":
-        raise ConfigError(f"unknown quantize {quantize!r}: 4bit, or nothing")
+        raise ConfigError(f"unknown quantize {quantize!r}: use 4bit, or leave it out")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"quantize: 4bit computes in float32 or bfloat16, not in {dtype}: choose another dtype")
     _bitsandbytes()
 
 
 def quantize_layers(model: nn.Module, pattern: str, device: torch.device) -> None:
-    """Put the linear layers whose full paths match `pattern` into 4 bits on `device`, in place; the rest stays.
+    """Quantize the linear layers whose full paths match `pattern` to 4 bits on `device`, in place; the rest stays.
 
-    The model comes on the CPU, in the dtype that it will compute in. One weight at a time goes to the device, so that
-    there the most is all weights in 4 bits and one in its dtype (50 MB of bfloat16 in the released model, beside
+    The model must be on the CPU, in the dtype that it will compute in. One weight at a time goes to the device, which
+    at its peak holds all weights in 4 bits and one in its dtype (50 MB of bfloat16 in the released model, beside
     2.5 GB); the CPU holds the whole base once (11.6 GB), which shrinks with every layer.
     """
     odd: list[str] = []
@@ -49,26 +49,27 @@ def quantize_layers(model: nn.Module, pattern: str, device: torch.device) -> Non
         model.set_submodule(name, layer)
     if odd:
         _LOG.warning(
-            "bitsandbytes computes %d layers wrongly on this CPU, such as %s: a row of their weights is no multiple of "
-            "%d. What is trained on them does not fit the whole base; use a GPU, or leave out model.quantize",
+            "bitsandbytes computes %d layers wrongly on this CPU, such as %s: the length of their weights' rows is not "
+            "a multiple of %d. An adapter trained on them does not fit the unquantized base; use a GPU, or leave out "
+            "model.quantize",
             len(odd), odd[0], _BLOCK,
         )  # fmt: skip
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # the name by which peft and transformers know
 
 
 def is_quantized(model: Any) -> bool:
-    """Whether a native model's layers are in 4 bits."""
+    """Whether a model's layers are in 4 bits."""
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
 def dequantized(weight: Tensor) -> Tensor:
-    """The values that a weight computes with, in its shape and dtype; itself, where it is not in 4 bits."""
+    """The values that a weight computes with, in its shape and dtype; the weight itself if it is not in 4 bits."""
     state = getattr(weight, "quant_state", None)
     return weight if state is None else _bitsandbytes().functional.dequantize_4bit(weight.data, state)
 
 
 def compute_dtype(linear: Any) -> torch.dtype:
-    """The dtype in which a linear layer computes, in 4 bits or not, with LoRA on it or not."""
+    """The dtype in which a linear layer computes, with or without 4 bits and LoRA."""
     state = getattr(linear.weight, "quant_state", None)
     return linear.weight.dtype if state is None else state.dtype
 
@@ -79,7 +80,7 @@ def layers_in_4_bits(model: nn.Module, pattern: str) -> list[str]:
 
 
 def bytes_in_4_bits(weight: Tensor) -> int:
-    """What a weight takes in 4 bits. Nothing is computed: it may be on the meta device."""
+    """The bytes of a weight in 4 bits. The weight may be on the meta device."""
     scales = -(-weight.numel() // _BLOCK)
     return -(-weight.numel() // 2) + scales + 4 * -(-scales // _SCALE_BLOCK) + _LEVELS + _OFFSET
 
@@ -95,8 +96,8 @@ def _in_4_bits(linear: nn.Linear, device: torch.device) -> Any:
             compress_statistics=True,
             quant_type="nf4",
         )
-    # In eval mode bitsandbytes packs weights anew for CPUs with AVX512-BF16, for good: without gradients from then on,
-    # and in bfloat16 whatever the dtype. What is trained and what is verified would not be the same.
+    # In eval mode bitsandbytes repacks weights for CPUs with AVX512-BF16, for good: from then on without gradients, and
+    # in bfloat16 whatever the dtype. Training and verification would compute with different weights.
     layer.support_avx512bf16_for_cpu = False
     layer.weight = bnb.nn.Params4bit(
         weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
@@ -106,8 +107,8 @@ def _in_4_bits(linear: nn.Linear, device: torch.device) -> Any:
 
 
 def _is_far_off(quantized: Tensor, weight: Tensor) -> bool:
-    """Whether 4 bits say something else: the kernel of bitsandbytes 0.50 for AVX512 mixes up the scales of blocks that
-    go over the end of a row (22 to 29 % off, where 9.5 % is right for normally distributed weights).
+    """Whether the 4-bit weight is wrong: bitsandbytes 0.50's kernel for AVX512 mixes up the scales of blocks that cross
+    the end of a row (22 to 29 % off; 9.5 % is normal for normally distributed weights).
     """
     found, whole = dequantized(quantized).float(), weight.float()
     return bool((found - whole).norm() > 0.15 * whole.norm())
@@ -118,7 +119,7 @@ def _bitsandbytes() -> Any:
         import bitsandbytes
     except ImportError as error:
         raise ConfigError(
-            "a base in 4 bits needs bitsandbytes, which cannot be imported here "
+            "a 4-bit base needs bitsandbytes, which cannot be imported here "
             f"({error}): pip install 'higgstune[quant]', or leave out model.quantize"
         ) from error
     return bitsandbytes

@@ -1,4 +1,8 @@
-"""The folder of an adapter: its config, weights and card, and what is checked before any of it is used."""
+"""Adapter folders: the card that Higgstune writes, and the checks before any file of a folder is used.
+
+A folder has adapter_config.json and adapter_model.safetensors, as peft writes them, and the card higgstune.json, which
+adapters of other software lack.
+"""
 
 import hashlib
 import json
@@ -21,82 +25,28 @@ if TYPE_CHECKING:
     from higgstune.peft_compat import LoraConfig  # imported where there is an adapter
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CARD = "higgstune.json"  # base, codec and recipe of the adapter: what speaking with it needs
-UNQUANTIZED_FINGERPRINT = "unquantized_fingerprint"  # attribute of a base in 4 bits
+ADAPTER_CARD = "higgstune.json"  # base, codec and recipe of the adapter, which speaking needs
+UNQUANTIZED_FINGERPRINT = "unquantized_fingerprint"  # attribute of a 4-bit base
 _SEAL = "card_sha256"
+# Keys that checksums leave out: they may be edited when something has moved.
 _PLACES = (_SEAL, "base_model_name_or_path", "checkpoint", "codec", "store", "whisper", "init_adapter")
-_NAMES = (
-    "checkpoint",
-    "revision",
-    "codec",
-    "codec_revision",
-    "base_fingerprint",
-    "family",
-)  # keys of the card that are texts
-_SAMPLED = 4096  # values of a weight that its fingerprint looks at
-
-
-def adapter_conditioning(folder: Path) -> Conditioning:
-    """The extensions that an adapter was trained with. Raises CheckpointError when its card is damaged."""
-    try:
-        return Conditioning.model_validate(adapter_card(folder).get("conditioning", {}))
-    except ValidationError as error:
-        raise CheckpointError(f"{folder / ADAPTER_CARD} is damaged (conditioning): {error}") from error
-
-
-def base_fingerprint(model: Any) -> str:
-    """16 hexadecimal digits that tell one base from another, whatever its layout, dtype and device.
-
-    Of each weight up to 4096 values, spread over it, are taken as bfloat16. Adapters do not count, nor do extensions
-    whose weights follow from the base. A base in 4 bits has that of the weights it was made from.
-    """
-    digest = hashlib.sha256()
-    base, extensions = base_of(model), family_of(model).extensions
-    builtin = extensions.builtin(model)
-    if (recorded := getattr(base, UNQUANTIZED_FINGERPRINT, None)) is not None:
-        return recorded
-    for name, value in sorted(base.named_parameters()):
-        added = extensions.owns(name) and not extensions.owns(name, builtin)
-        if ".lora_" in name or ".modules_to_save." in name or added:
-            continue
-        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
-        flat = value.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED]
-        digest.update(f"{plain} {tuple(value.shape)}".encode())
-        digest.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def check_base(folder: Path, model: Any) -> None:
-    """Raises CheckpointError when the adapter's card says that it was trained on another base."""
-    config = read_json(folder / ADAPTER_CONFIG, "it is no adapter folder without it")
-    card, trained_on = adapter_card(folder), config.get("base_model_name_or_path")
-    family = family_of(model)
-    check_adapter_family(folder, family.info)
-    shape = family.spec(base_of(model).config).card()
-    for key, value in card.get("base_shape", {}).items():
-        if (actual := shape.get(key)) != value:
-            raise CheckpointError(
-                f"the adapter {folder} was trained on {trained_on} with {key} {value}; this base has {actual}"
-            )
-    expected = card.get("base_fingerprint")
-    if expected is not None and (found := base_fingerprint(model)) != expected:
-        raise CheckpointError(
-            f"the adapter {folder} was trained on {trained_on}, whose weights have the fingerprint {expected}; this "
-            f"base has {found}: another checkpoint, a fine-tuned one, or one that an adapter was merged into. Name the "
-            "base that it was trained on"
-        )
-
-
-def check_adapter_family(folder: Path, base: FamilyInfo) -> None:
-    """Raises CheckpointError when an adapter's card names another model family than that of the base."""
-    check_family(f"the adapter {folder}", adapter_card(folder).get("family"), base)
+# Keys of the card whose values are strings.
+_STRINGS = ("checkpoint", "revision", "codec", "codec_revision", "base_fingerprint", "family")
+_SAMPLED_VALUES = 4096  # of each weight, for the fingerprint
+_PREFIX = "base_model.model."  # of a layer's name among the adapter's tensors
+# Keys of adapter_config.json that have no effect on how a LoRA is loaded.
+_WITHOUT_EFFECT = (
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
+    "revision", "task_type",
+)  # fmt: skip
+# Plain names only: peft matches those of modules_to_save as regular expressions.
+_Names = Annotated[list[Annotated[StrictStr, Field(pattern=r"^[\w.]+$", max_length=500)]], Field(max_length=10_000)]
 
 
 def adapter_card(folder: Path) -> dict[str, Any]:
-    """What Higgstune wrote beside the adapter; empty for an adapter from elsewhere.
+    """The card that Higgstune wrote beside the adapter; empty for an adapter of other software.
 
-    Raises CheckpointError when it is broken, or not what was written.
+    Raises CheckpointError if it is damaged or was changed.
     """
     path = folder / ADAPTER_CARD
     card = read_json(path, "") if path.exists() else {}
@@ -108,35 +58,32 @@ def adapter_card(folder: Path) -> dict[str, Any]:
         parts |= {f"recipe.{key}": recipe.get(key, {}) for key in ("model", "data", "lora")}
     if wrong := [key for key, value in parts.items() if not isinstance(value, dict)]:
         raise CheckpointError(f"{path} is damaged: {wrong[0]} must be an object; copy the adapter again")
-    if wrong := [key for key in _NAMES if not isinstance(card.get(key), str | None)]:
-        raise CheckpointError(f"{path} is damaged: {wrong[0]} must be a text; copy the adapter again")
+    if wrong := [key for key in _STRINGS if not isinstance(card.get(key), str | None)]:
+        raise CheckpointError(f"{path} is damaged: {wrong[0]} must be a string; copy the adapter again")
     return card
 
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
-    """Write an adapter's card, with checksums of itself and of the folder's other files, which are there already.
+    """Write an adapter's card, with checksums of itself and of the folder's other files, which must exist.
 
-    Those of JSON leave out where base, codec and store lie: that may be edited when they have moved.
+    Checksums of JSON leave out the paths of base, codec and store, which may be edited when these have moved.
     """
-    config = read_json(folder / ADAPTER_CONFIG, "it is no adapter folder without it")
+    config = read_json(folder / ADAPTER_CONFIG, "an adapter folder needs it")
     whole = {**card, "weights_sha256": sha256_of(folder / ADAPTER_WEIGHTS), "config_sha256": _seal(config)}
     text = json.dumps(whole | {_SEAL: _seal(whole)}, indent=2)
     (folder / ADAPTER_CARD).write_text(text, encoding="utf-8")
 
 
-def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(_without_places(content), sort_keys=True).encode()).hexdigest()
-
-
-def _without_places(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    kept = {key: item for key, item in value.items() if key not in _PLACES or isinstance(item, Mapping)}
-    return {key: _without_places(item) for key, item in kept.items()}
+def adapter_conditioning(folder: Path) -> Conditioning:
+    """The extensions that an adapter was trained with. Raises CheckpointError if its card is damaged."""
+    try:
+        return Conditioning.model_validate(adapter_card(folder).get("conditioning", {}))
+    except ValidationError as error:
+        raise CheckpointError(f"{folder / ADAPTER_CARD} is damaged (conditioning): {error}") from error
 
 
 def checked_weights(folder: Path, model: Any, *, checksum: bool = True) -> dict[str, Tensor]:
-    """The adapter's tensors, once nothing speaks against them. Raises CheckpointError."""
+    """The adapter's tensors, after all checks of its files, its base and its values. Raises CheckpointError."""
     check_adapter_files(folder, checksum=checksum)
     check_base(folder, model)
     weights = read_tensors(folder / ADAPTER_WEIGHTS)
@@ -145,15 +92,15 @@ def checked_weights(folder: Path, model: Any, *, checksum: bool = True) -> dict[
 
 
 def check_adapter_files(folder: Path, *, checksum: bool = True) -> None:
-    """Raises CheckpointError when a file of an adapter is missing, truncated or not the one that was written."""
-    config = read_json(folder / ADAPTER_CONFIG, "it is no adapter folder without it")
+    """Raises CheckpointError if a file of an adapter is missing, truncated or changed since it was written."""
+    config = read_json(folder / ADAPTER_CONFIG, "an adapter folder needs it")
     path = folder / ADAPTER_WEIGHTS
     if not path.exists() and is_pickled(folder):
         raise CheckpointError(
-            f"{folder} has pickled weights only: they can run code when loaded and are not read; have the adapter "
+            f"{folder} has pickled weights only, which can run code when loaded and are not read: have the adapter "
             "saved as safetensors"
         )
-    keys = safetensors_keys(path)  # tells a truncated file with a message of its own
+    keys = safetensors_keys(path)  # has its own message for a truncated file
     card = adapter_card(folder)
     recorded = (card.get("weights_sha256"), card.get("config_sha256")) if checksum else (None, None)
     for name, expected in zip((ADAPTER_WEIGHTS, ADAPTER_CONFIG), recorded, strict=True):
@@ -176,39 +123,61 @@ def check_adapter_files(folder: Path, *, checksum: bool = True) -> None:
             )
 
 
-_PREFIX = "base_model.model."  # of a layer's name among the adapter's tensors
-# These say something, and change nothing of how a LoRA is loaded.
-_TOLD = (
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
-    "revision", "task_type",
-)  # fmt: skip
-# Plain names: peft matches those of modules_to_save as regular expressions.
-Names = Annotated[list[Annotated[StrictStr, Field(pattern=r"^[\w.]+$", max_length=500)]], Field(max_length=10_000)]
+def check_base(folder: Path, model: Any) -> None:
+    """Raises CheckpointError if the adapter was trained on another base, by its card."""
+    config = read_json(folder / ADAPTER_CONFIG, "an adapter folder needs it")
+    card, trained_on = adapter_card(folder), config.get("base_model_name_or_path")
+    family = family_of(model)
+    check_adapter_family(folder, family.info)
+    shape = family.spec(base_of(model).config).card()
+    for key, value in card.get("base_shape", {}).items():
+        if (actual := shape.get(key)) != value:
+            raise CheckpointError(
+                f"the adapter {folder} was trained on {trained_on} with {key} {value}; this base has {actual}"
+            )
+    expected = card.get("base_fingerprint")
+    if expected is not None and (found := base_fingerprint(model)) != expected:
+        raise CheckpointError(
+            f"the adapter {folder} was trained on {trained_on}, whose weights have the fingerprint {expected}; this "
+            f"base has {found}: it is another checkpoint, a fine-tuned one, or one with a merged adapter. Name the "
+            "base that the adapter was trained on"
+        )
 
 
-class _Written(BaseModel):
-    """The keys that are acted on; all others must be off."""
+def check_adapter_family(folder: Path, base: FamilyInfo) -> None:
+    """Raises CheckpointError if an adapter's card names another model family than that of the base."""
+    check_family(f"the adapter {folder}", adapter_card(folder).get("family"), base)
 
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
-    peft_type: Literal["LORA"]
-    r: StrictInt = Field(ge=1)
-    lora_alpha: float = Field(gt=0)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    use_rslora: StrictBool = False
-    use_dora: StrictBool = False
-    bias: Literal["none"] = "none"
-    init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal"] = True  # the others change the base
-    target_modules: StrictStr | Names
-    modules_to_save: Names | None = None
+def base_fingerprint(model: Any) -> str:
+    """16 hexadecimal digits that identify a base, whatever its layout, dtype and device.
+
+    They are a hash of up to 4096 values of each weight, evenly spaced, as bfloat16. It leaves out adapters, and
+    extensions whose weights follow from the base. A 4-bit base has the fingerprint of its unquantized weights.
+    """
+    digest = hashlib.sha256()
+    base, extensions = base_of(model), family_of(model).extensions
+    builtin = extensions.builtin(model)
+    if (recorded := getattr(base, UNQUANTIZED_FINGERPRINT, None)) is not None:
+        return recorded
+    for name, value in sorted(base.named_parameters()):
+        added = extensions.owns(name) and not extensions.owns(name, builtin)
+        if ".lora_" in name or ".modules_to_save." in name or added:
+            continue
+        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)][:_SAMPLED_VALUES]
+        digest.update(f"{plain} {tuple(value.shape)}".encode())
+        digest.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_adapter_config(path: Path, patterns: tuple[str, ...]) -> "LoraConfig":
-    """The LoRA that `adapter_config.json` describes; `patterns` are the regular expressions that it may name layers by.
+    """The LoRA that `adapter_config.json` describes; `patterns` are the regular expressions allowed in it.
 
-    Raises CheckpointError for what is no plain LoRA.
+    Raises CheckpointError for anything but plain LoRA.
     """
-    content = read_json(path, "it is no adapter folder without it")
+    content = read_json(path, "an adapter folder needs it")
     try:
         written = _Written.model_validate(content)
     except ValidationError as error:
@@ -216,8 +185,8 @@ def read_adapter_config(path: Path, patterns: tuple[str, ...]) -> "LoraConfig":
         place = ".".join(map(str, problem["loc"]))
         raise CheckpointError(f"{path} is not a LoRA configuration: {place}: {problem['msg']}") from error
     extra = written.model_extra or {}
-    if on := sorted(key for key, value in extra.items() if value and key not in _TOLD):
-        raise CheckpointError(f"{path} asks for {on[0]}: only plain LoRA is read, with rslora or dora")
+    if on := sorted(key for key, value in extra.items() if value and key not in _WITHOUT_EFFECT):
+        raise CheckpointError(f"{path} sets {on[0]}: only plain LoRA is supported, with rslora or dora")
     if isinstance(written.target_modules, str) and written.target_modules not in patterns:
         raise CheckpointError(
             f"{path} does not fit: target_modules is a pattern that Higgstune did not write, "
@@ -232,20 +201,20 @@ def read_adapter_config(path: Path, patterns: tuple[str, ...]) -> "LoraConfig":
 def check_shapes(config: "LoraConfig", model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Raise CheckpointError unless every layer that the configuration names has its LoRA among the tensors.
 
-    Before peft makes the layers: a rank from a stranger must not ask for more memory than the file itself has.
+    Runs before peft allocates the layers: a rank from a stranger must not take more memory than the file has.
     """
     for name, layer in model.named_modules():
         if not _is_target(config, name):
             continue
         if not isinstance(layer, nn.Linear):
-            raise CheckpointError(f"the adapter {folder} does not fit this base: {name} is no linear layer")
+            raise CheckpointError(f"the adapter {folder} does not fit this base: {name} is not a linear layer")
         expected = {"lora_A": (config.r, layer.in_features), "lora_B": (layer.out_features, config.r)}
         for part, shape in expected.items():
             key = f"{_PREFIX}{name}.{part}.weight"
             if key not in weights:
                 raise CheckpointError(
-                    f"the adapter {folder} does not fit this base: tensors are in only one of them, such as {key}; is "
-                    "it the base that the adapter was trained on, and is the whole folder there?"
+                    f"the adapter {folder} does not fit this base: it has no tensor {key}. Check that the base is the "
+                    "one that the adapter was trained on, and that the folder is complete"
                 )
             if (found := tuple(weights[key].shape)) != shape:
                 raise CheckpointError(
@@ -254,20 +223,48 @@ def check_shapes(config: "LoraConfig", model: nn.Module, weights: Mapping[str, T
 
 
 def check_values(weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Raise CheckpointError for tensors that are no finite floats."""
+    """Raise CheckpointError for tensors that are not floats or not finite."""
     for key, value in weights.items():
         if not value.is_floating_point() or not bool(value.float().isfinite().all()):
             raise CheckpointError(
-                f"the adapter {folder} is damaged: {key} holds NaN or infinity, or no floats ({value.dtype}); copy the "
-                "adapter again, or take an earlier checkpoint of its run"
+                f"the adapter {folder} is damaged: {key} holds NaN or infinity, or is not of floats ({value.dtype}); "
+                "copy the adapter again, or use an earlier checkpoint of its run"
             )
 
 
+class _Written(BaseModel):
+    """The keys of adapter_config.json that have an effect; all others must be off."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    peft_type: Literal["LORA"]
+    r: StrictInt = Field(ge=1)
+    lora_alpha: float = Field(gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    use_rslora: StrictBool = False
+    use_dora: StrictBool = False
+    bias: Literal["none"] = "none"
+    init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal"] = True  # the others change the base
+    target_modules: StrictStr | _Names
+    modules_to_save: _Names | None = None
+
+
 def _is_target(config: "LoraConfig", name: str) -> bool:
-    """Whether a layer gets LoRA, as peft decides it."""
+    """Whether a layer gets LoRA, by peft's rules."""
     targets: Any = config.target_modules
     if any(f".{kept}." in f".{name}." for kept in config.modules_to_save or ()):  # trained in full
         return False
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return name in targets or any(name.endswith(f".{target}") for target in targets)
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(_without_places(content), sort_keys=True).encode()).hexdigest()
+
+
+def _without_places(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    kept = {key: item for key, item in value.items() if key not in _PLACES or isinstance(item, Mapping)}
+    return {key: _without_places(item) for key, item in kept.items()}

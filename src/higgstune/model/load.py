@@ -1,29 +1,30 @@
-"""Load a checkpoint: the model of its family, and everything that belongs to it."""
+"""Loads checkpoints: the model of a family, its tokenizer and its codec."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from higgstune.checkpoint_files import check_checksums
-from higgstune.codec import Codec, checkpoint_codec, load_codec
+from higgstune.checkpoint_files import check_checksums, read_json
+from higgstune.codec import CODEC_FOLDER, Codec, checkpoint_codec, load_codec
 from higgstune.codec.whisper_encoder import WhisperTower
-from higgstune.config.recipe import Quantize
 from higgstune.environment import choose_device, choose_dtype
-from higgstune.errors import CheckpointError
-from higgstune.families import load_family, read_layout
+from higgstune.errors import CheckpointError, InputError
+from higgstune.families import family_in, load_family, read_layout
 from higgstune.families.base import Family, Layout, Prompter, Spec
 from higgstune.hub import fetch
-from higgstune.inputs import ADAPTER_CONFIG
+from higgstune.inputs import ADAPTER_CONFIG, BaseSpec, Quantize
 from higgstune.kernels.quantize import check_quantize, quantize_layers
-from higgstune.model.adapter_folder import UNQUANTIZED_FINGERPRINT, base_fingerprint
+from higgstune.model.adapter_folder import UNQUANTIZED_FINGERPRINT, adapter_card, base_fingerprint, check_adapter_family
 from higgstune.model.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True)
 class ModelAndTokenizers:
-    """A checkpoint with all that training and speaking need. The codec is not part of the model's module tree."""
+    """A checkpoint with everything that training and speaking need. The codec is outside the model's module tree."""
 
     model: Any  # of its family's class
     tokenizer: Any
@@ -33,8 +34,8 @@ class ModelAndTokenizers:
     revision: str | None
     codec: str  # as named by the user or found
     family: Family
-    whisper: WhisperTower | None = None  # the encoder that an original-format checkpoint brings
-    folder: Path | None = None  # where the checkpoint lies on this disk
+    whisper: WhisperTower | None = None  # the encoder of an original-format checkpoint
+    folder: Path | None = None  # of the checkpoint on this disk
 
     @property
     def spec(self) -> Spec:
@@ -43,7 +44,7 @@ class ModelAndTokenizers:
 
     @property
     def prompter(self) -> Prompter:
-        """What turns conversations into examples for it."""
+        """The prompter of the checkpoint, which turns conversations into examples."""
         return self.family.prompter(self.tokenizer, self.config)
 
 
@@ -59,13 +60,14 @@ def load_model(
     """The model of a checkpoint's family (for Higgs Audio v2 the native class, with text head), in eval mode, from a
     folder in any of the family's layouts or a hub id.
 
-    `dtype` and `device` are chosen where not given: see `choose_device`, `choose_dtype`. `quantize` ("4bit") puts the
-    linear weights of the decoder layers into 4 bits, see `quantize_layers`; `dtype` is then what they compute in.
-    Raises CheckpointError, or ConfigError where 4 bits need what is not installed.
+    `dtype` and `device` default to those of `choose_device` and `choose_dtype`. `quantize` ("4bit") quantizes the
+    linear weights of the decoder layers, see `quantize_layers`; they then compute in `dtype`. Raises CheckpointError,
+    or ConfigError if bitsandbytes is missing for 4 bits.
     """
+    base = BaseSpec(path, dtype=dtype, device=device, quantize=quantize)
     layout = read_layout(fetch(path, what="checkpoint", revision=revision, cache_dir=cache_dir))
     family = load_family(layout.family)
-    return _load(layout, family, family.read_config(layout.folder), choose_device(device), dtype, quantize)[0]
+    return _load(layout, family, family.read_config(layout.folder), base)[0]
 
 
 def load_model_and_tokenizers(
@@ -85,24 +87,77 @@ def load_model_and_tokenizers(
     checked, and the codec loaded, before the model's weights are read. `quantize` as in `load_model`. Raises
     CheckpointError, ConfigError.
     """
-    folder = fetch(checkpoint, what="checkpoint", revision=revision, cache_dir=cache_dir)
+    base = BaseSpec(checkpoint, revision, codec, dtype, device, quantize)
+    return _load_all(base, codec_device=codec_device, cache_dir=cache_dir)
+
+
+def load_base(base: BaseSpec, adapter: Path | None = None) -> ModelAndTokenizers:
+    """A base as in `load_model_and_tokenizers`; what it does not name, an adapter's folder may. The adapter is not
+    loaded.
+
+    Raises CheckpointError, ConfigError, InputError when neither names a checkpoint.
+    """
+    with naming_where_recorded(adapter):
+        if adapter is not None:
+            base = recorded_base(base, adapter, adapter_card(adapter))
+            folder = fetch(str(base.checkpoint), what="checkpoint", revision=base.revision, weights=False)
+            check_adapter_family(adapter, family_in(folder)[0])
+        return _load_all(base)
+
+
+def recorded_base(base: BaseSpec, adapter: Path, card: Mapping[str, Any]) -> BaseSpec:
+    """`base` with the checkpoint, revision and codec that an adapter's files record, where it names none.
+
+    A recorded codec whose folder has moved is the one in the checkpoint's folder, if there is one. `card` is the
+    adapter's, which may be empty. Raises CheckpointError when no checkpoint is recorded.
+    """
+    checkpoint, codec = base.checkpoint, card.get("codec")
+    if checkpoint is None:
+        checkpoint = read_json(adapter / ADAPTER_CONFIG, "").get("base_model_name_or_path")
+        if not checkpoint:
+            raise CheckpointError(f"the adapter {adapter} does not record its base: name it with --model")
+    moved = codec is not None and Path(codec).is_absolute() and not Path(codec).is_dir()
+    if moved and (Path(checkpoint) / CODEC_FOLDER).is_dir():
+        codec = None
+    return base.filled(str(checkpoint), card.get("revision"), codec)
+
+
+@contextmanager
+def naming_where_recorded(adapter: Path | None) -> Iterator[None]:
+    """Errors about a base and a codec that an adapter records say so."""
+    try:
+        yield
+    except CheckpointError as error:
+        if adapter is None:
+            raise
+        raise CheckpointError(
+            f"{error}\n(the adapter {adapter} records its base and codec; if they have moved, name them with --model "
+            "and --codec)"
+        ) from error
+
+
+def _load_all(
+    base: BaseSpec, *, codec_device: str | torch.device = "cpu", cache_dir: str | Path | None = None
+) -> ModelAndTokenizers:
+    if base.checkpoint is None:
+        raise InputError("name a base (--model) or an adapter (--adapter)")
+    folder = fetch(base.checkpoint, what="checkpoint", revision=base.revision, cache_dir=cache_dir)
     layout = read_layout(folder)
     family = load_family(layout.family)
     config = family.read_config(folder)
-    target = choose_device(device)
-    check_quantize(quantize, choose_dtype(dtype, target))
+    check_quantize(base.quantize, choose_dtype(base.dtype, choose_device(base.device)))
     tokenizer = load_tokenizer(folder, family, config)
-    codec_name = checkpoint_codec(folder, codec)
+    codec_name = checkpoint_codec(folder, base.codec)
     audio_tokenizer = load_codec(codec_name, device=str(codec_device), cache_dir=cache_dir)
     check_codec(audio_tokenizer, family.spec(config), codec_name)
-    model, encoder = _load(layout, family, config, target, dtype, quantize)
+    model, encoder = _load(layout, family, config, base)
     return ModelAndTokenizers(
         model=model,
         tokenizer=tokenizer,
         audio_tokenizer=audio_tokenizer,
         config=config,
-        checkpoint=str(checkpoint),
-        revision=revision,
+        checkpoint=str(base.checkpoint),
+        revision=base.revision,
         codec=codec_name,
         family=family,
         whisper=encoder,
@@ -111,14 +166,14 @@ def load_model_and_tokenizers(
 
 
 def load_tokenizer(folder: Path, family: Family, config: Any) -> Any:
-    """The checkpoint's own tokenizer. Raises CheckpointError when it is missing or does not fit the config."""
+    """The checkpoint's own tokenizer. Raises CheckpointError if it is missing or does not fit the config."""
     tokenizer = read_tokenizer(folder)
     family.check_tokenizer(tokenizer, config, folder)
     return tokenizer
 
 
 def check_codec(codec: Codec, spec: Spec, name: str) -> None:
-    """Raises CheckpointError unless the codec's codes are what the model predicts."""
+    """Raises CheckpointError unless the codec's codes are those that the model predicts."""
     if codec.num_codebooks != spec.num_codebooks or codec.codebook_size != spec.codes:
         raise CheckpointError(
             f"the codec {name} has {codec.num_codebooks} codebooks of {codec.codebook_size}, the checkpoint expects "
@@ -126,24 +181,18 @@ def check_codec(codec: Codec, spec: Spec, name: str) -> None:
         )
 
 
-def _load(
-    layout: Layout,
-    family: Family,
-    config: Any,
-    device: torch.device,
-    dtype: str | torch.dtype | None,
-    quantize: Quantize | None,
-) -> tuple[Any, WhisperTower | None]:
-    chosen = choose_dtype(dtype, device)
-    check_quantize(quantize, chosen)
+def _load(layout: Layout, family: Family, config: Any, base: BaseSpec) -> tuple[Any, WhisperTower | None]:
+    device = choose_device(base.device)
+    dtype = choose_dtype(base.dtype, device)
+    check_quantize(base.quantize, dtype)
     check_checksums(layout.folder)
-    if (layout.folder / ADAPTER_CONFIG).exists():  # transformers would put it on the base, unasked
+    if (layout.folder / ADAPTER_CONFIG).exists():  # transformers would silently load it onto the base
         raise CheckpointError(
             f"{layout.folder} is a checkpoint with an adapter in it: keep them in folders of their own"
         )
-    model, tower = family.load(layout, config, chosen)
-    if quantize is not None:
-        setattr(model, UNQUANTIZED_FINGERPRINT, base_fingerprint(model))  # how adapters know the base, whole or not
+    model, tower = family.load(layout, config, dtype)
+    if base.quantize is not None:
+        setattr(model, UNQUANTIZED_FINGERPRINT, base_fingerprint(model))  # adapters know the base by it
         quantize_layers(model, family.four_bits, device)
-    torch.nn.Module.to(model, device)  # transformers wraps its own `to` in a way that no type checker follows
+    torch.nn.Module.to(model, device)  # type checkers do not understand the `to` of transformers
     return model.eval(), tower

@@ -31,7 +31,7 @@ def read_tokenizer(folder: Path) -> Any:
     if not (folder / "tokenizer.json").exists():
         raise CheckpointError(f"{folder / 'tokenizer.json'} is missing: the tokenizer belongs to the checkpoint")
     settings = read_json(folder / "tokenizer_config.json", "") if (folder / "tokenizer_config.json").exists() else {}
-    # A name here would be read instead of the folder's own file. That of special_tokens_map_file never is.
+    # transformers would read a file named here instead of the folder's own. It never reads special_tokens_map_file.
     files = [key for key in settings if key.endswith("_file") and key != "special_tokens_map_file"]
     if named := [key for key in files if settings[key] is not None]:
         raise CheckpointError(f"{folder / 'tokenizer_config.json'} names a file by {named[0]}: remove the key")

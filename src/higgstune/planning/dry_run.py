@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,7 +44,7 @@ class FourBits(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The whole weight, as whoever asks for it (DoRA for its norm) would unpack it."""
+        """The unpacked weight, which DoRA reads for its norm."""
         return self.packed.new_empty(self.shape, dtype=self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,6 +74,7 @@ def put_in_4_bits(model: nn.Module, names: list[str]) -> None:
 
 
 Bytes = Counter[str]  # by kind
+_DEVICE = torch.ops.prim.device.default
 
 
 class Tracker(TorchDispatchMode):
@@ -94,7 +95,7 @@ class Tracker(TorchDispatchMode):
         self._references: dict[int, weakref.ref[Any]] = {}
 
     def begin(self, segment: str, kind: str) -> None:
-        """From here on: this segment (which may go on where it was left), and new storages are of this kind."""
+        """From here on: this segment (which may continue an earlier one), and new storages are of this kind."""
         self._segment, self.kind = segment, kind
         self._note()
 
@@ -106,6 +107,11 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every operation comes by here."""
+        if func is _DEVICE:
+            return args[0].device  # kernels query the device of fake tensors more often than they compute
+        out = kwargs.get("out") if kwargs else None
+        if isinstance(out, FakeTensor) and out.numel():
+            return out  # allocates nothing, and PyTorch does not cache the result's shape here
         result = func(*args, **(kwargs or {}))
         if func.namespace == "aten":
             for value in (result,) if isinstance(result, Tensor) else tree_iter(result):
@@ -161,10 +167,10 @@ class StepSpec:
 
 
 def dry_run(spec: StepSpec, pack: Packed, layers: tuple[int, int], *, validation: Packed | None = None) -> Peaks:
-    """One optimizer step of a model with `layers`: the first so many computed again, so many others.
+    """One optimizer step of a model with `layers`: the first so many recomputed, so many others.
 
-    Peaks: `forward` (with the heads), `backward` of the first and last layer of either sort, `step`, and, with a
-    pack of validation rows, `validation`.
+    Peaks: `start` (before the step), `forward` (with the heads), `backward` of the first and last layer of either sort,
+    `step`, and, with a pack of validation rows, `validation`.
     """
     again, kept = layers
     model = _model(spec, again + kept)
@@ -191,6 +197,7 @@ def dry_run(spec: StepSpec, pack: Packed, layers: tuple[int, int], *, validation
             assert parameter.grad is not None
             tracker.count(parameter.grad, GRADIENTS)
         tracker.peaks.clear()
+        tracker.begin("start", OPTIMIZER)
         _step(spec, model, optimizer, _fake(pack), tracker)
         if validation is not None:
             optimizer.zero_grad()

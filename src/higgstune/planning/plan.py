@@ -17,48 +17,55 @@ from higgstune.planning.dry_run import ADAPTER, KINDS, OPTIMIZER, WEIGHTS, Bytes
 from higgstune.planning.survey import Machine, Packs, Survey, dtype_of, packs_of, steps_of, survey
 
 _DRY_RUN_LAYERS = 2  # layers of a sort
+_LASTING = (WEIGHTS, ADAPTER, OPTIMIZER)  # there between two steps
 
 
 @dataclass
 class Footprint:
-    """What one stage takes with a pack, for any number of layers that are computed again; rehearsals are kept."""
+    """What one stage takes with a pack, for any number of recomputed layers; dry runs are kept."""
 
     spec: StepSpec
     pack: Packed
     validation: Packed | None = None
-    _rehearsed: dict[tuple[int, int], Peaks] = field(default_factory=dict)
+    _dry_runs: dict[tuple[int, int, bool], Peaks] = field(default_factory=dict)
 
     def peak(self, again: int) -> Bytes:
-        """Bytes by kind when they are most, in a step or in a validation, with so many layers computed again."""
-        layers = self.spec.config.num_hidden_layers
+        """Bytes by kind when they are most, in a step or in a validation, with so many recomputed layers."""
+        layers = self.spec.base.layers
         return max(self.segments(again, layers - again).values(), key=Counter.total)
 
     def segments(self, again: int, kept: int) -> Peaks:
         """As `dry_run` gives them."""
         few = min(again, _DRY_RUN_LAYERS), min(kept, _DRY_RUN_LAYERS)
-        result = {name: Counter(value) for name, value in self._rehearse(*few).items()}
+        smallest = self._dry_run(few, self.validation)
+        result = {name: Counter(value) for name, value in smallest.items()}
         for added, more in ((again - few[0], (few[0] + 1, few[1])), (kept - few[1], (few[0], few[1] + 1))):
             if added:
-                self._add(result, self._rehearse(*few), self._rehearse(*more), added)
+                _add_layers(result, smallest, self._dry_run(more), added)
         return result
 
-    @staticmethod
-    def _add(result: Peaks, few: Peaks, more: Peaks, layers: int) -> None:
-        for name, value in result.items():
-            for kind in value.keys() | more[name].keys():
-                value[kind] += layers * (more[name][kind] - few[name][kind])
+    def _dry_run(self, layers: tuple[int, int], validation: Packed | None = None) -> Peaks:
+        key = *layers, validation is not None
+        if key not in self._dry_runs:
+            self._dry_runs[key] = dry_run(self.spec, self.pack, layers, validation=validation)
+        return self._dry_runs[key]
 
-    def _rehearse(self, again: int, kept: int) -> Peaks:
-        if (again, kept) not in self._rehearsed:
-            self._rehearsed[again, kept] = dry_run(self.spec, self.pack, (again, kept), validation=self.validation)
-        return self._rehearsed[again, kept]
+
+def _add_layers(result: Peaks, few: Peaks, more: Peaks, layers: int) -> None:
+    """Add so many layers, each of which adds what the model with one more has beyond the one with few."""
+    for name, value in result.items():
+        for kind in value.keys() | more.get(name, {}).keys():
+            if name in more:
+                value[kind] += layers * (more[name][kind] - few[name][kind])
+            elif kind in _LASTING:  # a validation keeps nothing of a layer that is done
+                value[kind] += layers * (more["start"][kind] - few["start"][kind])
 
 
 _CUDA_WORKSPACE = 40_000_000  # cuBLAS keeps it once it has computed
 # On a CPU, beside what is counted; fitted to measured runs, see docs/planning.md.
 _CPU_LIBRARIES = 150_000_000  # once they have computed, with the trainer and this planner
 _CPU_SCATTERED = {ADAPTER: 0.5, OPTIMIZER: 0.5}  # what malloc keeps between pieces that are alive
-_CPU_SCATTERED_AGAIN = 0.3  # likewise, of what layers do not keep that are computed again: where it was are holes
+_CPU_SCATTERED_RECOMPUTED = 0.3  # likewise, of what recomputed layers do not keep, which leaves holes
 _CPU_MOST_SCATTERED = 250_000_000  # larger pieces go back to the system when they are freed
 
 
@@ -69,7 +76,7 @@ class StagePlan:
     name: str
     kind: str
     layers: int
-    checkpointed: int  # of the layers, computed again in the backward pass
+    checkpointed: int  # number of layers that the backward pass recomputes
     memory: dict[str, int]  # by kind, at the peak of training
     loading: int  # while the weights are read
     peak: int
@@ -102,10 +109,10 @@ class RunPlan:
 
 
 class Planner:
-    """Plans a recipe and its variants on one machine; what was read and rehearsed is kept for the next variant."""
+    """Plans a recipe and its variants on one machine; data and dry runs are kept for the next variant."""
 
     def __init__(self, recipe: Recipe, machine: Machine, *, seen: Survey | None = None) -> None:
-        """Raises CheckpointError, DataError or ConfigError for what the recipe names and is not there."""
+        """Raises CheckpointError, DataError or ConfigError for anything that the recipe names and that is missing."""
         self.recipe = recipe
         self.machine = machine
         self.seen = survey(recipe) if seen is None else seen
@@ -127,7 +134,7 @@ class Planner:
         return dtype_of(recipe, self.machine.kind)
 
     def checkpointed(self, recipe: Recipe, stage: Stage) -> int:
-        """How many layers are computed again: all, none or, with `auto`, the fewest with which the stage fits."""
+        """The number of recomputed layers: all, none or, with `auto`, the fewest with which the stage fits."""
         layers = self.seen.spec.layers
         if recipe.gradient_checkpointing != "auto":
             return layers if recipe.gradient_checkpointing else 0
@@ -151,7 +158,7 @@ class Planner:
         return self._packs[key]
 
     def footprints(self, recipe: Recipe, stage: Stage) -> list[Footprint]:
-        """What is rehearsed for a stage: each of the packs that may take the most, the first with a validation."""
+        """The dry runs of a stage: each of the packs that may take the most, the first with a validation."""
         spec = self.spec(recipe, stage)
         epochs = stage.epochs, stage.max_steps, stage.gradient_accumulation
         key = (repr(spec), stage.pack_size, *epochs, stage.text_targets)
@@ -218,7 +225,7 @@ class Planner:
             return _CUDA_WORKSPACE
         scattered = sum(share * taken[kind] for kind, share in _CPU_SCATTERED.items())
         if again:
-            scattered += _CPU_SCATTERED_AGAIN * max(0, self._taken(recipe, stage, 0).total() - taken.total())
+            scattered += _CPU_SCATTERED_RECOMPUTED * max(0, self._taken(recipe, stage, 0).total() - taken.total())
         return self.process + self.codec + _CPU_LIBRARIES + min(int(scattered), _CPU_MOST_SCATTERED)
 
     def _loading(self, recipe: Recipe, weights: int) -> int:

@@ -1,4 +1,4 @@
-"""The plan of a recipe as a user asks for it: with its speed, and with what would fit where it does not."""
+"""The plan of a recipe for a user: with its speed, and with options that fit if it does not."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ from higgstune.files import format_bytes
 from higgstune.planning.dry_run import KINDS
 from higgstune.planning.plan import Planner, RunPlan, StagePlan
 from higgstune.planning.speed import Speed, measure
-from higgstune.planning.suggestions import Option, options, told
+from higgstune.planning.suggestions import Option, options, summary
 from higgstune.planning.survey import machine_for, parse_memory, row_examples
 
 _ROWS = {
@@ -53,13 +53,13 @@ class PlanReport:
         }
 
     def rows(self) -> Iterator[tuple[str, ...]]:
-        """The table: what, then one cell a stage."""
+        """The table: a label, then one entry per stage."""
         stages = self.plan.stages
         for kind in (*KINDS, "process"):
             yield _ROWS[kind], *(format_bytes(stage.memory[kind]) for stage in stages)
         yield "while loading", *(format_bytes(stage.loading) for stage in stages)
         yield "peak", *(format_bytes(stage.peak) for stage in stages)
-        yield "layers computed again", *(f"{stage.checkpointed} of {stage.layers}" for stage in stages)
+        yield "recomputed layers", *(f"{stage.checkpointed} of {stage.layers}" for stage in stages)
         yield "largest pack", *(f"{stage.positions} tokens" for stage in stages)
         yield "mean pack", *(f"{stage.tokens_per_pack:.0f} tokens" for stage in stages)
         yield "an epoch", *(f"{stage.packs} packs, {stage.steps_per_epoch} steps" for stage in stages)
@@ -76,7 +76,8 @@ class PlanReport:
         if self.fits:
             return f"It fits: {peak} of {format_bytes(machine.memory)} on {machine.kind}"
         return (
-            f"It does not fit: it takes {peak}, {machine.kind} has {format_bytes(machine.memory)}\n{told(self.options)}"
+            f"It does not fit: it takes {peak}, {machine.kind} has {format_bytes(machine.memory)}\n"
+            f"{summary(self.options)}"
         )
 
 
@@ -84,6 +85,8 @@ def plan(
     recipe: Recipe | str | Path, *, memory: str | int | None = None, device: str | None = None, timed: bool = True
 ) -> PlanReport:
     """What a recipe's training will take, before anything is loaded.
+
+        plan("voice.yaml", memory="16GB", device="cuda").fits
 
     `memory` (bytes, or as "16GB") takes the place of what is free; `device` (cpu or cuda) plans for another machine.
     `timed` measures a layer, for seconds, where the device is the one at hand. Raises ConfigError, DataError,
@@ -93,23 +96,21 @@ def plan(
     budget = parse_memory(memory) if isinstance(memory, str) else memory
     planner = Planner(recipe, machine_for(recipe, memory=budget, device=device))
     made = planner.plan()
-    speeds = {
-        stage.name: _speed(planner, stage) if timed and planner.machine.at_hand and made.fits else None
-        for stage in recipe.stages
-    }
     seconds, tokens = {}, {}
     for stage, planned in zip(recipe.stages, made.stages, strict=True):
-        seconds[stage.name], tokens[stage.name] = _time(speeds[stage.name], stage, planned)
+        speed = _speed(planner, stage, planned) if timed and planner.machine.at_hand and made.fits else None
+        seconds[stage.name], tokens[stage.name] = _time(speed, stage, planned)
     return PlanReport(made, tokens, seconds, options(planner) if made.fits is False else [])
 
 
-def _speed(planner: Planner, stage: Stage) -> Speed | None:
+def _speed(planner: Planner, stage: Stage, planned: StagePlan) -> Speed | None:
     packs = planner.packs(planner.recipe, stage)
     assert packs is not None
     largest = max(packs.packs, key=lambda indices: packs.lengths[indices].sum())
     rows = row_examples(planner.seen, stage, "train")
     spec = planner.spec(planner.recipe, stage)
-    return measure(spec, [rows[i] for i in largest], torch.device(planner.machine.kind))
+    examples, device = [rows[i] for i in largest], torch.device(planner.machine.kind)
+    return measure(spec, examples, device, layers=planned.layers, again=planned.checkpointed)
 
 
 def _time(speed: Speed | None, stage: Stage, planned: StagePlan) -> tuple[float | None, float | None]:

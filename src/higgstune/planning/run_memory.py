@@ -1,4 +1,4 @@
-"""The plan of a run while it trains: a warning before, how many layers are computed again, help when memory ends."""
+"""The plan of a run while it trains: a warning before, the number of recomputed layers, help when memory ends."""
 
 import logging
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from higgstune.config.recipe import Recipe, Stage
 from higgstune.errors import HiggstuneError, Interrupted, TrainingError
 from higgstune.files import format_bytes
 from higgstune.planning.plan import Planner
-from higgstune.planning.suggestions import options, told
+from higgstune.planning.suggestions import options, summary
 from higgstune.planning.survey import MARGIN, machine_for, processes
 
 _LOG = logging.getLogger(__name__)
-# What a rehearsal may raise where a version of PyTorch or peft cannot do it without values: no reason not to train.
+# Errors of a dry run that a version of PyTorch or peft cannot do without values; training starts all the same.
 _ACCIDENTS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _USUAL = "Use gradient_checkpointing: true, a smaller batch_tokens, or model.quantize: 4bit"
 
@@ -52,7 +52,7 @@ class RunMemory:
             )  # fmt: skip
 
     def checkpointed(self, stage: Stage) -> int:
-        """How many layers of a stage are computed again. Raises TrainingError when `auto` has no plan to follow."""
+        """The number of recomputed layers of a stage. Raises TrainingError when `auto` has no plan to follow."""
         if self._error is None:
             return self._again[stage.name]
         if self.recipe.gradient_checkpointing == "auto":
@@ -78,7 +78,7 @@ class RunMemory:
         peak, memory = self._plan.peak, self._planner.machine.memory
         room = int((1 - MARGIN) * peak) if memory is None else min(memory, int((1 - MARGIN) * peak))
         try:
-            found = told(options(self._planner, room=room))
+            found = summary(options(self._planner, room=room))
         except _ACCIDENTS as error:
             _LOG.warning("what would fit could not be planned (%s: %s)", type(error).__name__, error)
             found = _USUAL

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from higgstune.batch.collate import pack, positions, tensors_to
+from higgstune.batch.collate import count_tokens, pack, tensors_to
 from higgstune.families.base import Example, Spec
 from higgstune.kernels.memory import checkpoint_first
 from higgstune.kernels.quantize import quantize_layers
@@ -19,8 +19,8 @@ from higgstune.model.compiled import packed_loss
 from higgstune.peft_compat import PeftModel
 from higgstune.planning.dry_run import StepSpec
 
-CPU_TOKENS = 1024  # of the pack that is timed on a CPU
-_REPEATS = 2  # the shortest counts, after one to warm up
+CPU_TOKENS = 512  # of the pack that is timed on a CPU
+_REPEATS = 2  # the shorter one counts: the first of all is a cold start
 _LARGEST = 4_000_000_000  # bytes of the weights that are made for it on a CPU
 
 
@@ -40,28 +40,32 @@ class Speed:
         return passes * tokens * a_token + layers * self.optimizer
 
 
-def measure(spec: StepSpec, examples: list[Example], device: torch.device) -> Speed | None:
+def measure(spec: StepSpec, examples: list[Example], device: torch.device, *, layers: int, again: int) -> Speed | None:
     """Time the real training step of models with one layer and with none; None where making them takes too much.
 
-    `examples` are those of a pack; on a CPU a part of them is timed.
+    `examples` are those of a pack; on a CPU a part of them is timed. Of `layers`, the first `again` are recomputed:
+    a layer is timed only as it is trained.
     """
     if device.type == "cpu" and _bytes(spec.base, spec.dtype) > _LARGEST:
         return None
     batch = tensors_to(pack(_some(examples) if device.type == "cpu" else examples), device)
-    tokens = positions(batch)
+    tokens = count_tokens(batch)
     model = _one_layer(spec, device)
-    layers = spec.family.layers(model)
-    with_layer = _seconds(lambda: packed_loss(model, batch).backward(), device)
-    checkpoint_first(layers, 1)
-    again = _seconds(lambda: packed_loss(model, batch).backward(), device)
+    decoder = spec.family.layers(model)
+
+    def train() -> float:
+        return _seconds(lambda: packed_loss(model, batch).backward(), device)
+
+    kept = train() if again < layers else 0.0
+    checkpoint_first(decoder, 1)
+    recomputed = train() if again else 0.0
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    optimizer = torch.optim.AdamW(trained, fused=True)
-    update = _seconds(optimizer.step, device)
-    del layers[0]
+    update = _seconds(torch.optim.AdamW(trained, fused=True).step, device)
+    del decoder[0]
     spec.family.final_norm(model).requires_grad_(True)  # so that the heads have a backward pass
-    outside = _seconds(lambda: packed_loss(model, batch).backward(), device)
-    one = max(with_layer - outside, 0.0)
-    return Speed(one / tokens, max(again - outside, one) / tokens, outside / tokens, update)
+    outside = train()
+    one = max(kept - outside, 0.0)
+    return Speed(one / tokens, max(recomputed - outside, one) / tokens, outside / tokens, update)
 
 
 def _one_layer(spec: StepSpec, device: torch.device) -> PeftModel:
@@ -82,13 +86,18 @@ def _one_layer(spec: StepSpec, device: torch.device) -> PeftModel:
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:
     """The shortest of some repeats."""
     taken = []
-    for _ in range(1 + _REPEATS):
+    for _ in range(_REPEATS):
+        _synchronize(device)
         started = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _synchronize(device)
         taken.append(time.perf_counter() - started)
-    return min(taken[1:])
+    return min(taken)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _some(examples: list[Example]) -> list[Example]:

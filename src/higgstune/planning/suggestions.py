@@ -1,4 +1,4 @@
-"""What would fit where a plan does not: each option rehearsed, the cheapest in time first."""
+"""Options that fit if a plan does not, each with a dry run, the cheapest in time first."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from higgstune.files import format_bytes
 from higgstune.planning.plan import Planner, RunPlan, with_stages
 
 WANTED = 3
-# Time of a step against now, by which options are ordered: what more forward passes, a forward pass computed again and
+# Time of a step against now, by which options are ordered: what more forward passes, a recomputed forward pass and
 # unpacking of 4 bits cost, roughly. Not measured on a GPU.
 _HALVED, _AGAIN, _FOUR_BITS, _LESS_RANK = 1.03, 4 / 3, 1.25, 0.99
 _RANKS = (64, 32, 16, 8, 4)
@@ -48,7 +48,7 @@ def options(planner: Planner, *, room: int | None = None) -> list[Option]:
     return sorted(found, key=lambda option: option.time)[:WANTED]
 
 
-def told(found: list[Option]) -> str:
+def summary(found: list[Option]) -> str:
     """Options as lines of text."""
     if not found:
         return "Nothing that was tried would fit: shorter clips (prepare --max-seconds), or more memory"
@@ -101,7 +101,7 @@ def _both(one: _Variant, other: _Variant) -> _Variant:
 
 
 def _checkpointing(planner: Planner, recipe: Recipe, room: int) -> Iterator[_Variant]:
-    """Activation checkpointing in as many layers as `room` asks for."""
+    """Activation checkpointing in as many layers as `room` requires."""
     layers = planner.seen.config.num_hidden_layers
     before = max(planner.checkpointed(recipe, stage) for stage in recipe.stages)
     for count in _layers(planner, recipe, room):
@@ -154,7 +154,7 @@ def _four_bits(recipe: Recipe) -> Iterator[_Variant]:
 
 
 def _ranks(recipe: Recipe) -> Iterator[_Variant]:
-    """A smaller adapter; not where it goes on from another one, whose shape it has to have."""
+    """A smaller adapter; not if it continues another one, whose shape it must have."""
     for r in _RANKS:
         if r < recipe.lora.r and recipe.init_adapter is None:
             share = r / recipe.lora.r

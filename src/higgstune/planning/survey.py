@@ -25,9 +25,9 @@ from higgstune.errors import CheckpointError, ConfigError
 from higgstune.families import family_in, load_family
 from higgstune.families.base import Conditioning, Family, Prompter, Spec, WhisperSpec
 from higgstune.hub import fetch
-from higgstune.kernels.attention import SHORT_RUN
+from higgstune.kernels.attention import SHORT_SEGMENT
 from higgstune.model.load import load_tokenizer
-from higgstune.planning.training_data import TrainingData
+from higgstune.planning.training_data import TrainingData, check_families
 
 _CLIPS = 200_000  # of all epochs together whose packs are made, the first epoch apart
 
@@ -84,6 +84,7 @@ def survey(recipe: Recipe) -> Survey:
     family = load_family(info)
     config = family.read_config(folder)
     data = TrainingData.open(recipe)
+    check_families(recipe, data.stores)
     prompter = family.prompter(load_tokenizer(folder, family, config), config)
     features = shape = None
     if recipe.model.whisper is not None:
@@ -149,7 +150,7 @@ def _heaviest(packs: Sequence[Pack], lengths: NDArray[np.int64], shared: int, pa
     """
     positions = np.array([lengths[made].sum() for made in packs])
     rows = positions - shared * (np.array([len(made) for made in packs]) - 1)
-    of_clips = np.where(lengths <= SHORT_RUN, lengths, 0) ** 2
+    of_clips = np.where(lengths <= SHORT_SEGMENT, lengths, 0) ** 2
     pairs = pair * np.array([of_clips[made].sum() for made in packs])
     found: list[int] = []
     for measure, clearly in ((rows + pairs, 0.0), (rows, 1.02), (positions, 1.02), (pairs, 1.1)):

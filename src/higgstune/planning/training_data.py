@@ -8,6 +8,24 @@ from higgstune.config.recipe import Recipe
 from higgstune.data.store import CodeStore, MixedRows, Row
 from higgstune.data.whisper_features import FeatureStore, JoinedFeatureStore
 from higgstune.errors import DataError
+from higgstune.families import check_family, family_in
+from higgstune.hub import fetch
+from higgstune.inputs import find_adapter
+from higgstune.model.adapter_folder import check_adapter_family
+
+
+def check_families(recipe: Recipe, stores: Sequence[CodeStore]) -> None:
+    """Raises CheckpointError unless recipe, stores and the adapter to start from are of the base's family.
+
+    Before any weight is read.
+    """
+    folder = fetch(recipe.model.checkpoint, what="checkpoint", revision=recipe.model.revision, weights=False)
+    base, _, _ = family_in(folder)
+    check_family("the recipe (model.family)", recipe.model.family, base)
+    for store in stores:
+        check_family(f"the store {store.folder}", store.info.model_type, base)
+    if recipe.init_adapter is not None:
+        check_adapter_family(find_adapter(recipe.init_adapter), base)
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,7 @@ class TrainingData:
         return MixedRows(own, self.replay.split(split), share=self.share, seed=self.seed)
 
     def features(self, whisper: str) -> JoinedFeatureStore:
-        """What Whisper hears in them. Raises DataError where a store has no features of that checkpoint."""
+        """The Whisper features of their clips. Raises DataError where a store has no features of that checkpoint."""
         return JoinedFeatureStore([FeatureStore.open(store.folder, whisper) for store in self.stores])
 
     @property

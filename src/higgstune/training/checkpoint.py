@@ -117,7 +117,7 @@ def resuming(checkpoint: str | Path) -> Iterator[Path]:
 def save_weights(model: Any, folder: Path, weights: Mapping[str, Tensor]) -> None:
     """Save an adapter alone, as peft does, or else a whole model; `weights`: see `trained_state`."""
     if isinstance(model, PeftModel):
-        # "auto" would ask the hub about the base's vocabulary, which no adapter here changes.
+        # "auto" would query the hub for the base's vocabulary, which no adapter here changes.
         model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     else:
         model.save_pretrained(str(folder), state_dict=weights)

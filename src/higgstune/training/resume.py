@@ -1,4 +1,7 @@
-"""`transformers.Trainer` with checkpoints that are complete, safe to read, and resumed from exactly."""
+"""`transformers.Trainer` with checkpoints that are complete, safe to read, and resumed exactly.
+
+Overrides were checked with transformers 5.23.0; each says why it is needed.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -23,7 +23,7 @@ from higgstune.model.adapter_folder import adapter_card, adapter_conditioning
 from higgstune.model.adapters import check_directions
 from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
 from higgstune.planning.run_memory import RunMemory
-from higgstune.planning.training_data import TrainingData
+from higgstune.planning.training_data import TrainingData, check_families
 from higgstune.training.callbacks import StopSignals
 from higgstune.training.distributed import Processes
 from higgstune.training.result import RunResult, StageResult
@@ -38,6 +38,8 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "gloo")  # in 
 
 def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False) -> RunResult:
     """Train a recipe into the run folder `out`; with `resume`, continue where an earlier run of it stopped.
+
+        train(Recipe.load("voice.yaml"), "runs/voice").adapter
 
     In each process of torchrun or `accelerate launch` it trains a share. SIGTERM and SIGINT end it with a checkpoint.
 
@@ -74,6 +76,7 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
     data = TrainingData.open(recipe)
 
     # 4. Load the base, and check that it fits data, adapter and recipe.
+    check_families(recipe, data.stores)
     base = _load(recipe, device, processes)
     check_store(data.store, base)
     _check_codebook_weights(recipe, base.spec.num_codebooks)

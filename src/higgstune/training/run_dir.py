@@ -64,7 +64,7 @@ class RunState:
             ) from error
 
     def to_json(self) -> str:
-        """As it stands in `run.json`: what is None is left out."""
+        """The content of `run.json`, without what is None."""
         tree = asdict(self) | {"stages": {name: stage.as_json() for name, stage in self.stages.items()}}
         return json.dumps({key: value for key, value in tree.items() if value is not None}, indent=2)
 

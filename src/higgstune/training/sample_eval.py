@@ -220,7 +220,7 @@ class SampleEvaluation:
         speaker = Speaker(self.loaded, model=model, reference_place=self.reference_place)
         every = range(len(self.items))
         mine = every if self.together else every[self.processes.rank :: self.processes.count]
-        spoken = speaker.say_each(
+        spoken = speaker.speak_all(
             [self.items[index].request for index in mine],
             sampling=Sampling(temperature=self.settings.temperature),
             sync_logits=self.processes.broadcast if self.together else None,

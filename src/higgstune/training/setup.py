@@ -1,4 +1,4 @@
-"""What a recipe's conditioning asks of the model and of the store, found out before anything is trained."""
+"""What a recipe's conditioning requires of the model and of the store, checked before training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ def _check_features(recipe: Recipe, store: CodeStore, features: JoinedFeatureSto
     missing = sum(sha256 not in features for sha256 in needed)
     if missing:
         raise DataError(
-            f"{missing} of the {len(needed)} clips that Whisper hears in {store.folder} have no features: run "
+            f"{missing} of the {len(needed)} clips for Whisper in {store.folder} have no features: run "
             f"`higgstune prepare` again with --whisper {recipe.model.whisper}, on the recordings that they come from"
         )
 

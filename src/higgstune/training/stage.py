@@ -222,7 +222,7 @@ def _choose(trainer: HiggsAudioTrainer, which: Literal["best", "last"]) -> Chose
         return replace(best, step=trainer.state.global_step, rule="the last step")
     if not best.healthy:
         _LOG.warning(
-            "no evaluated step meets all conditions (%s): step %d breaks the fewest. Listen before you use it",
+            "no evaluated step meets all conditions (%s): step %d breaks the fewest. Listen to it before you use it",
             best.rule, best.step,
         )  # fmt: skip
     trainer.take_best()

@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with what is special about Higgs Audio: data, loss, evaluation, whole checkpoints.
+"""`transformers.Trainer` with what is special about Higgs Audio: data, loss, evaluation.
 
 Overrides were checked with transformers 5.23.0; those of private methods say why they are needed.
 """
@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from typing_extensions import override
 
-from higgstune.batch.collate import Packed, positions, tensors_to
+from higgstune.batch.collate import Packed, count_tokens, tensors_to
 from higgstune.batch.loader import PackLoader, Prefetched
 from higgstune.batch.packing import PackSize
 from higgstune.codec import Codec
@@ -217,7 +217,7 @@ class HiggsAudioTrainer(ResumableTrainer):
             # DDP averages gradients over ranks; the counts are already those of all ranks.
             loss = loss * self.accelerator.num_processes
         if model.training:
-            tokens = torch.full((), positions(inputs), device=self.args.device)  # a fill: no copy to wait for
+            tokens = torch.full((), count_tokens(inputs), device=self.args.device)  # a fill: no copy to wait for
             self._window.add(sums, counts | {"tokens": tokens})
         return (loss, sums) if return_outputs else loss
 

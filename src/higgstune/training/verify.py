@@ -1,4 +1,4 @@
-"""Proof that what was saved is what was trained: the adapter, loaded by a fresh process onto a fresh base.
+"""Verifies that what was saved is what was trained: a fresh process loads the adapter onto a fresh base.
 
 python -m higgstune.training.verify REQUEST.json     prints one JSON line
 """
@@ -26,15 +26,15 @@ from higgstune.model.load import load_model
 from higgstune.training.distributed import Processes, embedding_and_heads, shard
 
 # The largest difference of a logit in float32. In bfloat16 the mean difference: a logit of 8 has steps of 0.03 there,
-# so one rounding that falls otherwise is allowed, many are not.
+# so one different rounding is allowed, many are not.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-4}
-MARGIN = 100  # the adapter must move the base's logits by this many tolerances, or it may as well not be there
-_POSITIONS = 256  # as many labelled positions are compared at the most, audio and text each
+MARGIN = 100  # by so many tolerances the adapter must move the base's logits
+_POSITIONS = 256  # labels of audio and of text whose logits are compared
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared, and how it came out; differences are those of `TOLERANCE`'s dtype."""
+    """The result of a comparison; differences are measured as `TOLERANCE` says for the dtype."""
 
     dtype: str
     tolerance: float
@@ -48,7 +48,7 @@ class Verification:
 
 
 def probe_logits(model: Any, batch: Batch) -> dict[str, Tensor]:
-    """Audio logits [M, K * V] and text logits [N, vocab] at labelled positions of a batch, float32 on the CPU."""
+    """Audio logits [M, K * V] and text logits [N, vocab] where a batch has labels, float32 on the CPU."""
     model.eval()
     with torch.no_grad():
         logits = family_of(model).label_logits(model, batch, _POSITIONS, embedding_and_heads(model))
@@ -74,8 +74,8 @@ def verify_in_fresh_process(
 ) -> Verification:
     """Load base and adapter in a new process and compare with the probe. Raises VerificationError if it differs.
 
-    The base is loaded in the way that it was trained in: a probe of a 4-bit base says nothing of a whole one. A base
-    that was sharded is so again: `among` all processes, each of which calls this.
+    The base is loaded as it was trained: a probe of a 4-bit base says nothing about a whole one. A base that was
+    sharded is sharded in the same way: `among` all processes, each of which calls this.
     """
     request = {
         "adapter": str(adapter), "checkpoint": checkpoint, "revision": revision,
@@ -87,7 +87,7 @@ def verify_in_fresh_process(
     path.write_text(json.dumps(request, indent=2), encoding="utf-8")
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums of equal order
     if among is not None:
-        # They meet in a place of their own, not at the launcher's of the processes that wait for them.
+        # They meet at a port of their own, not at the launcher's.
         environment = {key: value for key, value in environment.items() if not key.startswith("TORCHELASTIC_")}
         environment["MASTER_PORT"] = str(among.broadcast(_free_port()))
     done = _run(path, environment)
@@ -100,7 +100,7 @@ def verify_in_fresh_process(
 
 
 def _run(request: Path, environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
-    """Answer a request in a process that has nothing of the trained model."""
+    """Answer a request in a process that shares nothing with the trained model."""
     return subprocess.run(
         [sys.executable, "-m", "higgstune.training.verify", str(request)],
         capture_output=True,
@@ -112,7 +112,7 @@ def _run(request: Path, environment: Mapping[str, str]) -> "subprocess.Completed
 
 def _explain(result: Verification, adapter: Path) -> str:
     if math.isnan(result.from_trained) or math.isnan(result.from_base):
-        return f"the adapter {adapter} gives logits that are no numbers: training went out of bounds; lower the rates"
+        return f"the adapter {adapter} gives logits that are not numbers: training diverged; lower the learning rates"
     if result.from_trained > result.tolerance:
         return (
             f"the adapter {adapter}, loaded in a fresh process, does not give the trained model's logits: they differ "
@@ -120,16 +120,16 @@ def _explain(result: Verification, adapter: Path) -> str:
             "trained is not in the adapter; do not use it"
         )
     return (
-        f"the adapter {adapter} hardly changes the base: its logits differ by {result.from_base:.2e}, which is not "
+        f"the adapter {adapter} hardly changes the base: its logits differ by {result.from_base:.2e}, not by "
         f"more than {MARGIN} x {result.tolerance:.0e} ({result.dtype}). It was trained too little (more steps, a "
         "higher learning rate) or is not applied"
     )
 
 
 def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("", 0))
-        port: int = listening.getsockname()[1]
+    with socket.socket() as bound:
+        bound.bind(("", 0))
+        port: int = bound.getsockname()[1]
         return port
 
 
@@ -146,7 +146,7 @@ def _compare(request: dict[str, Any]) -> Verification:
         device="cpu" if sharded else device,
         quantize=request["quantize"],
     )
-    # Logits are the judge here, not a checksum: what differs is to be told by what it does.
+    # Without the checksum: a change is to be found by its effect on the logits.
     adapted = load_adapter(model, Path(request["adapter"]), checksum=False)
     if sharded:
         shard(adapted, device)

@@ -21,7 +21,7 @@ from higgstune.data.messages import speech_messages
 from higgstune.errors import ConfigError, DataError
 from higgstune.families import read_layout
 from higgstune.families.base import Conditioning, Example, WhisperSpec
-from higgstune.families.higgs_v2.audio_attention import find_audio_rows
+from higgstune.families.higgs_v2.audio_attention import find_audio_frames
 from higgstune.families.higgs_v2.decoder import Decoder
 from higgstune.families.higgs_v2.delay import build_frames
 from higgstune.families.higgs_v2.extensions import (
@@ -55,9 +55,9 @@ def both(prompter: Prompter) -> Conditioning:
     return Conditioning(audio_attention=True, whisper=shape(prompter))
 
 
-def heard(positions: int, seed: int, *chunks: int) -> WhisperFeatures:
-    features = np.random.default_rng(seed).normal(size=(positions, D_MODEL)).astype(np.float16)
-    return WhisperFeatures(features, chunks or (positions,))
+def encoded(tokens: int, seed: int, *chunks: int) -> WhisperFeatures:
+    features = np.random.default_rng(seed).normal(size=(tokens, D_MODEL)).astype(np.float16)
+    return WhisperFeatures(features, chunks or (tokens,))
 
 
 def golden_outputs(folder: Path, golden: Golden) -> tuple[Any, dict[str, Tensor], Tensor, Tensor]:
@@ -124,11 +124,11 @@ def examples(prompter: Prompter, *, whisper: bool) -> list[Example]:
         [("Hello.", 9, "turn"), ("Good morning.", 5, None), ("Sun.", 7, "scene")]
     ):
         target, reference = (random_codes(n, seed=index + n, codes=CODES) for n in (frames, 4))
-        audio: list[Any] = [] if place is None else [heard(6, index) if place == "scene" and whisper else reference]
-        asked = speech_messages(
+        audio: list[Any] = [] if place is None else [encoded(6, index) if place == "scene" and whisper else reference]
+        request = speech_messages(
             text, context=[("Hi.", "r")] if place == "turn" else [], voice="r" if place == "scene" else None
         )
-        made.append(prompter.example([*asked, TARGET], [*audio, target], text_targets="transcript"))
+        made.append(prompter.example([*request, TARGET], [*audio, target], text_targets="transcript"))
     return made
 
 
@@ -147,13 +147,13 @@ def test_extensions_start_as_an_exact_identity_and_follow_from_the_base() -> Non
     fingerprint = base_fingerprint(model)
     with torch.no_grad():
         before = model(**batch).logits
-        twin = copy.deepcopy(model)
-        for one in (model, twin):
-            torch.manual_seed(one is twin)  # no random number takes part
+        other = copy.deepcopy(model)
+        for one in (model, other):
+            torch.manual_seed(one is other)  # no random number takes part
             add_conditioning(one, both(prompter))
         after = model(**batch, whisper_features=features).logits
     assert torch.equal(before, after)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert base_fingerprint(model) == fingerprint
     assert conditioning_of(model) == both(prompter)
     assert len(conditioning_modules(model)) == 2 * 2 + 1
@@ -178,7 +178,7 @@ def test_what_a_checkpoint_brings_stays_its_own(tmp_path: Path) -> None:
 def test_dora_has_no_direction_in_a_zero_weight() -> None:
     model, _ = tiny_prompter(codes=CODES)
     add_conditioning(model, Conditioning(audio_attention=True))
-    with pytest.raises(ConfigError, match="no direction to start from"):
+    with pytest.raises(ConfigError, match=r"lora\.dora cannot start from"):
         add_lora(model, Lora(r=2, dora=True), "full")
     add_lora(model, Lora(r=2, dora=True), "full", attention="full")
 
@@ -247,7 +247,7 @@ def test_a_cache_that_went_another_way_is_refused() -> None:
     with torch.inference_mode():
         decoder.step(rows)
         decoder.cache.crop(-1)
-        with pytest.raises(ValueError, match="begin a new one"):
+        with pytest.raises(ValueError, match="start a new one"):
             decoder.step(rows)
 
 
@@ -263,18 +263,18 @@ def test_flash_attention_is_refused() -> None:
     model, _ = tiny_prompter(codes=CODES)
     add_conditioning(model, Conditioning(audio_attention=True))
     model.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(ValueError, match="cannot tell examples apart"):
-        find_audio_rows(model.config, torch.zeros(1, 1, 64), None, 1, torch.zeros(1, 1), (torch.zeros(1),) * 2, None)
+    with pytest.raises(ValueError, match="cannot separate examples"):
+        find_audio_frames(model.config, torch.zeros(1, 1, 64), None, 1, torch.zeros(1, 1), (torch.zeros(1),) * 2, None)
 
 
 def test_feature_counts_match_their_tokens() -> None:
     model, prompter = tiny_prompter(codes=CODES)
-    asked = speech_messages("Sun.", voice="r")
+    request = speech_messages("Sun.", voice="r")
     with pytest.raises(ValueError, match="a projector"):
-        Decoder(model, [prompter.prompt(asked, [heard(6, 1)])])
+        Decoder(model, [prompter.prompt(request, [encoded(6, 1)])])
     add_conditioning(model, both(prompter))
     with pytest.raises(DataError, match="6 Whisper features"):
-        heard(6, 1, 5)
+        encoded(6, 1, 5)
     batch = inputs_of(collate(examples(prompter, whisper=True)))
     check_features(model, batch)
     with pytest.raises(ValueError, match="12 Whisper features for 6"):
@@ -340,11 +340,11 @@ def test_teacher_forced_logits_equal_step_by_step_generation(dtype: torch.dtype,
     made, prompts, targets = [], [], []
     for i, (text, frames) in enumerate([("Hello.", 6), ("Good morning.", 11), ("Sun.", 3)]):
         target = random_codes(frames, seed=i, codes=CODES)
-        # One hears a voice, in two chunks; one has a reference by its codes; one has no audio in its prompt at all.
-        asked = speech_messages(text, context=[("Hi.", "r")] if i == 1 else [], voice="r" if i == 0 else None)
-        audio: list[Any] = [[heard(7, 3, 5, 2)], [random_codes(5, 9, codes=CODES)], []][i]
-        made.append(prompter.example([*asked, TARGET], [*audio, target]))
-        prompts.append(prompter.prompt(asked, audio))
+        # One has a voice in two Whisper chunks, one a reference by its codes, one no audio in its prompt.
+        request = speech_messages(text, context=[("Hi.", "r")] if i == 1 else [], voice="r" if i == 0 else None)
+        audio: list[Any] = [[encoded(7, 3, 5, 2)], [random_codes(5, 9, codes=CODES)], []][i]
+        made.append(prompter.example([*request, TARGET], [*audio, target]))
+        prompts.append(prompter.prompt(request, audio))
         targets.append(build_frames(target, bos_id=CODES, eos_id=CODES + 1)[0])
     assert prompts[0].prompt.count("<|audio_bos|><|AUDIO|><|audio_eos|>") == 2
     with torch.inference_mode():

@@ -127,7 +127,7 @@ def test_pieces_of_the_heads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         return gradients(model, iter([sums["audio_loss"].sum() + sums["text_loss"]]))
 
     loss, expected = run()
-    monkeypatch.setattr("higgstune.kernels.loss._LOGITS", 3000)
+    monkeypatch.setattr("higgstune.kernels.loss._MAX_LOGITS", 3000)
     in_pieces, found = run()
     assert in_pieces == pytest.approx(loss, rel=1e-6)  # losses are float32
     for name, gradient in found.items():
@@ -143,9 +143,9 @@ def test_the_heads_sums_are_those_of_plain_formulas() -> None:
     targets[1] = logits[1].argmax(-1)  # at least one hit for each head
     sums = head_sums(hidden, weight, targets, eos_id=6)
     for k in range(3):
-        cells = F.cross_entropy(logits[:, k], targets[:, k], reduction="none")
-        torch.testing.assert_close(sums["loss"][k], cells.sum())
-        torch.testing.assert_close(sums["eos_loss"][k], cells[targets[:, k] == 6].sum())
+        losses = F.cross_entropy(logits[:, k], targets[:, k], reduction="none")
+        torch.testing.assert_close(sums["loss"][k], losses.sum())
+        torch.testing.assert_close(sums["eos_loss"][k], losses[targets[:, k] == 6].sum())
         assert sums["hits"][k] == (logits[:, k].argmax(-1) == targets[:, k]).sum() > 0
 
 
@@ -231,7 +231,7 @@ def test_a_padded_batch_with_targets_is_refused() -> None:
 def test_an_architecture_that_is_not_computed_is_refused(change: dict[str, Any]) -> None:
     model, _ = tiny_prompter(codes=CODES)
     model.config.update(change)
-    with pytest.raises(CheckpointError, match="knows silu without attention dropout"):
+    with pytest.raises(CheckpointError, match="supports only silu without attention dropout"):
         with_training_forward(model)
 
 

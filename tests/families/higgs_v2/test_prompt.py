@@ -24,7 +24,7 @@ def ids(case: dict[str, Any]) -> str:
 def test_native_template_equals_the_reference(case: dict[str, Any]) -> None:
     assert render(case["messages"]) == case["rendered_training"]
     assert render(case["messages"], generation=True) == case["rendered_generation"]
-    # The target is what is generated: asking without it gives the same prompt.
+    # The target is to be generated: without it the prompt is the same.
     assert render(case["messages"][:-1], generation=True) == case["rendered_generation"]
 
 
@@ -37,17 +37,17 @@ def test_chatml_equals_the_reference(case: dict[str, Any]) -> None:
 def test_the_shipped_jinja_template_writes_the_same(case: dict[str, Any]) -> None:
     template = Environment(autoescape=False).from_string(native_chat_template())
     assert template.render(messages=case["messages"]) == case["rendered_training"]
-    asked = template.render(messages=case["messages"][:-1], add_generation_prompt=True)
-    assert asked == case["rendered_generation"]
+    prompt = template.render(messages=case["messages"][:-1], add_generation_prompt=True)
+    assert prompt == case["rendered_generation"]
 
 
 def test_generation_prompt_is_a_prefix_of_the_training_prompt_also_with_assistant_text() -> None:
     case = next(case for case in CHATML if case["name"].endswith("assistant_text_and_audio"))
     for template in ("native", "chatml"):
         trained = render(case["messages"], template=template)
-        asked = render(case["messages"], template=template, generation=True)
-        assert asked.endswith("The sun rises in the east.<|audio_out_bos|>")
-        assert trained.startswith(asked)
+        prompt = render(case["messages"], template=template, generation=True)
+        assert prompt.endswith("The sun rises in the east.<|audio_out_bos|>")
+        assert trained.startswith(prompt)
 
 
 def test_reference_audio_is_rendered_as_codes_without_whisper() -> None:

@@ -95,10 +95,10 @@ def test_earlier_turns_can_be_targets_too() -> None:
 
 
 def test_the_generation_prompt_is_the_beginning_of_the_training_example() -> None:
-    asked = speech_messages("The sun rises in the east.", context=[("Hello there.", "reference.wav")])
+    request = speech_messages("The sun rises in the east.", context=[("Hello there.", "reference.wav")])
     reference, target = random_codes(5, seed=1), random_codes(7, seed=2)
-    prompt = PROMPTER.prompt(asked, [reference])
-    example = PROMPTER.example([*asked, TARGET], [reference, target])
+    prompt = PROMPTER.prompt(request, [reference])
+    example = PROMPTER.example([*request, TARGET], [reference, target])
     np.testing.assert_array_equal(example.input_ids[: len(prompt)], prompt.input_ids)
     np.testing.assert_array_equal(example.audio_input_ids[: 5 + 9], prompt.audio_input_ids)
     assert prompt.input_ids[-1] == TOKENIZER.convert_tokens_to_ids("<|audio_out_bos|>")
@@ -132,7 +132,7 @@ def test_label_entries_are_what_arithmetic_says(frames: list[int], text: str) ->
     ("messages", "codes", "targets", "names"),
     [
         ("no_scene", 0, "none", "1 audio parts and got codes for 0"),
-        ("audio_understanding", 1, "none", "nothing to learn to say"),
+        ("audio_understanding", 1, "none", "no target to train on"),
         ("no_scene", 1, "assistant", "use text_targets: transcript"),
     ],
 )

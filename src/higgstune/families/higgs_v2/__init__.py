@@ -1,6 +1,6 @@
-"""Higgs Audio v2: Llama 3.2 3B with a feed-forward network of its own for audio in every layer, native in transformers.
+"""Higgs Audio v2: Llama 3.2 3B with a second feed-forward network for audio in every layer, native in transformers.
 
-`INFO` is all that recipes and lookups need; `family` has the code, which brings torch and transformers.
+`INFO` is all that recipes and lookups need; `family` has the code, which imports torch and transformers.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def _check_recipe(recipe: Any) -> Iterator[tuple[str, str]]:
     if recipe.model.audio_attention and "full" not in kinds:
         yield (
             "model.audio_attention",
-            "it is on, but no stage has the kind full: it would never be trained; add a full stage or leave it out",
+            "it is on, but no stage has the kind full, so nothing would train it: add a full stage, or leave it out",
         )
 
 

@@ -1,14 +1,15 @@
-"""Audio self-attention: in each layer, rows of audio attend to earlier rows of audio before the shared attention.
+"""Audio self-attention: in each layer, audio frames attend to earlier audio frames before the shared attention.
 
-    h  = audio_input_layernorm(x)                      on rows of audio
-    x' = x + audio_attn(h)                             h attends to the earlier rows of its own example only
-    shared attention and residual then start from audio_post_audio_attn_layer_norm(x') and x' there
+    h  = audio_input_layernorm(x)                      for audio frames
+    x' = x + audio_attn(h)                             h attends to the earlier frames of its own example only
+    their shared attention and residual then start from audio_post_audio_attn_layer_norm(x') and x'
 
 Source: boson_multimodal's `HiggsAudioDualFFNDecoderLayer` with `use_audio_out_self_attention` (golden
-`audio_attention`). There the whole sequence goes through `audio_attn` and text is masked away; here the rows of audio
-are gathered first, so text costs nothing, no row of the softmax is empty, and the KV cache holds rows of audio alone.
+`audio_attention`). There the whole sequence passes `audio_attn` and text is masked; here audio frames are gathered
+first, so text costs nothing, no row of the softmax is empty, and the KV cache holds audio frames alone.
 
-Letters in shapes: B batch, S positions, A rows of audio (the most of any example), D hidden size, H head size.
+Letters in shapes: B batch, S tokens, A audio frames (after the delay pattern; the maximum of any example), D hidden
+size, H head size.
 """
 
 from dataclasses import dataclass
@@ -32,47 +33,47 @@ NORM = "audio_post_audio_attn_layer_norm"
 
 
 class AudioCache:
-    """The keys and values of `audio_attn` in all layers: rows of audio only, with their own length."""
+    """The keys and values of `audio_attn` in all layers: audio frames only, with their own length."""
 
     def __init__(self) -> None:
         self.entries = DynamicCache()
-        self.valid: Tensor | None = None  # [B, rows so far] False where an example has fewer rows than another
-        self._seen = 0  # positions of the shared cache that these rows belong to
+        self.valid: Tensor | None = None  # [B, frames so far] False where an example has fewer frames than another
+        self._seen = 0  # tokens of the shared cache that these frames belong to
 
     @classmethod
     def of(cls, cache: Cache) -> "AudioCache":
-        """The one that belongs to a cache of the shared attention, with which it lives and dies."""
+        """The audio cache attached to a cache of the shared attention, whose lifetime it shares."""
         if not hasattr(cache, "audio_attention"):
             cache.audio_attention = cls()  # type: ignore[attr-defined]
         return cache.audio_attention  # type: ignore[attr-defined]
 
     def follow(self, seen: int, added: int) -> None:
-        """Note that `added` positions follow the `seen` ones. Raises ValueError for a cache that went another way."""
+        """Record that `added` tokens follow the `seen` ones. Raises ValueError if the shared cache was changed."""
         if seen != self._seen:
             raise ValueError(
-                f"the cache holds {seen} positions, audio attention has seen {self._seen}: a cache that was cropped, "
-                "reset or filled by another model cannot be gone on with; begin a new one"
+                f"the cache holds {seen} tokens, audio attention has seen {self._seen}: a cache that was cropped, "
+                "reset or filled by another model cannot be continued; start a new one"
             )
         self._seen = seen + added
 
     def grow(self, valid: Tensor) -> Tensor:
-        """Note the rows [B, A] that are about to be added; the validity [B, A'] of all rows."""
+        """Record the frames [B, A] that are about to be added; returns the validity [B, A'] of all frames."""
         self.valid = valid if self.valid is None else torch.cat([self.valid, valid], dim=1)
         return self.valid
 
 
 @dataclass(frozen=True)
-class AudioRows:
-    """Where the rows of audio of a batch stand, and who sees whom among them; the same for every layer."""
+class AudioFrames:
+    """The audio frames of a batch: their positions, and which of them attend to which; the same for every layer."""
 
-    positions: Tensor | None  # [B, A] in the sequence; None: every position is a row of audio
-    valid: Tensor  # [B, A] False where an example has fewer rows; such places point at text and are not written to
-    rotary: tuple[Tensor, Tensor]  # cos and sin [B, A, H], of the positions in the whole sequence
-    mask: Any  # as the configured attention takes it
+    positions: Tensor | None  # [B, A] in the sequence; None: every token is an audio frame
+    valid: Tensor  # [B, A] False where an example has fewer frames; such entries point at text and are not written to
+    rotary: tuple[Tensor, Tensor]  # cos and sin [B, A, H], by position id in the whole sequence
+    mask: Any  # in the form that the configured attention takes
     cache: DynamicCache | None
 
     def gather(self, hidden: Tensor) -> Tensor:
-        """[B, S, D] -> the rows of audio [B, A, D]."""
+        """[B, S, D] -> the audio frames [B, A, D]."""
         return hidden if self.positions is None else _take(hidden, self.positions)
 
     def add(self, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -83,23 +84,23 @@ class AudioRows:
         return hidden.scatter_add(1, self.positions[..., None].expand_as(rows), rows)
 
 
-def find_audio_rows(
+def find_audio_frames(
     config: HiggsAudioV2Config,
     hidden: Tensor,
     audio_mask: Tensor | None,
-    most_rows: int,
+    max_frames: int,
     position_ids: Tensor,
     rotary: tuple[Tensor, Tensor],
     past: Cache | None,
-) -> AudioRows | None:
-    """The rows of audio of a forward pass; None where there is none.
+) -> AudioFrames | None:
+    """The audio frames of a forward pass; None without any.
 
-    hidden [B, S, D]; audio_mask [B, S], None when decoding rows of audio alone; at most `most_rows` in an example;
+    hidden [B, S, D]; audio_mask [B, S], None when decoding audio frames alone; at most `max_frames` in an example;
     position_ids [1 or B, S], which jump at every example of a packed sequence; rotary 2 x [1 or B, S, H].
     """
     if "flash" in (config._attn_implementation or ""):
         raise ValueError(
-            f"audio attention cannot tell examples apart with {config._attn_implementation}: use sdpa, eager or "
+            f"audio attention cannot separate examples with {config._attn_implementation}: use sdpa, eager or "
             "flex_attention"
         )
     cache = None if past is None else AudioCache.of(past)
@@ -107,25 +108,25 @@ def find_audio_rows(
         cache.follow(int(past.get_seq_length()), hidden.shape[1])
     if audio_mask is None:
         positions, valid = None, torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    elif most_rows == 0:
+    elif max_frames == 0:
         return None
     else:
-        # A stable sort puts the audio of each example first, in its order: no loop, and no wait for the device.
-        positions = (~audio_mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :most_rows]
+        # A stable sort puts each example's audio first, in order, without a loop or a wait for the device.
+        positions = (~audio_mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :max_frames]
         valid = audio_mask.gather(1, positions)
         rotary = tuple(_take(part.expand(len(hidden), -1, -1), positions) for part in rotary)  # type: ignore[assignment]
-    rows = hidden[:, : valid.shape[1]]  # only its shape and type matter to a mask
+    rows = hidden[:, : valid.shape[1]]  # the mask depends only on its shape and type
     if cache is not None:
         seen = cache.grow(valid)
         mask = create_causal_mask(config, inputs_embeds=rows, attention_mask=seen, past_key_values=cache.entries)
-        return AudioRows(positions, valid, rotary, mask, cache.entries)
+        return AudioFrames(positions, valid, rotary, mask, cache.entries)
     chain = _chain(position_ids.expand(len(hidden), -1), positions, valid)
     mask = create_causal_mask(config, inputs_embeds=rows, attention_mask=None, past_key_values=None, position_ids=chain)
-    return AudioRows(positions, valid, rotary, mask, None)
+    return AudioFrames(positions, valid, rotary, mask, None)
 
 
 class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
-    """The native layer with audio self-attention; `add_audio_attention` makes one of a native layer, in place."""
+    """The native layer with audio self-attention; `add_audio_attention` turns a native layer into one, in place."""
 
     audio_attn: HiggsAudioV2Attention
     audio_post_audio_attn_layer_norm: HiggsAudioV2RMSNorm
@@ -136,12 +137,14 @@ class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
         position_embeddings: tuple[Tensor, Tensor] | None,
         attention_mask: Any = None,
         audio_token_mask: Tensor | None = None,
-        audio_rows: AudioRows | None = None,
+        audio_frames: AudioFrames | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """[B, S, D] -> [B, S, D], as the native layer, whose arithmetic it repeats to the bit where o_proj is zero."""
-        if audio_rows is not None:
-            hidden_states = audio_rows.add(hidden_states, self._attend(audio_rows.gather(hidden_states), audio_rows))
+        """[B, S, D] -> [B, S, D] as the native layer, to the bit if o_proj is zero."""
+        if audio_frames is not None:
+            hidden_states = audio_frames.add(
+                hidden_states, self._attend(audio_frames.gather(hidden_states), audio_frames)
+            )
         normed = self._by_pathway(
             hidden_states, audio_token_mask, self.input_layernorm, self.audio_post_audio_attn_layer_norm
         )
@@ -154,9 +157,9 @@ class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
         hidden_states = hidden_states + attended
         return hidden_states + self._by_pathway(hidden_states, audio_token_mask, self._text_ffn, self._audio_ffn)
 
-    def _attend(self, rows: Tensor, audio: AudioRows) -> Tensor:
+    def _attend(self, rows: Tensor, audio: AudioFrames) -> Tensor:
         normed = self.audio_input_layernorm(rows)
-        # Modules that are trained in full are kept in float32 beside a bfloat16 base.
+        # Modules that are trained in full stay in float32 beside a bfloat16 base.
         own_dtype = compute_dtype(self.audio_attn.q_proj)
         attended, _ = self.audio_attn(
             hidden_states=normed.to(own_dtype),
@@ -174,7 +177,7 @@ class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
 
     @staticmethod
     def _by_pathway(hidden: Tensor, audio_mask: Tensor | None, text: Any, audio: Any) -> Tensor:
-        """[B, S, D] through `audio` on rows of audio and through `text` elsewhere."""
+        """[B, S, D] through `audio` for audio frames and through `text` for other tokens."""
         if audio_mask is None:
             return audio(hidden).to(hidden.dtype)
         result = torch.empty_like(hidden)
@@ -184,10 +187,10 @@ class AudioAttentionLayer(HiggsAudioV2DecoderLayer):
 
 
 def add_audio_attention(layers: nn.ModuleList, config: HiggsAudioV2Config) -> None:
-    """Give every layer an audio self-attention that changes nothing yet, and that follows from the base alone.
+    """Give every layer an audio self-attention that changes nothing yet and follows from the base alone.
 
-    q, k, v are those of the layer's `self_attn`, o_proj is zero, the norm is `audio_input_layernorm`'s. Beside a base
-    in 4 bits they are whole, with the values that its `self_attn` computes with.
+    q, k, v are copies of the layer's `self_attn`, o_proj is zero, the norm is a copy of `audio_input_layernorm`. Beside
+    a 4-bit base they are not quantized and have the values that its `self_attn` computes with.
     """
     for index, layer in enumerate(layers):
         layer.__class__ = AudioAttentionLayer
@@ -204,7 +207,7 @@ def add_audio_attention(layers: nn.ModuleList, config: HiggsAudioV2Config) -> No
 
 
 def remove_audio_attention(layers: nn.ModuleList) -> None:
-    """Make native layers of them again."""
+    """Turn the layers back into native ones, in place."""
     for layer in layers:
         delattr(layer, ATTENTION)
         delattr(layer, NORM)
@@ -217,9 +220,10 @@ def _take(hidden: Tensor, positions: Tensor) -> Tensor:
 
 
 def _chain(position_ids: Tensor, positions: Tensor | None, valid: Tensor) -> Tensor:
-    """Position ids [B, A] that count on inside an example and jump between examples: how a mask is told of packing.
+    """Position ids [B, A] that increase by one within an example and jump between examples, which is how a mask
+    separates packed examples.
 
-    PackedLayout without a row come last; each is an example of its own, so that it sees something and nothing sees it.
+    Invalid entries come last. Each is an example of its own, so that it attends to itself and nothing attends to it.
     """
     starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
     example = starts.cumsum(1)

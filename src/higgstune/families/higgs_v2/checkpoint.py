@@ -1,9 +1,9 @@
-"""A checkpoint of Higgs Audio v2 in any of its three layouts: its configuration, and the native model with its weights.
+"""Checkpoints of Higgs Audio v2 in three layouts: read their configuration, load the native model with their weights.
 
-native      transformers' own
-original    boson_multimodal's: see `original`
-extended    the native one with modules that the native class does not have. It has a model type of its own, so that
-            no other software takes it for a native checkpoint and leaves them out.
+native      that of transformers
+original    that of boson_multimodal: see `original`
+extended    the native one with modules that the native class lacks. It has its own model type, so that no other
+            software loads it as a native checkpoint and drops them.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ from higgstune.families.higgs_v2.extensions import CONDITIONING_KEY, add_conditi
 from higgstune.families.higgs_v2.original import native_config, read_original
 
 TEXT_HEAD = "text_lm_head.weight"
-# What a config.json may say. Other keys can make transformers fetch code (_attn_implementation) or read other files.
+# The keys read from a config.json. Others can make transformers fetch code (_attn_implementation) or read other files.
 _ARCHITECTURE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
@@ -37,11 +37,11 @@ _ARCHITECTURE = (
 
 
 def read_config(folder: Path) -> HiggsAudioV2Config:
-    """The native configuration of a checkpoint in any layout: its architecture, and nothing else that a config may say,
-    such as code to fetch for its attention. Raises CheckpointError.
+    """The native configuration of a checkpoint in any layout: its architecture, and no other key of the file, such as
+    code to fetch for its attention. Raises CheckpointError.
     """
     path = folder / "config.json"
-    written = read_json(path, "it is not a checkpoint folder without it")
+    written = read_json(path, "a checkpoint folder needs it")
     try:
         if INFO.model_types[written["model_type"]] == "original":
             config = native_config(written)
@@ -59,7 +59,7 @@ def read_config(folder: Path) -> HiggsAudioV2Config:
 
 
 def spec_of(config: HiggsAudioV2Config) -> Spec:
-    """The numbers of a configuration. A clip of T frames has a BOS and an EOS row, and is delayed over K - 1 rows."""
+    """The numbers of a configuration. A clip of T frames adds a BOS and an EOS frame, and K - 1 for the delay."""
     return Spec(
         num_codebooks=config.num_codebooks,
         codes=config.audio_stream_bos_id,
@@ -79,11 +79,11 @@ def spec_of(config: HiggsAudioV2Config) -> Spec:
 
 
 def written_conditioning(folder: Path) -> Conditioning:
-    """The extensions that a checkpoint brings, by its config.json; an original one's encoder is seen when it is loaded.
+    """The extensions of a checkpoint by its config.json; the Whisper encoder of an original one shows up on loading.
 
     Raises CheckpointError.
     """
-    written = read_json(folder / "config.json", "it is not a checkpoint folder without it")
+    written = read_json(folder / "config.json", "a checkpoint folder needs it")
     if (extended := written.get(CONDITIONING_KEY)) is not None:
         try:
             return Conditioning.model_validate(extended)
@@ -106,7 +106,7 @@ def build(
 def load(
     layout: Layout, config: HiggsAudioV2Config, dtype: torch.dtype
 ) -> tuple[HiggsAudioV2ForConditionalGeneration, WhisperTower | None]:
-    """The native model with text head and the extensions that its folder brings, and the folder's Whisper encoder.
+    """The native model with text head and the extensions in its folder, and the folder's Whisper encoder.
 
     Raises CheckpointError.
     """
@@ -118,7 +118,8 @@ def load(
         return _filled(layout, config, original.conditioning, original.state, dtype), original.whisper
     if CONDITIONING_KEY not in layout.config:
         raise CheckpointError(
-            f"{layout.folder / 'config.json'} does not say which modules it adds ({CONDITIONING_KEY})"
+            f"{layout.folder / 'config.json'} does not list the modules that it adds ({CONDITIONING_KEY}): copy or "
+            "download the checkpoint again"
         )
     conditioning = written_conditioning(layout.folder)
     return _filled(layout, config, conditioning, read_weights(layout.weights), dtype), None
@@ -150,19 +151,22 @@ def empty_model(
 
 
 def _check_size(layout: Layout, config: HiggsAudioV2Config) -> None:
-    """Raises CheckpointError where a config does not hold together or asks for more than the weight files can fill."""
+    """Raises CheckpointError if a config contradicts itself or needs more values than the weight files hold."""
     path = layout.folder / "config.json"
     ids = (config.pad_token_id or 0, config.audio_token_id, config.audio_bos_token_id, config.audio_delay_token_id)
     try:
         if not 0 < config.num_hidden_layers <= len(layout.keys):
             raise ValueError(f"{config.num_hidden_layers} layers of {len(layout.keys)} tensors")
         if not 0 <= min(ids) <= max(ids) < config.vocab_size:
-            raise ValueError(f"a token id is outside of the {config.vocab_size} of the vocabulary")
+            raise ValueError(f"a token id is outside the vocabulary of {config.vocab_size}")
         values = sum(value.numel() for value in empty_model(config).state_dict().values())
     except malformed_errors() as error:
         raise CheckpointError(f"{path} is damaged: {error}; copy or download the checkpoint again") from error
     if values > layout.bytes:
-        raise CheckpointError(f"{path} asks for {values} values, which the {layout.bytes} bytes of weights cannot hold")
+        raise CheckpointError(
+            f"{path} describes a model of {values} values, which the {layout.bytes} bytes of weights cannot hold: copy "
+            "or download the checkpoint again"
+        )
 
 
 def _load_native(
@@ -171,7 +175,7 @@ def _load_native(
     if TEXT_HEAD not in layout.keys:
         raise CheckpointError(
             f"{layout.folder} has no {TEXT_HEAD}: it was saved without its text head, which the text loss needs; "
-            "save it again with use_text_head=True"
+            "save it once more with use_text_head=True"
         )
     try:
         loaded: Any = HiggsAudioV2ForConditionalGeneration.from_pretrained(
@@ -202,8 +206,8 @@ def _filled(
     state: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> HiggsAudioV2ForConditionalGeneration:
-    """A model with its extensions and these weights, all of them and no others. Raises CheckpointError."""
-    # Names and shapes are compared before memory is taken for the weights.
+    """A model with its extensions and exactly these weights. Raises CheckpointError."""
+    # Names and shapes are compared before the model is allocated.
     shapes = {key: tuple(value.shape) for key, value in empty_model(config, conditioning).state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     wrong = sorted(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))

@@ -1,4 +1,4 @@
-"""The doctor's part of Higgs Audio v2."""
+"""The checks of `doctor` that depend on Higgs Audio v2."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ from higgstune.families.higgs_v2.prompt import (
     render,
 )
 
-_ENCODER = "audio_tower."  # Whisper's encoder in an original checkpoint, which is not part of the native model
+_ENCODER = "audio_tower."  # the Whisper encoder in an original checkpoint; it is outside the native model
 
 
 class HiggsV2Checks:
@@ -37,7 +37,7 @@ class HiggsV2Checks:
     prompt_end = AUDIO_OUT_BOS
 
     def tensor_shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
-        """Names as in the native layout -> shapes, from the headers."""
+        """Names in the native layout -> shapes, from the headers."""
         state: dict[str, Tensor] = {}
         for file in layout.weights:
             with safe_open(file, "pt") as weights:
@@ -48,11 +48,11 @@ class HiggsV2Checks:
         return {key: tuple(value.shape) for key, value in state.items()}
 
     def is_optional(self, key: str) -> bool:
-        """Extensions, and rotary buffers that some checkpoints keep."""
+        """Extensions, and the rotary buffers of some checkpoints."""
         return is_conditioning_key(key) or key.endswith(("rotary_emb.inv_freq", "rotary_emb.original_inv_freq"))
 
     def config_problems(self, config: HiggsAudioV2Config) -> list[str]:
-        """Ids of special tokens and codes that do not fit together."""
+        """Contradictions among the ids of special tokens and codes."""
         names = ("audio_token_id", "audio_bos_token_id", "audio_delay_token_id", "bos_token_id", "pad_token_id")
         ids = {name: getattr(config, name) for name in names if isinstance(getattr(config, name), int)}
         problems = [
@@ -75,12 +75,12 @@ class HiggsV2Checks:
         return inverse_frequencies(config)
 
     def rotary(self, model: Any) -> nn.Module:
-        """Of all layers."""
+        """The rotary embedding, which all layers share."""
         module: nn.Module = base_of(model).model.rotary_emb
         return module
 
     def could_be_copies(self, model: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Heads and embeddings, and the two feed-forward layers of each layer."""
+        """Heads and embeddings, and the two feed-forward networks of each layer."""
         base = base_of(model)
         yield (
             "audio_lm_head is embed_audio_tokens",
@@ -93,18 +93,18 @@ class HiggsV2Checks:
             yield f"layers.{index}.audio_mlp is mlp", layer.audio_mlp.down_proj.weight, layer.mlp.down_proj.weight
 
     def missing_text(self, missing: Sequence[str]) -> str | None:
-        """What a set of missing tensors means, where that is known."""
+        """An explanation of a known set of missing tensors."""
         if list(missing) == ["text_lm_head.weight"]:
             return "text_lm_head.weight is missing: the checkpoint was saved without its text head"
         return None
 
     def untaught(self, module: str, layers: int) -> str | None:
-        """The last feed-forward layer of a pathway learns from the loss of that pathway alone."""
+        """The last feed-forward network of a pathway learns from the loss of that pathway alone."""
         for pathway, weight in (("mlp", "text_weight"), ("audio_mlp", "audio_weight")):
             if module.startswith(f"model.layers.{layers - 1}.{pathway}."):
                 return weight
         return None
 
     def render(self, messages: Sequence[Message], *, generation: bool) -> str | None:
-        """As the released checkpoint's chat template writes it."""
+        """The prompt as the released checkpoint's chat template writes it."""
         return render(messages, generation=generation)

@@ -1,6 +1,6 @@
-"""Step-by-step generation with the native class: the prompt once, then each row of codes alone.
+"""Step-by-step generation with the native class: the prompt once, then one row of codes at a time.
 
-A row is fed without token ids, so that it takes the audio pathway, as in training.
+A row has no token ids, so that it takes the audio pathway, as in training.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from higgstune.families.padded import left_padded
 
 
 class Decoder:
-    """The model's side of generation: the KV cache of a batch of left-padded prompts, fed row by row."""
+    """The model's side of generation: the KV cache of a batch of left-padded prompts, extended row by row."""
 
     def __init__(self, model: Any, prompts: Sequence[Example]) -> None:
         self.model = model
-        self.logits: Tensor | None = None  # the first row is given: all BOS
+        self.logits: Tensor | None = None  # the sampler gives the first row: all BOS
         self.device = next(model.parameters()).device
         self.cache = DynamicCache(config=model.config)
         batch = left_padded(prompts, pad_id=model.config.pad_token_id or 0)
         check_features(model, batch)
         self.attention_mask = batch["attention_mask"].to(self.device)
-        self.lengths = self.attention_mask.sum(-1, keepdim=True)  # [B, 1] positions so far, padding apart
+        self.lengths = self.attention_mask.sum(-1, keepdim=True)  # [B, 1] tokens so far, without padding
         positions = (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
         model(
             **{key: value.to(self.device) for key, value in batch.items() if key != "attention_mask"},

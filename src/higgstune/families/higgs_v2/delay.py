@@ -1,13 +1,13 @@
-"""The delay pattern: codes <-> the rows that the model reads and predicts.
+"""The delay pattern: codes <-> the delayed frames that the model reads and predicts.
 
-Codebook k runs k rows behind codebook 0, between one stream-BOS and one stream-EOS frame:
+Codebook k is delayed by k rows against codebook 0, between one stream-BOS and one stream-EOS frame:
 
     row       0    1    2    3    4    5       (T = 2 frames, K = 3 codebooks)
     k = 0    BOS  c00  c10  EOS  EOS  EOS
     k = 1    BOS  BOS  c01  c11  EOS  EOS
     k = 2    BOS  BOS  BOS  c02  c12  EOS
 
-so code t of codebook k stands in row t + 1 + k, and its first EOS in row T + 1 + k.
+so code t of codebook k is in row t + 1 + k, and its first EOS in row T + 1 + k.
 Source: boson_multimodal's HiggsAudioSampleCollator with `use_delay_pattern=True`.
 """
 
@@ -23,10 +23,14 @@ def build_frames(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Codes [T, K] of any integer type -> (audio_input_ids, audio_labels), each int64 [T + K + 1, K].
 
-    Labels are not shifted: label row r belongs to input row r. Codes and the first EOS of each codebook are
-    labels, BOS cells and later EOS cells are `IGNORE`.
+    Labels are not shifted: label row r belongs to input row r. Codes and the first EOS of each codebook are label
+    entries; BOS and later EOS are `IGNORE`.
 
-    Raises DataError if the codes are no integers, not [T >= 1, K >= 1], or outside 0 <= code < bos_id.
+    Raises DataError if the codes are not integers, not [T >= 1, K >= 1], or outside 0 <= code < bos_id.
+
+    >>> ids, labels = build_frames([[5, 6]])  # one frame of two codes
+    >>> ids.tolist()
+    [[1024, 1024], [5, 1024], [1025, 6], [1025, 1025]]
     """
     array = np.asarray(codes)
     if array.ndim != 2 or 0 in array.shape:
@@ -53,12 +57,12 @@ def build_frames(
 def codes_from_frames(rows: ArrayLike, *, eos_id: int = 1025) -> NDArray[np.int64]:
     """The inverse of `build_frames`, also for generated rows: [rows, K] -> codes [T, K].
 
-    T is what every codebook can supply: up to its first EOS, or up to the last row where none came.
+    T is the number of frames that every codebook has: up to its first EOS, or up to the last row without one.
     """
     array = np.asarray(rows, dtype=np.int64)
     total, codebooks = array.shape
     is_eos = array == eos_id
-    ends = np.where(is_eos.any(axis=0), is_eos.argmax(axis=0), total)  # [K] first row that is no code
+    ends = np.where(is_eos.any(axis=0), is_eos.argmax(axis=0), total)  # [K] first row that is not a code
     frames = max(0, int((ends - 1 - np.arange(codebooks)).min()))
     take = np.arange(frames)[:, None] + 1 + np.arange(codebooks)[None, :]
     return np.take_along_axis(array, take, axis=0)

@@ -1,4 +1,4 @@
-"""Write a model of Higgs Audio v2 in one of three layouts: native, original (boson_multimodal's) or extended (ours)."""
+"""Writes models of Higgs Audio v2 in three layouts: native, original (boson_multimodal's) and extended (ours)."""
 
 import json
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ from higgstune.families.higgs_v2.prompt import AUDIO_EOS, AUDIO_IN, native_chat_
 
 SHARD_SIZE = "4GB"
 _CONFIG = "config.json"
-_NOT_FOR_OTHERS = "load this folder with higgstune.load_model: the native class has no place for all its modules"
+_NOT_FOR_OTHERS = "load this folder with higgstune.load_model: the native class lacks some of its modules"
 LIBRARIES = {"native": "transformers", "extended": "higgstune", "original": "boson_multimodal", "peft": "peft"}
 DESCRIPTIONS = {
     "native": "A checkpoint in the layout of transformers (`HiggsAudioV2ForConditionalGeneration`), which vLLM-Omni "
     "reads, too",
-    "extended": "A checkpoint in Higgstune's extended layout: the native one with modules for which the native class "
-    "has no place, so that only Higgstune loads it",
+    "extended": "A checkpoint in Higgstune's extended layout: the native one with modules that the native class lacks, "
+    "so that only Higgstune loads it",
     "original": "A checkpoint in the original layout (`higgs_audio`), as boson_multimodal loads it",
     "peft": "A LoRA adapter that peft loads on its base",
 }
@@ -56,8 +56,8 @@ class HiggsV2Export:
         tokenizer: Any,
         tower: WhisperTower | None,
     ) -> None:
-        """Config and weights in a layout. `tower` is the Whisper encoder that the original layout brings along, where
-        it is loaded already. Raises CheckpointError for what a layout cannot say.
+        """Write config and weights in a layout. The original one includes the Whisper encoder: `tower`, if it is loaded
+        already. Raises CheckpointError for what a layout cannot express.
         """
         if kind == "original":
             _write_original(folder, model, base, tokenizer, tower)
@@ -71,7 +71,7 @@ class HiggsV2Export:
         return native_chat_template()
 
     def usage(self, kind: str, *, base: str, dtype: str, bits: int | None) -> str | None:
-        """How other software loads a folder, for its card."""
+        """How other software loads a folder, in Markdown for its card; None if none does."""
         if kind == "original":
             return (
                 "With the original engine:\n\n```python\nfrom boson_multimodal.serve.serve_engine import "
@@ -85,7 +85,7 @@ class HiggsV2Export:
 
 
 def _loading_code(base: str, adapter: str | None, dtype: str, bits: int | None) -> str:
-    """With transformers, and peft for an adapter; `bits` of bitsandbytes."""
+    """Python code for transformers, and for peft if there is an adapter; `bits` of bitsandbytes."""
     imports, options = ["HiggsAudioV2ForConditionalGeneration"], ["use_text_head=True"]
     setup = []
     if bits is not None:
@@ -109,13 +109,13 @@ def _loading_code(base: str, adapter: str | None, dtype: str, bits: int | None) 
 
 
 def _write_native(folder: Path, model: HiggsAudioV2ForConditionalGeneration) -> None:
-    # The base's own generation config is copied afterwards, as it is: saving would refuse some that loading takes.
+    # The base's own generation config is copied afterwards, unchanged: saving refuses some that loading accepts.
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
 
 
 def _mark_extended(path: Path, model: HiggsAudioV2ForConditionalGeneration) -> None:
-    """What keeps other software from loading this folder without its extensions, of which it would hardly tell."""
+    """Keep other software from loading this folder without its extensions, which it would do almost silently."""
     [model_type] = [name for name, kind in INFO.model_types.items() if kind == "extended"]
     config = read_json(path, "") | {
         "model_type": model_type,  # unknown to transformers' automatic classes
@@ -151,7 +151,7 @@ def _write_original(
         written=base.config if base.kind == "original" else None,
     )
     if conditioning.whisper is not None:
-        config["encode_audio_in_tokens"] = False  # the original would put codes beside what is heard: untrained here
+        config["encode_audio_in_tokens"] = False  # else the original adds codes beside Whisper features: untrained here
     config["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE)
@@ -163,6 +163,6 @@ def _tower(checkpoint: str) -> WhisperTower:
         tower: WhisperTower = load_whisper(checkpoint)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}\n(the original layout brings its Whisper encoder along; the extended one only names it)"
+            f"{error}\n(--format boson includes the Whisper encoder; --format extended only names it)"
         ) from error
     return tower

@@ -1,7 +1,7 @@
-"""What a model may carry beyond the native class: audio self-attention, and a projector for Whisper features.
+"""Extensions of the native class: audio self-attention, and a projector for Whisper features.
 
-Both start so that they cannot harm: added to a checkpoint that lacks them, no logit of any input changes by a bit. They
-are added in place to the loaded native model, whose file is never copied, by exchanging classes.
+Both start as no-ops: added to a checkpoint that lacks them, they change no logit of any input by a bit. They are added
+in place, by replacing classes of the loaded native model, whose source is not copied.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ CONDITIONING_KEY = "higgstune_conditioning"  # of the extended layout's config.j
 
 
 def whisper_spec(tower: WhisperTower, token_id: int) -> WhisperSpec:
-    """What a model must know of an encoder; `token_id` is that of `<|AUDIO|>`."""
+    """The spec of an encoder; `token_id` is that of `<|AUDIO|>`."""
     return WhisperSpec(
         checkpoint=tower.checkpoint,
         revision=tower.revision,
@@ -35,7 +35,7 @@ def whisper_spec(tower: WhisperTower, token_id: int) -> WhisperSpec:
 
 
 class FeatureProjector(nn.Module):
-    """Whisper features [N, d_model] -> hidden states [N, D] at the positions of `<|AUDIO|>`."""
+    """Whisper features [W, d_model] -> hidden states [W, D] of the `<|AUDIO|>` tokens."""
 
     def __init__(self, d_model: int, hidden_size: int) -> None:
         super().__init__()
@@ -47,11 +47,11 @@ class FeatureProjector(nn.Module):
 
 
 class ConditionedModel(HiggsAudioV2Model):
-    """The native inner model with extensions; `add_conditioning` makes one of a loaded model, in place."""
+    """The native inner model with extensions; `add_conditioning` turns a loaded model into one, in place."""
 
     conditioning: Conditioning
     audio_encoder_proj: FeatureProjector  # with Whisper conditioning only
-    builtin: Conditioning = Conditioning()  # the extensions that the checkpoint brought, with their weights
+    builtin: Conditioning = Conditioning()  # the extensions whose weights came with the checkpoint
 
     @capture_outputs
     def forward(
@@ -67,9 +67,9 @@ class ConditionedModel(HiggsAudioV2Model):
         whisper_features: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As the native forward; `whisper_features` [N, d_model] fill the batch's `<|AUDIO|>` positions in order.
+        """As the native forward; `whisper_features` [W, d_model] belong to the batch's `<|AUDIO|>` tokens in order.
 
-        With `output_attentions`, those of a layer's audio attention come before those of its shared one.
+        With `output_attentions`, those of a layer's audio attention precede those of its shared attention.
         """
         if input_ids is None and audio_input_ids is None:
             raise ValueError("give input_ids, audio_input_ids or both; a conditioned model takes no inputs_embeds")
@@ -89,9 +89,9 @@ class ConditionedModel(HiggsAudioV2Model):
         )
         rotary = self.rotary_emb(hidden, position_ids)
         if self.conditioning.audio_attention:
-            most = 0 if audio_input_ids is None else audio_input_ids.shape[1]
-            kwargs["audio_rows"] = attention.find_audio_rows(
-                self.config, hidden, audio_mask, most, position_ids, rotary, past_key_values
+            max_frames = 0 if audio_input_ids is None else audio_input_ids.shape[1]
+            kwargs["audio_frames"] = attention.find_audio_frames(
+                self.config, hidden, audio_mask, max_frames, position_ids, rotary, past_key_values
             )
         for layer in self.layers:
             hidden = layer(
@@ -113,7 +113,7 @@ class ConditionedModel(HiggsAudioV2Model):
         audio_valid: Tensor | None,
         features: Tensor | None,
     ) -> Tensor:
-        """Token, audio and Whisper embeddings [B, S, D], each at its own positions."""
+        """The embeddings [B, S, D] of text tokens, audio frames and Whisper features."""
         rows = None if audio_input_ids is None else self.embed_audio_tokens(audio_input_ids)
         if input_ids is None or audio_mask is None:
             assert rows is not None
@@ -128,8 +128,8 @@ class ConditionedModel(HiggsAudioV2Model):
 
     def _with_features(self, hidden: Tensor, places: Tensor, features: Tensor | None) -> Tensor:
         if features is None:
-            # Without features the token keeps its own embedding. The projector takes part all the same: a parameter
-            # that some ranks of a step do not use would leave the others waiting.
+            # Without features the token keeps its own embedding. The projector still runs: if a parameter were unused
+            # on some ranks of a step, the others would wait for its gradient.
             assert self.conditioning.whisper is not None
             features = hidden.new_zeros((0, self.conditioning.whisper.d_model))
             places = torch.zeros_like(places)
@@ -138,7 +138,7 @@ class ConditionedModel(HiggsAudioV2Model):
 
 
 def conditioning_of(model: Any) -> Conditioning:
-    """What a native model, or the base inside a peft model, carries."""
+    """The extensions of a native model, or of the base inside a peft model."""
     return getattr(base_of(model).model, "conditioning", Conditioning())
 
 
@@ -148,22 +148,23 @@ def builtin_conditioning(model: Any) -> Conditioning:
 
 
 def check_features(model: Any, batch: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless a batch's Whisper features are as many as its `<|AUDIO|>` positions, or not there."""
+    """Raises ValueError if a batch has Whisper features, but not one for each of its `<|AUDIO|>` tokens."""
     features, spec = batch.get("whisper_features"), conditioning_of(model).whisper
     if features is None:
         return
     if spec is None:
         raise ValueError("whisper_features need a model with a projector for them: add_conditioning first")
-    positions = int((batch["input_ids"] == spec.token_id).sum())
-    if len(features) != positions:
-        raise ValueError(f"{len(features)} Whisper features for {positions} <|AUDIO|> positions")
+    tokens = int((batch["input_ids"] == spec.token_id).sum())
+    if len(features) != tokens:
+        raise ValueError(f"{len(features)} Whisper features for {tokens} <|AUDIO|> tokens")
 
 
 def add_conditioning(model: HiggsAudioV2ForConditionalGeneration, wanted: Conditioning) -> None:
-    """Add the extensions that the model lacks, in place; they change no logit yet. What it has already stays.
+    """Add the extensions that the model lacks, in place; they change no logit yet. Existing ones stay.
 
-    Audio attention: see `add_audio_attention`. Projector: weight zero, bias the embedding of `<|AUDIO|>`, so that the
-    positions start as what the base itself has there. Both follow from the base alone: no random numbers.
+    Audio attention: see `add_audio_attention`. The projector starts with weight zero and the embedding of `<|AUDIO|>`
+    as its bias, so that its tokens start with the base's own embedding. Both follow from the base alone: no random
+    numbers.
     """
     inner, has = model.model, conditioning_of(model)
     if not wanted or wanted == has:
@@ -173,7 +174,7 @@ def add_conditioning(model: HiggsAudioV2ForConditionalGeneration, wanted: Condit
     if wanted.whisper is not None and has.whisper is None:
         inner.add_module(PROJECTOR, _neutral_projector(inner, wanted.whisper))
     inner.__class__ = ConditionedModel
-    # What `PreTrainedModel.__init__` notes of a class: output_attentions and output_hidden_states need it.
+    # `PreTrainedModel.__init__` registers this by class; output_attentions and output_hidden_states need it.
     _CAN_RECORD_REGISTRY[inner] = inner._can_record_outputs
     inner.conditioning = Conditioning(
         audio_attention=wanted.audio_attention or has.audio_attention, whisper=wanted.whisper or has.whisper
@@ -181,7 +182,7 @@ def add_conditioning(model: HiggsAudioV2ForConditionalGeneration, wanted: Condit
 
 
 def remove_conditioning(model: HiggsAudioV2ForConditionalGeneration) -> None:
-    """Take all extensions out, in place: a plain native model is left."""
+    """Remove all extensions, in place, which leaves a plain native model."""
     inner, has = model.model, conditioning_of(model)
     if has.audio_attention:
         attention.remove_audio_attention(inner.layers)
@@ -194,13 +195,13 @@ def remove_conditioning(model: HiggsAudioV2ForConditionalGeneration) -> None:
 
 
 def conditioning_modules(model: Any) -> list[str]:
-    """Full names of the modules that the native class has no place for, in order."""
+    """Full names of the extensions' modules, in order."""
     names = (name for name, _ in base_of(model).named_modules())
     return [name for name in names if name.rpartition(".")[2] in (attention.ATTENTION, attention.NORM, PROJECTOR)]
 
 
 def is_conditioning_key(key: str, of: Conditioning | None = None) -> bool:
-    """Whether a parameter's name, in any layout, is one of an extension; with `of`, of one of these."""
+    """Whether a parameter belongs to an extension, by its name in any layout; with `of`, to one of these."""
     names = [PROJECTOR] if of is None or of.whisper is not None else []
     names += [attention.ATTENTION, attention.NORM] if of is None or of.audio_attention else []
     return any(f".{name}." in f".{key}" for name in names)

@@ -1,4 +1,4 @@
-"""Higgs Audio v2 behind the one interface for model families."""
+"""Higgs Audio v2 as an implementation of `families.base.Family`."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -65,7 +65,7 @@ class HiggsV2:
     def label_logits(
         self, model: Any, batch: Mapping[str, Tensor], limit: int, gathered: AbstractContextManager[None]
     ) -> dict[str, Tensor]:
-        """Audio logits [M, K * V] and text logits [N, vocab] at the first `limit` labelled tokens of each kind."""
+        """Audio logits [M, K * V] and text logits [N, vocab] for the first `limit` labels of each kind."""
         extensions.check_features(model, batch)
         base, device = base_of(model), next(model.parameters()).device
         inputs = {key: value.to(device) for key, value in batch.items() if not key.endswith(("_positions", "_targets"))}

@@ -1,4 +1,4 @@
-"""Which layers an adapter of Higgs Audio v2 is put on."""
+"""The layers that adapters of Higgs Audio v2 train."""
 
 from higgstune.families.base import Conditioning, LoraTargets
 from higgstune.families.higgs_v2.audio_attention import ATTENTION, NORM
@@ -16,10 +16,11 @@ FOUR_BITS = r"model\.layers\.\d+\.(self_attn|mlp|audio_mlp|audio_attn)\.\w+_proj
 
 
 def lora_targets(kind: str, conditioning: Conditioning, attention: str) -> LoraTargets:
-    """The layers of a stage (text or full) on a model with these extensions.
+    """The layers that a stage (text or full) trains on a model with these extensions.
 
-    Audio attention is trained by LoRA or in full, never both: of a module that is trained in full, peft would silently
-    leave out the LoRA. The projector of Whisper features is trained in both kinds of stages: its tokens are text's.
+    Audio attention is trained by LoRA or in full, never both: peft silently drops the LoRA of a module that is trained
+    in full. The projector of Whisper features is trained in both kinds of stages, since its tokens take the text
+    pathway.
     """
     in_full = [PROJECTOR] if conditioning.whisper is not None else []
     pattern = {"text": _TEXT_TARGETS, "full": _FULL_TARGETS}[kind]

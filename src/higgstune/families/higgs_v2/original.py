@@ -1,7 +1,7 @@
-"""The original layout (boson_multimodal, model_type `higgs_audio`) as the native one.
+"""Conversion between the original layout (boson_multimodal, model_type `higgs_audio`) and the native one.
 
-Names and shapes only: no weight is changed. Source of the mapping: boson_multimodal f04f5df and the transformers
-class; proven by tests/test_load.py against the original code's logits.
+Only names and shapes change, no values. Source of the mapping: boson_multimodal f04f5df and the transformers class;
+tests/model/test_load.py checks it against the original code's logits.
 """
 
 import re
@@ -34,7 +34,7 @@ _ORIGINAL_TOKENS = {
     "audio_bos_token": AUDIO_BOS, "audio_eos_token": AUDIO_EOS, "audio_out_bos_token": AUDIO_OUT_BOS,
     "audio_in_token": AUDIO_IN, "audio_out_token": AUDIO_OUT,
 }  # fmt: skip
-# Parts that the original keeps as a frozen and a trainable half; the halves are rows of one matrix.
+# The original splits some matrices by rows into a frozen and a trainable half.
 _HALVES = re.compile(r"^(.+)\.(?:embedding|linear)_(frozen|trainable)\.weight$")
 _DROPPED = re.compile(r"(^|\.)(audio_codebook_weights|rotary_emb\..*)$")
 _TEXT_KEYS = (
@@ -44,10 +44,36 @@ _TEXT_KEYS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Original:
+    """The weights of an original-format checkpoint in the native layout."""
+
+    state: dict[str, Tensor]
+    conditioning: Conditioning  # its extensions of the native class
+    whisper: WhisperTower | None  # its audio_tower
+
+
+def read_original(layout: Layout) -> Original:
+    """The weights of an original-format folder, after `native_config` accepted it. Raises CheckpointError."""
+    written = layout.config
+    state = read_weights(layout.weights)
+    tower = {key: state.pop(key) for key in list(state) if key.startswith("audio_tower.")}
+    whisper = None
+    if not written.get("skip_audio_tower", True):
+        whisper = tower_from_original(written.get("audio_encoder_config"), tower, layout.folder)
+    conditioning = Conditioning(audio_attention=bool(written.get("use_audio_out_self_attention")))
+    if whisper is not None:
+        token_id = written.get("audio_in_token_idx")
+        if not isinstance(token_id, int):
+            raise CheckpointError(f"{layout.folder / 'config.json'} has no audio_in_token_idx: download it again")
+        conditioning = conditioning.model_copy(update={"whisper": whisper_spec(whisper, token_id)})
+    return Original(native_state(state), conditioning, whisper)
+
+
 def native_config(original: Mapping[str, Any]) -> HiggsAudioV2Config:
     """The native configuration of an original one.
 
-    Raises CheckpointError for an architecture that the native class does not have: what would be lost is named.
+    Raises CheckpointError for an architecture that the native class lacks, and names what would be lost.
     """
     text = _with_llama_defaults(original.get("text_config") or {})
     _refuse_other_architectures(original, text)
@@ -60,7 +86,7 @@ def native_config(original: Mapping[str, Any]) -> HiggsAudioV2Config:
         codebook_size=original["audio_codebook_size"] + 2,
         audio_token_id=original["audio_out_token_idx"],
         audio_bos_token_id=original["audio_out_bos_token_id"],
-        # The original repeats <|AUDIO_OUT|> where native has a delay token: the next id is the one it reserves.
+        # The original repeats <|AUDIO_OUT|> where native has a delay token, for which it reserves the next id.
         audio_delay_token_id=original["audio_out_bos_token_id"] + 1,
         audio_stream_bos_id=original["audio_stream_bos_id"],
         audio_stream_eos_id=original["audio_stream_eos_id"],
@@ -68,43 +94,6 @@ def native_config(original: Mapping[str, Any]) -> HiggsAudioV2Config:
         bos_token_id=text.get("bos_token_id"),
         eos_token_id=text.get("eos_token_id"),
     )
-
-
-def _with_llama_defaults(written: Mapping[str, Any]) -> dict[str, Any]:
-    """A text config may leave out what is Llama's default, which is not the native class's."""
-    defaults: dict[str, Any] = LlamaConfig().to_dict()
-    text: dict[str, Any] = {key: defaults.get(key) for key in _TEXT_KEYS}
-    text |= {key: value for key, value in written.items() if value is not None}
-    if written.get("num_key_value_heads") is None:
-        text["num_key_value_heads"] = text["num_attention_heads"]
-    if written.get("head_dim") is None:
-        text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
-    return text
-
-
-def _refuse_other_architectures(original: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-    layers = range(text.get("num_hidden_layers", 0))
-    dual = original.get("audio_dual_ffn_layers")
-    wrong = {
-        f"audio_adapter_type is {original.get('audio_adapter_type')!r}, only 'dual_ffn' has a native class": (
-            original.get("audio_adapter_type") != "dual_ffn"
-        ),
-        f"audio FFNs in layers {dual} only, the native class has one in all {len(layers)}": (
-            dual is not None and (len(dual) != len(layers) or sorted(dual) != list(layers))
-        ),
-        "Whisper conditioning is on (encode_whisper_embed), but it brings no encoder for it (skip_audio_tower)": bool(
-            original.get("encode_whisper_embed") and original.get("skip_audio_tower")
-        ),
-        "extra decoder layers (audio_decoder_proj_num_layers) have no place in it": bool(
-            original.get("audio_decoder_proj_num_layers")
-        ),
-        "an audio embedding projector has no place in it": bool(original.get("use_audio_out_embed_projector")),
-        "an RQ transformer has no place in it": bool(original.get("use_rq_transformer")),
-        "it was trained without the delay pattern": original.get("use_delay_pattern") is False,
-    }
-    found = [reason for reason, holds in wrong.items() if holds]
-    if found:
-        raise CheckpointError("this original-format checkpoint cannot be loaded: " + "; ".join(found))
 
 
 def native_state(original: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -125,16 +114,6 @@ def native_state(original: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def original_state(native: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Native names -> original names: the way back from `native_state`."""
-    renamed = {}
-    for key, tensor in native.items():
-        for pattern, replacement in _RENAMES_BACK:
-            key = pattern.sub(replacement, key)
-        renamed[key] = tensor
-    return renamed
-
-
 def original_config(
     native: HiggsAudioV2Config,
     *,
@@ -143,11 +122,11 @@ def original_config(
     encoder: Mapping[str, Any] | None = None,
     written: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The original configuration of a native one: the way back from `native_config`.
+    """The original configuration of a native one: the inverse of `native_config`.
 
     `tokens` are the ids of `<|AUDIO|>` and `<|audio_eos|>`, which native has only in its tokenizer; `encoder` is the
-    Whisper encoder's configuration where `conditioning` has one; `written` is the configuration that the checkpoint
-    had when it came in the original layout, whose other keys stay. Raises CheckpointError for what it cannot say.
+    Whisper encoder's configuration if `conditioning` has one; `written` is the configuration of a checkpoint that came
+    in the original layout, whose other keys stay. Raises CheckpointError for what the layout cannot express.
     """
     if native.audio_delay_token_id != native.audio_bos_token_id + 1:
         raise CheckpointError(
@@ -186,7 +165,7 @@ def original_config(
         "skip_audio_tower": has.whisper is None,
     }
     if has.whisper is not None:
-        assert encoder is not None, "a checkpoint with Whisper conditioning brings its encoder along in this layout"
+        assert encoder is not None, "in this layout a checkpoint with Whisper conditioning includes its encoder"
         config["audio_encoder_config"] = {
             "model_type": "higgs_audio_encoder",
             "num_hidden_layers": encoder["encoder_layers"],
@@ -195,9 +174,56 @@ def original_config(
     return config
 
 
+def original_state(native: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Native names -> original names: the inverse of `native_state`, without its halves and buffers."""
+    renamed = {}
+    for key, tensor in native.items():
+        for pattern, replacement in _RENAMES_BACK:
+            key = pattern.sub(replacement, key)
+        renamed[key] = tensor
+    return renamed
+
+
+def _with_llama_defaults(written: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in what a text config leaves out: Llama's defaults, which differ from the native class's."""
+    defaults: dict[str, Any] = LlamaConfig().to_dict()
+    text: dict[str, Any] = {key: defaults.get(key) for key in _TEXT_KEYS}
+    text |= {key: value for key, value in written.items() if value is not None}
+    if written.get("num_key_value_heads") is None:
+        text["num_key_value_heads"] = text["num_attention_heads"]
+    if written.get("head_dim") is None:
+        text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
+    return text
+
+
+def _refuse_other_architectures(original: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    layers = range(text.get("num_hidden_layers", 0))
+    dual = original.get("audio_dual_ffn_layers")
+    wrong = {
+        f"audio_adapter_type is {original.get('audio_adapter_type')!r}, only 'dual_ffn' has a native class": (
+            original.get("audio_adapter_type") != "dual_ffn"
+        ),
+        f"audio FFNs in layers {dual} only, the native class has one in all {len(layers)}": (
+            dual is not None and (len(dual) != len(layers) or sorted(dual) != list(layers))
+        ),
+        "Whisper conditioning is on (encode_whisper_embed), but its encoder is missing (skip_audio_tower)": bool(
+            original.get("encode_whisper_embed") and original.get("skip_audio_tower")
+        ),
+        "extra decoder layers (audio_decoder_proj_num_layers) have no place in it": bool(
+            original.get("audio_decoder_proj_num_layers")
+        ),
+        "an audio embedding projector has no place in it": bool(original.get("use_audio_out_embed_projector")),
+        "an RQ transformer has no place in it": bool(original.get("use_rq_transformer")),
+        "it was trained without the delay pattern": original.get("use_delay_pattern") is False,
+    }
+    found = [reason for reason, holds in wrong.items() if holds]
+    if found:
+        raise CheckpointError("this original-format checkpoint cannot be loaded: " + "; ".join(found))
+
+
 def _original_text(native: HiggsAudioV2Config) -> dict[str, Any]:
     rope = dict(native.rope_parameters or {})
-    theta = rope.pop("rope_theta", 10000.0)  # the default on the way forth, too
+    theta = rope.pop("rope_theta", 10000.0)  # the default of `native_config`, too
     return {
         "model_type": "llama",
         **{key: getattr(native, key) for key in _TEXT_KEYS},
@@ -208,29 +234,3 @@ def _original_text(native: HiggsAudioV2Config) -> dict[str, Any]:
         "eos_token_id": native.eos_token_id,
         "tie_word_embeddings": False,
     }
-
-
-@dataclass(frozen=True)
-class Original:
-    """The weights of an original-format checkpoint in the native layout."""
-
-    state: dict[str, Tensor]
-    conditioning: Conditioning  # the extensions that it has and the native class does not
-    whisper: WhisperTower | None  # its audio_tower
-
-
-def read_original(layout: Layout) -> Original:
-    """Weights of an original-format folder, whose `native_config` was read. Raises CheckpointError."""
-    written = layout.config
-    state = read_weights(layout.weights)
-    tower = {key: state.pop(key) for key in list(state) if key.startswith("audio_tower.")}
-    whisper = None
-    if not written.get("skip_audio_tower", True):
-        whisper = tower_from_original(written.get("audio_encoder_config"), tower, layout.folder)
-    conditioning = Conditioning(audio_attention=bool(written.get("use_audio_out_self_attention")))
-    if whisper is not None:
-        heard_at = written.get("audio_in_token_idx")
-        if not isinstance(heard_at, int):
-            raise CheckpointError(f"{layout.folder / 'config.json'} has no audio_in_token_idx: download it again")
-        conditioning = conditioning.model_copy(update={"whisper": whisper_spec(whisper, heard_at)})
-    return Original(native_state(state), conditioning, whisper)

@@ -1,9 +1,9 @@
-"""From a conversation to the prompt string: the only place that knows how Higgs Audio v2 writes it.
+"""Conversations -> prompt strings of Higgs Audio v2; no other module knows the template.
 
-Two templates: `native` is what the released checkpoint's own chat template (transformers) writes, and what we train
-and speak with; `chatml` is the original code's (boson_multimodal), which writes audio that the model listens
-to as `<|audio_bos|><|AUDIO|><|audio_eos|>`. They agree wherever both can say a thing. With Whisper conditioning, native
-prompts write audio that is heard through Whisper in that way, too, once for each chunk of 30 s.
+There are two templates. `native` is that of the released checkpoint (transformers); training and speaking use it.
+`chatml` is that of the original code (boson_multimodal), which writes input audio as
+`<|audio_bos|><|AUDIO|><|audio_eos|>`. Both write the same wherever both can express a conversation. With Whisper
+conditioning, native prompts also write audio encoded by Whisper in that way, once for each chunk of 30 s.
 
 A message is {"role": "system" | "scene" | "user" | "assistant", "content": [part, ...]} and a part
 {"type": "text", "text": ...} or {"type": "audio", ...}; a content that is a plain string is one text part.
@@ -33,20 +33,26 @@ AUDIO_EOS = "<|audio_eos|>"
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of the prompt: control tokens, a person's text, or the placeholder of an audio (of a chunk of it)."""
+    """A part of the prompt: control tokens, text of a message, or the placeholder of an audio or of a chunk of it."""
 
     text: str
-    kind: Literal["control", "text", "audio", "heard"]  # audio: filled with codes; heard: with Whisper features
-    turn: int  # index of the message it came from; -1 before the first
+    kind: Literal["control", "text", "audio", "whisper"]  # audio: replaced by codes; whisper: by Whisper features
+    turn: int  # index of its message; -1 before the first
 
 
 def render(messages: Sequence[Message], *, template: Template = "native", generation: bool = False) -> str:
     """The prompt of a conversation; each audio part stays one placeholder.
 
-    With `generation` it ends with `<|audio_out_bos|>`, where the model begins to speak: an assistant message at
-    the end gives its text, and its audio is what is to be generated.
+    With `generation` it ends with `<|audio_out_bos|>`, where the model starts to speak. If the last message is an
+    assistant's, its text stands before that token, and its audio is to be generated.
 
     Raises DataError for an unknown template, role or part, and for control tokens in a user's or assistant's text.
+
+    >>> from higgstune.data.messages import speech_messages
+    >>> print(render(speech_messages("Hello."), generation=True).split("<|eot_id|>")[1])
+    <|start_header_id|>user<|end_header_id|>
+    <BLANKLINE>
+    Hello.
     """
     return "".join(piece.text for piece in pieces(messages, template=template, generation=generation))
 
@@ -58,9 +64,9 @@ def pieces(
     generation: bool = False,
     chunks: Sequence[int] | None = None,
 ) -> list[Piece]:
-    """What `render` joins, piece by piece, so that labels can be told from context. Raises as `render`.
+    """The pieces that `render` joins, from which labels are chosen. Raises as `render`.
 
-    `chunks` says for every audio part in order by how many chunks it is heard through Whisper; 0: by its codes.
+    `chunks` has the number of Whisper chunks of every audio part in order; 0 means that codes replace the part.
     """
     if template not in ("native", "chatml"):
         raise DataError(f"unknown template {template!r}: native or chatml")
@@ -79,7 +85,7 @@ def pieces(
 
 
 class _Writer:
-    """Collects pieces in the order of the prompt."""
+    """Builds the pieces in the order of the prompt."""
 
     def __init__(self, template: Template, chunks: Sequence[int] | None) -> None:
         self.template = template
@@ -95,7 +101,7 @@ class _Writer:
         if found:
             raise DataError(
                 f"the {role} text of message {turn} holds the control token {found[0]}: remove it, "
-                "control tokens are written by the prompt alone"
+                "only the prompt template writes control tokens"
             )
         # The native chat template trims every text part, the original code none.
         text = text.strip() if self.template == "native" else text
@@ -103,13 +109,13 @@ class _Writer:
             self.pieces.append(Piece(text, "text", turn))
 
     def audio(self, turn: int, role: str) -> None:
-        listened = int(self.template == "chatml" and role != "assistant")
-        chunks = listened if self.chunks is None else next(self.chunks, 0)
+        default = int(self.template == "chatml" and role != "assistant")
+        chunks = default if self.chunks is None else next(self.chunks, 0)
         if chunks and role == "assistant":
-            raise DataError(f"the audio of message {turn} is the assistant's own: it is read by its codes, not heard")
+            raise DataError(f"message {turn} is an assistant's: its audio needs codes, not Whisper features")
         for _ in range(chunks):
             self.control(turn, AUDIO_BOS)
-            self.pieces.append(Piece(AUDIO_IN, "heard", turn))
+            self.pieces.append(Piece(AUDIO_IN, "whisper", turn))
             self.control(turn, AUDIO_EOS)
         if not chunks:
             self.control(turn, AUDIO_OUT_BOS)
@@ -159,7 +165,7 @@ class _Writer:
 
 
 def _scene_separator(parts: Sequence[Mapping[str, Any]], index: int) -> str:
-    """What the native template writes after scene part `index`: a blank line after the description, then lines."""
+    """The native template's separator after scene part `index`: a blank line after the description, then newlines."""
     if index == len(parts) - 1:
         return ""
     if parts[index]["type"] == "audio":
@@ -170,5 +176,5 @@ def _scene_separator(parts: Sequence[Mapping[str, Any]], index: int) -> str:
 
 
 def native_chat_template() -> str:
-    """The native template as Jinja, for a tokenizer's `chat_template`: what other software renders with."""
+    """The native template as Jinja, for a tokenizer's `chat_template`, with which other software renders."""
     return (resources.files("higgstune.families.higgs_v2") / "native_template.jinja").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
-"""From a conversation with codes to what the model sees: token ids, delayed rows, labels.
+"""Conversations with codes -> token ids, delayed frames and labels.
 
 `Prompter.example` (training) and `Prompter.prompt` (generation) render with the same template, tokenize the same
-string and fill the same placeholders, so the positions before the target are the same positions.
+string and replace the same placeholders, so the tokens before the target are identical.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,10 +30,10 @@ _IDS = (
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """The ids that a checkpoint's configuration gives to the prompt's special positions."""
+    """The special ids of a checkpoint's configuration."""
 
-    audio_token: int  # <|AUDIO_OUT|>: a row of audio
-    audio_delay_token: int  # the last K - 1 rows of an audio
+    audio_token: int  # <|AUDIO_OUT|>: an audio frame
+    audio_delay_token: int  # the last K - 1 delayed frames of an audio
     stream_bos: int
     stream_eos: int
     num_codebooks: int
@@ -74,61 +74,61 @@ class Prompter:
     ) -> Example:
         """A training example.
 
-        `audio` has for every audio part in order its [frames, K] codes, or, in a user, system or scene message, what
-        Whisper hears. Targets are the assistant messages from index `target_from` on; without it, the last message.
-        Only their audio is labelled.
+        `audio` has the codes [frames, K] of every audio part in order, or, for a part of a user, system or scene
+        message, its Whisper features. Targets are the assistant messages from index `target_from` on (None: the last
+        message). Only their audio is labelled.
 
-        Raises DataError when placeholders and audio do not match, no target is left, or `text_targets` is
-        "assistant" and no target has text.
+        Raises DataError if placeholders and audio do not match, no target is left, or `text_targets` is "assistant"
+        and no target has text.
         """
         targets = _target_turns(messages, target_from)
         if text_targets == "assistant" and not any(_has_text(messages[turn]) for turn in targets):
             raise DataError(
-                "text_targets: assistant, but no target message has text: the labels would be three control "
+                "text_targets is assistant, but no target message has text: the labels would be three control "
                 "tokens a clip; use text_targets: transcript"
             )
         parts = pieces(messages, chunks=_chunks(audio))
         return self._expand(parts, audio, _labelled_pieces(messages, parts, targets, text_targets), set(targets))
 
     def prompt(self, messages: Sequence[Message], audio: Sequence[Audio]) -> Example:
-        """The prompt that asks for the next speech; ends with `<|audio_out_bos|>` and carries no labels."""
+        """The prompt for the next speech: ends with `<|audio_out_bos|>` and carries no labels."""
         return self._expand(pieces(messages, generation=True, chunks=_chunks(audio)), audio, set(), set())
 
     def lengths(self, conversations: Sequence[tuple[Sequence[Message], Sequence[Audio]]]) -> list[int]:
-        """How many positions the examples of conversations have. Only the shape of codes matters."""
+        """The number of tokens of each conversation's example. Only the shape of codes matters."""
         rendered = [pieces(messages, chunks=_chunks(audio)) for messages, audio in conversations]
         encoded = self.tokenizer(["".join(part.text for part in parts) for parts in rendered], add_special_tokens=False)
         return [
-            len(tokens) - sum(part.kind in ("audio", "heard") for part in parts) + sum(map(self._positions, audio))
+            len(tokens) - sum(part.kind in ("audio", "whisper") for part in parts) + sum(map(self._token_count, audio))
             for tokens, parts, (_, audio) in zip(encoded["input_ids"], rendered, conversations, strict=True)
         ]
 
-    def _positions(self, audio: Audio) -> int:
+    def _token_count(self, audio: Audio) -> int:
         return len(audio.features) if isinstance(audio, WhisperFeatures) else len(audio) + self.ids.num_codebooks + 1
 
     def _expand(self, parts: list[Piece], audio: Sequence[Audio], labelled: set[int], targets: set[int]) -> Example:
         coded = [part for part in parts if part.kind == "audio"]
         codes = [item for item in audio if not isinstance(item, WhisperFeatures)]
-        heard = [item for item in audio if isinstance(item, WhisperFeatures)]
-        chunks = [count for item in heard for count in item.chunks]
-        if len(coded) != len(codes) or len(chunks) != sum(part.kind == "heard" for part in parts):
+        features = [item for item in audio if isinstance(item, WhisperFeatures)]
+        chunks = [count for item in features for count in item.chunks]
+        if len(coded) != len(codes) or len(chunks) != sum(part.kind == "whisper" for part in parts):
             raise DataError(f"the conversation has {_audio_parts(parts)} audio parts and got codes for {len(audio)}")
         tokens, owners = self._tokenize(parts)
         frames = iter([self._frames(c, labelled=p.turn in targets) for p, c in zip(coded, codes, strict=True)])
-        positions = iter(chunks)
+        chunk_lengths = iter(chunks)
         ids: list[NDArray[np.int64]] = []
         text_labels: list[NDArray[np.int64]] = []
         rows: list[NDArray[np.int64]] = []
         row_labels: list[NDArray[np.int64]] = []
         start = 0
-        for position in [i for i, o in enumerate(owners) if parts[o].kind in ("audio", "heard")] + [len(tokens)]:
+        for position in [i for i, o in enumerate(owners) if parts[o].kind in ("audio", "whisper")] + [len(tokens)]:
             ids.append(tokens[start:position])
             text_labels.append(_text_labels(tokens[start:position], owners[start:position], labelled))
             start = position + 1
             if position == len(tokens):
                 break
-            if parts[owners[position]].kind == "heard":
-                ids.append(np.full(next(positions), self.whisper_token_id, dtype=np.int64))
+            if parts[owners[position]].kind == "whisper":
+                ids.append(np.full(next(chunk_lengths), self.whisper_token_id, dtype=np.int64))
             else:
                 row, label = next(frames)
                 rows.append(row)
@@ -144,12 +144,12 @@ class Prompter:
             audio_input_ids=np.concatenate([empty, *rows]),
             text_labels=np.concatenate(text_labels),
             audio_labels=np.concatenate([empty, *row_labels]),
-            whisper_features=np.concatenate([item.features for item in heard]) if heard else None,
-            feature_positions=np.flatnonzero(input_ids == self.whisper_token_id) if heard else None,
+            whisper_features=np.concatenate([item.features for item in features]) if features else None,
+            feature_positions=np.flatnonzero(input_ids == self.whisper_token_id) if features else None,
         )
 
     def _tokenize(self, parts: list[Piece]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Token ids of the whole string, and for each the index of the piece that its first character is in."""
+        """Token ids of the whole string, and for each the index of the piece with its first character."""
         encoded = self.tokenizer(
             "".join(part.text for part in parts), add_special_tokens=False, return_offsets_mapping=True
         )
@@ -170,19 +170,19 @@ class Prompter:
 
 
 def _chunks(audio: Sequence[Audio]) -> list[int]:
-    """For every audio part the chunks that Whisper hears it in; 0 for one that is read by its codes."""
+    """The number of Whisper chunks of every audio part; 0 for a part with codes."""
     return [len(item.chunks) if isinstance(item, WhisperFeatures) else 0 for item in audio]
 
 
 def _audio_parts(parts: list[Piece]) -> int:
-    return sum(part.kind in ("audio", "heard") for part in parts)
+    return sum(part.kind in ("audio", "whisper") for part in parts)
 
 
 def _target_turns(messages: Sequence[Message], target_from: int | None) -> list[int]:
     first = len(messages) - 1 if target_from is None else target_from
     turns = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
     if not any(part["type"] == "audio" for turn in turns for part in content_parts(messages[turn])):
-        raise DataError(f"no assistant message with audio from message {first} on: there is nothing to learn to say")
+        raise DataError(f"no assistant message from message {first} on has audio: the row has no target to train on")
     return turns
 
 
@@ -196,14 +196,14 @@ def _labelled_pieces(
     """Indices of the pieces whose tokens are text labels: the table in docs/prompt.md."""
     if text_targets == "none":
         return set()
-    asked = {_user_turn_before(messages, turn) for turn in targets} if text_targets == "transcript" else set()
+    transcripts = {_user_turn_before(messages, turn) for turn in targets} if text_targets == "transcript" else set()
     labelled = set()
     for index, part in enumerate(parts):
         in_target = part.turn in targets and (
             part.text in (AUDIO_OUT_BOS, AUDIO_EOS, END_OF_TURN)
             or (text_targets == "assistant" and part.kind == "text")
         )
-        in_user = part.turn in asked and (part.kind == "text" or part.text == END_OF_TURN)
+        in_user = part.turn in transcripts and (part.kind == "text" or part.text == END_OF_TURN)
         if (in_target or in_user) and part.text != AUDIO_OUT:
             labelled.add(index)
     return labelled

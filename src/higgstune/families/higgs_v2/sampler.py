@@ -1,4 +1,4 @@
-"""The rows of a clip, drawn one after the other: delay pattern, start and stop."""
+"""Draws the rows of a clip: delay pattern, start and stop."""
 
 import numpy as np
 import torch
@@ -11,11 +11,11 @@ from higgstune.families.sampling import Sampling, filtered
 
 
 class RowSampler:
-    """Draws the rows of one clip, one after the other, and knows when it ends.
+    """Draws the rows of one clip, one after the other, and decides when it ends.
 
-    Row 0 is all BOS. In row r, codebook k is still delayed (BOS) while r <= k. The first EOS that any codebook emits
-    fixes the number of frames T, and codebook k ends in row T + 1 + k exactly as in training; the native processor
-    ends it one row later.
+    Row 0 is all BOS. In row r, codebook k is still delayed (BOS) while r <= k. The first EOS of any codebook fixes the
+    number of frames T, and codebook k ends in row T + 1 + k exactly as in training; the native processor ends it one
+    row later.
     """
 
     def __init__(self, spec: Spec, sampling: Sampling, *, max_frames: int, seed: int) -> None:
@@ -26,7 +26,7 @@ class RowSampler:
         self.max_frames = max_frames
         self.generator = torch.Generator().manual_seed(seed)
         self.rows = [[self.bos_id] * self.num_codebooks]
-        self.frames: int | None = None  # T, once it is known
+        self.frames: int | None = None  # T, once known
         self.hit_cap = False
 
     @property
@@ -62,7 +62,7 @@ class RowSampler:
         scores[:, self.bos_id] = -torch.inf
         codes_only = scores.clone()
         codes_only[:, self.eos_id] = -torch.inf
-        # An end must leave at least one frame; once one is fixed, only `_forced` writes EOS.
+        # A clip has at least one frame; once T is fixed, only `_forced` writes EOS.
         at_least_one = torch.arange(self.num_codebooks) <= row_index - 2
         may_end = at_least_one if self.frames is None else torch.zeros_like(at_least_one)
         scores[~may_end, self.eos_id] = -torch.inf
@@ -78,7 +78,7 @@ class RowSampler:
         return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator).squeeze(-1)
 
     def _repeated(self, drawn: Tensor) -> Tensor:
-        """Which codebooks [K] have drawn a code that stands too often in the window; never BOS or EOS."""
+        """Which codebooks [K] have drawn a code that is too frequent in the window; never BOS or EOS."""
         window = self.rows[1:][-self.sampling.repeat_window :] if self.sampling.repeat_window else []
         if not window:
             return torch.zeros(self.num_codebooks, dtype=torch.bool)
