@@ -49,7 +49,7 @@ def test_a_base_in_4_bits_gets_the_lora_of_bitsandbytes_in_whatever_order(tmp_pa
 
 
 def test_peft_itself_is_as_before(tmp_path: Path) -> None:
-    """Whoever imports bitsandbytes later, or asks whether it is installed, finds what there was without Higgstune."""
+    """A later import of bitsandbytes, or a check whether it is installed, has the same result as without Higgstune."""
     found = run(
         "import json, sys\n"
         "import higgstune.peft_compat\n"

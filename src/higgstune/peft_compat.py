@@ -21,8 +21,8 @@ class _Deferred(ModuleType):
 
     def __init__(self, spec: Any) -> None:
         super().__init__(_NAME)
-        self.__spec__ = spec  # for those who ask whether it is installed
-        self.__file__ = spec.origin  # for those who look through all modules
+        self.__spec__ = spec  # `find_spec` reads it, to see whether it is installed
+        self.__file__ = spec.origin  # `inspect` reads it of every module
 
     def __getattr__(self, attribute: str) -> Any:
         if sys.modules.get(_NAME) is self:
@@ -66,14 +66,12 @@ __all__ = [
 
 @contextmanager
 def plain_layers() -> Iterator[None]:
-    """For adding LoRA to a model: as long as bitsandbytes is not imported, no layer can be one of its own."""
+    """Add LoRA inside of this: as long as bitsandbytes is not imported, peft takes every layer for a plain one."""
     module = vars(peft.tuners.lora.model)
-    questions: list[str] = [name for name in ("is_bnb_available", "is_bnb_4bit_available") if name in module]
-    if _NAME in sys.modules:
-        questions = []
-    answers = {name: module[name] for name in questions}
+    names = () if _NAME in sys.modules else ("is_bnb_available", "is_bnb_4bit_available")
+    checks = {name: module[name] for name in names if name in module}
     try:
-        module.update(dict.fromkeys(questions, lambda: False))
+        module.update({name: lambda: False for name in checks})
         yield
     finally:
-        module.update(answers)
+        module.update(checks)
