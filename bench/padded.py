@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from higgstune.families.base import Example
-from higgstune.kernels.loss import IGNORE
+from higgstune.kernels import IGNORE
 
 
 def collate(examples: Sequence[Example], config: Any) -> dict[str, Tensor]:

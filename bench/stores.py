@@ -22,7 +22,7 @@ from higgstune.data.text import TEXT_NORMALIZATION
 from higgstune.families.base import Example
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
 from higgstune.inputs import INDEX_NAME
-from higgstune.kernels.loss import IGNORE
+from higgstune.kernels import IGNORE
 
 CODEBOOKS, CODES, FRAME_RATE = 8, 1024, 25
 CHARACTERS_PER_SECOND = 15

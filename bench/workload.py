@@ -9,7 +9,7 @@ from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneratio
 
 from higgstune.families.base import Example
 from higgstune.families.higgs_v2.delay import build_frames
-from higgstune.kernels.loss import IGNORE
+from higgstune.kernels import IGNORE
 
 FRAME_RATE = 25
 BEFORE = 26  # tokens of the system message, the scene and the user's header in the released tokenizer

@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from export_world import make_world
 
 pytestmark = pytest.mark.processes
 
-HEAVY = (
-    "torch", "transformers", "peft", "bitsandbytes", "pyarrow", "matplotlib", "tensorboard", "sklearn", "scipy.signal",
-)  # fmt: skip
-DRAWING = ("matplotlib", "tensorboard")
-RECIPE = "data: {store: x}\nstages: [{name: voice, kind: full, epochs: 1}]\nsedd: 1\n"
+TRAINING = ("matplotlib", "tensorboard", "sklearn", "scipy.signal", "bitsandbytes")
+HEAVY = ("torch", "transformers", "peft", "pyarrow", "scipy", "pandas", *TRAINING)
+OTHER_VERBS = tuple(
+    f"higgstune.{name}" for name in ("training", "planning", "evaluation", "diagnostics", "exporting.export")
+)
+RECIPE = "data: {store: x}\nstages: [{name: voice, kind: full, epochs: 1}]\n"
 PROGRAM = """
 import json, sys
 from higgstune.cli.main import main
@@ -30,20 +32,37 @@ ROWS: list[tuple[str, int, tuple[str, ...]]] = [
     ("train --help", 0, HEAVY),
     ("no-such-verb", 2, HEAVY),
     ("speak", 2, HEAVY),
-    ("prepare nowhere --out x", 2, ("transformers", "peft", "bitsandbytes", *DRAWING)),
-    ("train recipe.yaml --out x", 2, DRAWING),  # an unknown key
-    ("speak Hello --model nowhere --out x.mp3", 2, DRAWING),
-    ("inspect nowhere", 2, DRAWING),
+    ("speak Hello --model nowhere --out x.mp3", 2, HEAVY),
+    ("speak Hello --model nowhere", 2, HEAVY),
+    ("speak Hello --adapter nowhere", 2, HEAVY),
+    ("prepare nowhere --out x", 2, HEAVY),
+    ("prepare recipe.yaml --out x", 2, HEAVY),  # a source of an unknown kind
+    ("inspect nowhere", 2, HEAVY),
+    ("train nowhere.yaml --out x", 2, HEAVY),
+    ("train recipe.yaml --out x", 2, HEAVY),  # no such store
+    ("train recipe.yaml --set sedd=1 --out x", 2, HEAVY),  # an unknown key
+    ("train recipe.yaml", 2, HEAVY),
+    ("evaluate nowhere/at/all", 2, HEAVY),
+    ("export nowhere --out x", 2, HEAVY),
+    ("inspect data --model base", 0, ("torch", "peft", "scipy", "higgstune.diagnostics.examine", *TRAINING)),
+    ("speak Hello. --model base --max-seconds 0.2 --json", 0, ("peft", *TRAINING, *OTHER_VERBS)),
 ]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`recipe.yaml`, `base` with its codec, and the store `data`."""
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
 
 
 @pytest.mark.parametrize(("arguments", "code", "forbidden"), ROWS, ids=[row[0] for row in ROWS])
 def test_a_command_imports_no_more_than_it_needs(
-    tmp_path: Path, arguments: str, code: int, forbidden: tuple[str, ...]
+    world: Path, arguments: str, code: int, forbidden: tuple[str, ...]
 ) -> None:
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
     command = [sys.executable, "-c", PROGRAM, *arguments.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=world, capture_output=True, text=True, check=True)
     result = json.loads(done.stderr.splitlines()[-1])
     assert result["code"] == code, done.stderr
     assert not set(forbidden) & set(result["modules"])

@@ -9,7 +9,7 @@ from commands import Command
 from doctor_world import failed, messages_of
 
 from higgstune import BaseSpec
-from higgstune.diagnostics import doctor
+from higgstune.diagnostics.examine import doctor
 from higgstune.diagnostics.machine import check_disk, check_versions
 from higgstune.errors import ConfigError
 

@@ -14,8 +14,15 @@ from tiny_checkpoint import save_tiny_checkpoint, tiny_prompter
 from tiny_runs import DEMO_CODEC
 
 from higgstune import BaseSpec
-from higgstune.diagnostics import check_applied, doctor
-from higgstune.diagnostics.adapter import check_card, check_effect, check_files, check_plain_peft, check_trained_on
+from higgstune.diagnostics.adapter import (
+    check_applied,
+    check_card,
+    check_effect,
+    check_files,
+    check_plain_peft,
+    check_trained_on,
+)
+from higgstune.diagnostics.examine import doctor
 from higgstune.diagnostics.generation import collate
 from higgstune.diagnostics.prompt import as_trained
 from higgstune.model.adapters import AttentionTraining, load_adapter

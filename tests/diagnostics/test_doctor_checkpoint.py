@@ -14,8 +14,8 @@ from tiny_checkpoint import tiny_config, tiny_tokenizer
 from tiny_runs import DEMO_CODEC
 
 from higgstune import BaseSpec
-from higgstune.diagnostics import doctor
 from higgstune.diagnostics.checkpoint import check_config
+from higgstune.diagnostics.examine import doctor
 from higgstune.families.higgs_v2.family import FAMILY
 
 

@@ -13,8 +13,9 @@ from tiny_codec import tiny_codec
 
 from higgstune import BaseSpec
 from higgstune.codec.higgs import HiggsCodec
-from higgstune.diagnostics import doctor, examine
+from higgstune.diagnostics import examine
 from higgstune.diagnostics.codec import check_codes, check_fit, check_modes
+from higgstune.diagnostics.examine import doctor
 from higgstune.families.higgs_v2.checkpoint import spec_of
 
 

@@ -18,8 +18,8 @@ from higgstune import BaseSpec
 from higgstune.batch.dataset import Rendering
 from higgstune.codec import MelCodec
 from higgstune.data.store import CodeStore
-from higgstune.diagnostics import doctor
 from higgstune.diagnostics.data import find_features
+from higgstune.diagnostics.examine import doctor
 from higgstune.diagnostics.loss import DataLoss, judge_loss, never_trained
 from higgstune.errors import DataError
 from higgstune.families.base import WhisperSpec

@@ -10,7 +10,7 @@ from tiny_checkpoint import tiny_prompter
 from transformers import DynamicCache
 
 from higgstune import BaseSpec
-from higgstune.diagnostics import doctor
+from higgstune.diagnostics.examine import doctor
 from higgstune.diagnostics.generation import check_generation
 from higgstune.families.higgs_v2.decoder import Decoder
 from higgstune.families.higgs_v2.family import HiggsV2

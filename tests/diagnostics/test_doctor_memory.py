@@ -9,8 +9,8 @@ import torch
 from doctor_world import examined, failed, messages_of
 
 from higgstune import BaseSpec
-from higgstune.diagnostics import doctor
 from higgstune.diagnostics import machine as memory
+from higgstune.diagnostics.examine import doctor
 
 
 def test_too_little_memory_is_found(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from higgstune import BaseSpec
 from higgstune.batch.dataset import Rendering
 from higgstune.codec.base import WhisperFeatures
 from higgstune.data.store import Row
-from higgstune.diagnostics import doctor
+from higgstune.diagnostics.examine import doctor
 from higgstune.diagnostics.prompt import built_in_row, check_chat_template, check_same_prompt, check_tokens
 from higgstune.families.base import Example
 from higgstune.families.higgs_v2.family import FAMILY

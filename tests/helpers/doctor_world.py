@@ -15,7 +15,7 @@ from higgstune.codec import MelCodec
 from higgstune.config.recipe import Lora
 from higgstune.data.manifest import Utterance, read_manifest, write_manifest
 from higgstune.data.store import Row
-from higgstune.diagnostics import doctor
+from higgstune.diagnostics.examine import doctor
 from higgstune.diagnostics.prompt import built_in_row
 from higgstune.diagnostics.report import Report
 from higgstune.families import family_of

@@ -22,9 +22,10 @@ from transformers import HiggsAudioV2Config
 import higgstune
 from higgstune import BaseSpec, export
 from higgstune.config.recipe import Lora, Recipe
-from higgstune.diagnostics import doctor, examine
+from higgstune.diagnostics import examine
 from higgstune.diagnostics import machine as memory
 from higgstune.diagnostics.checkpoint import check_weights
+from higgstune.diagnostics.examine import doctor
 from higgstune.errors import ConfigError
 from higgstune.families.base import Conditioning
 from higgstune.families.higgs_v2.checkpoint import empty_model

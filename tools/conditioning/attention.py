@@ -22,9 +22,10 @@ from higgstune.families.base import Example, base_of
 from higgstune.families.higgs_v2.extensions import conditioning_of
 from higgstune.families.higgs_v2.prompter import Prompter
 from higgstune.inputs import find_adapter
-from higgstune.kernels.loss import IGNORE
+from higgstune.kernels import IGNORE
 from higgstune.model.adapters import load_adapter
-from higgstune.model.load import load_model, load_prompter
+from higgstune.model.load import load_model
+from higgstune.model.tokenizer import load_prompter
 
 QUERIES = ("frames of the clip", "the clip's transcript")
 KEYS = ("other text", "the clip's transcript", "reference audio", "the clip itself")

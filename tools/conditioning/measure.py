@@ -32,7 +32,8 @@ from higgstune.data.whisper_features import FeatureStore
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels.loss import LossWeights, add_sums, label_counts
 from higgstune.model.adapters import load_adapter
-from higgstune.model.load import load_model, load_prompter
+from higgstune.model.load import load_model
+from higgstune.model.tokenizer import load_prompter
 from higgstune.training.metrics import loss_metrics
 from higgstune.training.run import train
 

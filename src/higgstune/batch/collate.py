@@ -19,7 +19,7 @@ from torch import Tensor
 
 from higgstune.families.base import Example, Spec
 from higgstune.families.padded import feature_tensors
-from higgstune.kernels.loss import IGNORE
+from higgstune.kernels import IGNORE
 
 Batch = dict[str, Tensor]  # padded
 Packed = dict[str, Any]  # tensors, and lengths as tuples

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from higgstune.batch.collate import Packed, pack
 from higgstune.batch.packing import PackSampler, PackSize
 from higgstune.families.base import Example
-from higgstune.kernels.loss import IGNORE
+from higgstune.kernels import IGNORE
 
 _AHEAD = 4  # packs that are built before they are needed
 

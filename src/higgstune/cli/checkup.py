@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from higgstune.cli.options import MODEL, AsrOption, DeviceOption, JsonOption, RevisionOption, SpeakerOption
-from higgstune.cli.output import Bar, announce, errors, measures_summary, print_result
+from higgstune.cli.output import Bar, announced, errors, measures_summary, print_result
 from higgstune.errors import ConfigError, WorkError
 from higgstune.inputs import BaseSpec
 
@@ -31,8 +31,8 @@ def doctor(
 
     Exits with 1 when a check failed. Nothing is changed.
     """
-    announce("loading libraries", as_json)
-    from higgstune.diagnostics.examine import doctor as run
+    with announced("loading libraries", as_json):
+        from higgstune.diagnostics.examine import doctor as run
 
     report = run(
         # Not by `base_spec`: a wrong name is a finding, too.
@@ -63,8 +63,8 @@ def demo(
     """
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} exists: remove it, or give another --out")
-    announce("unpacking recordings and a base", as_json)
-    from higgstune.demo.demo import run_demo
+    with announced("unpacking recordings and a base", as_json):
+        from higgstune.demo.demo import run_demo
 
     with Bar(live=False) as bar:  # training draws a bar of its own
         result = run_demo(out, asr=asr, speaker_judge=speaker_judge, progress=bar)

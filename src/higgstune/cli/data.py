@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from higgstune.cli.options import DeviceOption, JsonOption, within
-from higgstune.cli.output import Bar, announce, print_result
+from higgstune.cli.output import Bar, announced, print_result
 from higgstune.hub import check_name
 from higgstune.inputs import check_source, check_store
 
@@ -76,9 +76,9 @@ def prepare(
     for name, what in ((model, "checkpoint"), (codec, "codec"), (whisper, "Whisper checkpoint")):
         if name is not None:
             check_name(name, what=what)
-    announce("loading the codec", as_json)
-    from higgstune.data.prepare import prepare as run
-    from higgstune.environment import choose_device
+    with announced("loading the codec", as_json):
+        from higgstune.data.prepare import prepare as run
+        from higgstune.environment import choose_device
 
     with Bar() as bar:
         summary = run(

@@ -25,7 +25,7 @@ from higgstune.cli.options import (
     WhisperOption,
     base_spec,
 )
-from higgstune.cli.output import Bar, announce, command_line, print_measures, print_result
+from higgstune.cli.output import Bar, announced, command_line, print_measures, print_result
 from higgstune.errors import ConfigError
 from higgstune.hub import check_name
 from higgstune.inputs import ADAPTER, BASE, CLIPS, check_store, find_adapter, kind_of
@@ -78,10 +78,10 @@ def evaluate(
     if guard and no_base:
         raise ConfigError("--guard compares with the base: leave out --no-base")
     spec = base_spec(model, codec=codec, device=device, quantize=quantize)
-    announce("loading models and judges", as_json)
-    from higgstune.evaluation.evaluate import evaluate as run
-    from higgstune.evaluation.report.run_report import write_target_report
-    from higgstune.families.sampling import Sampling
+    with announced("loading models and judges", as_json):
+        from higgstune.evaluation.evaluate import evaluate as run
+        from higgstune.evaluation.report.run_report import write_target_report
+        from higgstune.families.sampling import Sampling
 
     with Bar() as bar:
         result = run(
@@ -148,9 +148,9 @@ def compare(
     _check_names(targets, [texts], data)
     if len(targets) < 2:
         raise ConfigError("give two or more runs, adapters, bases or folders of clips to compare")
-    announce("loading models and judges", as_json)
-    from higgstune.evaluation.compare import compare as run
-    from higgstune.families.sampling import Sampling
+    with announced("loading models and judges", as_json):
+        from higgstune.evaluation.compare import compare as run
+        from higgstune.families.sampling import Sampling
 
     with Bar() as bar:
         result = run(

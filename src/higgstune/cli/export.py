@@ -16,7 +16,7 @@ from higgstune.cli.options import (
     RunArgument,
     base_spec,
 )
-from higgstune.cli.output import Bar, announce, print_result
+from higgstune.cli.output import Bar, announced, print_result
 from higgstune.exporting.options import check_options
 from higgstune.files import check_new
 from higgstune.hub import check_name
@@ -70,8 +70,8 @@ def export(
         check_name(whisper, what="Whisper checkpoint")
     if data is not None:
         check_store(data)
-    announce("loading the model", as_json)
-    from higgstune.exporting.export import export as write
+    with announced("loading the model", as_json):
+        from higgstune.exporting.export import export as write
 
     with Bar() as bar:
         result = write(

@@ -1,5 +1,7 @@
 """The command `higgstune`: its verbs, exit codes and signals."""
 
+import atexit
+import gc
 import logging
 import os
 import signal
@@ -58,6 +60,7 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     mute_libraries()
     signal.signal(signal.SIGTERM, _stop)
+    atexit.register(gc.freeze)  # the interpreter would take a second to visit all that torch has made, one by one
     try:
         code = app(prog_name="higgstune", standalone_mode=False)
     except (HiggstuneError, OSError, _USAGE_ERROR) as error:

@@ -4,13 +4,16 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from higgstune.imports import collector_paused
 
 errors = Console(stderr=True)
 # Warnings that no user can act on, by their logger: how each begins.
@@ -33,17 +36,20 @@ def _without(beginning: str) -> Callable[[logging.LogRecord], bool]:
     return lambda record: not record.getMessage().startswith(beginning)
 
 
-def announce(what: str, as_json: bool = False) -> None:
-    """Say on stderr what a verb begins with, before it imports torch; without transformers' bars from here on."""
+@contextmanager
+def announced(what: str, as_json: bool = False) -> Iterator[None]:
+    """Say on stderr what a verb begins with, and quiet transformers. The verb imports what is large inside of this."""
     if not as_json and os.environ.get("RANK", "0") == "0":
         errors.print(f"{what} ...", highlight=False)
-    from transformers.utils.logging import disable_progress_bar
+    with collector_paused():
+        from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # "Loading weights", "Writing model shards"
-    if sys.stderr.isatty():
-        from huggingface_hub.utils import enable_progress_bars
+        disable_progress_bar()  # "Loading weights", "Writing model shards"
+        if sys.stderr.isatty():
+            from huggingface_hub.utils import enable_progress_bars
 
-        enable_progress_bars()  # of downloads, which the line above has disabled, too
+            enable_progress_bars()  # of downloads, which the line above has disabled, too
+        yield
 
 
 class Bar:

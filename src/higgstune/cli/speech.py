@@ -21,7 +21,7 @@ from higgstune.cli.options import (
     base_spec,
     within,
 )
-from higgstune.cli.output import Bar, announce, print_result
+from higgstune.cli.output import Bar, announced, print_result
 from higgstune.errors import ConfigError
 from higgstune.inputs import check_wav_name, find_adapter
 
@@ -101,11 +101,11 @@ def speak(
         raise ConfigError("--reference-text needs the recording in which it is said: --reference")
     if reference is not None and not reference.is_file():
         raise ConfigError(f"--reference {reference} does not exist")
-    announce("loading the model", as_json)
-    from higgstune.data.messages import DEFAULT_SCENE
-    from higgstune.families.sampling import Sampling
-    from higgstune.generate.speaker import Request, Speaker, check_transcript, trained_place
-    from higgstune.model.load import load_base
+    with announced("loading the model", as_json):
+        from higgstune.data.messages import DEFAULT_SCENE
+        from higgstune.families.sampling import Sampling
+        from higgstune.generate.speaker import Request, Speaker, check_transcript, trained_place
+        from higgstune.model.load import load_base
 
     if reference is not None:  # before the model is loaded
         check_transcript(trained_place(folder, None if model is None else Path(model)), reference_text or "")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from higgstune.cli.options import JsonOption, PlannedDeviceOption
-from higgstune.cli.output import Bar, announce, print_result, stage_summary
+from higgstune.cli.output import Bar, announced, print_result, stage_summary
 from higgstune.errors import ConfigError
 from higgstune.hub import check_name
 from higgstune.inputs import check_store
@@ -50,10 +50,10 @@ def train(
     if out is None or plan:
         _show_plan(loaded, memory, device, as_json)
         return
-    announce("loading the model", as_json)
-    import torch.distributed
+    with announced("loading the model", as_json):
+        import torch.distributed
 
-    from higgstune.training.run import train as run
+        from higgstune.training.run import train as run
 
     result = run(loaded, out, resume=resume)
     stages = {
@@ -69,9 +69,9 @@ def train(
 
 
 def _show_plan(recipe: "Recipe", memory: str | None, device: str | None, as_json: bool) -> None:
-    announce("planning", as_json)
-    from higgstune.planning.report import plan
-    from higgstune.progress import silent
+    with announced("planning", as_json):
+        from higgstune.planning.report import plan
+        from higgstune.progress import silent
 
     with Bar() as bar:
         found = plan(recipe, memory=memory, device=device, progress=silent if as_json else bar)

@@ -13,17 +13,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Qwen2AudioEncoder, Qwen2AudioEncoderConfig, WhisperFeatureExtractor
 
 from higgstune.checkpoint_files import malformed_errors, read_json, read_weights, weight_files
 from higgstune.codec.base import WhisperFeatures
 from higgstune.errors import CheckpointError, DataError
 from higgstune.hub import fetch
+
+if TYPE_CHECKING:  # imported where an encoder is loaded: most models have none
+    from transformers import Qwen2AudioEncoder, WhisperFeatureExtractor
 
 _CONFIG_KEYS = (
     "num_mel_bins", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "d_model", "activation_function",
@@ -37,7 +39,7 @@ _PREFIXES = ("model.encoder.", "encoder.", "audio_tower.")  # WhisperForConditio
 class WhisperTower:
     """A Whisper encoder. It is not a module: it is never trained, saved or moved with the model."""
 
-    def __init__(self, encoder: Qwen2AudioEncoder, extractor: WhisperFeatureExtractor, checkpoint: str) -> None:
+    def __init__(self, encoder: "Qwen2AudioEncoder", extractor: "WhisperFeatureExtractor", checkpoint: str) -> None:
         """Use `load_whisper` or `tower_from_original`."""
         self._encoder = encoder.eval().requires_grad_(False)
         self._extractor = extractor
@@ -120,6 +122,8 @@ def load_whisper(
         value = written.get(key, 1)
         if not isinstance(value, int) or not 0 < value <= limit:
             raise CheckpointError(f"{folder / 'preprocessor_config.json'}: {key} is {value!r}, at most {limit} is read")
+    from transformers import WhisperFeatureExtractor
+
     try:
         extractor = WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError, TypeError, AttributeError, ArithmeticError) as error:
@@ -143,13 +147,17 @@ def tower_from_original(
     """
     if not isinstance(config, Mapping):
         raise CheckpointError(f"{folder / 'config.json'} has no audio_encoder_config: copy or download it again")
+    from transformers import WhisperFeatureExtractor
+
     encoder = _encoder(config, state, folder)
     mel_seconds = 2 * encoder.config.max_source_positions / 100  # 100 mel frames a second, halved by a convolution
     extractor = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins, chunk_length=round(mel_seconds))
     return WhisperTower(_moved(encoder, device), extractor, str(folder))
 
 
-def _encoder(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Path) -> Qwen2AudioEncoder:
+def _encoder(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Path) -> "Qwen2AudioEncoder":
+    from transformers import Qwen2AudioEncoder, Qwen2AudioEncoderConfig
+
     missing = [key for key in _CONFIG_KEYS if key not in config]
     if missing:
         raise CheckpointError(f"the Whisper config in {folder} has no {missing[0]}")
@@ -185,12 +193,12 @@ def _encoder(config: Mapping[str, Any], state: Mapping[str, Tensor], folder: Pat
     return encoder
 
 
-def _moved(encoder: Qwen2AudioEncoder, device: str | torch.device) -> Qwen2AudioEncoder:
+def _moved(encoder: "Qwen2AudioEncoder", device: str | torch.device) -> "Qwen2AudioEncoder":
     torch.nn.Module.to(encoder, device)  # type checkers do not understand the `to` of transformers
     return encoder
 
 
-def _revision(encoder: Qwen2AudioEncoder) -> str:
+def _revision(encoder: "Qwen2AudioEncoder") -> str:
     """16 hexadecimal digits over the sizes and all weights."""
     digest = hashlib.sha256(json.dumps({key: getattr(encoder.config, key) for key in _CONFIG_KEYS}).encode())
     for name, value in sorted(encoder.state_dict().items()):

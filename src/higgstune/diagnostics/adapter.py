@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,6 +16,7 @@ from higgstune.errors import CheckpointError
 from higgstune.families import family_info, family_of, load_family
 from higgstune.families.base import base_of
 from higgstune.model.adapter_folder import ADAPTER_CARD, ADAPTER_WEIGHTS, adapter_card, check_adapter_files, check_base
+from higgstune.peft_compat import LoraLayer, ModulesToSaveWrapper, PeftModel, get_peft_model_state_dict
 from higgstune.training.verify import MARGIN, TOLERANCE, probe_logits
 
 CHECK = "adapter"

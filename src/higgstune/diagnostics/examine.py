@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from peft import PeftModel
 from safetensors import SafetensorError
 
 from higgstune.batch.dataset import PLAIN, Rendering
@@ -31,6 +30,7 @@ from higgstune.inputs import BaseSpec, find_adapter
 from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, adapter_conditioning
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model, load_tokenizer, recorded_base
+from higgstune.peft_compat import PeftModel
 
 
 @dataclass

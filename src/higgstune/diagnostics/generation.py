@@ -15,7 +15,7 @@ from higgstune.diagnostics.prompt import as_spoken, as_trained, two_unequal
 from higgstune.diagnostics.report import Finding
 from higgstune.families import family_of
 from higgstune.families.base import Example, Prompter, base_of
-from higgstune.kernels.loss import IGNORE
+from higgstune.kernels import IGNORE
 
 CHECK = "generation"
 # Differences are relative to the standard deviation of the logits. In float32 the maximum counts. In half precision the

@@ -13,8 +13,8 @@ from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore
 from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.families.base import Example, Prompter, TextTargets
-from higgstune.kernels.loss import IGNORE
-from higgstune.model.load import load_prompter
+from higgstune.kernels import IGNORE
+from higgstune.model.tokenizer import load_prompter
 
 
 @dataclass(frozen=True)

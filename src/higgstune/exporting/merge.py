@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from higgstune.batch.collate import Batch
@@ -30,6 +28,7 @@ from higgstune.hub import fetch
 from higgstune.model.adapter_folder import base_fingerprint
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import ModelAndTokenizers, load_base, load_model
+from higgstune.peft_compat import LoraLayer, PeftModel
 from higgstune.progress import Progress
 from higgstune.training.verify import probe_logits
 

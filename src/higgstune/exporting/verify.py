@@ -18,7 +18,7 @@ from higgstune.data.whisper_features import FeatureStore
 from higgstune.errors import CheckpointError, DataError, VerificationError
 from higgstune.exporting.source import Source
 from higgstune.inputs import INDEX_NAME
-from higgstune.kernels.loss import IGNORE
+from higgstune.kernels import IGNORE
 from higgstune.model.adapter_folder import adapter_conditioning
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.verify import MARGIN

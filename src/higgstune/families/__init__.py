@@ -3,6 +3,7 @@
 A lookup of a `FamilyInfo` imports neither torch nor transformers; `family_of` and `load_family` import a family's code.
 """
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 from higgstune.checkpoint_files import read_json, safetensors_keys, weight_files
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.families import higgs_v2
-from higgstune.families.base import Family, FamilyInfo, Layout, base_of
+from higgstune.families.base import Family, FamilyInfo, Layout, Prompter, base_of
+from higgstune.imports import collector_paused
 
 DEFAULT_FAMILY = higgs_v2.INFO.name  # of artefacts that name none
 _KNOWN: dict[str, FamilyInfo] = {}
@@ -34,8 +36,18 @@ def family_info(name: str | None) -> FamilyInfo:
 
 def load_family(info: FamilyInfo) -> Family:
     """Import the family's code."""
-    family: Family = import_module(info.code).FAMILY
+    with collector_paused():
+        family: Family = import_module(info.code).FAMILY
     return family
+
+
+def read_prompter(info: FamilyInfo, tokenizer: Any, written: Mapping[str, Any], folder: Path) -> Prompter | None:
+    """The family's prompter for a folder by its config.json as `written`; None where its code is needed for that.
+
+    Raises CheckpointError when the tokenizer does not fit.
+    """
+    prompter: Prompter | None = import_module(info.prompts).read_prompter(tokenizer, written, folder)
+    return prompter
 
 
 def family_of(model: Any) -> Family:

@@ -182,6 +182,7 @@ class FamilyInfo:
     extensions: tuple[str, ...]  # supported settings of `model` in a recipe
     check_recipe: Callable[[Any], Iterator[tuple[str, str]]]  # recipe -> (path of a field, problem)
     code: str  # the module with the family's `FAMILY`
+    prompts: str  # the module with its `read_prompter`, which imports no torch: see `families.read_prompter`
     stage_defaults: Mapping[str, Any] = field(default_factory=dict)  # override defaults of a stage in a recipe
 
 

@@ -23,7 +23,6 @@ from higgstune.generate.chunks import frame_cap, join, split_text
 from higgstune.generate.engine import Generated, generate
 from higgstune.inputs import BaseSpec, base_and_adapter
 from higgstune.model.adapter_folder import adapter_card, adapter_conditioning
-from higgstune.model.adapters import load_adapter
 from higgstune.model.load import ModelAndTokenizers, load_base
 
 logger = logging.getLogger(__name__)
@@ -103,6 +102,8 @@ class Speaker:
         self.codec = loaded.audio_tokenizer
         self.prompter = loaded.prompter
         if adapter is not None:
+            from higgstune.model.adapters import load_adapter  # imports peft
+
             model = load_adapter(loaded.model, adapter)
         self.model = loaded.model if model is None else model
         self.reference_place: ReferencePlace = reference_place or trained_place(adapter, loaded.folder)

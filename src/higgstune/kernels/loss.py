@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from higgstune.kernels import IGNORE
+
 Sums = dict[str, Tensor]
 
-IGNORE = -100  # label of an entry without loss; the value that torch's cross entropy ignores
 _MAX_LOGITS = 2**26  # in memory at a time: 256 MiB in float32
 
 

@@ -9,10 +9,9 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 from torch import Tensor, nn
 
@@ -21,6 +20,9 @@ from higgstune.errors import CheckpointError
 from higgstune.families import check_family, family_info, family_of, load_family
 from higgstune.families.base import Conditioning, FamilyInfo, base_of
 from higgstune.inputs import ADAPTER_CONFIG
+
+if TYPE_CHECKING:
+    from higgstune.peft_compat import LoraConfig  # imported where there is an adapter
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CARD = "higgstune.json"  # base, codec and recipe of the adapter, which speaking needs
@@ -170,7 +172,7 @@ def base_fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_adapter_config(path: Path, patterns: tuple[str, ...]) -> LoraConfig:
+def read_adapter_config(path: Path, patterns: tuple[str, ...]) -> "LoraConfig":
     """The LoRA that `adapter_config.json` describes; `patterns` are the regular expressions allowed in it.
 
     Raises CheckpointError for anything but plain LoRA.
@@ -191,10 +193,12 @@ def read_adapter_config(path: Path, patterns: tuple[str, ...]) -> LoraConfig:
             f"{written.target_modules[:100]!r}; name the layers in a list"
         )
     known = written.model_dump(exclude={*extra, "peft_type", "init_lora_weights"})
+    from higgstune.peft_compat import LoraConfig
+
     return LoraConfig(**known, inference_mode=True)
 
 
-def check_shapes(config: LoraConfig, model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+def check_shapes(config: "LoraConfig", model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Raise CheckpointError unless every layer that the configuration names has its LoRA among the tensors.
 
     Runs before peft allocates the layers: a rank from a stranger must not take more memory than the file has.
@@ -245,7 +249,7 @@ class _Written(BaseModel):
     modules_to_save: _Names | None = None
 
 
-def _is_target(config: LoraConfig, name: str) -> bool:
+def _is_target(config: "LoraConfig", name: str) -> bool:
     """Whether a layer gets LoRA, by peft's rules."""
     targets: Any = config.target_modules
     if any(f".{kept}." in f".{name}." for kept in config.modules_to_save or ()):  # trained in full

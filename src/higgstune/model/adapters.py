@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
 from higgstune.checkpoint_files import read_json
@@ -23,6 +21,15 @@ from higgstune.model.adapter_folder import (
     check_shapes,
     checked_weights,
     read_adapter_config,
+)
+from higgstune.peft_compat import (
+    LoraConfig,
+    ModulesToSaveWrapper,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    plain_layers,
+    set_peft_model_state_dict,
 )
 
 
@@ -130,8 +137,6 @@ def unload_adapter(model: PeftModel) -> None:
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
     """The adapter's tensors under the names with which peft saves them."""
-    from peft import get_peft_model_state_dict
-
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
@@ -175,7 +180,7 @@ def check_directions(model: Any, lora: Lora, trained: Conditioning, attention: A
 
 def with_adapter(model: Any, config: LoraConfig) -> PeftModel:
     """The model with peft's layers, untrained; modules that are trained in full are in float32."""
-    with _without_deprecations():
+    with _without_deprecations(), plain_layers():
         peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
     for part in peft_model.modules():

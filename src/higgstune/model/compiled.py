@@ -14,9 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch._functorch.config as functorch_config
 from torch import Tensor, nn
-from torch.utils._triton import has_triton
 
 from higgstune.batch.collate import Packed
 from higgstune.config.recipe import Compile
@@ -72,6 +70,8 @@ def _compare(model: nn.Module, base: Any, batch: Packed) -> float:
     with _shifted(model):
         expected = _gradients(model, batch)
         base.compiler_stance = "default"
+        import torch._functorch.config as functorch_config
+
         # The backward pass recomputes cheap values rather than keep them, also for a product: see `fused`.
         with warnings.catch_warnings(), functorch_config.patch(ban_recompute_materialized_backward=False):
             warnings.simplefilter("ignore")  # the compiler's warnings about its own work
@@ -101,6 +101,8 @@ def _possible(base: Any) -> bool:
 
 def _has_compiler() -> bool:
     """Whether Triton is installed, and a C compiler where Triton looks for one."""
+    from torch.utils._triton import has_triton
+
     return has_triton() and ("CC" in os.environ or any(map(shutil.which, ("clang", "gcc", "cc"))))
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from higgstune.checkpoint_files import check_checksums, read_json
 from higgstune.codec import CODEC_FOLDER, Codec, checkpoint_codec, load_codec
@@ -20,6 +19,7 @@ from higgstune.hub import fetch
 from higgstune.inputs import ADAPTER_CONFIG, BaseSpec, Quantize
 from higgstune.kernels.quantize import check_quantize, quantize_layers
 from higgstune.model.adapter_folder import UNQUANTIZED_FINGERPRINT, adapter_card, base_fingerprint, check_adapter_family
+from higgstune.model.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -167,27 +167,9 @@ def _load_all(
 
 def load_tokenizer(folder: Path, family: Family, config: Any) -> Any:
     """The checkpoint's own tokenizer. Raises CheckpointError if it is missing or does not fit the config."""
-    if not (folder / "tokenizer.json").exists():
-        raise CheckpointError(f"{folder / 'tokenizer.json'} is missing: the tokenizer belongs to the checkpoint")
-    settings = read_json(folder / "tokenizer_config.json", "") if (folder / "tokenizer_config.json").exists() else {}
-    # transformers would read a file named here instead of the folder's own. It never reads special_tokens_map_file.
-    files = [key for key in settings if key.endswith("_file") and key != "special_tokens_map_file"]
-    if named := [key for key in files if settings[key] is not None]:
-        raise CheckpointError(f"{folder / 'tokenizer_config.json'} names a file by {named[0]}: remove the key")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # tokenizers has nothing narrower
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    tokenizer = read_tokenizer(folder)
     family.check_tokenizer(tokenizer, config, folder)
     return tokenizer
-
-
-def load_prompter(checkpoint: str | Path) -> Prompter:
-    """The prompter of a checkpoint, without its weights. Raises CheckpointError."""
-    folder = fetch(checkpoint, what="checkpoint", weights=False)
-    family = load_family(family_in(folder)[0])
-    config = family.read_config(folder)
-    return family.prompter(load_tokenizer(folder, family, config), config)
 
 
 def check_codec(codec: Codec, spec: Spec, name: str) -> None:

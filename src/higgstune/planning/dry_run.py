@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import Function
@@ -29,6 +28,7 @@ from higgstune.kernels.loss import LossWeights, combine, label_counts
 from higgstune.kernels.memory import checkpoint_first
 from higgstune.kernels.quantize import bytes_in_4_bits, layers_in_4_bits
 from higgstune.model.adapters import lora_config, with_adapter
+from higgstune.peft_compat import PeftModel
 
 WEIGHTS, ADAPTER, OPTIMIZER, GRADIENTS = "weights", "adapter", "optimizer", "gradients"
 ACTIVATIONS, TRANSIENT = "activations", "transient"

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from higgstune.batch.collate import count_tokens, pack, tensors_to
 from higgstune.families.base import Example, Spec
@@ -17,6 +16,7 @@ from higgstune.kernels.memory import checkpoint_first
 from higgstune.kernels.quantize import quantize_layers
 from higgstune.model.adapters import add_lora
 from higgstune.model.compiled import packed_loss
+from higgstune.peft_compat import PeftModel
 from higgstune.planning.dry_run import StepSpec
 
 CPU_TOKENS = 512  # timed on a CPU

@@ -1,1 +1,1 @@
-
+from higgstune import peft_compat  # noqa: F401  # before transformers' trainer imports peft

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from higgstune.checkpoint_files import read_json, sha256_of
 from higgstune.errors import CheckpointError
 from higgstune.files import sync_files, sync_folder, writing
+from higgstune.peft_compat import PeftModel, get_peft_model_state_dict
 
 SEAL = "checkpoint.json"
 TRAINING_STATE = "training.safetensors"  # optimizer, random numbers, what was not logged yet

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from higgstune.errors import ConfigError
 from higgstune.families import family_of
+from higgstune.peft_compat import PeftModel
 
 Value = TypeVar("Value")
 # Collectives time out after minutes; preparing data, or verifying a large model, may take longer.

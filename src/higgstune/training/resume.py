@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -16,6 +15,7 @@ from typing_extensions import override
 
 from higgstune.kernels.loss import Sums
 from higgstune.model.adapter_folder import ADAPTER_WEIGHTS
+from higgstune.peft_compat import PeftModel
 from higgstune.training.checkpoint import (
     TRAINING_STATE,
     Checkpoint,

@@ -8,13 +8,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.image import imsave
-from torch.utils.tensorboard import SummaryWriter
 
 from higgstune.batch.dataset import Features
 from higgstune.codec.mel import Spectrum
@@ -47,6 +43,9 @@ from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.distributed import Processes
 from higgstune.training.result import Candidate, ChosenStep
 
+if TYPE_CHECKING:  # imported by those who draw and write: both take long
+    from torch.utils.tensorboard import SummaryWriter
+
 _LOG = logging.getLogger(__name__)
 _DECIBELS = 80.0  # that are drawn, below the loudest
 
@@ -56,6 +55,9 @@ def mel_image(clips: Sequence[tuple[str, np.ndarray, int]]) -> np.ndarray:
 
     Without texts at the axes' ticks, which take longer to draw than all else.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 1.5 * len(clips)), dpi=80)
     canvas = FigureCanvasAgg(figure)
     for number, (text, waveform, rate) in enumerate(clips):
@@ -174,7 +176,7 @@ class SampleEvaluation:
         processes: Processes,
         together: bool,
         features: Features | None = None,
-        writer: SummaryWriter | None = None,
+        writer: "SummaryWriter | None" = None,
     ) -> None:
         """Samples are saved into `folder`. `judges` are those of the first process, which saves and measures.
         `together`: all processes speak all texts, because each has only a share of the weights; otherwise they divide
@@ -240,6 +242,8 @@ class SampleEvaluation:
             place, [replace(clip, reference=None, recording=None) for clip in clips]
         )  # those are outside of this folder
         image = mel_image([(speech.text, speech.waveform, speech.sample_rate) for speech in spoken])
+        from matplotlib.image import imsave
+
         imsave(place / "mel.png", image)
         if self.writer is not None:
             for number, speech in enumerate(spoken, 1):

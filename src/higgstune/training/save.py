@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from torch import Tensor
 
 import higgstune
@@ -17,6 +16,7 @@ from higgstune.data.whisper_features import portable_name
 from higgstune.files import sync_files, sync_folder
 from higgstune.model.adapter_folder import write_card
 from higgstune.model.load import ModelAndTokenizers
+from higgstune.peft_compat import PeftModel
 from higgstune.training.metrics import last_metrics
 from higgstune.training.result import TrainedStage
 from higgstune.training.setup import RunSetup

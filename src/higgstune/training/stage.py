@@ -5,11 +5,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import PeftModel
-from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from typing_extensions import override
@@ -29,6 +27,7 @@ from higgstune.kernels.memory import checkpoint_first
 from higgstune.model.adapters import adapted_layers, add_lora, continue_lora, unload_adapter
 from higgstune.model.compiled import compile_layers, is_worth_it
 from higgstune.model.load import ModelAndTokenizers
+from higgstune.peft_compat import PeftModel
 from higgstune.planning.run_memory import RunMemory
 from higgstune.training.callbacks import ProgressReport, StopSignals
 from higgstune.training.checkpoint import newest_checkpoint, trained_state
@@ -40,6 +39,9 @@ from higgstune.training.save import adapter_card_of, save_adapter
 from higgstune.training.setup import RunSetup
 from higgstune.training.trainer import HiggsAudioTrainer
 from higgstune.training.verify import Verification, probe_logits, verify_in_fresh_process, write_probe
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 _LOG = logging.getLogger(__name__)
 _PROBE_CLIPS = 4
@@ -301,7 +303,7 @@ def _training_arguments(
 
 
 def _sample_evaluation(
-    job: Job, stage: Stage, base: ModelAndTokenizers, writer: SummaryWriter | None
+    job: Job, stage: Stage, base: ModelAndTokenizers, writer: "SummaryWriter | None"
 ) -> SampleEvaluation | None:
     if job.recipe.evaluation.clips == 0:
         return None
@@ -319,13 +321,15 @@ def _sample_evaluation(
     )
 
 
-def _writer(job: Job, stage: Stage) -> SummaryWriter | None:
+def _writer(job: Job, stage: Stage) -> "SummaryWriter | None":
     if "tensorboard" not in job.recipe.report_to or not job.run.is_main:
         return None
+    from torch.utils.tensorboard import SummaryWriter  # takes long to import
+
     return SummaryWriter(log_dir=str(job.run.stage_folder(stage) / "tensorboard"))
 
 
-def _callbacks(job: Job, stage: Stage, writer: SummaryWriter | None) -> list[TrainerCallback]:
+def _callbacks(job: Job, stage: Stage, writer: "SummaryWriter | None") -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = [ProgressReport(stage.name), job.stop]
     if not job.sharded:
         rows = job.examples["train"].with_targets(stage.text_targets)

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -25,6 +24,7 @@ from higgstune.config.expression import LOSS
 from higgstune.environment import to_device_async
 from higgstune.kernels.loss import LossWeights, Sums, add_sums, combine, label_counts, zero_sums
 from higgstune.model.load import ModelAndTokenizers
+from higgstune.peft_compat import PeftModel
 from higgstune.training.checkpoint import trained_state
 from higgstune.training.distributed import is_sharded
 from higgstune.training.metrics import FiniteSteps, SkippedSteps, TrainingWindow, check_possible, loss_metrics

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from higgstune.errors import DataError
 from higgstune.families.higgs_v2.delay import build_frames, codes_from_frames
-from higgstune.kernels.loss import IGNORE
+from higgstune.kernels import IGNORE
 
 GOLDEN = load_file(Path(__file__).parents[2] / "golden" / "delay_and_labels.safetensors")
 

@@ -17,7 +17,7 @@ from higgstune.errors import DataError
 from higgstune.families.base import Example
 from higgstune.families.higgs_v2.delay import build_frames
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
-from higgstune.kernels.loss import IGNORE
+from higgstune.kernels import IGNORE
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "prompts.json").read_text())
 MODEL, PROMPTER = tiny_prompter()

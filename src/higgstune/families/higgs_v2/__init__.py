@@ -30,4 +30,5 @@ INFO = FamilyInfo(
     extensions=("audio_attention", "whisper"),
     check_recipe=_check_recipe,
     code="higgstune.families.higgs_v2.family",
+    prompts="higgstune.families.higgs_v2.prompter",
 )

@@ -23,7 +23,6 @@ from higgstune.families.base import Conditioning, Layout, Spec
 from higgstune.families.higgs_v2 import INFO
 from higgstune.families.higgs_v2.extensions import CONDITIONING_KEY, add_conditioning
 from higgstune.families.higgs_v2.original import native_config, read_original
-from higgstune.families.higgs_v2.prompt import AUDIO_OUT, AUDIO_OUT_BOS
 
 TEXT_HEAD = "text_lm_head.weight"
 # The keys read from a config.json. Others can make transformers fetch code (_attn_implementation) or read other files.
@@ -91,22 +90,6 @@ def written_conditioning(folder: Path) -> Conditioning:
         except ValidationError as error:
             raise CheckpointError(f"{folder / 'config.json'} is damaged ({CONDITIONING_KEY}): {error}") from error
     return Conditioning(audio_attention=bool(written.get("use_audio_out_self_attention")))
-
-
-def check_tokenizer(tokenizer: Any, config: HiggsAudioV2Config, folder: Path) -> None:
-    """Raises CheckpointError if the tokenizer does not fit the config."""
-    for token, expected in {AUDIO_OUT: config.audio_token_id, AUDIO_OUT_BOS: config.audio_bos_token_id}.items():
-        found = tokenizer.convert_tokens_to_ids(token)
-        if found != expected:
-            raise CheckpointError(
-                f"the tokenizer in {folder} gives {token} the id {found}, the config says {expected}: "
-                "tokenizer and weights are not of the same checkpoint"
-            )
-    if len(tokenizer) > config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model {config.vocab_size}: "
-            "tokenizer and weights are not of the same checkpoint"
-        )
 
 
 def build(

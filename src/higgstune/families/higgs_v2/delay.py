@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from higgstune.errors import DataError
-from higgstune.kernels.loss import IGNORE
+from higgstune.kernels import IGNORE
 
 
 def build_frames(

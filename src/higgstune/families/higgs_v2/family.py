@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from higgstune.families.base import base_of
-from higgstune.families.higgs_v2 import INFO, checkpoint, extensions, lora
+from higgstune.families.higgs_v2 import INFO, checkpoint, extensions, lora, prompter
 from higgstune.families.higgs_v2.checks import HiggsV2Checks
 from higgstune.families.higgs_v2.decoder import Decoder
 from higgstune.families.higgs_v2.export import HiggsV2Export
@@ -40,7 +40,7 @@ class HiggsV2:
 
     read_config = staticmethod(checkpoint.read_config)
     spec = staticmethod(checkpoint.spec_of)
-    check_tokenizer = staticmethod(checkpoint.check_tokenizer)
+    check_tokenizer = staticmethod(prompter.check_tokenizer)
     build = staticmethod(checkpoint.build)
     load = staticmethod(checkpoint.load)
     lora_targets = staticmethod(lora.lora_targets)

@@ -4,8 +4,10 @@
 string and replace the same placeholders, so the tokens before the target are identical.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,13 @@ from higgstune.errors import CheckpointError, DataError
 from higgstune.families.base import Audio, Codes, Example, TextTargets
 from higgstune.families.higgs_v2.delay import build_frames
 from higgstune.families.higgs_v2.prompt import AUDIO_EOS, AUDIO_IN, AUDIO_OUT, AUDIO_OUT_BOS, END_OF_TURN, Piece, pieces
-from higgstune.kernels.loss import IGNORE
+from higgstune.kernels import IGNORE
+
+# Of a native config.json: all that a prompt needs.
+_IDS = (
+    "audio_token_id", "audio_bos_token_id", "audio_delay_token_id", "audio_stream_bos_id", "audio_stream_eos_id",
+    "num_codebooks", "vocab_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -207,3 +215,30 @@ def _user_turn_before(messages: Sequence[Message], turn: int) -> int | None:
 
 def _text_labels(tokens: NDArray[np.int64], owners: NDArray[np.int64], labelled: set[int]) -> NDArray[np.int64]:
     return np.where(np.isin(owners, list(labelled)), tokens, IGNORE)
+
+
+def check_tokenizer(tokenizer: Any, config: Any, folder: Path) -> None:
+    """Raises CheckpointError when the tokenizer does not fit the config."""
+    for token, expected in {AUDIO_OUT: config.audio_token_id, AUDIO_OUT_BOS: config.audio_bos_token_id}.items():
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != expected:
+            raise CheckpointError(
+                f"the tokenizer in {folder} gives {token} the id {found}, the config says {expected}: "
+                "tokenizer and weights are not of the same checkpoint"
+            )
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model {config.vocab_size}: "
+            "tokenizer and weights are not of the same checkpoint"
+        )
+
+
+def read_prompter(tokenizer: Any, written: Mapping[str, Any], folder: Path) -> Prompter | None:
+    """The prompter of a checkpoint by its config.json as `written`, without torch; None where that is not enough: the
+    original layout, and values that are left to transformers. Raises CheckpointError as `check_tokenizer`.
+    """
+    if not all(type(written.get(key)) is int for key in _IDS):
+        return None
+    config = SimpleNamespace(**{key: written[key] for key in _IDS})
+    check_tokenizer(tokenizer, config, folder)
+    return Prompter(tokenizer, SpecialIds.from_config(config))

@@ -1,0 +1,77 @@
+"""peft without bitsandbytes, whose import takes several seconds, until something is loaded in 4 bits.
+
+Where bitsandbytes is installed, peft imports it twice: in `peft.helpers`, and for each layer that gets LoRA, to learn
+whether that layer is one of bitsandbytes. Checked with peft 0.21. Take peft's names from here: other modules import
+it first, as `transformers.trainer` does.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+_NAME = "bitsandbytes"
+
+
+class _Deferred(ModuleType):
+    """Gives the attributes of bitsandbytes, which it imports for the first of them."""
+
+    def __init__(self, spec: Any) -> None:
+        super().__init__(_NAME)
+        self.__spec__ = spec  # `find_spec` reads it, to see whether it is installed
+        self.__file__ = spec.origin  # `inspect` reads it of every module
+
+    def __getattr__(self, attribute: str) -> Any:
+        if sys.modules.get(_NAME) is self:
+            del sys.modules[_NAME]
+        return getattr(import_module(_NAME), attribute)
+
+
+@contextmanager
+def _deferred() -> Iterator[None]:
+    """What is imported inside of this gets a `_Deferred`; afterwards `import bitsandbytes` is what it always was."""
+    spec = None if _NAME in sys.modules else find_spec(_NAME)
+    if spec is None:
+        yield
+        return
+    stand_in = _Deferred(spec)
+    sys.modules[_NAME] = stand_in
+    try:
+        yield
+    finally:
+        if sys.modules.get(_NAME) is stand_in:
+            del sys.modules[_NAME]
+
+
+with _deferred():
+    import peft.tuners.lora.model
+    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+__all__ = [
+    "LoraConfig",
+    "LoraLayer",
+    "ModulesToSaveWrapper",
+    "PeftModel",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "plain_layers",
+    "set_peft_model_state_dict",
+]
+
+
+@contextmanager
+def plain_layers() -> Iterator[None]:
+    """Add LoRA inside of this: as long as bitsandbytes is not imported, peft takes every layer for a plain one."""
+    module = vars(peft.tuners.lora.model)
+    names = () if _NAME in sys.modules else ("is_bnb_available", "is_bnb_4bit_available")
+    checks = {name: module[name] for name in names if name in module}
+    try:
+        module.update({name: lambda: False for name in checks})
+        yield
+    finally:
+        module.update(checks)
