@@ -62,7 +62,7 @@ def forget_zero_card(folder: Path) -> None:
         (zero_everything, "zero in 50 of 50 modules"),
         (zero_one, "model.layers.2.mlp.up_proj"),
         (flip_byte, "its checksum differs"),
-        (drop_tensor, "tensors are in only one of them"),
+        (drop_tensor, "it has no tensor"),
         (lambda folder: rewrite(folder, lambda key, value: value * torch.nan), "NaN or infinity"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"0" * 100), "truncated"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "is missing"),

@@ -55,7 +55,7 @@ class Unplanned:
     def checkpointed(self, _: Stage) -> int:
         return 0
 
-    def explained(self, _: Stage) -> AbstractContextManager[None]:
+    def explain_out_of_memory(self, _: Stage) -> AbstractContextManager[None]:
         return nullcontext()
 
 
