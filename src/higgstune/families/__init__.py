@@ -19,7 +19,10 @@ _KNOWN: dict[str, FamilyInfo] = {}
 
 
 def register(info: FamilyInfo) -> None:
-    """Register a family, whose name and model types must be unique."""
+    """Register a family. Raises ValueError where its name or one of its model types is taken."""
+    taken = {name for known in _KNOWN.values() for name in (known.name, *known.model_types)}
+    if both := sorted(taken.intersection((info.name, *info.model_types))):
+        raise ValueError(f"{info.title}: a family with {', '.join(both)} is registered already")
     _KNOWN[info.name] = info
 
 
@@ -46,14 +49,19 @@ def read_prompter(info: FamilyInfo, tokenizer: Any, written: Mapping[str, Any], 
 
     Raises CheckpointError when the tokenizer does not fit.
     """
+    if info.prompts is None:
+        return None
     prompter: Prompter | None = import_module(info.prompts).read_prompter(tokenizer, written, folder)
     return prompter
 
 
 def family_of(model: Any) -> Family:
-    """The family of a loaded model, or of the one inside a peft model."""
+    """The family of a loaded model, or of the one inside a peft model. Raises CheckpointError for another model."""
     model_type = base_of(model).config.model_type
-    return load_family(next(info for info in _KNOWN.values() if model_type in info.model_types))
+    for info in _KNOWN.values():
+        if model_type in info.model_types:
+            return load_family(info)
+    raise CheckpointError(f"the model has the model_type {model_type!r}, which no family of Higgstune has")
 
 
 def family_in(folder: Path) -> tuple[FamilyInfo, str, dict[str, Any]]:

@@ -178,11 +178,11 @@ class FamilyInfo:
     title: str  # for people
     model_types: Mapping[str, str]  # model_type of a config.json -> the layout of such a folder
     stage_kinds: Mapping[str, str]  # kinds of a stage -> what they train
-    text_targets: tuple[str, ...]  # supported by its prompts
+    text_targets: tuple[TextTargets, ...]  # supported by its prompts; the first labels the most
     extensions: tuple[str, ...]  # supported settings of `model` in a recipe
     check_recipe: Callable[[Any], Iterator[tuple[str, str]]]  # recipe -> (path of a field, problem)
     code: str  # the module with the family's `FAMILY`
-    prompts: str  # the module with its `read_prompter`, which imports no torch: see `families.read_prompter`
+    prompts: str | None = None  # a module with a `read_prompter` that imports no torch (see `families.read_prompter`)
     stage_defaults: Mapping[str, Any] = field(default_factory=dict)  # override defaults of a stage in a recipe
 
 
@@ -388,7 +388,7 @@ class Checks(Protocol):
         ...
 
     def rotary(self, model: Any) -> "nn.Module":
-        """The module with those frequencies."""
+        """The module with those frequencies, one of transformers' rotary embeddings."""
         ...
 
     def could_be_copies(self, model: Any) -> "Iterator[tuple[str, Tensor, Tensor]]":
