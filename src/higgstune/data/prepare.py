@@ -130,10 +130,13 @@ def prepare(
     if source.resolve() == out.resolve():
         raise ConfigError(f"{out} is also the source: give the code store its own folder")
     rows = [_with_labels(row, speaker, language, scene) for row in read_source(source, allow_outside=allow_outside)]
+    model_type = _model_type(model, at_hub=codec is None)
     name, codec = _load_codec(codec, model, device)
     whisper_encoder = _load_whisper(whisper, device)
     with alone_in(out, "preparation", "nothing was encoded"):
-        return Preparation(out, codec, codec_name or name, options, progress or silent, whisper_encoder).run(rows)
+        return Preparation(
+            out, codec, codec_name or name, model_type, options, progress or silent, whisper_encoder
+        ).run(rows)
 
 
 def _with_labels(row: SourceRow, speaker: str | None, language: str | None, scene: str | None) -> SourceRow:
@@ -158,13 +161,16 @@ def _load_codec(codec: Codec | str | Path | None, model: str | Path | None, devi
     return name, load_codec(name, device=device)
 
 
-def _model_type(model: str | None) -> str | None:
-    """The family of a checkpoint, as its config.json names it."""
+def _model_type(model: str | Path | None, *, at_hub: bool) -> str | None:
+    """The family of a checkpoint, as its config.json names it; None where that is at the hub, but not `at_hub`."""
     if model is None:
         return None
-    from higgstune.hub import fetch
+    from higgstune.hub import fetch, local_folder
 
-    config = fetch(model, what="checkpoint", weights=False) / "config.json"
+    folder = local_folder(model, what="checkpoint")
+    if folder is None and not at_hub:
+        return None
+    config = (folder or fetch(model, what="checkpoint", weights=False)) / "config.json"
     return read_json(config, "").get("model_type") if config.exists() else None
 
 
@@ -184,6 +190,7 @@ class Preparation:
         out: Path,
         codec: Codec,
         codec_name: str,
+        model_type: str | None,
         options: PrepareOptions,
         progress: Progress,
         whisper_encoder: WhisperEncoder | None = None,
@@ -192,6 +199,7 @@ class Preparation:
         self._out = out
         self._codec = codec
         self._codec_name = codec_name
+        self._model_type = model_type
         self._options = options
         self._progress = progress
         self._whisper_encoder = whisper_encoder
@@ -330,8 +338,7 @@ class Preparation:
             higgstune_version=version("higgstune"),
             rows=_rows_by_split(entries),
             hours=_hours_by_split(entries),
-            model_type=_model_type(self._options.model)
-            or (None if self._store is None else self._store.info.model_type),
+            model_type=self._model_type or (None if self._store is None else self._store.info.model_type),
             settings=earlier | {name: value for name, value in asdict(self._options).items() if value is not None},
         )
 
