@@ -98,8 +98,7 @@ def check_rotary(model: Any) -> list[Finding]:
         if problem := _buffer_problem(buffer, expected):
             problems.append(f"{name} {problem}")
     if not problems:
-        kind = config.rope_parameters["rope_type"]
-        return [Finding(ROTARY, "ok", f"{len(expected)} frequencies ({kind}) match the config, in float32")]
+        return [Finding(ROTARY, "ok", f"{len(expected)} frequencies ({rotary.rope_type}) match the config, in float32")]
     return [
         Finding(
             ROTARY,

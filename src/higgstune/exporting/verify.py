@@ -21,7 +21,7 @@ from higgstune.inputs import INDEX_NAME
 from higgstune.kernels import IGNORE
 from higgstune.model.adapter_folder import adapter_conditioning
 from higgstune.model.load import ModelAndTokenizers
-from higgstune.training.verify import MARGIN
+from higgstune.training.verify import MARGIN, difference
 from higgstune.training.verify import TOLERANCE as RELOAD_TOLERANCE
 
 CLIPS = 4
@@ -77,8 +77,7 @@ def _from_store(folder: Path, source: Source, loaded: ModelAndTokenizers, with_w
     what, rows = probe_rows(splits, rendering)
     if not rows:
         raise DataError(f"{folder} has no rows to compare on: name another store with --data")
-    prompter = loaded.prompter
-    examples = RowExamples(rows, prompter, "transcript", rendering)
+    examples = RowExamples(rows, loaded.prompter, loaded.family.info.text_targets[0], rendering)
     collate = PaddedCollator.of(loaded.spec)
     clips = min(CLIPS, len(examples))
     return HeldOut(
@@ -175,12 +174,6 @@ def check_merged(merged: Logits, adapted: Logits, base: Logits, *, dtype: str, h
             "--dtype float32 preserves it"
         )
     return result
-
-
-def difference(a: Logits, b: Logits, dtype: str) -> float:
-    """The largest (float32) or mean (bfloat16) difference, of audio or text logits, whichever is larger."""
-    gaps = [(a[key] - b[key]).abs() for key in a if a[key].numel()]
-    return max((gap.max() if dtype == "float32" else gap.mean()).item() for gap in gaps)
 
 
 def audio_loss(logits: Logits, batch: Batch) -> float:

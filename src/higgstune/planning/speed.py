@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from higgstune.batch.collate import count_tokens, pack, tensors_to
-from higgstune.families.base import Example, Spec
+from higgstune.families.base import Example
 from higgstune.kernels.memory import checkpoint_first
 from higgstune.kernels.quantize import quantize_layers
 from higgstune.model.adapters import add_lora
@@ -48,7 +48,7 @@ def measure(
     `examples` are those of a pack; on a CPU only the first ones are timed. The first `checkpointed` of the stage's
     `layers` are recomputed: a layer is timed with recomputing, without it or both, as the stage needs it.
     """
-    if device.type == "cpu" and _bytes(spec.base, spec.dtype) > _MAX_CPU_BYTES:
+    if device.type == "cpu" and _bytes(spec) > _MAX_CPU_BYTES:
         return None
     batch = tensors_to(pack(_first_examples(examples) if device.type == "cpu" else examples), device)
     tokens = count_tokens(batch)
@@ -111,7 +111,7 @@ def _first_examples(examples: list[Example]) -> list[Example]:
     return chosen
 
 
-def _bytes(base: Spec, dtype: torch.dtype) -> int:
-    embeddings = base.hidden_size * (2 * base.vocab_size + 2 * base.num_codebooks * base.classes)
-    layer = 4 * base.hidden_size**2 + 6 * base.hidden_size * base.intermediate_size
-    return dtype.itemsize * (embeddings + layer)
+def _bytes(spec: StepSpec) -> int:
+    with torch.device("meta"):
+        model = spec.family.build(spec.config, layers=1, dtype=spec.dtype)
+    return sum(parameter.nbytes for parameter in model.parameters())

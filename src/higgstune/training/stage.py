@@ -136,8 +136,8 @@ def train_stage(job: Job, stage: Stage, base: ModelAndTokenizers, start_from: Pa
         kind=stage.kind,
         steps=trainer.state.global_step,
         layers=len(adapted_layers(model)),
-        compiled=base.model.compiler_stance is not None,
-        checkpointed_layers=min(recomputed, base.config.num_hidden_layers),
+        compiled=getattr(base.model, "compiler_stance", None) is not None,
+        checkpointed_layers=min(recomputed, base.spec.layers),
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         sharded_parameters=sharded_parameters(model),
         # Without `Trainer`'s last entry: its means are of this process alone, which may have resumed the stage.
@@ -345,7 +345,7 @@ def _probe_batch(job: Job, base: ModelAndTokenizers) -> Batch:
     splits = [(name, job.store.split(name)) for name in ("validation", "train")]
     examples = job.examples["train"]
     _, rows = probe_rows(splits, examples.rendering)
-    probe = RowExamples(rows, examples.prompter, "transcript", examples.rendering)
+    probe = RowExamples(rows, examples.prompter, base.family.info.text_targets[0], examples.rendering)
     collate = PaddedCollator.of(base.spec)
     return collate([probe[i] for i in range(min(_PROBE_CLIPS, len(probe)))])
 

@@ -154,10 +154,10 @@ def _compare(request: dict[str, Any]) -> Verification:
     with adapted.disable_adapter():
         base = probe_logits(adapted, probe)
     dtype = request["dtype"]
-    return Verification(dtype, TOLERANCE[dtype], _difference(fresh, trained, dtype), _difference(fresh, base, dtype))
+    return Verification(dtype, TOLERANCE[dtype], difference(fresh, trained, dtype), difference(fresh, base, dtype))
 
 
-def _difference(a: dict[str, Tensor], b: dict[str, Tensor], dtype: str) -> float:
+def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor], dtype: str) -> float:
     """The largest (float32) or mean (bfloat16) difference, of audio or text logits, whichever is larger."""
     gaps = [(a[key] - b[key]).abs() for key in a if a[key].numel()]
     return max((gap.max() if dtype == "float32" else gap.mean()).item() for gap in gaps)
