@@ -111,7 +111,12 @@ def kind_of(target: Path) -> str:
 
 
 def base_and_adapter(path: str | Path, base: BaseSpec) -> tuple[BaseSpec, Path | None]:
-    """A checkpoint becomes the base; a run or an adapter gives the adapter's folder. Raises CheckpointError."""
+    """A checkpoint becomes the base; a run or an adapter gives the adapter's folder.
+
+    Raises CheckpointError, and InputError for a checkpoint beside another one in `base`.
+    """
     if kind_of(Path(path).expanduser()) == BASE:
+        if base.checkpoint not in (None, path):
+            raise InputError(f"{path} is a checkpoint, and {base.checkpoint} another: name one of them")
         return replace(base, checkpoint=path), None
     return base, find_adapter(path)

@@ -249,7 +249,8 @@ class Recipe(_Strict):
     @classmethod
     def _defaults_of_the_family(cls, tree: Any) -> Any:
         model = tree.get("model") if isinstance(tree, dict) else None
-        defaults = _stage_defaults(model.get("family") if isinstance(model, dict) else None)
+        named = model.get("family") if isinstance(model, dict) else getattr(model, "family", None)
+        defaults = _stage_defaults(named)
         if not defaults or not isinstance(tree.get("stages"), list | tuple):
             return tree
         stages = [{**defaults, **stage} if isinstance(stage, dict) else stage for stage in tree["stages"]]
@@ -290,7 +291,7 @@ class Recipe(_Strict):
 def _stage_defaults(family: Any) -> Mapping[str, Any]:
     """Of a family; none for a name that is refused later."""
     try:
-        return family_info(family).stage_defaults
+        return family_info(family).stage_defaults if isinstance(family, str | None) else {}
     except ConfigError:
         return {}
 

@@ -11,6 +11,7 @@ from higgstune.exporting.merge import MergeOptions, load_source, logits_of, merg
 from higgstune.exporting.options import Format, check_options
 from higgstune.exporting.source import Source, open_source, stored_dtype
 from higgstune.exporting.verify import MIN_CHANGE, ExportCheck, difference, held_out
+from higgstune.families import load_family
 from higgstune.files import NOTHING_KEPT, check_new, writing
 from higgstune.inputs import ADAPTER_CONFIG, BaseSpec
 from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, base_fingerprint, write_card
@@ -68,6 +69,9 @@ def export(
     check_new(out)
     source = open_source(run, base)
     check_new(out, source.layout.folder, source.adapter)
+    family = load_family(source.layout.family)
+    if format not in (None, "peft", *family.export.formats):
+        raise ConfigError(f"--format {format}: {family.info.title} has {', '.join((*family.export.formats, 'peft'))}")
     show = progress or silent
     with output_folder(out) as folder:
         if format == "peft":

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from torch import Tensor
@@ -96,8 +96,11 @@ class Speaker:
         a reference in the prompt (None: as the adapter was trained). `whisper` names the Whisper checkpoint of a model
         that uses Whisper, if it has moved.
 
-        Raises CheckpointError if the adapter does not fit the checkpoint or was trained with another codec.
+        Raises CheckpointError if the adapter does not fit the checkpoint or was trained with another codec, InputError
+        for an unknown `reference_place` or a `whisper` without effect.
         """
+        if reference_place not in (None, *get_args(ReferencePlace)):
+            raise InputError(f"reference_place {reference_place!r}: one of {', '.join(get_args(ReferencePlace))}")
         self.loaded = loaded
         self.codec = loaded.audio_tokenizer
         self.prompter = loaded.prompter
@@ -183,6 +186,8 @@ class Speaker:
         `speak_all`. Raises InputError for an empty text or a missing transcript, DataError for a recording that
         cannot be read or control tokens in the text, CheckpointError as `reference`.
         """
+        if reference_text and (reference is None or isinstance(reference, Voice)):
+            raise InputError("reference_text has no effect: it goes with the path of a recording in `reference`")
         if reference is not None and not isinstance(reference, Voice):
             check_transcript(self.reference_place, reference_text)
             reference = self.reference(reference, reference_text)

@@ -117,9 +117,19 @@ def recorded_base(base: BaseSpec, adapter: Path, card: Mapping[str, Any]) -> Bas
         if not checkpoint:
             raise CheckpointError(f"the adapter {adapter} does not record its base: name it with --model")
     moved = codec is not None and Path(codec).is_absolute() and not Path(codec).is_dir()
-    if moved and (Path(checkpoint) / CODEC_FOLDER).is_dir():
+    found = base.filled(str(checkpoint), card.get("revision"))
+    if moved and base.codec is None and _has_codec(found):
         codec = None
-    return base.filled(str(checkpoint), card.get("revision"), codec)
+    return found.filled(codec=codec)
+
+
+def _has_codec(base: BaseSpec) -> bool:
+    """Whether a base brings its codec; false for a missing base, which is refused where it is loaded."""
+    try:
+        folder = fetch(str(base.checkpoint), what="checkpoint", revision=base.revision, weights=False)
+    except CheckpointError:
+        return False
+    return (folder / CODEC_FOLDER).is_dir()
 
 
 @contextmanager
