@@ -1,6 +1,6 @@
 """Check order of `doctor`; a check is skipped when its prerequisite failed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from higgstune.diagnostics.machine import check_environment
 from higgstune.diagnostics.report import Finding, Report, sorted_report
 from higgstune.environment import choose_device, choose_dtype
 from higgstune.errors import CheckpointError, ConfigError, HiggstuneError
-from higgstune.families import family_in, load_family, read_layout
+from higgstune.families import check_family, family_in, load_family, read_layout
 from higgstune.families.base import Family, Layout, Prompter, Spec
 from higgstune.hub import fetch
 from higgstune.inputs import BaseSpec, find_adapter
-from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, adapter_conditioning
+from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, adapter_conditioning, check_adapter_family
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model, load_tokenizer, recorded_base
 from higgstune.peft_compat import PeftModel
@@ -214,13 +214,19 @@ class _Examination:
             card = adapter_card(folder)
             adapter_conditioning(folder)
         except CheckpointError:
-            self.names.base = recorded_base(self.names.base, folder, {})  # the rest can still be examined
+            self._take_base(folder, {})  # the rest can still be examined
             raise
-        self.names.base = recorded_base(self.names.base, folder, card)
+        self._take_base(folder, card)
         self.adapter = folder
         if self.recipe is None:
             self.rendering = Rendering(reference=card.get("recipe", {}).get("data", {}).get("reference", "turn"))
         return adapters.check_card(folder)
+
+    def _take_base(self, folder: Path, card: Mapping[str, Any]) -> None:
+        try:
+            self.names.base = recorded_base(self.names.base, folder, card)
+        except CheckpointError as error:
+            self.findings.append(Finding("adapter", "failed", str(error), _ADVICE["checkpoint"]))
 
     def _open_store(self) -> list[Finding]:
         assert self.names.data is not None
@@ -253,7 +259,12 @@ class _Examination:
         base = self.names.base
         assert base.checkpoint is not None
         self.folder = fetch(base.checkpoint, what="checkpoint", revision=base.revision)
-        self.family = load_family(family_in(self.folder)[0])
+        info = family_in(self.folder)[0]
+        if self.adapter is not None:
+            check_adapter_family(self.adapter, info)
+        if self.store is not None:
+            check_family(f"the store {self.store.folder}", self.store.info.model_type, info)
+        self.family = load_family(info)
         self.config = self.family.read_config(self.folder)
         self.spec = self.family.spec(self.config)
         return self._block_if_failed(
@@ -395,6 +406,8 @@ class _Examination:
             if self.store is None:
                 return [Finding("memory", "skipped", "planning needs data: name a store with --data")]
             changes = {"checkpoint": str(self.folder), "dtype": self.names.base.dtype}
+            if self.names.base.quantize is not None:
+                changes["quantize"] = self.names.base.quantize
             settings = self.recipe.model.model_copy(update=changes)
             data = self.recipe.data.model_copy(update={"store": str(self.store.folder)})
             changed = self.recipe.model_copy(update={"model": settings, "data": data})

@@ -70,6 +70,9 @@ def check_chat_template(tokenizer: Any, row: Row, checks: Checks) -> list[Findin
         text = f"the checkpoint's chat template cannot render row {row.id}: {error}"
         return [Finding(CHECK, "failed", text, _TEMPLATE_ADVICE)]
     ours = [checks.render(messages, generation=False), checks.render(_before_target(request), generation=True)]
+    if ours == [None, None]:
+        text = "this family's prompts have no rendering to compare the checkpoint's chat template with"
+        return [Finding(CHECK, "skipped", text)]
     for name, our, their in zip(("a training row", "a prompt to speak"), ours, theirs, strict=True):
         if our is not None and our != their:
             text = f"the checkpoint's chat template renders {name} differently: {_around_difference(our, their)}"
