@@ -359,7 +359,9 @@ class Bench:
     def _planned(self, packs: Sequence[Packed], *, quantized: bool = False) -> int:
         """What `--plan` says of the pack with the most hidden states: bytes of tensors."""
         spec = StepSpec(
+            family=FAMILY,
             config=self.config,
+            base=FAMILY.spec(self.config),
             dtype=torch.bfloat16,
             lora=self.lora,
             kind="full",

@@ -326,7 +326,7 @@ def test_what_yaml_is_still_good_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages." + "9" * 5_000 + ".name=b", "no entry of a list"),
+        ("stages." + "9" * 5_000 + ".name=b", "is not an index of a list"),
         ("lora.r={a: 1, a: 2}", "stands twice"),
         ("lora.r=!!python/name:os.system", "is not read"),
         ("lora.r=" + "[" * 5_000, "levels deep"),
