@@ -126,6 +126,8 @@ def test_it_speaks_is_merged_and_is_examined(world: Path, run: Path) -> None:
     assert higgstune.load(run, device="cpu").speak("Hello.", max_seconds=0.5).seconds > 0.02
     exported = higgstune.export(run, world / "merged", format="native", base=CPU)
     assert json.loads((exported.folder / "config.json").read_text())["model_type"] == "tiny_speech"
+    with pytest.raises(ConfigError, match="--format boson: Tiny Speech has native"):
+        higgstune.export(run, world / "boson", format="boson", base=CPU)
     report = higgstune.doctor(CPU, adapter=run, data=world / "data")
     assert report.passed, report.table()
     assert report.of("generation", "ok")
@@ -140,6 +142,8 @@ def test_what_the_family_cannot_do_is_an_error_that_names_it(world: Path) -> Non
         recipe(world, stages=[{"name": "a", "text_targets": "transcript", "text_weight": 1, "max_steps": 1}])
     with pytest.raises(ConfigError, match="unknown model family 'other'"):
         recipe(world, model={"family": "other"})
+    with pytest.raises(ConfigError, match=r"model\.family"):
+        recipe(world, model={"family": ["tiny_speech"]})
 
 
 def test_one_familys_artefacts_are_refused_on_anothers_base_before_weights_are_read(
@@ -162,3 +166,7 @@ def test_one_familys_artefacts_are_refused_on_anothers_base_before_weights_are_r
             tmp_path / "b",
         )
     assert not (tmp_path / "run").exists()
+    [refused] = higgstune.doctor(higgstune.BaseSpec(tmp_path / "v2"), adapter=run).of("checkpoint", "failed")
+    assert other in refused.message
+    with pytest.raises(ValueError, match="tiny_speech is registered already"):
+        families.register(INFO)

@@ -132,6 +132,8 @@ def test_a_reference_needs_its_transcript(tmp_path: Path) -> None:
     for words in ({}, {"reference_text": " "}):
         with pytest.raises(InputError, match="reference-text"):
             make_speaker().speak("Hello.", reference="x.wav", **words)
+    with pytest.raises(InputError, match="no effect"):
+        make_speaker().speak("Hello.", reference_text="Good morning.")
 
 
 def test_many_texts_are_spoken_in_batches_as_each_alone() -> None:
