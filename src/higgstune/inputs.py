@@ -116,7 +116,7 @@ def base_and_adapter(path: str | Path, base: BaseSpec) -> tuple[BaseSpec, Path |
     Raises CheckpointError, and InputError for a checkpoint beside another one in `base`.
     """
     if kind_of(Path(path).expanduser()) == BASE:
-        if base.checkpoint not in (None, path):
+        if base.checkpoint is not None and str(base.checkpoint) != str(path):
             raise InputError(f"{path} is a checkpoint, and {base.checkpoint} another: name one of them")
         return replace(base, checkpoint=path), None
     return base, find_adapter(path)
