@@ -37,7 +37,7 @@ def quantize_layers(model: nn.Module, pattern: str, device: torch.device) -> Non
 
     The model must be on the CPU, in the dtype that it will compute in. One weight at a time goes to the device, which
     at its peak holds all weights in 4 bits and one in its dtype (50 MB of bfloat16 in the released model, beside
-    2.5 GB); the CPU holds the whole base once (11.6 GB), which shrinks with every layer.
+    2.5 GB); the CPU holds the whole base once (11.5 GB), which shrinks with every layer.
     """
     odd: list[str] = []
     for name in layers_in_4_bits(model, pattern):
