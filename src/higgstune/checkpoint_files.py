@@ -45,6 +45,8 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
         raise CheckpointError(f"{path} is missing: {why}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the path
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
     if len(content) > _MAX_JSON:
         raise CheckpointError(f"{path} is larger than {_MAX_JSON >> 20} MB, which no such file is: download it again")
     try:
@@ -158,7 +160,14 @@ def sha256_of(path: Path) -> str:
 def folder_card(folder: Path) -> dict[str, Any]:
     """Higgstune's notes on a folder; empty for a folder of another origin. Raises CheckpointError when broken."""
     path = folder / FOLDER_CARD
-    return read_json(path, "") if path.exists() else {}
+    card = read_json(path, "") if path.exists() else {}
+    for keys in (("adapter",), ("adapter", "recipe"), ("adapter", "recipe", "data"), ("merged",)):
+        part: Any = card
+        for key in keys:
+            part = part.get(key, {})
+        if not isinstance(part, dict):
+            raise CheckpointError(f"{path} is damaged: {'.'.join(keys)} must be an object; copy the folder again")
+    return card
 
 
 def write_checksums(folder: Path, **notes: Any) -> None:

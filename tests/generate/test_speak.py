@@ -128,6 +128,12 @@ def test_what_cannot_be_said_is_refused(text: str, error: type[Exception]) -> No
         make_speaker().speak(text, max_seconds=0.2)
 
 
+def test_a_cap_must_be_finite() -> None:
+    for seconds in (0, float("inf"), float("nan")):
+        with pytest.raises(InputError, match="max_seconds"):
+            make_speaker().speak("Hello.", max_seconds=seconds)
+
+
 def test_a_reference_needs_its_transcript(tmp_path: Path) -> None:
     for words in ({}, {"reference_text": " "}):
         with pytest.raises(InputError, match="reference-text"):

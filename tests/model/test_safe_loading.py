@@ -19,7 +19,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 from tiny_codec import save_tiny_codec
 
 import higgstune
-from higgstune.checkpoint_files import read_json, safetensors_keys
+from higgstune.checkpoint_files import folder_card, read_json, safetensors_keys
 from higgstune.codec import load_codec
 from higgstune.config.recipe import Lora
 from higgstune.data.store import CodeStore
@@ -371,14 +371,21 @@ def test_an_adapter_of_a_stranger(base: Path, adapter: Path, damage: Callable[[P
         load_adapter(load_model(base, device="cpu"), adapter)
 
 
-@pytest.mark.parametrize("place", ["../elsewhere", "/elsewhere", "stage/../../elsewhere"])
-def test_a_run_names_no_adapter_outside_of_itself(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("place", ["../elsewhere", "/elsewhere", "stage/../../elsewhere", "a\0", 5])
+def test_a_run_names_no_adapter_outside_of_itself(tmp_path: Path, place: str | int) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"adapter": place}))
-    with pytest.raises(CheckpointError, match="outside of its run"):
+    with pytest.raises(CheckpointError, match="no adapter inside its run"):
         find_adapter(tmp_path)
     (tmp_path / "run.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="not valid JSON"):
         find_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("card", [{"adapter": None}, {"adapter": {"recipe": 5}}, {"merged": 5}])
+def test_a_damaged_card_of_a_merged_checkpoint(tmp_path: Path, card: dict[str, Any]) -> None:
+    (tmp_path / "higgstune.json").write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match="must be an object"):
+        folder_card(tmp_path)
 
 
 # Codecs

@@ -2,6 +2,7 @@
 
 import base64
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,8 +211,8 @@ class Speaker:
         every piece, instead of the cap from the text's length. `sync_logits`: see `generate`. Raises InputError for an
         empty text, DataError for control tokens in a text.
         """
-        if max_seconds is not None and not max_seconds > 0:
-            raise InputError(f"max_seconds is {max_seconds}: it must be above 0")
+        if max_seconds is not None and not 0 < max_seconds < math.inf:
+            raise InputError(f"max_seconds is {max_seconds}: it must be above 0 and finite")
         clips = [_Clip(request, max_seconds) for request in requests]
         for first in range(0, len(clips), batch_size):
             batch = clips[first : first + batch_size]
@@ -324,4 +325,6 @@ def trained_place(adapter: Path | None, checkpoint: Path | None) -> ReferencePla
     else:
         card = {} if checkpoint is None else folder_card(checkpoint).get("adapter", {})
     place: ReferencePlace = card.get("recipe", {}).get("data", {}).get("reference", "turn")
+    if place not in get_args(ReferencePlace):
+        raise CheckpointError(f"{adapter or checkpoint} records the place {place!r} of a reference, which is unknown")
     return place
