@@ -17,6 +17,8 @@ def local_folder(name_or_path: str | Path, *, what: str) -> Path | None:
     Raises CheckpointError when it is a file, or neither a folder nor spelt like a hub id.
     """
     folder, name = Path(name_or_path).expanduser(), str(name_or_path)
+    if not name:
+        raise CheckpointError(f"the {what} has an empty name: give a folder or a hub id such as owner/name")
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -78,6 +78,8 @@ def check_wav_name(path: Path) -> None:
         raise InputError(f"{path}: speech is written as .wav")
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file")
+    if path.parent.is_file():
+        raise InputError(f"{path}: {path.parent} is a file, not a folder")
 
 
 def find_adapter(path: str | Path) -> Path:
@@ -92,8 +94,8 @@ def find_adapter(path: str | Path) -> Path:
         last = read_json(folder / RUN_STATE, "").get("adapter")
         if last is not None:
             place = Path(str(last))
-            if place.is_absolute() or ".." in place.parts:
-                raise CheckpointError(f"{folder / RUN_STATE} names an adapter outside of its run: {last}")
+            if not isinstance(last, str) or "\0" in last or place.is_absolute() or ".." in place.parts:
+                raise CheckpointError(f"{folder / RUN_STATE} names no adapter inside its run: {last!r}")
             return folder / place
         raise CheckpointError(f"the run {folder} has no finished stage yet: `higgstune train` it to its end")
     hint = "; it is a checkpoint: name it with --model" if (folder / "config.json").exists() else ""

@@ -244,3 +244,17 @@ def test_signals_have_the_exit_codes_of_shells(
     found, _, said = command("train", "recipe.yaml", "--out", tmp_path / "new")
     assert found == code
     assert f"stopped by {signal.Signals(code - 128).name}" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("speak", " ", "--model", "x/y"), "the text to speak is empty"),
+        (("speak", "Hello.", "--temperature", "nan"), "not nan"),
+        (("doctor", "--model", ""), "empty name"),
+    ],
+)
+def test_odd_values_are_refused_with_a_message(command: Command, arguments: tuple[str, ...], message: str) -> None:
+    code, out, err = command(*arguments)
+    assert code
+    assert message in out + err

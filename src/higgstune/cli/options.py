@@ -23,7 +23,10 @@ def within(low: float, high: float | None = None, *, above: bool = False) -> Cal
     expected = lower if high is None else f"{lower} and at most {high}"
 
     def check(value: Any) -> Any:
-        if value is not None and (value < low or (above and value == low) or (high is not None and value > high)):
+        if value is None:
+            return None
+        inside = value >= low and (high is None or value <= high)  # false for nan
+        if not inside or (above and value == low):
             raise typer.BadParameter(f"it must be {expected}, not {value}")
         return value
 

@@ -97,6 +97,8 @@ def speak(
         raise ConfigError("name a base (--model) or an adapter (--adapter)")
     base = base_spec(model, revision=revision, codec=codec, device=device, quantize=quantize)
     folder = None if adapter is None else find_adapter(adapter)
+    if text is not None and not text.strip():
+        raise ConfigError("the text to speak is empty")
     if reference is None and reference_text is not None:
         raise ConfigError("--reference-text needs the recording in which it is said: --reference")
     if reference is not None and not reference.is_file():

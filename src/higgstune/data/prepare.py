@@ -27,7 +27,7 @@ from higgstune.data.splits import RecordingGroups
 from higgstune.data.store import CodeStore
 from higgstune.data.text import TEXT_NORMALIZATION
 from higgstune.data.whisper_features import WhisperEncoder, store_features
-from higgstune.errors import ConfigError, DataError
+from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.files import alone_in, write_file
 from higgstune.inputs import INDEX_NAME
 from higgstune.progress import Progress, silent
@@ -171,7 +171,10 @@ def _model_type(model: str | Path | None, *, at_hub: bool) -> str | None:
     if folder is None and not at_hub:
         return None
     config = (folder or fetch(model, what="checkpoint", weights=False)) / "config.json"
-    return read_json(config, "").get("model_type") if config.exists() else None
+    found = read_json(config, "").get("model_type") if config.exists() else None
+    if not isinstance(found, str | None):
+        raise CheckpointError(f"{config} has the model_type {found!r}: it must be a string; copy the checkpoint again")
+    return found
 
 
 def _load_whisper(whisper: WhisperEncoder | str | None, device: str) -> WhisperEncoder | None:

@@ -105,6 +105,8 @@ def read_index(folder: Path) -> StoreIndex:
         _STORE_INDEX.validate_json(json.dumps(asdict(index)), strict=True)  # types, also of what is in lists
     except (KeyError, TypeError, ValidationError) as error:
         raise DataError(f"{path} is damaged ({error}): prepare the store again") from error
+    if not isinstance(index.info.settings.get("model"), str | None):
+        raise DataError(f"{path} is damaged (info.settings.model must be a string): prepare the store again")
     if foreign := [shard.name for shard in shards if not SHARD_NAME.fullmatch(shard.name)]:
         raise DataError(f"{path} names {foreign[0]}, which is not a shard of a store: prepare the store again")
     if odd := [shard.name for shard in shards if not shard.name.startswith(f"{shard.split}-")]:

@@ -45,7 +45,8 @@ class Names:
     @property
     def any(self) -> bool:
         """Whether there is more to examine than the machine."""
-        return any((self.base.checkpoint, self.adapter, self.data, self.base.codec, self.recipe))
+        named = (self.base.checkpoint, self.adapter, self.data, self.base.codec, self.recipe)
+        return any(name is not None for name in named)
 
     def take_from_recipe(self, recipe: Recipe) -> None:
         """Fill in the recipe's base, codec, store and initial adapter, and the base's dtype.

@@ -1,5 +1,6 @@
 """One row as a training example: the verb `inspect`."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def inspect_row(
     Raises DataError, ConfigError, CheckpointError.
     """
     opened = CodeStore.open(store)
-    index = int(row) if str(row).lstrip("-").isdigit() else opened.index_of(str(row))
+    index = int(row) if re.fullmatch(r"-?[0-9]+", str(row)) else opened.index_of(str(row))
     if not 0 <= index < len(opened):
         raise ConfigError(f"--row {row}: {store} has the rows 0 to {len(opened) - 1}")
     name = model or opened.info.settings.get("model") or ModelSettings.model_fields["checkpoint"].default
