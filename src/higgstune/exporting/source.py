@@ -53,8 +53,9 @@ def open_source(run: str | Path, base: BaseSpec = BaseSpec()) -> Source:
     adapter = find_adapter(run)
     check_adapter_files(adapter)
     card = adapter_card(adapter)
-    with naming_where_recorded(None if base.checkpoint is not None else adapter):
-        base = recorded_base(base, adapter, card)
+    recorded = adapter if base.checkpoint is None else None
+    base = recorded_base(base, adapter, card)
+    with naming_where_recorded(recorded):
         layout = read_layout(fetch(str(base.checkpoint), what="checkpoint", revision=base.revision))
     check_adapter_family(adapter, layout.family)
     sha256 = sha256_of(adapter / ADAPTER_WEIGHTS)

@@ -108,8 +108,7 @@ def check_adapter_files(folder: Path, *, checksum: bool = True) -> None:
             raise CheckpointError(
                 f"{folder / name} is not the file that was saved (its checksum differs): copy the adapter again"
             )
-    owns = load_family(family_info(card.get("family"))).extensions.owns
-    if not card and (extra := sorted(filter(owns, keys))):
+    if not card and (extra := sorted(filter(load_family(family_info(None)).extensions.owns, keys))):
         raise CheckpointError(
             f"{folder / ADAPTER_CARD} is missing: it says how to add the modules of {len(extra)} tensors, such as "
             f"{extra[0]}; copy the whole adapter folder"

@@ -97,9 +97,10 @@ def load_base(base: BaseSpec, adapter: Path | None = None) -> ModelAndTokenizers
 
     Raises CheckpointError, ConfigError, InputError when neither names a checkpoint.
     """
+    if adapter is not None:
+        base = recorded_base(base, adapter, adapter_card(adapter))
     with naming_where_recorded(adapter):
         if adapter is not None:
-            base = recorded_base(base, adapter, adapter_card(adapter))
             folder = fetch(str(base.checkpoint), what="checkpoint", revision=base.revision, weights=False)
             check_adapter_family(adapter, family_in(folder)[0])
         return _load_all(base)
