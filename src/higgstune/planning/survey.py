@@ -20,6 +20,7 @@ from higgstune.batch.dataset import Rendering, RowExamples
 from higgstune.batch.packing import Pack, PackSampler
 from higgstune.codec import CODEC_FOLDER
 from higgstune.config.recipe import Recipe, Stage
+from higgstune.data.whisper_features import FeatureIndex
 from higgstune.environment import choose_device
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.families import family_in, load_family
@@ -80,15 +81,7 @@ def survey_recipe(recipe: Recipe) -> Survey:
     features = shape = None
     if recipe.model.whisper is not None:
         features = data.features(recipe.model.whisper)
-        index, token_id = features.index, prompter.whisper_token_id
-        if token_id is None:
-            raise CheckpointError(
-                f"the tokenizer in {folder} has no token for Whisper features: leave out model.whisper"
-            )
-        shape = WhisperSpec(
-            checkpoint=index.checkpoint, revision=index.revision, d_model=index.d_model,
-            chunk_frames=index.chunk_frames, token_id=token_id,
-        )  # fmt: skip
+        shape = whisper_spec(features.index, prompter, folder)
     builtin_extensions = family.extensions.written(folder)
     attention = bool(recipe.model.audio_attention) or builtin_extensions.audio_attention
     trained = Conditioning(audio_attention=attention, whisper=shape)
@@ -104,6 +97,19 @@ def survey_recipe(recipe: Recipe) -> Survey:
         prompter,
         Rendering(recipe.data.reference, features),
     )
+
+
+def whisper_spec(index: FeatureIndex, prompter: Prompter, checkpoint: str | Path) -> WhisperSpec:
+    """The encoder of stored features, as a model of `checkpoint` reads them. Raises CheckpointError if it cannot."""
+    token_id = prompter.whisper_token_id
+    if token_id is None:
+        raise CheckpointError(
+            f"the tokenizer of {checkpoint} has no token for Whisper features: leave out model.whisper"
+        )
+    return WhisperSpec(
+        checkpoint=index.checkpoint, revision=index.revision, d_model=index.d_model, chunk_frames=index.chunk_frames,
+        token_id=token_id,
+    )  # fmt: skip
 
 
 def stored_bytes(folder: Path) -> dict[str, int]:

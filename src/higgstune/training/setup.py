@@ -8,12 +8,13 @@ from higgstune.batch.dataset import Rendering, RowExamples
 from higgstune.config.recipe import AttentionTraining, Recipe
 from higgstune.data.messages import requests_whisper, whisper_clips
 from higgstune.data.store import CodeStore
-from higgstune.data.whisper_features import FeatureIndex, JoinedFeatureStore
+from higgstune.data.whisper_features import JoinedFeatureStore
 from higgstune.errors import CheckpointError, ConfigError, DataError
-from higgstune.families.base import Conditioning, WhisperSpec
+from higgstune.families.base import Conditioning
 from higgstune.kernels.quantize import is_quantized
 from higgstune.model.adapter_folder import base_fingerprint
 from higgstune.model.load import ModelAndTokenizers
+from higgstune.planning.survey import whisper_spec
 from higgstune.planning.training_data import TrainingData
 
 
@@ -48,7 +49,7 @@ def resolve_setup(recipe: Recipe, data: TrainingData, loaded: ModelAndTokenizers
         features = data.features(recipe.model.whisper)
         for store in data.stores:
             _check_features(recipe, store, features)
-        shape = _whisper_spec(features.index, loaded)
+        shape = whisper_spec(features.index, loaded.prompter, loaded.checkpoint)
         if builtin.whisper is not None and builtin.whisper.revision != shape.revision:
             raise CheckpointError(
                 f"{loaded.checkpoint} was trained with a Whisper encoder of the revision {builtin.whisper.revision}, "
@@ -98,18 +99,3 @@ def _check_features(recipe: Recipe, store: CodeStore, features: JoinedFeatureSto
             f"{missing} of the {len(needed)} clips for Whisper in {store.folder} have no features: run "
             f"`higgstune prepare` again with --whisper {recipe.model.whisper}, on the recordings that they come from"
         )
-
-
-def _whisper_spec(index: FeatureIndex, loaded: ModelAndTokenizers) -> WhisperSpec:
-    token_id = loaded.prompter.whisper_token_id
-    if token_id is None:
-        raise CheckpointError(
-            f"the tokenizer of {loaded.checkpoint} has no token for Whisper features: leave out model.whisper"
-        )
-    return WhisperSpec(
-        checkpoint=index.checkpoint,
-        revision=index.revision,
-        d_model=index.d_model,
-        chunk_frames=index.chunk_frames,
-        token_id=token_id,
-    )
