@@ -109,6 +109,15 @@ def lock_file(path: Path) -> FileLock:
     return FileLock(path, fallback_to_soft=False)
 
 
+def check_folder(out: Path) -> None:
+    """Raise ConfigError when a folder to write into, which may exist, is a file or lies inside one."""
+    for place in (out, *out.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise ConfigError(f"{place} is not a folder: name one")
+            return
+
+
 def check_new(out: Path, *untouched: Path) -> None:
     """Raise ConfigError when `out` exists, or would lie inside a folder that must not change."""
     if out.exists() or out.is_symlink():

@@ -19,10 +19,13 @@ def local_folder(name_or_path: str | Path, *, what: str) -> Path | None:
     folder, name = Path(name_or_path).expanduser(), str(name_or_path)
     if not name:
         raise CheckpointError(f"the {what} has an empty name: give a folder or a hub id such as owner/name")
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"the {what} {name} is a file: name the folder that holds it")
+    try:
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise CheckpointError(f"the {what} {name} is a file: name the folder that holds it")
+    except OSError as error:  # such as a name that is too long
+        raise CheckpointError(f"the {what} {name} cannot be read: {error.strerror}") from error
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"the {what} {name} does not exist: give a folder or a hub id such as owner/name")
     return None

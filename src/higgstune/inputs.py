@@ -55,6 +55,8 @@ def check_source(path: Path) -> None:
     """Raise DataError for a source that does not exist, or is a file of an unknown kind."""
     if not path.exists():
         raise DataError(f"{path} does not exist. {_UNDERSTOOD}")
+    if path.is_dir() and not any(path.iterdir()):
+        raise unknown_kind(path)
     if not path.is_dir() and path.suffix.lower() not in _SOURCE_FILES:
         raise unknown_kind(path)
 

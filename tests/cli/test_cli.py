@@ -124,12 +124,22 @@ def test_from_recordings_to_speech(world: Path, command: Command) -> None:
     assert len(list((world / "lines").glob("*.wav"))) == 2
 
 
+LONG = "x" * 300  # no file name can have it
+
 # Wrong in a way that needs no model to be seen: arguments, and what the error names. `run` is a run, `store` a store.
 WRONG = (
     (("prepare", "nowhere", "--out", "x"), "nowhere"),
     (("prepare", "notes.txt", "--out", "x"), "notes.txt is of an unknown kind"),
     (("prepare", "store", "--out", "x", "--max-seconds", "0"), "must be above 0"),
+    (("prepare", "empty", "--out", "x"), "holds no recording"),
+    (("prepare", "", "--out", "x"), "it is empty"),
+    (("prepare", "clips", "--out", ""), "it is empty"),
+    (("prepare", "clips", "--out", "notes.txt"), "notes.txt is not a folder"),
+    (("prepare", "clips", "--out", "x", "--validation-fraction", "2"), "at most 1"),
+    (("prepare", "clips", "--out", "x", "--model", "empty"), "config.json is missing"),
+    (("prepare", LONG, "--out", "x"), "too long"),
     (("inspect", "nowhere"), "nowhere is not a code store"),
+    (("inspect", "store", "--model", LONG), "too long"),
     (("speak",), "a text or --file"),
     (("speak", "Hello."), "--adapter"),
     (("speak", "Hello.", "--model", "/no/where"), "/no/where"),
@@ -138,14 +148,25 @@ WRONG = (
     (("speak", "Hello.", "--adapter", "run", "--device", "gpu"), "unknown device"),
     (("speak", "Hello.", "--adapter", "run", "--reference", "nowhere.wav"), "nowhere.wav"),
     (("speak", "Hello.", "--adapter", "run", "--reference-text", "Hello."), "--reference"),
+    (("speak", "Hello.", "--adapter", "foreign"), "does not record its base"),
     (("speak", "--file", "nowhere.txt", "--model", "x/y"), "nowhere.txt"),
     (("speak", "Hello.", "--model", "x/y", "--temperature", "-1"), "temperature"),
     (("speak", "Hello.", "--model", "x/y", "--top-p", "0"), "must be above 0 and at most 1"),
     (("evaluate", "/no/where"), "/no/where"),
+    (("evaluate", ""), "it is empty"),
+    (("evaluate", LONG), "too long"),
+    (("evaluate", "empty"), "empty has no clips"),
+    (("evaluate", "foreign"), "does not record its base"),
+    (("evaluate", "clips", "--quality-judge", "nothing"), "there is no quality judge"),
+    (("evaluate", "clips", "--out", "notes.txt"), "notes.txt is not a folder"),
+    (("compare", "clips", "clips", "--out", "x"), "one folder is given twice"),
+    (("compare", "clips", "empty", "--out", "x"), "empty has no clips"),
+    (("compare", "clips", "others", "--out", "x", "--gate", "foo(("), "not an expression"),
+    (("compare", "clips", "others", "--out", "x", "--rank", "wer"), "no judge of it was named"),
     (("evaluate", "run", "--set", "nowhere.txt"), "nowhere.txt"),
     (("evaluate", "run", "--data", "nowhere"), "nowhere is not a code store"),
     (("evaluate", "run", "--guard", "en", "--no-base"), "--no-base"),
-    (("compare", "run", "--out", "x"), "two or more"),
+    (("compare", "run", "--out", "x"), "give 2 to 8"),
     (("export", "nowhere", "--out", "x"), "nowhere"),
     (("export", "run", "--out", "run"), "is not overwritten"),
     (("export", "run", "--out", "x", "--format", "gguf"), "'native', 'extended', 'boson', 'peft'"),
@@ -153,6 +174,7 @@ WRONG = (
     (("export", "run"), "Missing option '--out'"),
     (("doctor", "--device", "gpu"), "unknown device"),
     (("demo", "--out", "run"), "remove it"),
+    (("demo", "--out", "notes.txt"), "notes.txt is not a folder"),
     (("no-such-verb",), "No such command"),
     (("train", "nowhere.yaml", "--out", "x"), "nowhere.yaml"),
     (("train", "recipe.yaml", "--out", "x", "--set", "seeed=1"), "seeed"),
@@ -177,7 +199,14 @@ for arguments in json.loads(sys.argv[1]):
 def wrong_inputs(tmp_path: Path) -> Path:
     """A working folder with something of the right kind where an error is to be about something else."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "adapter_config.json").write_text("{}")
+    (tmp_path / "run" / "adapter_config.json").write_text('{"base_model_name_or_path": "x/y"}')
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "adapter_config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for name in ("clips", "others"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "one.wav").write_bytes(b"")
+        (tmp_path / name / "one.txt").write_text("One.")
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "store.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("A note.")

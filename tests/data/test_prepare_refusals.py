@@ -208,7 +208,7 @@ def test_impossible_folders(tmp_path: Path) -> None:
     source = recordings(tmp_path / "in", 1)
     with pytest.raises(ConfigError, match="its own folder"):
         run(source, source)
-    with pytest.raises(DataError, match="is not a folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         run(source, source / "000.txt")
     with pytest.raises(DataError, match="does not exist"):
         run(tmp_path / "nowhere", tmp_path / "out")

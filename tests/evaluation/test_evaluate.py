@@ -20,7 +20,7 @@ from tiny_runs import make_recordings, recipe
 from training_world import train_unproven
 
 import higgstune
-from higgstune.errors import CheckpointError, ConfigError, DataError, WorkError
+from higgstune.errors import CheckpointError, ConfigError, DataError, InputError, WorkError
 from higgstune.evaluation.clips import Clip, write_clips
 from higgstune.evaluation.compare import compare
 from higgstune.evaluation.evaluate import evaluate
@@ -287,7 +287,7 @@ def test_what_would_fail_late_fails_before_anything_is_spoken(world: Path, tmp_p
         (["one", "two"], {"gates": ["step > 3"]}, "have no step"),
         (["one", "two"], {"rank": "similarity"}, "no judge of it was named"),
     ):
-        with pytest.raises(ConfigError, match=says):
+        with pytest.raises(InputError, match=says):
             compare([world / name for name in targets], out=tmp_path / "out", **texts(world), **options)
     assert not spoken
     assert not (tmp_path / "out").exists()
@@ -327,9 +327,9 @@ def test_a_second_evaluation_of_a_folder_is_kept_away(world: Path, run: Path) ->
 def test_errors_name_the_target_that_was_probably_meant(
     world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"evaluate .*run$"):
+    with pytest.raises(ConfigError, match=r"name .*run$"):
         evaluate(run.parent)
-    with pytest.raises(ConfigError, match=r"contains one: evaluate .*adapter"):
+    with pytest.raises(ConfigError, match=r"contains one: name .*adapter"):
         evaluate(run / "voice")
     card = run / "voice" / "adapter" / "higgstune.json"
     card.write_text(card.read_text().replace(str(world / "data"), "data"))

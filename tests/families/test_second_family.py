@@ -165,6 +165,10 @@ def test_one_familys_artefacts_are_refused_on_anothers_base_before_weights_are_r
             recipe(world, model={**recipe(world).model.model_dump(), "checkpoint": str(tmp_path / "v2")}),
             tmp_path / "b",
         )
+    with pytest.raises(CheckpointError, match=rf"the store .*{other}"):
+        higgstune.inspect_row(world / "data", 0, model=tmp_path / "v2")
+    with pytest.raises(ConfigError, match="text_targets is 'words': use one of transcript, assistant, none"):
+        higgstune.inspect_row(world / "data", 0, text_targets="words")
     assert not (tmp_path / "run").exists()
     [refused] = higgstune.doctor(higgstune.BaseSpec(tmp_path / "v2"), adapter=run).of("checkpoint", "failed")
     assert other in refused.message

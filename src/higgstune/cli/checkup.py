@@ -7,19 +7,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from higgstune.cli.options import MODEL, AsrOption, DeviceOption, JsonOption, RevisionOption, SpeakerOption
+from higgstune.cli.options import MODEL, AsrOption, DeviceOption, JsonOption, RevisionOption, SpeakerOption, path
 from higgstune.cli.output import Bar, announced, errors, measures_summary, print_result
 from higgstune.errors import ConfigError, WorkError
+from higgstune.files import check_folder
 from higgstune.inputs import BaseSpec
 
 
 def doctor(
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Checkpoint: folder or hub id.")] = None,
     adapter: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="An adapter or a run; it names its base.")
+        Path | None, typer.Option(parser=path, metavar="FOLDER", help="An adapter or a run; it names its base.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="A code store.")] = None,
-    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="Recipe to plan; it names the others.")] = None,
+    data: Annotated[Path | None, typer.Option(parser=path, metavar="FOLDER", help="A code store.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(parser=path, metavar="FILE", help="Recipe to plan; it names the others.")
+    ] = None,
     codec: Annotated[
         str | None, typer.Option(metavar="NAME", help="Another codec: folder or hub id.", rich_help_panel=MODEL)
     ] = None,
@@ -52,7 +55,9 @@ def doctor(
 
 
 def demo(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder of the demo.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(parser=path, metavar="FOLDER", help="New folder of the demo.")] = Path(
+        "runs/demo"
+    ),
     asr: AsrOption = None,
     speaker_judge: SpeakerOption = None,
     as_json: JsonOption = False,
@@ -61,6 +66,7 @@ def demo(
 
     With judges it measures the result, and exits with 1 when it is not good enough.
     """
+    check_folder(out)
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} exists: remove it, or give another --out")
     with announced("unpacking recordings and a base", as_json):

@@ -8,8 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from higgstune.cli.options import DeviceOption, JsonOption, within
+from higgstune.cli.options import DeviceOption, JsonOption, check_model, path, within
 from higgstune.cli.output import Bar, announced, print_result
+from higgstune.files import check_folder
 from higgstune.hub import check_name
 from higgstune.inputs import check_source, check_store
 
@@ -20,11 +21,12 @@ def prepare(
     source: Annotated[
         Path,
         typer.Argument(
+            parser=path,
             help="Folder of audio with .txt/.lab beside each file, LJSpeech folder, .jsonl manifest, ChatML .json or "
-            "metadata.json with samples."
+            "metadata.json with samples.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Code store: a new one, or one to add to.")],
+    out: Annotated[Path, typer.Option(parser=path, metavar="FOLDER", help="Code store: a new one, or one to add to.")],
     references: Annotated[
         Literal["none", "same_speaker"], typer.Option(help="same_speaker: pair each clip with another of its speaker.")
     ] = "none",
@@ -36,7 +38,12 @@ def prepare(
     ] = None,
     validation_fraction: Annotated[
         float,
-        typer.Option(metavar="X", help="Share of recordings kept for validation.", rich_help_panel=_LIMITS),
+        typer.Option(
+            metavar="X",
+            callback=within(0, 1),
+            help="Share of recordings kept for validation.",
+            rich_help_panel=_LIMITS,
+        ),
     ] = 0.05,
     max_seconds: Annotated[
         float,
@@ -73,19 +80,21 @@ def prepare(
 ) -> None:
     """Check recordings, encode them once, and store their codes."""
     check_source(source)
-    for name, what in ((model, "checkpoint"), (codec, "codec"), (whisper, "Whisper checkpoint")):
+    check_folder(out)
+    if model is not None:
+        check_model(model)
+    for name, what in ((codec, "codec"), (whisper, "Whisper checkpoint")):
         if name is not None:
             check_name(name, what=what)
     with announced("loading the codec", as_json):
         from higgstune.data.prepare import prepare as run
-        from higgstune.environment import choose_device
 
     with Bar() as bar:
         summary = run(
             source,
             out,
             codec=codec,
-            device=str(choose_device(device)),
+            device=device,
             model=model,
             whisper=whisper,
             validation_fraction=validation_fraction,
@@ -105,7 +114,7 @@ def prepare(
 
 
 def inspect(
-    store: Annotated[Path, typer.Argument(help="Folder of the code store.")],
+    store: Annotated[Path, typer.Argument(parser=path, help="Folder of the code store.")],
     row: Annotated[str, typer.Option(metavar="ROW", help="Number (train rows first) or id of the row.")] = "0",
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Checkpoint whose tokenizer reads the text.")
@@ -122,7 +131,7 @@ def inspect(
     """Show one row as the model sees it: prompt, tokens, frames, labels."""
     check_store(store)
     if model is not None:
-        check_name(model, what="checkpoint")
+        check_model(model)
     from higgstune.diagnostics.inspect_row import inspect_row, label_table
 
     found = inspect_row(store, row, model=model, text_targets=text_targets, reference=reference, whisper=whisper)

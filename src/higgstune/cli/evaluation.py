@@ -24,11 +24,12 @@ from higgstune.cli.options import (
     TemperatureOption,
     WhisperOption,
     base_spec,
+    path,
 )
 from higgstune.cli.output import Bar, announced, command_line, print_measures, print_result
 from higgstune.errors import ConfigError
-from higgstune.hub import check_name
-from higgstune.inputs import ADAPTER, BASE, CLIPS, check_store, find_adapter, kind_of
+from higgstune.files import check_folder
+from higgstune.inputs import CLIPS, BaseSpec, check_store, kind_of
 
 _VALIDATION = "validation"
 _BEST = "Which is best"
@@ -36,10 +37,12 @@ _BEST = "Which is best"
 
 def evaluate(
     target: Annotated[
-        Path, typer.Argument(help="Folder of a run or an adapter; a base; a folder of clips with their texts.")
+        Path,
+        typer.Argument(parser=path, help="Folder of a run or an adapter; a base; a folder of clips with their texts."),
     ],
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="For speech and results; default: the run's folder.")
+        Path | None,
+        typer.Option(parser=path, metavar="FOLDER", help="For speech and results; default: the run's folder."),
     ] = None,
     no_base: Annotated[bool, typer.Option("--no-base", help="Do not measure the base as well.")] = False,
     texts: SetOption = _VALIDATION,
@@ -70,7 +73,6 @@ def evaluate(
 
     A repeated command reuses what was spoken and judged before.
     """
-    _check_names([target], [texts, *(guard or [])], data)
     if kind_of(target) == CLIPS and (texts != _VALIDATION or guard or limit is not None or data is not None):
         raise ConfigError(
             f"{target} is a folder of clips, which are measured as they are: no --set, --guard, --limit, --data"
@@ -78,6 +80,10 @@ def evaluate(
     if guard and no_base:
         raise ConfigError("--guard compares with the base: leave out --no-base")
     spec = base_spec(model, codec=codec, device=device, quantize=quantize)
+    _check([target], [texts, *(guard or [])], data, out, spec)
+    from higgstune.evaluation.judges import judge_specs
+
+    judge_specs(asr, speaker_judge, quality_judge)
     with announced("loading models and judges", as_json):
         from higgstune.evaluation.evaluate import evaluate as run
         from higgstune.evaluation.report.run_report import write_target_report
@@ -114,9 +120,10 @@ def evaluate(
 
 def compare(
     targets: Annotated[
-        list[Path], typer.Argument(help="Runs, adapters, bases or folders of clips; the first is compared with.")
+        list[Path],
+        typer.Argument(parser=path, help="Runs, adapters, bases or folders of clips; the first is compared with."),
     ],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="For the page, speech and results.")],
+    out: Annotated[Path, typer.Option(parser=path, metavar="FOLDER", help="For the page, speech and results.")],
     texts: SetOption = _VALIDATION,
     data: RowsOption = None,
     limit: LimitOption = None,
@@ -145,9 +152,14 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Let runs speak the same texts with the same seeds: one table, and a page with players and a blind test."""
-    _check_names(targets, [texts], data)
-    if len(targets) < 2:
-        raise ConfigError("give two or more runs, adapters, bases or folders of clips to compare")
+    from higgstune.evaluation.choice import check_rules
+    from higgstune.evaluation.judges import judge_specs
+    from higgstune.evaluation.report.compare import system_names
+
+    system_names(targets)
+    spec = base_spec(device=device, quantize=quantize)
+    _check(targets, [texts], data, out, spec)
+    check_rules(gates, rank, judge_specs(asr, speaker_judge, quality_judge))
     with announced("loading models and judges", as_json):
         from higgstune.evaluation.compare import compare as run
         from higgstune.families.sampling import Sampling
@@ -167,7 +179,7 @@ def compare(
             seed=seed,
             limit=limit,
             language=language,
-            base=base_spec(device=device, quantize=quantize),
+            base=spec,
             whisper=whisper,
             progress=bar,
             command=command_line(),
@@ -180,16 +192,17 @@ def compare(
         print_result({"best": result.conclusion, "open": str(result.page)}, as_json)
 
 
-def _check_names(targets: Sequence[Path], sets: Sequence[str], data: Path | None) -> None:
+def _check(targets: Sequence[Path], sets: Sequence[str], data: Path | None, out: Path | None, base: BaseSpec) -> None:
     """Refuse what needs no model to be refused."""
+    from higgstune.evaluation.clips import check_target
+    from higgstune.evaluation.test_sets import read_sentences
+
     for target in targets:
-        kind = kind_of(target)
-        if kind == ADAPTER:
-            find_adapter(target)
-        elif kind == BASE:
-            check_name(target, what="checkpoint")
+        check_target(target, base)
     if data is not None:
         check_store(data)
+    if out is not None:
+        check_folder(out)
     for name in sets:
-        if name.endswith((".txt", ".lst")) and not Path(name).expanduser().is_file():
-            raise ConfigError(f"the test set {name} does not exist")
+        if name != _VALIDATION:
+            read_sentences(name)

@@ -15,17 +15,19 @@ from higgstune.cli.options import (
     RevisionOption,
     RunArgument,
     base_spec,
+    named_adapter,
+    path,
 )
 from higgstune.cli.output import Bar, announced, print_result
 from higgstune.exporting.options import check_options
 from higgstune.files import check_new
 from higgstune.hub import check_name
-from higgstune.inputs import check_store, find_adapter
+from higgstune.inputs import check_store
 
 
 def export(
     run: RunArgument,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder to write.")],
+    out: Annotated[Path, typer.Option(parser=path, metavar="FOLDER", help="New folder to write.")],
     format: Annotated[
         Literal["native", "extended", "boson", "peft"] | None,
         typer.Option(
@@ -49,7 +51,7 @@ def export(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Code store to compare on; default: that of training."),
+        typer.Option(parser=path, metavar="FOLDER", help="Code store to compare on; default: that of training."),
     ] = None,
     model: BaseOption = None,
     revision: RevisionOption = None,
@@ -64,8 +66,8 @@ def export(
     """Write a run as one folder that others can load, with a model card, and verify it."""
     check_options(format, drop_modules=drop_modules, dtype=dtype, base_bits=base_bits, whisper=whisper)
     check_new(out)
-    find_adapter(run)
     base = base_spec(model, revision=revision, codec=codec, device=device)
+    named_adapter(run, base)
     if whisper is not None:
         check_name(whisper, what="Whisper checkpoint")
     if data is not None:

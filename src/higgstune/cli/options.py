@@ -7,11 +7,22 @@ from typing import Annotated, Any
 import typer
 
 from higgstune.environment import check_device_name
-from higgstune.hub import check_name
-from higgstune.inputs import BaseSpec, Quantize
+from higgstune.hub import check_name, local_folder
+from higgstune.inputs import BaseSpec, Quantize, find_adapter
 
 TEXTS, VOICE, SAMPLING, JUDGES = "Texts", "Voice", "Sampling", "Judges"
 MODEL, DEVICE = "Model", "Device"
+
+
+def path(text: str) -> Path:
+    """A path that a command names. Raises typer.BadParameter for one that is empty, or that no file can have."""
+    if not text:
+        raise typer.BadParameter("it is empty: name a file or a folder (`.` is the current one)")
+    try:
+        Path(text).exists()
+    except OSError as error:  # such as a name that is too long
+        raise typer.BadParameter(f"{text} cannot be read: {error.strerror}") from error
+    return Path(text)
 
 
 def within(low: float, high: float | None = None, *, above: bool = False) -> Callable[[Any], Any]:
@@ -38,6 +49,14 @@ def _device(value: str | None) -> str | None:
     return value
 
 
+def check_model(name: str) -> None:
+    """Raise CheckpointError for a checkpoint that cannot exist, or that on this disk no family loads."""
+    if local_folder(name, what="checkpoint") is not None:
+        from higgstune.families import check_checkpoint  # imports pydantic, in 0.2 s
+
+        check_checkpoint(name)
+
+
 def base_spec(
     model: str | None = None,
     *,
@@ -47,19 +66,29 @@ def base_spec(
     quantize: Quantize | None = None,
 ) -> BaseSpec:
     """The base that a command's options name. Raises CheckpointError for a name that cannot exist."""
-    for name, what in ((model, "checkpoint"), (codec, "codec")):
-        if name is not None:
-            check_name(name, what=what)
+    if model is not None:
+        check_model(model)
+    if codec is not None:
+        check_name(codec, what="codec")
     return BaseSpec(model, revision, codec, device=None if device == "auto" else device, quantize=quantize)
+
+
+def named_adapter(run: Path, base: BaseSpec) -> Path:
+    """The adapter of a run, after what its small files can show. Raises CheckpointError."""
+    folder = find_adapter(run)
+    from higgstune.model.adapter_folder import adapter_card, recorded_base  # imports pydantic, in 0.2 s
+
+    recorded_base(base, folder, adapter_card(folder))
+    return folder
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 RunArgument = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Folder of a run (its last finished stage) or of an adapter.")
+    Path, typer.Argument(parser=path, metavar="RUN", help="Folder of a run (its last finished stage) or of an adapter.")
 ]
 StoreOption = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Code store with rows and voices; default: the one of training."),
+    typer.Option(parser=path, metavar="FOLDER", help="Code store with rows and voices; default: the one of training."),
 ]
 
 # Model
@@ -105,7 +134,10 @@ SetOption = Annotated[
 RowsOption = Annotated[
     Path | None,
     typer.Option(
-        metavar="FOLDER", help="Code store of rows and voices; default: that of training.", rich_help_panel=TEXTS
+        parser=path,
+        metavar="FOLDER",
+        help="Code store of rows and voices; default: that of training.",
+        rich_help_panel=TEXTS,
     ),
 ]
 LimitOption = Annotated[

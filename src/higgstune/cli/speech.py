@@ -19,22 +19,27 @@ from higgstune.cli.options import (
     TemperatureOption,
     WhisperOption,
     base_spec,
+    named_adapter,
+    path,
     within,
 )
 from higgstune.cli.output import Bar, announced, print_result
 from higgstune.errors import ConfigError
-from higgstune.inputs import check_wav_name, find_adapter
+from higgstune.inputs import check_wav_name
 
 
 def speak(
     text: Annotated[str | None, typer.Argument(help="What to say.")] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="A .wav file; with --file, a folder.")] = Path("speech.wav"),
-    file: Annotated[Path | None, typer.Option(metavar="FILE", help="Text file, one clip a line.")] = None,
+    out: Annotated[Path, typer.Option(parser=path, metavar="FILE", help="A .wav file; with --file, a folder.")] = Path(
+        "speech.wav"
+    ),
+    file: Annotated[Path | None, typer.Option(parser=path, metavar="FILE", help="Text file, one clip a line.")] = None,
     adapter: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="An adapter, or a run.", rich_help_panel=VOICE)
+        Path | None, typer.Option(parser=path, metavar="FOLDER", help="An adapter, or a run.", rich_help_panel=VOICE)
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Recording of a voice to imitate.", rich_help_panel=VOICE)
+        Path | None,
+        typer.Option(parser=path, metavar="FILE", help="Recording of a voice to imitate.", rich_help_panel=VOICE),
     ] = None,
     reference_text: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What is said in it.", rich_help_panel=VOICE)
@@ -96,13 +101,13 @@ def speak(
     if adapter is None and model is None:
         raise ConfigError("name a base (--model) or an adapter (--adapter)")
     base = base_spec(model, revision=revision, codec=codec, device=device, quantize=quantize)
-    folder = None if adapter is None else find_adapter(adapter)
     if text is not None and not text.strip():
         raise ConfigError("the text to speak is empty")
     if reference is None and reference_text is not None:
         raise ConfigError("--reference-text needs the recording in which it is said: --reference")
     if reference is not None and not reference.is_file():
         raise ConfigError(f"--reference {reference} does not exist")
+    folder = None if adapter is None else named_adapter(adapter, base)
     with announced("loading the model", as_json):
         from higgstune.data.messages import DEFAULT_SCENE
         from higgstune.families.sampling import Sampling

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from higgstune.cli.options import JsonOption, PlannedDeviceOption
+from higgstune.cli.options import JsonOption, PlannedDeviceOption, path
 from higgstune.cli.output import Bar, announced, print_result, stage_summary
 from higgstune.errors import ConfigError
 from higgstune.hub import check_name
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="Recipe in YAML; see recipes/.")],
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder of the run.")] = None,
+    recipe: Annotated[Path, typer.Argument(parser=path, help="Recipe in YAML; see recipes/.")],
+    out: Annotated[Path | None, typer.Option(parser=path, metavar="FOLDER", help="Folder of the run.")] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Such as stages.0.learning_rate=5e-5; may be repeated."),

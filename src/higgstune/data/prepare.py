@@ -27,9 +27,10 @@ from higgstune.data.splits import RecordingGroups
 from higgstune.data.store import CodeStore
 from higgstune.data.text import TEXT_NORMALIZATION
 from higgstune.data.whisper_features import WhisperEncoder, store_features
+from higgstune.environment import choose_device
 from higgstune.errors import CheckpointError, ConfigError, DataError
-from higgstune.files import alone_in, write_file
-from higgstune.inputs import INDEX_NAME
+from higgstune.files import alone_in, check_folder, write_file
+from higgstune.inputs import ADAPTER_CONFIG, INDEX_NAME, RUN_STATE
 from higgstune.progress import Progress, silent
 
 Item = TypeVar("Item")
@@ -87,7 +88,7 @@ def prepare(
     codec_name: str | None = None,
     model: str | Path | None = None,
     whisper: WhisperEncoder | str | Path | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     validation_fraction: float = 0.05,
     references: References = "none",
     max_seconds: float = 30.0,
@@ -104,14 +105,14 @@ def prepare(
         prepare("recordings/", "data/voice", speaker="anna").accepted      # {"train": 95, "validation": 5}
 
     `source` is any kind that `read_source` understands. `codec` is a codec, or the name of one that `load_codec` loads
-    on `device`; the default is the codec of `model`, the checkpoint that will be trained. `codec_name` is its name in
-    the store. `speaker`, `language` and `scene` are set for every row (a conversation has its own scene).
-    `references="same_speaker"` gives each row another clip of its speaker as a reference, drawn by `seed`; splits
-    follow the recordings' hashes. `whisper` is a Whisper checkpoint (or encoder) whose features of every reference, and
-    of audio in user, system and scene messages, are stored for a recipe's `model.whisper`. `max_seconds` bounds a clip
-    unless `allow_long`. A row with a path that leaves the source's folder (`..`, a link, an absolute path) is refused
-    unless `allow_outside`: a source from a stranger could name any file on this machine. `progress` is called with the
-    stage, the rows done and the rows in all.
+    on `device` (None: CUDA where it is available); the default is the codec of `model`, the checkpoint that will be
+    trained. `codec_name` is its name in the store. `speaker`, `language` and `scene` are set for every row (a
+    conversation has its own scene). `references="same_speaker"` gives each row another clip of its speaker as a
+    reference, drawn by `seed`; splits follow the recordings' hashes. `whisper` is a Whisper checkpoint (or encoder)
+    whose features of every reference, and of audio in user, system and scene messages, are stored for a recipe's
+    `model.whisper`. `max_seconds` bounds a clip unless `allow_long`. A row with a path that leaves the source's folder
+    (`..`, a link, an absolute path) is refused unless `allow_outside`: a source from a stranger could name any file on
+    this machine. `progress` is called with the stage, the rows done and the rows in all.
 
     A row that cannot be used is recorded in `rejected.jsonl` and counted. An interrupted run keeps the codes it has,
     and the next run resumes from there; until then the old store stays.
@@ -129,6 +130,9 @@ def prepare(
     source, out = Path(source), Path(out)
     if source.resolve() == out.resolve():
         raise ConfigError(f"{out} is also the source: give the code store its own folder")
+    check_folder(out)
+    if found := [name for name in ("config.json", ADAPTER_CONFIG, RUN_STATE) if (out / name).exists()]:
+        raise ConfigError(f"{out} has a {found[0]}: give the code store its own folder")
     rows = [_with_labels(row, speaker, language, scene) for row in read_source(source, allow_outside=allow_outside)]
     model_type = _model_type(model, at_hub=codec is None)
     name, codec = _load_codec(codec, model, device)
@@ -150,7 +154,7 @@ def _with_labels(row: SourceRow, speaker: str | None, language: str | None, scen
     return replace(row, content=row.content.model_copy(update=given))
 
 
-def _load_codec(codec: Codec | str | Path | None, model: str | Path | None, device: str) -> tuple[str, Codec]:
+def _load_codec(codec: Codec | str | Path | None, model: str | Path | None, device: str | None) -> tuple[str, Codec]:
     """The codec and its name."""
     if codec is not None and not isinstance(codec, str | Path):
         return type(codec).__name__, codec
@@ -158,7 +162,7 @@ def _load_codec(codec: Codec | str | Path | None, model: str | Path | None, devi
     from higgstune.codec import checkpoint_codec, load_codec
 
     name = checkpoint_codec(model, codec)
-    return name, load_codec(name, device=device)
+    return name, load_codec(name, device=str(choose_device(device)))
 
 
 def _model_type(model: str | Path | None, *, at_hub: bool) -> str | None:
@@ -177,12 +181,12 @@ def _model_type(model: str | Path | None, *, at_hub: bool) -> str | None:
     return found
 
 
-def _load_whisper(whisper: WhisperEncoder | str | None, device: str) -> WhisperEncoder | None:
+def _load_whisper(whisper: WhisperEncoder | str | None, device: str | None) -> WhisperEncoder | None:
     if not isinstance(whisper, str):
         return whisper
     from higgstune.codec.whisper_encoder import load_whisper  # imports torch
 
-    return load_whisper(whisper, device=device)
+    return load_whisper(whisper, device=str(choose_device(device)))
 
 
 class Preparation:

@@ -29,8 +29,8 @@ from higgstune.evaluation.judges.base import Judges
 from higgstune.families.sampling import Sampling
 from higgstune.generate.speaker import Request, Speaker, load
 from higgstune.progress import Progress, silent
-from higgstune.training.result import RunResult
 from higgstune.training.run import train
+from higgstune.training.run_dir import RunResult
 
 TARGET_VOICE = "rms"
 CLIPS = 30  # of its recordings, for training and validation: as many as the base learns in a few minutes

@@ -6,7 +6,7 @@ from pathlib import Path
 from higgstune.data.store import CodeStore
 from higgstune.demo.measure import Measurement
 from higgstune.evaluation.report.page import Item, RunReport, Section, Table, Take, write_report
-from higgstune.training.result import RunResult
+from higgstune.training.run_dir import RunResult
 
 _COLUMNS = {
     "original": "original",

@@ -27,9 +27,15 @@ from higgstune.families import check_family, family_in, load_family, read_layout
 from higgstune.families.base import Family, Layout, Prompter, Spec
 from higgstune.hub import fetch
 from higgstune.inputs import BaseSpec, find_adapter
-from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, adapter_conditioning, check_adapter_family
+from higgstune.model.adapter_folder import (
+    ADAPTER_WEIGHTS,
+    adapter_card,
+    adapter_conditioning,
+    check_adapter_family,
+    recorded_base,
+)
 from higgstune.model.adapters import load_adapter
-from higgstune.model.load import load_model, load_tokenizer, recorded_base
+from higgstune.model.load import load_model, load_tokenizer
 from higgstune.peft_compat import PeftModel
 
 

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -13,7 +13,9 @@ from higgstune.data.messages import ReferencePlace
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore
 from higgstune.errors import CheckpointError, ConfigError, DataError
+from higgstune.families import check_family, family_in
 from higgstune.families.base import Example, Prompter, TextTargets
+from higgstune.hub import fetch
 from higgstune.kernels import IGNORE
 from higgstune.model.tokenizer import load_prompter
 
@@ -52,6 +54,9 @@ def inspect_row(
     The tokenizer is that of `model`; without it, of the checkpoint that the store was prepared for.
     Raises DataError, ConfigError, CheckpointError.
     """
+    for what, value, known in (("text_targets", text_targets, TextTargets), ("reference", reference, ReferencePlace)):
+        if value not in get_args(known):
+            raise ConfigError(f"{what} is {value!r}: use one of {', '.join(get_args(known))}")
     opened = CodeStore.open(store)
     index = int(row) if re.fullmatch(r"-?[0-9]+", str(row)) else opened.index_of(str(row))
     if not 0 <= index < len(opened):
@@ -59,6 +64,9 @@ def inspect_row(
     name = model or opened.info.settings.get("model") or ModelSettings.model_fields["checkpoint"].default
     try:
         prompter = load_prompter(name)
+        check_family(
+            f"the store {store}", opened.info.model_type, family_in(fetch(name, what="checkpoint", weights=False))[0]
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{error}\nName the checkpoint whose tokenizer reads the text with --model") from error
     found = opened[index]

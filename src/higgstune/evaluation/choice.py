@@ -4,11 +4,12 @@ Gates and ranks are arithmetic over the metrics' names, such as `wer <= recordin
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from higgstune.config.expression import LOSS, STEP, Expression, Measures
 from higgstune.errors import ConfigError
+from higgstune.evaluation.judges.base import OPTIONS, role_of
 
 # The gates reject what anybody would reject at once. With few clips, one may fail: its share is 1 / clips.
 # The first of the ranks that was measured counts.
@@ -47,6 +48,19 @@ class Rule:
     def __str__(self) -> str:
         gates = " and ".join(f"({gate.text})" for gate in self.gates)
         return f"of those with {gates} the highest {self.rank.text}" if gates else f"the highest {self.rank.text}"
+
+
+def check_rules(gates: Sequence[str] | None, rank: str | None, judges: Mapping[str, str | None]) -> None:
+    """Find now what would else fail after hours of speaking; `judges` are specs by role, as of `judge_specs`.
+
+    Raises ConfigError for rules over anything that is not measured when systems are compared.
+    """
+    for text in (*(gates or ()), *([] if rank is None else [rank])):
+        for name in Expression(text).names:
+            if name in (STEP, LOSS):
+                raise ConfigError(f"{text!r}: systems that are compared have no {name}")
+            if (role := role_of(name)) is not None and judges[role] is None:
+                raise ConfigError(f"{text!r} needs {name}, and no judge of it was named ({OPTIONS[role]})")
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from higgstune.checkpoint_files import read_json
-from higgstune.config.expression import LOSS, STEP, Expression
 from higgstune.environment import choose_device
 from higgstune.errors import ConfigError, DataError
-from higgstune.evaluation.choice import Choice, Rule, choose
-from higgstune.evaluation.clips import Clip
+from higgstune.evaluation.choice import Choice, Rule, check_rules, choose
+from higgstune.evaluation.clips import Clip, check_target
 from higgstune.evaluation.evaluate import RECORDINGS, EvaluationResult, SpeechSettings, evaluate
-from higgstune.evaluation.judges import AUTO, load_judges
-from higgstune.evaluation.judges.base import OPTIONS, Judges, role_of
-from higgstune.evaluation.report.compare import Comparison, Contender, check_number, write_comparison
+from higgstune.evaluation.judges import AUTO, judge_specs, load_judges
+from higgstune.evaluation.report.compare import Comparison, Contender, system_names, write_comparison
 from higgstune.evaluation.report.measures import System
 from higgstune.evaluation.report.players import Item, Section, badness, take_of
 from higgstune.evaluation.report.run_report import evaluations_of, facts_of
@@ -121,13 +119,14 @@ def compare(
     Raises as `evaluate`, and DataError if systems did not speak the same texts.
     """
     places = [Path(target) for target in targets]
-    check_number(len(places))
-    names = _names(places)
+    names = system_names(places)
+    check_rules(gates, rank, judge_specs(asr, speaker_judge, quality_judge))
     with_whisper = [_uses_whisper(place) for place in places]
     if whisper is not None and not any(with_whisper):
         raise ConfigError("--whisper has no effect: no adapter here was trained with Whisper")
+    for place in places:
+        check_target(place, base)
     judges = load_judges(asr, speaker_judge, quality_judge, device=str(choose_device(base.device)))
-    _check_early(places, [*(gates or ()), *([] if rank is None else [rank])], judges)
     if data is None:  # one store for all: its rows are spoken, and clips are compared with its voices
         found_store = _store_of(places)
         if texts == VALIDATION or (found_store is not None and Path(found_store).exists()):
@@ -153,23 +152,6 @@ def compare(
     return result
 
 
-def _check_early(places: Sequence[Path], expressions: Sequence[str], judges: Judges) -> None:
-    """Find now what would else fail after hours of speaking. Raises ConfigError, CheckpointError."""
-    for place in places:
-        kind = kind_of(place)
-        if kind == ADAPTER:
-            find_adapter(place)
-        elif kind == BASE and not place.exists() and (place.is_absolute() or len(place.parts) != 2):
-            raise ConfigError(f"{place} does not exist, and it is not the hub id (OWNER/NAME) of a base")
-    roles = {"asr": judges.asr, "speaker": judges.speaker, "naturalness": judges.quality}
-    for text in expressions:
-        for name in Expression(text).names:
-            if name in (STEP, LOSS):
-                raise ConfigError(f"{text!r}: systems that are compared have no {name}")
-            if (role := role_of(name)) is not None and roles[role] is None:
-                raise ConfigError(f"{text!r} needs {name}, and no judge of it was named ({OPTIONS[role]})")
-
-
 def _uses_whisper(place: Path) -> bool:
     """Whether it is an adapter that encodes references with Whisper; a base names its own Whisper."""
     return kind_of(place) == ADAPTER and adapter_conditioning(find_adapter(place)).whisper is not None
@@ -178,15 +160,6 @@ def _uses_whisper(place: Path) -> bool:
 def _named_progress(name: str, progress: Progress | None) -> Progress | None:
     """Progress whose stages begin with a system's name."""
     return None if progress is None else lambda what, done, total: progress(f"{name}: {what}", done, total)
-
-
-def _names(places: Sequence[Path]) -> list[str]:
-    """The folders' names, with their parents' names if two are the same."""
-    for depth in range(1, 5):
-        names = ["-".join(place.resolve().parts[-depth:]) for place in places]
-        if len(set(names)) == len(names):
-            return names
-    raise ConfigError(f"one folder is given twice: {', '.join(map(str, places))}")
 
 
 def _store_of(places: Sequence[Path]) -> str | None:

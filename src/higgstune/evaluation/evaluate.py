@@ -13,7 +13,7 @@ from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore
 from higgstune.environment import choose_device
 from higgstune.errors import ConfigError, DataError
-from higgstune.evaluation.clips import CLIPS_FILE, Clip, read_clips, read_voices
+from higgstune.evaluation.clips import Clip, read_clips, read_voices
 from higgstune.evaluation.items import (
     MAX_ROWS,
     EvalItem,
@@ -300,12 +300,6 @@ def _show_system(show: Progress, system: str, what: str, done: int, total: int) 
 
 def _evaluate_clips(folder: Path, judges: Judges, out: Path, seed: int, show: Progress) -> EvaluationResult:
     """Measure an external folder of clips as one system."""
-    if not (folder / CLIPS_FILE).exists():
-        for inside in (RUN_STATE, ADAPTER_CONFIG):
-            if found := sorted(folder.glob(f"*/{inside}")):
-                raise ConfigError(
-                    f"{folder} is neither a run nor an adapter, but contains one: evaluate {found[0].parent}"
-                )
     clips = read_clips(folder)
     context = _Context(None, read_voices(folder), cached(judges, out / "judged"), out, seed, None, None, None)
     with alone_in(out, "evaluation", "nothing was judged"):

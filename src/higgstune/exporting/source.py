@@ -14,8 +14,14 @@ from higgstune.families import read_layout
 from higgstune.families.base import Layout
 from higgstune.hub import fetch
 from higgstune.inputs import BaseSpec, find_adapter
-from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, check_adapter_family, check_adapter_files
-from higgstune.model.load import naming_where_recorded, recorded_base
+from higgstune.model.adapter_folder import (
+    ADAPTER_WEIGHTS,
+    adapter_card,
+    check_adapter_family,
+    check_adapter_files,
+    recorded_base,
+)
+from higgstune.model.load import naming_where_recorded
 
 MERGED = "merged"  # key of a folder's higgstune.json: which adapter is in these weights
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16"}

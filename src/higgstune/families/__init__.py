@@ -12,6 +12,7 @@ from higgstune.checkpoint_files import read_json, safetensors_keys, weight_files
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.families import higgs_v2
 from higgstune.families.base import Family, FamilyInfo, Layout, Prompter, base_of
+from higgstune.hub import local_folder
 from higgstune.imports import collector_paused
 
 DEFAULT_FAMILY = higgs_v2.INFO.name  # of artefacts that name none
@@ -73,6 +74,12 @@ def family_in(folder: Path) -> tuple[FamilyInfo, str, dict[str, Any]]:
             return info, kind, config
     expected = ", ".join(f"{name} ({kind})" for info in _KNOWN.values() for name, kind in info.model_types.items())
     raise CheckpointError(f"{folder / 'config.json'} has the model_type {model_type!r}: expected one of {expected}")
+
+
+def check_checkpoint(name_or_path: str | Path) -> None:
+    """Raise CheckpointError for a checkpoint that, by its name or by its config.json on this disk, no family loads."""
+    if (folder := local_folder(name_or_path, what="checkpoint")) is not None:
+        family_in(folder)
 
 
 def read_layout(folder: Path) -> Layout:

@@ -1,11 +1,13 @@
 """Sampling settings, and the filters that every family's sampler uses."""
 
+import math
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from higgstune.errors import ConfigError
+
+if TYPE_CHECKING:  # settings are checked before PyTorch is imported
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,13 @@ class Sampling:
                 raise ConfigError(f"{name} cannot be {value}")
 
 
-def filtered(scores: Tensor, sampling: Sampling) -> Tensor:
+def filtered(scores: "Tensor", sampling: Sampling) -> "Tensor":
     """Scores [K, V], with -inf for codes that top-k and top-p exclude."""
     if sampling.top_k and sampling.top_k < scores.shape[-1]:
         smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < smallest, -torch.inf)
+        scores = scores.masked_fill(scores < smallest, -math.inf)
     if sampling.top_p < 1:
         ordered, order = scores.sort(dim=-1, descending=True)
         before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-        scores = scores.masked_fill((before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p), -torch.inf)
+        scores = scores.masked_fill((before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p), -math.inf)
     return scores

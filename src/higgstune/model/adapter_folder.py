@@ -11,18 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
-from torch import Tensor, nn
 
 from higgstune.checkpoint_files import is_pickled, read_json, read_tensors, safetensors_keys, sha256_of
+from higgstune.codec import CODEC_FOLDER
 from higgstune.errors import CheckpointError
 from higgstune.families import check_family, family_info, family_of, load_family
 from higgstune.families.base import Conditioning, FamilyInfo, base_of
-from higgstune.inputs import ADAPTER_CONFIG
+from higgstune.hub import fetch
+from higgstune.inputs import ADAPTER_CONFIG, BaseSpec
 
-if TYPE_CHECKING:
-    from higgstune.peft_compat import LoraConfig  # imported where there is an adapter
+if TYPE_CHECKING:  # imported where an adapter is loaded: a wrong folder is refused without them
+    from torch import Tensor, nn
+
+    from higgstune.peft_compat import LoraConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CARD = "higgstune.json"  # base, codec and recipe of the adapter, which speaking needs
@@ -82,7 +84,34 @@ def adapter_conditioning(folder: Path) -> Conditioning:
         raise CheckpointError(f"{folder / ADAPTER_CARD} is damaged (conditioning): {error}") from error
 
 
-def checked_weights(folder: Path, model: Any, *, checksum: bool = True) -> dict[str, Tensor]:
+def recorded_base(base: BaseSpec, adapter: Path, card: Mapping[str, Any]) -> BaseSpec:
+    """`base` with the checkpoint, revision and codec that an adapter's files record, where it names none.
+
+    A recorded codec whose folder has moved is the one in the checkpoint's folder, if there is one. `card` is the
+    adapter's, which may be empty. Raises CheckpointError when no checkpoint is recorded.
+    """
+    checkpoint, codec = base.checkpoint, card.get("codec")
+    if checkpoint is None:
+        checkpoint = read_json(adapter / ADAPTER_CONFIG, "").get("base_model_name_or_path")
+        if not checkpoint:
+            raise CheckpointError(f"the adapter {adapter} does not record its base: name it with --model")
+    moved = codec is not None and Path(codec).is_absolute() and not Path(codec).is_dir()
+    found = base.filled(str(checkpoint), card.get("revision"))
+    if moved and base.codec is None and _has_codec(found):
+        codec = None
+    return found.filled(codec=codec)
+
+
+def _has_codec(base: BaseSpec) -> bool:
+    """Whether a base brings its codec; false for a missing base, which is refused where it is loaded."""
+    try:
+        folder = fetch(str(base.checkpoint), what="checkpoint", revision=base.revision, weights=False)
+    except CheckpointError:
+        return False
+    return (folder / CODEC_FOLDER).is_dir()
+
+
+def checked_weights(folder: Path, model: Any, *, checksum: bool = True) -> "dict[str, Tensor]":
     """The adapter's tensors, after all checks of its files, its base and its values. Raises CheckpointError."""
     check_adapter_files(folder, checksum=checksum)
     check_base(folder, model)
@@ -154,6 +183,8 @@ def base_fingerprint(model: Any) -> str:
     They are a hash of up to 4096 values of each weight, evenly spaced, as bfloat16. It leaves out adapters, and
     extensions whose weights follow from the base. A 4-bit base has the fingerprint of its unquantized weights.
     """
+    import torch
+
     digest = hashlib.sha256()
     base, extensions = base_of(model), family_of(model).extensions
     builtin = extensions.builtin(model)
@@ -197,11 +228,13 @@ def read_adapter_config(path: Path, patterns: tuple[str, ...]) -> "LoraConfig":
     return LoraConfig(**known, inference_mode=True)
 
 
-def check_shapes(config: "LoraConfig", model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+def check_shapes(config: "LoraConfig", model: "nn.Module", weights: "Mapping[str, Tensor]", folder: Path) -> None:
     """Raise CheckpointError unless every layer that the configuration names has its LoRA among the tensors.
 
     Runs before peft allocates the layers: a rank from a stranger must not take more memory than the file has.
     """
+    from torch import nn
+
     for name, layer in model.named_modules():
         if not _is_target(config, name):
             continue
@@ -221,7 +254,7 @@ def check_shapes(config: "LoraConfig", model: nn.Module, weights: Mapping[str, T
                 )
 
 
-def check_values(weights: Mapping[str, Tensor], folder: Path) -> None:
+def check_values(weights: "Mapping[str, Tensor]", folder: Path) -> None:
     """Raise CheckpointError for tensors that are not floats or not finite."""
     for key, value in weights.items():
         if not value.is_floating_point() or not bool(value.float().isfinite().all()):

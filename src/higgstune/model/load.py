@@ -1,6 +1,6 @@
 """Loads checkpoints: the model of a family, its tokenizer and its codec."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from higgstune.checkpoint_files import check_checksums, read_json
-from higgstune.codec import CODEC_FOLDER, Codec, checkpoint_codec, load_codec
+from higgstune.checkpoint_files import check_checksums
+from higgstune.codec import Codec, checkpoint_codec, load_codec
 from higgstune.codec.whisper_encoder import WhisperTower
 from higgstune.environment import choose_device, choose_dtype
 from higgstune.errors import CheckpointError, InputError
@@ -18,7 +18,13 @@ from higgstune.families.base import Family, Layout, Prompter, Spec
 from higgstune.hub import fetch
 from higgstune.inputs import ADAPTER_CONFIG, BaseSpec, Quantize
 from higgstune.kernels.quantize import check_quantize, quantize_layers
-from higgstune.model.adapter_folder import UNQUANTIZED_FINGERPRINT, adapter_card, base_fingerprint, check_adapter_family
+from higgstune.model.adapter_folder import (
+    UNQUANTIZED_FINGERPRINT,
+    adapter_card,
+    base_fingerprint,
+    check_adapter_family,
+    recorded_base,
+)
 from higgstune.model.tokenizer import read_tokenizer
 
 
@@ -104,33 +110,6 @@ def load_base(base: BaseSpec, adapter: Path | None = None) -> ModelAndTokenizers
             folder = fetch(str(base.checkpoint), what="checkpoint", revision=base.revision, weights=False)
             check_adapter_family(adapter, family_in(folder)[0])
         return _load_all(base)
-
-
-def recorded_base(base: BaseSpec, adapter: Path, card: Mapping[str, Any]) -> BaseSpec:
-    """`base` with the checkpoint, revision and codec that an adapter's files record, where it names none.
-
-    A recorded codec whose folder has moved is the one in the checkpoint's folder, if there is one. `card` is the
-    adapter's, which may be empty. Raises CheckpointError when no checkpoint is recorded.
-    """
-    checkpoint, codec = base.checkpoint, card.get("codec")
-    if checkpoint is None:
-        checkpoint = read_json(adapter / ADAPTER_CONFIG, "").get("base_model_name_or_path")
-        if not checkpoint:
-            raise CheckpointError(f"the adapter {adapter} does not record its base: name it with --model")
-    moved = codec is not None and Path(codec).is_absolute() and not Path(codec).is_dir()
-    found = base.filled(str(checkpoint), card.get("revision"))
-    if moved and base.codec is None and _has_codec(found):
-        codec = None
-    return found.filled(codec=codec)
-
-
-def _has_codec(base: BaseSpec) -> bool:
-    """Whether a base brings its codec; false for a missing base, which is refused where it is loaded."""
-    try:
-        folder = fetch(str(base.checkpoint), what="checkpoint", revision=base.revision, weights=False)
-    except CheckpointError:
-        return False
-    return (folder / CODEC_FOLDER).is_dir()
 
 
 @contextmanager

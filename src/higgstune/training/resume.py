@@ -33,7 +33,7 @@ from higgstune.training.checkpoint import (
     under,
 )
 from higgstune.training.metrics import FiniteSteps, SkippedSteps, TrainingWindow
-from higgstune.training.result import ChosenStep
+from higgstune.training.run_dir import ChosenStep
 from higgstune.training.sample_eval import SampleEvaluation
 
 

@@ -26,8 +26,7 @@ from higgstune.planning.run_memory import RunMemory
 from higgstune.planning.training_data import TrainingData, check_families
 from higgstune.training.callbacks import StopSignals
 from higgstune.training.distributed import Processes
-from higgstune.training.result import RunResult, StageResult
-from higgstune.training.run_dir import RunFolder
+from higgstune.training.run_dir import RunFolder, RunResult, StageResult
 from higgstune.training.sample_eval import rule_of, texts_to_speak
 from higgstune.training.setup import RunSetup, check_packs, resolve_setup
 from higgstune.training.stage import Job, is_sharded_run, train_stage

@@ -1,4 +1,7 @@
-"""The folder of a run: `recipe.yaml`, `run.json`, and a folder for each stage. It belongs to one job at a time."""
+"""The folder of a run: `recipe.yaml`, `run.json` with what the run gives, and a folder for each stage.
+
+It belongs to one job at a time.
+"""
 
 import json
 import os
@@ -18,7 +21,7 @@ from higgstune.config.recipe import Recipe, Stage, load_recipe, save_recipe
 from higgstune.errors import ConfigError, WorkError
 from higgstune.files import lock_file, refusal, write_file, writing
 from higgstune.inputs import RUN_STATE
-from higgstune.training.result import StageResult
+from higgstune.training.verify import Verification
 
 RECIPE_FILE = "recipe.yaml"
 _LOCK = ".lock"
@@ -27,6 +30,62 @@ _OURS = (RECIPE_FILE, RUN_STATE, _LOCK, f".{RECIPE_FILE}", f".{RUN_STATE}")
 # Keys of a recipe that may change when a run resumes: they change nothing of what is trained, but for rounding.
 FREE = ("parallel", "gradient_checkpointing", "compile", "save_steps", "save_total_limit", "report_to")
 _UNTIL_FREE = 10.0  # seconds that a job before this one may take to end
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An evaluated step, with which a stage may end."""
+
+    step: int
+    measures: dict[str, float]  # of its samples, and its validation loss
+    broken: list[str]  # the conditions that it does not meet
+    rank: float
+
+
+@dataclass(frozen=True)
+class ChosenStep:
+    """The step that a stage ends with, and why."""
+
+    step: int
+    rule: str
+    healthy: bool  # whether the best candidate meets all conditions
+    candidates: list[Candidate]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedStage:
+    """A stage that was trained."""
+
+    kind: str
+    steps: int
+    layers: int  # with LoRA
+    compiled: bool
+    checkpointed_layers: int  # which are recomputed in the backward pass
+    parameters: int  # that are trained
+    sharded_parameters: int  # tensors that are spread over the processes
+    history: list[dict[str, int | float]]  # each entry has its step
+    stopped_early: bool = False  # because patience ran out
+    chosen: ChosenStep | None = None  # None: the stage spoke no samples, and ends with its last step
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult(TrainedStage):
+    """A stage that was trained, saved and verified."""
+
+    verification: Verification
+
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in `run.json`: without `chosen` where there was no choice."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run."""
+
+    folder: Path
+    adapter: Path  # of the last stage
+    stages: dict[str, StageResult]  # by name
 
 
 @dataclass(frozen=True)

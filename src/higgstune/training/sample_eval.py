@@ -41,7 +41,7 @@ from higgstune.files import write_file
 from higgstune.generate.speaker import Speaker, Speech
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.distributed import Processes
-from higgstune.training.result import Candidate, ChosenStep
+from higgstune.training.run_dir import Candidate, ChosenStep
 
 if TYPE_CHECKING:  # imported by those who draw and write: both take long
     from torch.utils.tensorboard import SummaryWriter

@@ -18,7 +18,7 @@ from higgstune.model.adapter_folder import write_card
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.peft_compat import PeftModel
 from higgstune.training.metrics import last_metrics
-from higgstune.training.result import TrainedStage
+from higgstune.training.run_dir import TrainedStage
 from higgstune.training.setup import RunSetup
 
 

@@ -32,8 +32,7 @@ from higgstune.planning.run_memory import RunMemory
 from higgstune.training.callbacks import ProgressReport, StopSignals
 from higgstune.training.checkpoint import newest_checkpoint, trained_state
 from higgstune.training.distributed import Processes, shard, sharded_parameters
-from higgstune.training.result import ChosenStep, StageResult, TrainedStage
-from higgstune.training.run_dir import RunFolder
+from higgstune.training.run_dir import ChosenStep, RunFolder, StageResult, TrainedStage
 from higgstune.training.sample_eval import SampleEvaluation
 from higgstune.training.save import adapter_card_of, save_adapter
 from higgstune.training.setup import RunSetup

@@ -11,6 +11,8 @@ answers of any of them.
 """
 
 from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
 
 from higgstune.errors import ConfigError
 from higgstune.evaluation.judges.base import Judges, QualityJudge, SpeakerJudge, Transcriber
@@ -20,12 +22,42 @@ from higgstune.evaluation.judges.command import (
     ExternalTranscriber,
     command_words,
 )
+from higgstune.hub import check_name
 
 # Cosines at the equal error rate on real speech: above them a judge means the same speaker.
 SAME_SPEAKER = {"resemblyzer": 0.757, "campplus": 0.581}
 DEFAULT_SPEAKER = "microsoft/wavlm-base-plus-sv"
 AUTO = "auto"  # the default model of a role, if it is in the hub's cache; it is never downloaded
 DISTILLMOS = "distillmos"
+
+
+def judge_specs(
+    asr: str | None = None, speaker: str | None = None, quality: str | None = None
+) -> dict[str, str | None]:
+    """The specs by role (asr, speaker, naturalness), with "auto" resolved: all that can be checked without a model.
+
+    Raises ConfigError for a spec that names no judge or needs an extra that is not installed, CheckpointError for a
+    folder that does not exist.
+    """
+    if speaker == AUTO:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = isinstance(try_to_load_from_cache(DEFAULT_SPEAKER, "config.json"), str)
+        speaker = DEFAULT_SPEAKER if cached else None
+    if asr is not None and not command_words(asr) and not Path(asr).expanduser().is_dir():
+        if "/" in asr:
+            check_name(asr, what="ASR")
+        else:
+            _check_installed("faster_whisper", f"the ASR {asr} needs faster-whisper", "asr")
+    if asr is not None:
+        _check_installed("jiwer", "error rates need jiwer", "asr")
+    if speaker is not None and not command_words(speaker):
+        check_name(speaker, what="speaker judge")
+    if quality is not None and not command_words(quality):
+        if quality != DISTILLMOS:
+            raise ConfigError(f"there is no quality judge {quality!r}: give {DISTILLMOS!r}, or a command")
+        _check_installed(DISTILLMOS, f"the quality judge {DISTILLMOS} needs its package", "naturalness")
+    return {"asr": asr, "speaker": speaker, "naturalness": quality}
 
 
 def load_judges(
@@ -39,10 +71,11 @@ def load_judges(
     Each may also be a command. Raises ConfigError for a spec that names no judge or needs an extra that is not
     installed, and CheckpointError for a model that cannot be loaded.
     """
+    specs = judge_specs(asr, speaker, quality)
     return Judges(
-        asr=None if asr is None else _transcriber(asr, device),
-        speaker=None if speaker is None else _speaker_judge(speaker, device),
-        quality=None if quality is None else _quality_judge(quality, device),
+        asr=None if specs["asr"] is None else _transcriber(specs["asr"], device),
+        speaker=None if specs["speaker"] is None else _speaker_judge(specs["speaker"], device),
+        quality=None if specs["naturalness"] is None else _quality_judge(specs["naturalness"], device),
     )
 
 
@@ -51,6 +84,11 @@ def check_languages(judges: Judges, languages: Iterable[str | None]) -> None:
     for language in dict.fromkeys(languages):
         if judges.asr is not None:
             judges.asr.transcribe([], language=language)
+
+
+def _check_installed(package: str, need: str, extra: str) -> None:
+    if find_spec(package) is None:
+        raise ConfigError(f"{need}: pip install 'higgstune[{extra}]'")
 
 
 # The modules of models import their libraries, so each is imported when one of its judges is needed.
@@ -62,13 +100,7 @@ def _transcriber(spec: str, device: str) -> Transcriber:
     return load_transcriber(spec, device)
 
 
-def _speaker_judge(spec: str, device: str) -> SpeakerJudge | None:
-    if spec == AUTO:
-        from huggingface_hub import try_to_load_from_cache
-
-        if not isinstance(try_to_load_from_cache(DEFAULT_SPEAKER, "config.json"), str):
-            return None
-        spec = DEFAULT_SPEAKER
+def _speaker_judge(spec: str, device: str) -> SpeakerJudge:
     if words := command_words(spec):
         return ExternalSpeakerJudge(words)
     from higgstune.evaluation.judges.models import WavLM
@@ -79,8 +111,6 @@ def _speaker_judge(spec: str, device: str) -> SpeakerJudge | None:
 def _quality_judge(spec: str, device: str) -> QualityJudge:
     if words := command_words(spec):
         return ExternalQualityJudge(words)
-    if spec != DISTILLMOS:
-        raise ConfigError(f"there is no quality judge {spec!r}: give {DISTILLMOS!r}, or a command")
     from higgstune.evaluation.judges.models import DistillMos
 
     return DistillMos(device=device)

@@ -102,8 +102,20 @@ def blind_test(comparison: Comparison, sections: Sequence[Mapping[str, Any]]) ->
     return {"key": key, "systems": names, "sets": sets, "labels": _LABELS, "seed": comparison.seed}
 
 
-def check_number(systems: int) -> None:
-    """Raises ConfigError for fewer than two systems, or for more than a page can show."""
+def system_names(places: Sequence[Path]) -> list[str]:
+    """Names of systems: the folders' names, with their parents' names if two are the same.
+
+    Raises ConfigError for fewer than two systems, for more than a page can show, and for one folder given twice.
+    """
+    _check_number(len(places))
+    for depth in range(1, 5):
+        names = ["-".join(place.resolve().parts[-depth:]) for place in places]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(f"one folder is given twice: {', '.join(map(str, places))}")
+
+
+def _check_number(systems: int) -> None:
     if not 2 <= systems <= len(_LABELS):
         raise ConfigError(f"{systems} systems cannot be compared on a page: give 2 to {len(_LABELS)}")
 
@@ -112,7 +124,7 @@ def _check(systems: Sequence[System]) -> None:
     names = [system.name for system in systems]
     if len(set(names)) < len(names):
         raise ConfigError(f"two systems have one name: {', '.join(names)}: give each its own")
-    check_number(len(names))
+    _check_number(len(names))
 
 
 def _clips_of(sections: Sequence[Mapping[str, Any]]) -> list[str]:
