@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from higgstune.checkpoint_files import read_json
-from higgstune.errors import CheckpointError, DataError, InputError
+from higgstune.errors import CheckpointError, ConfigError, DataError, InputError
+from higgstune.files import check_folder
 
 if TYPE_CHECKING:
     import torch
@@ -19,13 +20,15 @@ INDEX_NAME = "store.json"  # of a code store
 ADAPTER_CONFIG = "adapter_config.json"
 RUN_STATE = "run.json"
 BASE, ADAPTER, CLIPS = "base", "adapter", "clips"  # kinds of what is evaluated
-_SOURCE_FILES = (".jsonl", ".ndjson", ".csv", ".json")
+HUB_PREFIX = "hf:"  # of a data set at the hub
+_SOURCE_FILES = (".jsonl", ".ndjson", ".csv", ".tsv", ".list", ".txt", ".json")
 _UNDERSTOOD = """What is understood:
-- a folder of recordings (wav, flac, mp3, ogg, opus), each with a .txt or .lab of the same name
-- a folder with an LJSpeech metadata.csv (id|text|normalised text) and wavs/, or such a table itself
-- a manifest, one JSON object a line: a .jsonl file, or a folder with manifest.jsonl or metadata.jsonl
-- a ChatML list: a .json file with [{"messages": [...]}, ...]
-- a metadata.json with {"samples": [...]}, or its folder"""
+- a folder of recordings (wav, flac, mp3, ogg, opus), each with a .txt, .lab or .json of the same name
+- LibriSpeech, LibriTTS, VCTK and Kaldi folders
+- an LJSpeech folder, or another table of clips (.csv, .tsv, .list, .txt): id|text, or with a header: file_name,text
+- a manifest (.jsonl, .json), one JSON object a line or a list of them, or a folder with manifest.jsonl
+- a data set at the hub: hf:owner/name or hf:owner/name:split
+- a ChatML list, or a metadata.json with {"samples": [...]}, or its folder"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class BaseSpec:
 
 def check_source(path: Path) -> None:
     """Raise DataError for a source that does not exist, or is a file of an unknown kind."""
+    if str(path).startswith(HUB_PREFIX):
+        return
     if not path.exists():
         raise DataError(f"{path} does not exist. {_UNDERSTOOD}")
     if path.is_dir() and not any(path.iterdir()):
@@ -61,10 +66,19 @@ def check_source(path: Path) -> None:
         raise unknown_kind(path)
 
 
-def unknown_kind(path: Path) -> DataError:
-    """The error for a source without recordings or a manifest."""
+def check_store_place(source: str | Path, out: Path) -> None:
+    """Raise ConfigError for a folder that cannot become the code store of a source."""
+    if Path(source).resolve() == out.resolve():
+        raise ConfigError(f"{out} is also the source: give the code store its own folder")
+    check_folder(out)
+    if found := [name for name in ("config.json", ADAPTER_CONFIG, RUN_STATE) if (out / name).exists()]:
+        raise ConfigError(f"{out} has a {found[0]}: give the code store its own folder")
+
+
+def unknown_kind(path: Path, seen: str = "") -> DataError:
+    """The error for a source without recordings or a manifest; `seen` is what it holds instead."""
     what = "holds no recording and no manifest" if path.is_dir() else "is of an unknown kind"
-    return DataError(f"{path} {what}. {_UNDERSTOOD}")
+    return DataError(f"{path} {what}{f' ({seen})' if seen else ''}. {_UNDERSTOOD}")
 
 
 def check_store(folder: Path) -> None:

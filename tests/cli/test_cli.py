@@ -129,7 +129,7 @@ LONG = "x" * 300  # no file name can have it
 # Wrong in a way that needs no model to be seen: arguments, and what the error names. `run` is a run, `store` a store.
 WRONG = (
     (("prepare", "nowhere", "--out", "x"), "nowhere"),
-    (("prepare", "notes.txt", "--out", "x"), "notes.txt is of an unknown kind"),
+    (("prepare", "notes.md", "--out", "x"), "notes.md is of an unknown kind"),
     (("prepare", "store", "--out", "x", "--max-seconds", "0"), "must be above 0"),
     (("prepare", "empty", "--out", "x"), "holds no recording"),
     (("prepare", "", "--out", "x"), "it is empty"),
@@ -209,7 +209,8 @@ def wrong_inputs(tmp_path: Path) -> Path:
         (tmp_path / name / "one.txt").write_text("One.")
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "store.json").write_text("{}")
-    (tmp_path / "notes.txt").write_text("A note.")
+    for name in ("notes.txt", "notes.md"):
+        (tmp_path / name).write_text("A note.")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     return tmp_path
 

@@ -124,6 +124,7 @@ def test_a_table_that_is_not_utf8_loses_those_lines_only(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["manifest.jsonl", "metadata.jsonl"])
 def test_a_manifest_or_its_folder(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "a.wav", speech(0.4))
     (tmp_path / name).write_text('{"audio": "a.wav", "text": "A."}\nbroken\n', encoding="utf-8")
     for source in (tmp_path, tmp_path / name):
         found = rows(source)

@@ -175,7 +175,7 @@ def test_a_store_with_older_texts_is_refused(tmp_path: Path) -> None:
     recordings(tmp_path / "in", 2)
     run(tmp_path / "in", tmp_path / "out")
     index = tmp_path / "out" / "store.json"
-    index.write_text(index.read_text().replace('"text_normalization": "1"', '"text_normalization": "0"'))
+    index.write_text(index.read_text().replace('"text_normalization": "2"', '"text_normalization": "0"'))
     with pytest.raises(DataError, match="normalised by version 0"):
         run(tmp_path / "in", tmp_path / "out")
 

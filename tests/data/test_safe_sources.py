@@ -22,7 +22,7 @@ from higgstune.config.recipe import load_recipe
 from higgstune.data import audio
 from higgstune.data.audio import read_audio, read_recording
 from higgstune.data.importers import read_source
-from higgstune.data.importers.folder import read_transcript
+from higgstune.data.importers.transcripts import read_transcript
 from higgstune.data.manifest import MAX_LINE, Utterance, parse_line, read_manifest
 from higgstune.data.rejection import RowError
 from higgstune.data.text import normalize_text

@@ -182,7 +182,7 @@ def source_seeds() -> Iterator[tuple[str, bytes]]:
     yield "manifest.jsonl", b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
     yield "data.json", json.dumps([row for row in ROWS if "messages" in row]).encode()
     yield "metadata.json", json.dumps({"samples": SAMPLES}).encode()
-    yield "metadata.csv", f"a|Hello.|Hello.\n../{SECRET[:-4]}|Hello.\n".encode()
+    yield "metadata.csv", f"a|Hello.|Hello.\n../{SECRET[:-4]}|Hello.|Hello.\n".encode()
     table = io.StringIO()
     csv.writer(table).writerows([["file_name", "text", "speaker"], [RECORDING, "Hello, you.", "anna"]])
     yield "metadata.csv", table.getvalue().encode()

@@ -9,10 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from higgstune.cli.options import DeviceOption, JsonOption, check_model, path, within
-from higgstune.cli.output import Bar, announced, print_result
-from higgstune.files import check_folder
+from higgstune.cli.output import Bar, announced, errors, escape, print_result
 from higgstune.hub import check_name
-from higgstune.inputs import check_source, check_store
+from higgstune.inputs import check_source, check_store, check_store_place
 
 _LABELS, _LIMITS, _MODEL = "Labels of all rows", "Which clips", "Model"
 
@@ -22,8 +21,8 @@ def prepare(
         Path,
         typer.Argument(
             parser=path,
-            help="Folder of audio with .txt/.lab beside each file, LJSpeech folder, .jsonl manifest, ChatML .json or "
-            "metadata.json with samples.",
+            help="Folder of audio with a text beside each file, LJSpeech, LibriTTS, VCTK, Kaldi...; a table or a "
+            "manifest of clips; hf:owner/name.",
         ),
     ],
     out: Annotated[Path, typer.Option(parser=path, metavar="FOLDER", help="Code store: a new one, or one to add to.")],
@@ -60,6 +59,15 @@ def prepare(
             rich_help_panel=_LIMITS,
         ),
     ] = False,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROLES",
+            help="What a table's columns mean, in order, - for unused: audio,speaker,text; or by name: "
+            "audio=path,text=words.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Checkpoint to train, whose codec encodes.", rich_help_panel=_MODEL),
@@ -80,18 +88,23 @@ def prepare(
 ) -> None:
     """Check recordings, encode them once, and store their codes."""
     check_source(source)
-    check_folder(out)
+    check_store_place(source, out)
     if model is not None:
         check_model(model)
     for name, what in ((codec, "codec"), (whisper, "Whisper checkpoint")):
         if name is not None:
             check_name(name, what=what)
+    from higgstune.data.importers import read_source
+
+    read = read_source(source, allow_outside=allow_outside, columns=columns)
+    if not as_json:
+        errors.print(f"read as {escape(read.read_as)}", highlight=False, soft_wrap=True)
     with announced("loading the codec", as_json):
         from higgstune.data.prepare import prepare as run
 
     with Bar() as bar:
         summary = run(
-            source,
+            read,
             out,
             codec=codec,
             device=device,
@@ -102,6 +115,7 @@ def prepare(
             max_seconds=max_seconds,
             allow_long=allow_long,
             allow_outside=allow_outside,
+            columns=columns,
             seed=seed,
             speaker=speaker,
             language=language,

@@ -91,6 +91,10 @@ def _utterance(data: Any) -> Utterance:
 
 def parse_line(line: bytes) -> Utterance:
     """A row from one line of a manifest. Raises RowError with the reason."""
+    return parse_utterance(_decoded(line))
+
+
+def _decoded(line: bytes) -> Any:
     try:
         data = json.loads(line.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
     except UnicodeDecodeError as error:
@@ -99,7 +103,19 @@ def parse_line(line: bytes) -> Utterance:
         raise RowError("bad_row", "the line is nested too deeply to be a row") from error
     except ValueError as error:
         raise RowError("bad_row", f"the line is not JSON: {error}") from error
-    return parse_utterance(data)
+    return data
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The decoded lines of a file with their numbers, counted from 1; empty lines are skipped.
+
+    A broken line is yielded as its RowError. Raises DataError where the file cannot be read.
+    """
+    for number, line in _lines(path):
+        try:
+            yield number, line if isinstance(line, RowError) else _decoded(line)
+        except RowError as error:
+            yield number, error
 
 
 def read_manifest(path: str | Path) -> Iterator[tuple[int, Utterance | RowError]]:

@@ -17,20 +17,21 @@ from higgstune.data.clips import Candidate, Checker, Limits
 from higgstune.data.encode import CodeJournal, Encoder, journal_path
 from higgstune.data.entry import Entry, fallback_ids, new_entry, source_key, stored_entries
 from higgstune.data.importers import read_source
+from higgstune.data.manifest import Utterance
 from higgstune.data.merge import Merger, Pairing, resolve_references
 from higgstune.data.messages import whisper_clips
-from higgstune.data.rejection import Rejection, RowError, count_reasons
+from higgstune.data.rejection import Rejection, RowError, count_reasons, shown
 from higgstune.data.shard_reader import PARTIAL_NAME, REJECTED_NAME, SPLITS, StoreInfo
 from higgstune.data.shard_writer import write_store
-from higgstune.data.source import SourceRow, rejections_of
+from higgstune.data.source import Source, SourceRow, rejections_of
 from higgstune.data.splits import RecordingGroups
 from higgstune.data.store import CodeStore
 from higgstune.data.text import TEXT_NORMALIZATION
 from higgstune.data.whisper_features import WhisperEncoder, store_features
 from higgstune.environment import choose_device
 from higgstune.errors import CheckpointError, ConfigError, DataError
-from higgstune.files import alone_in, check_folder, write_file
-from higgstune.inputs import ADAPTER_CONFIG, INDEX_NAME, RUN_STATE
+from higgstune.files import alone_in, write_file
+from higgstune.inputs import INDEX_NAME, check_store_place
 from higgstune.progress import Progress, silent
 
 Item = TypeVar("Item")
@@ -44,6 +45,9 @@ class PrepareSummary:
     """The outcome of a preparation; `dataclasses.asdict` gives JSON."""
 
     out: str
+    read_as: str  # how the source was understood
+    example: str  # its first usable row
+    passed_over: list[str]  # what of the source is not used, a clause each
     accepted: dict[str, int]  # rows of this source, by split
     rows: dict[str, int]  # rows of the whole store, by split
     hours: dict[str, float]  # of the whole store, by split
@@ -69,6 +73,7 @@ class PrepareOptions:
     model: str | None = None  # the checkpoint that will be trained
     whisper: str | None = None  # the Whisper checkpoint whose features are stored
     allow_outside: bool = False  # whether paths may leave the folder of the source
+    columns: str | None = None  # what the columns of the source mean, where it was said
 
     def check(self) -> None:
         """Raise ConfigError for an impossible option."""
@@ -81,7 +86,7 @@ class PrepareOptions:
 
 
 def prepare(
-    source: str | Path,
+    source: str | Path | Source,
     out: str | Path,
     *,
     codec: Codec | str | Path | None = None,
@@ -94,6 +99,7 @@ def prepare(
     max_seconds: float = 30.0,
     allow_long: bool = False,
     allow_outside: bool = False,
+    columns: str | None = None,
     seed: int = 0,
     speaker: str | None = None,
     language: str | None = None,
@@ -104,15 +110,17 @@ def prepare(
 
         prepare("recordings/", "data/voice", speaker="anna").accepted      # {"train": 95, "validation": 5}
 
-    `source` is any kind that `read_source` understands. `codec` is a codec, or the name of one that `load_codec` loads
-    on `device` (None: CUDA where it is available); the default is the codec of `model`, the checkpoint that will be
-    trained. `codec_name` is its name in the store. `speaker`, `language` and `scene` are set for every row (a
-    conversation has its own scene). `references="same_speaker"` gives each row another clip of its speaker as a
-    reference, drawn by `seed`; splits follow the recordings' hashes. `whisper` is a Whisper checkpoint (or encoder)
-    whose features of every reference, and of audio in user, system and scene messages, are stored for a recipe's
-    `model.whisper`. `max_seconds` bounds a clip unless `allow_long`. A row with a path that leaves the source's folder
-    (`..`, a link, an absolute path) is refused unless `allow_outside`: a source from a stranger could name any file on
-    this machine. `progress` is called with the stage, the rows done and the rows in all.
+    `source` is any kind that `read_source` understands, or what it has read. `codec` is a codec, or the name of one
+    that `load_codec` loads on `device` (None: CUDA where it is available); the default is the codec of `model`, the
+    checkpoint that will be trained. `codec_name` is its name in the store. `speaker`, `language` and `scene` are set
+    for every row (a conversation has its own scene). `references="same_speaker"` gives each row another clip of its
+    speaker as a reference, drawn by `seed`; splits follow the recordings' hashes. `whisper` is a Whisper checkpoint (or
+    encoder) whose features of every reference, and of audio in user, system and scene messages, are stored for a
+    recipe's `model.whisper`. `max_seconds` bounds a clip unless `allow_long`. A row with a path that leaves the
+    source's folder (`..`, a link, an absolute path) is refused unless `allow_outside`: a source from a stranger could
+    name any file on this machine. `columns` says what the columns of a table or the keys of a manifest mean where they
+    do not tell ("audio,speaker,text", "audio=path,text=words"). `progress` is called with the stage, the rows done and
+    the rows in all.
 
     A row that cannot be used is recorded in `rejected.jsonl` and counted. An interrupted run keeps the codes it has,
     and the next run resumes from there; until then the old store stays.
@@ -124,23 +132,21 @@ def prepare(
     whisper = str(whisper) if isinstance(whisper, Path) else whisper
     whisper_name = whisper if whisper is None or isinstance(whisper, str) else whisper.checkpoint
     options = PrepareOptions(
-        validation_fraction, references, max_seconds, allow_long, seed, for_model, whisper_name, allow_outside
+        validation_fraction, references, max_seconds, allow_long, seed, for_model, whisper_name, allow_outside, columns
     )
     options.check()
-    source, out = Path(source), Path(out)
-    if source.resolve() == out.resolve():
-        raise ConfigError(f"{out} is also the source: give the code store its own folder")
-    check_folder(out)
-    if found := [name for name in ("config.json", ADAPTER_CONFIG, RUN_STATE) if (out / name).exists()]:
-        raise ConfigError(f"{out} has a {found[0]}: give the code store its own folder")
-    rows = [_with_labels(row, speaker, language, scene) for row in read_source(source, allow_outside=allow_outside)]
+    out, read = Path(out), source
+    if not isinstance(read, Source):
+        check_store_place(read, out)
+        read = read_source(read, allow_outside=allow_outside, columns=columns)
+    read = replace(read, rows=[_with_labels(row, speaker, language, scene) for row in read])
     model_type = _model_type(model, at_hub=codec is None)
     name, codec = _load_codec(codec, model, device)
     whisper_encoder = _load_whisper(whisper, device)
     with alone_in(out, "preparation", "nothing was encoded"):
         return Preparation(
             out, codec, codec_name or name, model_type, options, progress or silent, whisper_encoder
-        ).run(rows)
+        ).run(read)
 
 
 def _with_labels(row: SourceRow, speaker: str | None, language: str | None, scene: str | None) -> SourceRow:
@@ -213,9 +219,9 @@ class Preparation:
         self._store = _existing_store(out, codec)
         self._stored = [] if self._store is None else stored_entries(self._store)
 
-    def run(self, rows: list[SourceRow]) -> PrepareSummary:
+    def run(self, source: Source) -> PrepareSummary:
         """Add the rows of a source to the store. Raises as `prepare`."""
-        options = self._options
+        options, rows = self._options, list(source)
         checker = Checker(Limits(self._codec.frame_rate, options.max_seconds, options.allow_long))
         candidates, refused = self._each("reading", dict(enumerate(rows)), checker.check)
         with CodeJournal(journal_path(self._out, self._codec), self._codec.num_codebooks) as journal:
@@ -226,9 +232,9 @@ class Preparation:
             write_file(self._out / REJECTED_NAME, text)
             if not merger.entries:
                 raise DataError(_nothing_usable(rejections, self._out / REJECTED_NAME))
-            pairing = self._write(merger.entries, encoder)
+            pairing = self._write(merger.entries, encoder, source.read_as)
         shutil.rmtree(self._out / PARTIAL_NAME, ignore_errors=True)
-        summary = self._summary(merger, encoder, pairing, rejections)
+        summary = self._summary(source, merger, encoder, pairing, rejections)
         if self._whisper_encoder is None:
             return summary
         return self._store_whisper_features(self._whisper_encoder, summary, candidates.values())
@@ -315,7 +321,7 @@ class Preparation:
         groups.decide(merger.entries, self._options.validation_fraction)
         return merger, refused
 
-    def _write(self, entries: list[Entry], encoder: Encoder) -> Pairing:
+    def _write(self, entries: list[Entry], encoder: Encoder, read_as: str) -> Pairing:
         pairing = resolve_references(entries, self._options.references, self._options.seed)
         frames = {}
         for entry in entries:
@@ -327,11 +333,11 @@ class Preparation:
             elif entry.reference_id is not None:
                 entry.context_frames += frames[entry.reference_id]
         self._progress("writing", 0, 1)
-        write_store(self._out, entries, encoder.codes, self._info(entries))
+        write_store(self._out, entries, encoder.codes, self._info(entries, read_as))
         self._progress("writing", 1, 1)
         return pairing
 
-    def _info(self, entries: list[Entry]) -> StoreInfo:
+    def _info(self, entries: list[Entry], read_as: str) -> StoreInfo:
         codec = self._codec
         earlier = {} if self._store is None else self._store.info.settings
         return StoreInfo(
@@ -346,14 +352,20 @@ class Preparation:
             rows=_rows_by_split(entries),
             hours=_hours_by_split(entries),
             model_type=self._model_type or (None if self._store is None else self._store.info.model_type),
-            settings=earlier | {name: value for name, value in asdict(self._options).items() if value is not None},
+            settings=earlier
+            | {name: value for name, value in asdict(self._options).items() if value is not None}
+            | {"read_as": read_as},
         )
 
     def _summary(
-        self, merger: Merger, encoder: Encoder, pairing: Pairing, rejections: list[Rejection]
+        self, source: Source, merger: Merger, encoder: Encoder, pairing: Pairing, rejections: list[Rejection]
     ) -> PrepareSummary:
+        usable = (row.content for row in source if not isinstance(row.content, RowError))
         return PrepareSummary(
             out=str(self._out),
+            read_as=source.read_as,
+            example=_example(next(usable, None)),
+            passed_over=list(source.notes()),
             accepted=_rows_by_split(merger.accepted),
             rows=_rows_by_split(merger.entries),
             hours=_hours_by_split(merger.entries),
@@ -365,6 +377,14 @@ class Preparation:
             references=pairing,
             warnings=_find_warnings(merger.entries, pairing, self._options),
         )
+
+
+def _example(row: Utterance | None) -> str:
+    """A row's fields as they were read, for people."""
+    if row is None:
+        return "none can be used"
+    values = row.model_dump(exclude_none=True)
+    return ", ".join(f"{name} {shown(value)}" for name, value in values.items())
 
 
 def _existing_store(out: Path, codec: Codec) -> CodeStore | None:

@@ -1,14 +1,30 @@
 """Rows of a source with their place in it, the limits of what a source may name, and the record of refused rows."""
 
+import codecs
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from higgstune.data.audio import AUDIO_SUFFIXES
 from higgstune.data.manifest import Utterance
 from higgstune.data.rejection import Rejection, RowError, shown
 from higgstune.errors import DataError
 
+# Formats of recordings that are not read: rows with them are refused by name.
+FOREIGN_SUFFIXES = (
+    *(".m4a", ".m4b", ".aac", ".wma", ".mp4", ".mkv", ".mka", ".webm", ".amr", ".ac3", ".aiff", ".aif", ".au", ".caf"),
+    *(".w64", ".wv", ".ape", ".mpga", ".mp2", ".3gp", ".mov", ".avi"),
+)
+_BYTE_ORDER_MARKS = {  # UTF-32's first: it begins with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+# Where the NUL bytes of Latin letters lie, by byte within 4, in encodings without a mark.
+_NUL_PATTERNS = {"utf-32-le": (1, 2, 3), "utf-32-be": (0, 1, 2), "utf-16-le": (1, 3), "utf-16-be": (0, 2)}
 MAX_BYTES = 1 << 29  # of a source that is read as a whole: a million rows, which take ten times as much once decoded
 
 
@@ -26,6 +42,18 @@ class SourceRow:
     def path(self, name: str) -> Path:
         """A path of this row, resolved. Raises RowError where it leaves the folder without permission."""
         return path_within(self.folder, name, self.allow_outside)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of a source, how it was understood, and what of it is not used, a clause each."""
+
+    rows: Iterable[SourceRow]
+    read_as: str
+    notes: Callable[[], Iterable[str]] = tuple  # once the rows are read
+
+    def __iter__(self) -> Iterator[SourceRow]:
+        return iter(self.rows)
 
 
 def path_within(folder: Path, name: str, allow_outside: bool) -> Path:
@@ -71,3 +99,57 @@ def rejections_of(rows: Sequence[SourceRow], refused: Mapping[int, RowError]) ->
         Rejection(rows[index].location, rows[index].id, rows[index].audio, error.reason, str(error))
         for index, error in sorted(refused.items())
     ]
+
+
+def decode(data: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 or UTF-32, with or without a byte order mark. Raises UnicodeDecodeError, as for NUL.
+
+    Without a mark, the NUL bytes in every letter of Latin scripts tell UTF-16 and UTF-32 apart from UTF-8.
+    """
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
+    if encoding is None and b"\0" in data:
+        nuls = [data[place::4].count(0) / max(1, len(data[place::4])) for place in range(4)]
+        encoding = next((name for name, places in _NUL_PATTERNS.items() if min(nuls[p] for p in places) > 0.5), None)
+    text = data.decode(encoding or "utf-8")
+    if (place := text.find("\0")) >= 0:
+        raise UnicodeDecodeError("utf-8", data, place, place + 1, "a NUL byte, which is in no text")
+    return text
+
+
+def decode_lines(data: bytes) -> list[str]:
+    """The lines of a table, as `decode`; bytes that are not UTF-8 become surrogates, which refuse their row alone."""
+    try:
+        text = decode(data)
+    except UnicodeDecodeError:
+        text = data.decode("utf-8-sig", errors="surrogateescape")
+    return [line.rstrip("\r") for line in text.split("\n")]
+
+
+def without_audio_suffix(name: str) -> str:
+    """A recording's name without a known suffix, with forward slashes."""
+    path = Path(name)
+    return path.with_suffix("").as_posix() if path.suffix.lower() in AUDIO_SUFFIXES else name
+
+
+def audio_files(folder: Path, allow_outside: bool) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Recordings, and the names beside each by stem and lower-case suffix. Folders are visited once; hidden ones not.
+
+    A link to a folder outside is not visited unless `allow_outside`, and is yielded as if it were a recording.
+    """
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if not allow_outside and not is_within(Path(root), folder):
+            yield Path(root), {}
+            folders.clear()
+            continue
+        siblings = {os.path.splitext(name)[0] + os.path.splitext(name)[1].lower(): name for name in names}
+        for name in sorted(names):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in AUDIO_SUFFIXES + FOREIGN_SUFFIXES and not name.startswith("."):
+                yield Path(root, name), siblings

@@ -8,11 +8,14 @@ that change the words of other languages (removing brackets, spelling out degree
 import re
 import unicodedata
 
-TEXT_NORMALIZATION = "1"  # recorded in every store: raise it when a result of `normalize_text` changes
+import regex
+
+TEXT_NORMALIZATION = "2"  # recorded in every store: raise it when a result of `normalize_text` changes
 
 _CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]+\|>")
 _SPEAKER_TAG = re.compile(r"\[SPEAKER\d+\]")
-_SENTENCE_END = (*".!?,;:\"'؟،؛۔।॥։።፧᙮។៕‽⁇⁈⁉", "</SE>", "</SE_s>", "</SE_e>")
+# The end of a sentence or a clause in any script by Unicode's property, a quote, or a sound tag.
+_SENTENCE_END = regex.compile(r"(?:\p{Terminal_Punctuation}|\p{Sentence_Terminal}|[\"']|</SE(?:_[se])?>)\Z")
 
 _SOUND_TAGS = {
     "[laugh]": "<SE>[Laughter]</SE>",
@@ -67,7 +70,7 @@ def normalize_text(text: str) -> str:
     as once.
     """
     cleaned = clean_text(text)
-    if not is_speakable(cleaned) or cleaned.endswith(_SENTENCE_END):
+    if not is_speakable(cleaned) or _SENTENCE_END.search(cleaned):
         return cleaned
     return cleaned + "."
 

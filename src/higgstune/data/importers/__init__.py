@@ -1,64 +1,175 @@
 """Any kind of source -> rows; the kind follows from the files."""
 
+import os
+import re
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from higgstune.data.audio import AUDIO_SUFFIXES, is_file
 from higgstune.data.importers.chatml import is_trainer_json, load_json, read_trainer_json
 from higgstune.data.importers.folder import has_audio, read_folder
-from higgstune.data.importers.table import read_table
-from higgstune.data.manifest import Utterance, read_manifest
-from higgstune.data.source import SourceRow
-from higgstune.errors import DataError
-from higgstune.inputs import INDEX_NAME, check_source, unknown_kind
+from higgstune.data.importers.hub import read_hub
+from higgstune.data.importers.kaldi import FILES as KALDI
+from higgstune.data.importers.kaldi import read_kaldi
+from higgstune.data.importers.records import is_record_list, read_records, records_source
+from higgstune.data.importers.table import looks_like_table, read_table
+from higgstune.data.importers.transcripts import plain_row
+from higgstune.data.rejection import RowError
+from higgstune.data.source import FOREIGN_SUFFIXES, Source, SourceRow
+from higgstune.errors import ConfigError, DataError
+from higgstune.inputs import HUB_PREFIX, INDEX_NAME, check_source, unknown_kind
 
-_MANIFESTS = ("manifest.jsonl", "metadata.jsonl")
+_JSON_LINES = (".jsonl", ".ndjson")
+_TABLES = (".csv", ".tsv", ".list", ".txt")
+_USUAL = ("manifest.jsonl", "metadata.jsonl", "metadata.csv")
+_LISTS = re.compile(r"(metadata|train|val|valid|validation|dev|test|all|list|transcripts?|.*file_?list.*)\.txt", re.I)
+_SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "eval")
+_SHOWN = 6
 
 
-def read_source(path: str | Path, *, allow_outside: bool = False) -> Iterator[SourceRow]:
+def read_source(path: str | Path, *, allow_outside: bool = False, columns: str | None = None) -> Source:
     """The rows of a source, each with its place and either its content or the reason why it cannot be used.
 
-    A row with a path that leaves the source's folder is refused unless `allow_outside`. Raises DataError at once for a
-    source that is missing, of an unknown kind or ambiguous, and during iteration for one that cannot be read or has no
-    rows.
+    A row with a path that leaves the source's folder is refused unless `allow_outside`. `columns` says what the columns
+    of a table, or the keys of a manifest, mean (see `columns.parse_columns`). Raises DataError for a source that is
+    missing, of an unknown kind, ambiguous or without rows, ConfigError for columns that do not fit.
     """
+    if str(path).startswith(HUB_PREFIX):
+        return _plain(read_hub(str(path), columns=columns))
     path = Path(path)
     check_source(path)
-    if path.is_dir():
-        return _read_folder(path, allow_outside)
-    return _read_file(path, allow_outside)
+    read = _read_folder if path.is_dir() else _read_file
+    return _plain(read(path, allow_outside, columns))
 
 
-def _read_folder(folder: Path, allow_outside: bool) -> Iterator[SourceRow]:
+def _plain(source: Source) -> Source:
+    """The source with its texts as words: see `plain_row`."""
+    return replace(source, rows=[_plain_row(row) for row in source])
+
+
+def _plain_row(row: SourceRow) -> SourceRow:
+    if isinstance(row.content, RowError):
+        return row
+    try:
+        return replace(row, content=plain_row(row.content))
+    except RowError as error:
+        return replace(row, content=error)
+
+
+def _read_folder(folder: Path, allow_outside: bool, columns: str | None) -> Source:
     if (folder / INDEX_NAME).is_file():
         raise DataError(f"{folder} is a code store, which is prepared already: name the recordings it was made from")
-    found = [folder / name for name in (*_MANIFESTS, "metadata.csv") if (folder / name).is_file()]
+    if all((folder / name).is_file() for name in KALDI):
+        return _without_columns(read_kaldi(folder, allow_outside=allow_outside), columns)
+    found = [folder / name for name in _USUAL if (folder / name).is_file()]
     metadata = folder / "metadata.json"
     if metadata.is_file() and is_trainer_json(load_json(metadata)):
         found.append(metadata)
+    found = found or [path for path in sorted(folder.iterdir()) if _lists_clips(path)]
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
         raise DataError(f"{folder} has {names}: name the one to read instead of the folder")
     if found:
-        return _read_file(found[0], allow_outside)
+        return _read_file(found[0], allow_outside, columns)
+    inside = [path for path in sorted(folder.glob("*/metadata.*")) if path.name in _USUAL]
+    if inside and all(path.parent.name.lower() in _SPLITS for path in inside):
+        return _read_splits(inside, allow_outside, columns)
+    if inside:
+        raise DataError(f"there is a {inside[0].name} in {inside[0].parent}: name that folder")
     if not has_audio(folder, allow_outside=allow_outside):
-        raise unknown_kind(folder)
-    return read_folder(folder, allow_outside=allow_outside)
+        raise unknown_kind(folder, _seen(folder))
+    return _without_columns(read_folder(folder, allow_outside=allow_outside), columns)
 
 
-def _read_file(path: Path, allow_outside: bool) -> Iterator[SourceRow]:
+def _lists_clips(path: Path) -> bool:
+    """Whether a file of a folder of clips is a table or a manifest of them, and no transcript."""
     suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        return _manifest_rows(path, allow_outside)
-    if suffix == ".csv":
-        return read_table(path, allow_outside=allow_outside)
+    if not path.is_file() or path.name.startswith("."):
+        return False
     if suffix == ".json":
-        data = load_json(path)
-        if is_trainer_json(data):
-            return read_trainer_json(path, data, allow_outside=allow_outside)
+        beside = (path.with_suffix(audio) for audio in AUDIO_SUFFIXES)
+        return not any(map(is_file, beside)) and is_record_list(path)
+    may_be_table = suffix in _TABLES and (suffix != ".txt" or _LISTS.fullmatch(path.name) is not None)
+    return suffix in _JSON_LINES or (may_be_table and looks_like_table(path))
+
+
+def _read_file(path: Path, allow_outside: bool, columns: str | None) -> Source:
+    suffix = path.suffix.lower()
+    if suffix in _JSON_LINES:
+        return read_records(path, allow_outside=allow_outside, columns=columns)
+    if suffix in _TABLES:
+        return read_table(path, allow_outside=allow_outside, columns=columns)
+    if suffix == ".json":
+        return _read_json(path, allow_outside, columns)
     raise unknown_kind(path)
 
 
-def _manifest_rows(path: Path, allow_outside: bool) -> Iterator[SourceRow]:
-    for number, row in read_manifest(path):
-        row_id, audio = (row.id, row.audio) if isinstance(row, Utterance) else (None, None)
-        yield SourceRow(f"{path.name}:{number}", path.parent, row, row_id, audio, allow_outside)
+def _read_json(path: Path, allow_outside: bool, columns: str | None) -> Source:
+    try:
+        data = load_json(path)
+    except DataError as error:
+        if "Extra data" not in str(error):  # JSON lines under another name
+            raise
+        return read_records(path, allow_outside=allow_outside, columns=columns)
+    if is_trainer_json(data):
+        rows = list(read_trainer_json(path, data, allow_outside=allow_outside))
+        return _without_columns(Source(rows, f"{path.name}, a list of samples or conversations"), columns)
+    if isinstance(data, dict) and isinstance(data.get("segments"), list):
+        raise DataError(f"{path} has the segments of one recording: put it beside {path.stem}.wav and name the folder")
+    if isinstance(data, dict) and len(lists := [value for value in data.values() if _are_objects(value)]) == 1:
+        [data] = lists
+    if _are_objects(data):
+        records = [(f"{path.name}[{number}]", record) for number, record in enumerate(data)]
+        return records_source(path, records, allow_outside=allow_outside, columns=columns)
+    raise unknown_kind(path)
+
+
+def _are_objects(data: Any) -> bool:
+    return isinstance(data, list) and bool(data) and all(isinstance(item, dict) for item in data)
+
+
+def _read_splits(files: list[Path], allow_outside: bool, columns: str | None) -> Source:
+    """The rows of a folder per split, as `datasets` writes them. Ids and places name the split."""
+    sources = {path.parent.name: _read_file(path, allow_outside, columns) for path in files}
+    rows = [
+        replace(_in_split(row, split), location=f"{split}/{row.location}")
+        for split, source in sources.items()
+        for row in source
+    ]
+
+    def notes() -> Iterator[str]:
+        for split, source in sources.items():
+            yield from (f"{split}: {note}" for note in source.notes())
+        yield f"names of splits ({', '.join(sources)}): recordings are held out by their hash"
+
+    return Source(rows, f"a folder per split ({', '.join(sources)}): {next(iter(sources.values())).read_as}", notes)
+
+
+def _in_split(row: SourceRow, split: str) -> SourceRow:
+    if row.id is None:
+        return row
+    named = f"{split}/{row.id}"
+    content = row.content if isinstance(row.content, RowError) else row.content.model_copy(update={"id": named})
+    return replace(row, id=named, content=content)
+
+
+def _without_columns(source: Source, columns: str | None) -> Source:
+    if columns is not None:
+        raise ConfigError(f"--columns {columns} has no effect: the source is {source.read_as}")
+    return source
+
+
+def _seen(folder: Path) -> str:
+    """What lies in a folder that is no source, by the ends of its files' names."""
+    ends = Counter(
+        "".join(Path(name).suffixes[-2:]).lower() or name
+        for _root, _folders, names in os.walk(folder)
+        for name in names
+        if not name.startswith(".")
+    )
+    found = ", ".join(f"{count} files *{end}" for end, count in ends.most_common(_SHOWN))
+    foreign = any(end.endswith(FOREIGN_SUFFIXES) for end in ends)
+    return (found or "no file") + (", whose format is not read: convert them to flac or wav" if foreign else "")

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from higgstune.data.importers.folder import read_transcript
+from higgstune.data.importers.transcripts import read_transcript
 from higgstune.data.manifest import Utterance, parse_utterance
 from higgstune.data.rejection import RowError, shown
 from higgstune.data.source import SourceRow, read_whole

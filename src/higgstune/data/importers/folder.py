@@ -1,96 +1,173 @@
-"""Rows from a folder of recordings, each with its transcript in a .txt or .lab file of the same name."""
+"""Rows from a folder of recordings, each with its transcript in a file of the same name, or in a list per chapter."""
 
-import codecs
 import os
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from higgstune.data.audio import AUDIO_SUFFIXES, is_file
+from higgstune.data.importers.records import sidecar_rows
+from higgstune.data.importers.transcripts import read_transcript
 from higgstune.data.manifest import Utterance
 from higgstune.data.messages import is_unicode
 from higgstune.data.rejection import RowError
-from higgstune.data.source import SourceRow, is_within, path_within
+from higgstune.data.source import (
+    AUDIO_SUFFIXES,
+    FOREIGN_SUFFIXES,
+    Source,
+    SourceRow,
+    audio_files,
+    decode_lines,
+    path_within,
+    read_whole,
+)
 
-TRANSCRIPT_SUFFIXES = (".txt", ".lab")
-_FOREIGN_SUFFIXES = (".m4a", ".aac", ".wma", ".mp4", ".mkv", ".webm", ".amr", ".ac3", ".aiff", ".aif", ".au")
-_MAX_TRANSCRIPT = 1 << 20  # bytes: an hour of speech is 60 kB
-_BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
+# Endings of the transcript beside `1.wav`, in the order of preference; LibriTTS has two for a clip.
+TRANSCRIPTS = (".normalized.txt", ".txt", ".lab", ".original.txt", ".wav.txt")
+_LISTS = ".trans.txt"  # of LibriSpeech: one for the clips of a folder, with the id before each text
+_MICROPHONE = re.compile(r"_mic[12]$")  # VCTK has two recordings of each text
+_KNOWN_BESIDE = (".json", *TRANSCRIPTS)
 
 
-def read_folder(folder: Path, *, allow_outside: bool = False) -> Iterator[SourceRow]:
+def read_folder(folder: Path, *, allow_outside: bool = False) -> Source:
     """One row for each recording below a folder, in the order of their paths; hidden files are skipped.
 
-    A recording without a transcript, or in an unsupported format, is yielded as its RowError; so is a link that leads
-    out of the folder, unless `allow_outside`.
+    Its transcript lies beside it, or, where only one file below the folder has its name, elsewhere: `txt/` beside
+    `wav/`. LibriSpeech's lists and a `.json` with a text or with segments are read, too. A recording without a
+    transcript, or in an unsupported format, is yielded as its RowError; so is a link that leads out of the folder,
+    unless `allow_outside`.
     """
-    for path, siblings in _audio_files(folder, allow_outside):
-        location = path.relative_to(folder).as_posix()
-        try:
-            content: Utterance | RowError = _utterance(folder, location, siblings, allow_outside)
-        except RowError as error:
-            content = error
-        yield SourceRow(location, folder, content, audio=location, allow_outside=allow_outside)
+    reader = _Folder(folder, allow_outside)
+    return Source(list(reader.rows()), reader.read_as(), reader.notes)
 
 
 def has_audio(folder: Path, *, allow_outside: bool = False) -> bool:
     """Whether there is a recording, or a link to refuse, below a folder."""
-    return next(_audio_files(folder, allow_outside), None) is not None
+    return next(audio_files(folder, allow_outside), None) is not None
 
 
-def read_transcript(path: Path) -> str:
-    """The text of a transcript file. Raises RowError where it is missing, too long, not UTF-8 (or UTF-16)."""
-    if not is_file(path):  # reading a pipe would block
-        raise RowError("no_transcript", f"there is no transcript file {path.name}")
-    try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_TRANSCRIPT + 1)
-    except (OSError, ValueError) as error:
-        raise RowError("no_transcript", f"the transcript {path.name} cannot be read: {error}") from error
-    if len(data) > _MAX_TRANSCRIPT:
-        raise RowError("no_transcript", f"{path.name} is longer than 1 MB: it is not the transcript of one clip")
-    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise RowError("no_transcript", f"{path.name} is not UTF-8 (byte {error.start}): convert it") from error
+class _Folder:
+    def __init__(self, folder: Path, allow_outside: bool) -> None:
+        self._folder = folder
+        self._allow_outside = allow_outside
+        self._kinds: Counter[str] = Counter()
+        self._used: set[Path] = set()
+        self._lists: dict[Path, dict[str, str]] = {}
+        self._second_microphone = 0
+        self._folders: set[str] = set()  # of the first level, with recordings
+        self._named_speakers = False
+        self._by_name = self._transcripts()
 
+    def rows(self) -> Iterator[SourceRow]:
+        """The rows, in the order of their paths."""
+        for path, siblings in audio_files(self._folder, self._allow_outside):
+            location = path.relative_to(self._folder).as_posix()
+            if path.stem.endswith("_mic2") and f"{path.stem[:-1]}1{path.suffix.lower()}" in siblings:
+                self._second_microphone += 1
+                continue
+            try:
+                for number, content in enumerate(self._contents(path, location, siblings)):
+                    place = location if not number else f"{location}:{number + 1}"
+                    yield SourceRow(place, self._folder, content, content.id, location, self._allow_outside)
+            except RowError as error:
+                yield SourceRow(location, self._folder, error, audio=location, allow_outside=self._allow_outside)
 
-def _utterance(folder: Path, location: str, siblings: dict[str, str], allow_outside: bool) -> Utterance:
-    if not is_unicode(location):
-        raise RowError("bad_row", "the name of the file or of its folder is not UTF-8: rename it")
-    path = path_within(folder, location, allow_outside)
-    if path.suffix.lower() in _FOREIGN_SUFFIXES:
-        raise RowError("unsupported_format", f"{path.suffix} is not supported: convert it to flac or wav")
-    names = [siblings[key] for suffix in TRANSCRIPT_SUFFIXES if (key := path.stem + suffix) in siblings]
-    if not names:
-        raise RowError("no_transcript", f"there is no {path.stem}.txt or .lab file beside it")
-    transcript = path_within(folder, str(Path(location).with_name(names[0])), allow_outside)
-    return Utterance(audio=location, text=read_transcript(transcript))
+    def read_as(self) -> str:
+        """What the transcripts were, with their numbers."""
+        kinds = ", ".join(f"{count} with {kind}" for kind, count in self._kinds.most_common())
+        return f"a folder of recordings: {kinds or 'none with a transcript'}"
 
+    def notes(self) -> Iterator[str]:
+        """What is not used of the folder."""
+        if self._second_microphone:
+            yield f"recordings of a second microphone: {self._second_microphone}"
+        if texts := sum(path not in self._used for paths in self._by_name.values() for path in paths):
+            yield f"texts without a recording: {texts}"
+        other: Counter[str] = Counter()
+        for _root, _folders, names in os.walk(self._folder):
+            suffixes = (os.path.splitext(name)[1].lower() for name in names if not name.startswith("."))
+            other.update(
+                s for s in suffixes if s not in (*AUDIO_SUFFIXES, *FOREIGN_SUFFIXES, ".txt", ".lab", ".json", "")
+            )
+        if other:
+            yield f"files of other kinds: {other.total()} ({', '.join(f'{k} {n}' for k, n in other.most_common(5))})"
+        if len(self._folders) > 1 and not self._named_speakers:
+            folders = ", ".join(sorted(self._folders)[:3])
+            yield f"names of sub-folders ({folders}), which are not taken for speakers: prepare each with --speaker"
 
-def _audio_files(folder: Path, allow_outside: bool) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Recordings, and the names beside each by stem and lower-case suffix. Folders are visited once.
+    def _contents(self, path: Path, location: str, siblings: dict[str, str]) -> list[Utterance]:
+        if not is_unicode(location):
+            raise RowError("bad_row", "the name of the file or of its folder is not UTF-8: rename it")
+        real = path_within(self._folder, location, self._allow_outside)
+        names = list(self._names(path, siblings))
+        self._used.update(path.parent / name for name in names)
+        if real.suffix.lower() in FOREIGN_SUFFIXES:
+            raise RowError("unsupported_format", f"{real.suffix} is not supported: convert it to flac or wav")
+        speaker = self._speaker(location)
+        self._named_speakers |= speaker is not None
+        self._folders.update(Path(location).parts[:-1][:1])
+        if names:
+            transcript_name = names[0]
+            beside = str(Path(location).with_name(transcript_name))
+            transcript = path_within(self._folder, beside, self._allow_outside)
+            self._kinds["a " + next(kind for kind in TRANSCRIPTS if transcript_name.lower().endswith(kind))] += 1
+            return [Utterance(audio=location, text=read_transcript(transcript), speaker=speaker)]
+        if (name := siblings.get(path.stem + ".json")) is not None:
+            content = read_whole(path_within(self._folder, str(Path(location).with_name(name)), self._allow_outside))
+            rows = sidecar_rows(content, location, name)
+            self._kinds["a .json"] += 1
+            return rows
+        if (text := self._listed(path, siblings)) is not None:
+            self._kinds[f"a *{_LISTS}"] += 1
+            return [Utterance(audio=location, text=text, speaker=speaker)]
+        elsewhere = self._by_name.get(_MICROPHONE.sub("", path.stem), [])
+        if len(elsewhere) == 1 and elsewhere[0].parent != path.parent:
+            transcript = path_within(
+                self._folder, elsewhere[0].relative_to(self._folder).as_posix(), self._allow_outside
+            )
+            self._used.add(elsewhere[0])
+            self._kinds["a .txt in another folder"] += 1
+            by_speaker = elsewhere[0].name.startswith(f"{elsewhere[0].parent.name}_")  # txt/p225/p225_001.txt
+            speaker = elsewhere[0].parent.name if by_speaker else None
+            self._named_speakers |= by_speaker
+            return [Utterance(audio=location, text=read_transcript(transcript), speaker=speaker)]
+        subtitles = [s for s in (".srt", ".vtt", ".ass", ".textgrid", ".eaf") if path.stem + s in siblings]
+        hint = f" (its {subtitles[0]} is not read: write the words of the clip into a .txt)" if subtitles else ""
+        raise RowError("no_transcript", f"there is no {path.stem}.txt or .lab file beside it{hint}")
 
-    A link to a folder outside is not visited unless `allow_outside`, and is yielded as if it were a recording.
-    """
-    seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        if not allow_outside and not is_within(Path(root), folder):
-            yield Path(root), {}
-            folders.clear()
-            continue
-        siblings = {os.path.splitext(name)[0] + os.path.splitext(name)[1].lower(): name for name in names}
-        for name in sorted(names):
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in AUDIO_SUFFIXES + _FOREIGN_SUFFIXES and not name.startswith("."):
-                yield Path(root, name), siblings
+    def _names(self, path: Path, siblings: dict[str, str]) -> Iterator[str]:
+        for ending in TRANSCRIPTS:
+            stem = path.name.removesuffix(path.suffix) + (path.suffix if ending == ".wav.txt" else "")
+            if (name := siblings.get(stem + (".txt" if ending == ".wav.txt" else ending))) is not None:
+                yield name
+
+    def _listed(self, path: Path, siblings: dict[str, str]) -> str | None:
+        """The text of a clip in LibriSpeech's list of its folder."""
+        for name in siblings.values():
+            if name.lower().endswith(_LISTS):
+                listed = (path.parent / name).relative_to(self._folder).as_posix()
+                place = path_within(self._folder, listed, self._allow_outside)
+                if place not in self._lists:
+                    lines = (line.partition(" ") for line in decode_lines(read_whole(place)))
+                    self._lists[place] = {key: text for key, _, text in lines}
+                self._used.add(path.parent / name)
+                if path.stem in self._lists[place]:
+                    return self._lists[place][path.stem]
+        return None
+
+    def _transcripts(self) -> dict[str, list[Path]]:
+        """Every text file below the folder that could be a transcript, by its name without suffix."""
+        found: defaultdict[str, list[Path]] = defaultdict(list)
+        for root, _folders, names in os.walk(self._folder):
+            for name in names:
+                if name.lower().endswith((".txt", ".lab")) and not name.startswith("."):
+                    found[os.path.splitext(name)[0]].append(Path(root, name))
+        return found
+
+    def _speaker(self, location: str) -> str | None:
+        """The speaker in the names of LibriSpeech, LibriTTS and VCTK; other sub-folders have no meaning."""
+        *folders, name = Path(location).parts
+        stem = name.partition(".")[0]
+        if len(folders) >= 2 and re.match(rf"{re.escape(folders[-2])}[-_]{re.escape(folders[-1])}[-_]\d", stem):
+            return folders[-2]  # 84/121123/84-121123-0000.flac
+        return None

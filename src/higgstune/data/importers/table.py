@@ -1,139 +1,234 @@
-"""Rows from an LJSpeech `metadata.csv`, and from similar tables with a header."""
+"""Rows from tables of clips: `metadata.csv` of LJSpeech, file lists of trainers, tables with a header."""
 
-import csv
-import io
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from higgstune.data.audio import AUDIO_SUFFIXES, is_file
+from higgstune.data.importers.columns import Reading, by_content, by_name, is_header
+from higgstune.data.importers.recordings import Recordings
 from higgstune.data.manifest import Utterance
 from higgstune.data.messages import is_unicode
 from higgstune.data.rejection import RowError
-from higgstune.data.source import SourceRow, path_within, read_whole
+from higgstune.data.source import Source, SourceRow, decode_lines, read_whole, without_audio_suffix
 from higgstune.errors import DataError
 
-_FOLDERS = ("wavs", "", "wav", "audio", "clips")
-_COLUMNS = {  # the names of a column in a header; the first one that is present counts
-    "audio": ("audio", "audio_file", "file", "file_name", "filename", "path", "wav", "clip", "id"),
-    "id": ("id",),
-    "text": (
-        *("normalised_text", "normalized_text", "normalised text", "normalized text", "normalised", "normalized"),
-        *("text", "transcript", "transcription", "sentence"),
-    ),
-    "raw_text": ("text", "transcript", "transcription", "sentence"),
-    "speaker": ("speaker", "speaker_id", "speaker_name"),
-    "language": ("language", "lang"),
-    "scene": ("scene",),
-}
-_HINT = "one clip a line: id|text or id|text|normalised text, or a header such as file_name,text,speaker"
+SEPARATORS = {"|": "|", "\t": "TAB", ";": ";", ",": ","}
+_QUOTED = ",;"  # separators of tables in which a cell may stand in quotes
+_HINT = "write one clip a line: id|text or id|text|normalised text, or a header such as file_name,text,speaker"
+_MAX_QUOTED_LINES = 50  # that one quoted cell may span
 
 
-def read_table(path: Path, *, allow_outside: bool = False) -> Iterator[SourceRow]:
-    """The rows of `id|text`, `id|text|normalised text`, `id|speaker|text|score`, or a table with a header.
+@dataclass(frozen=True)
+class _Line:
+    """A row of cells, or why there is none."""
 
-    With a header the columns may come in any order, separated by `|` or commas; unknown ones are skipped.
-    The normalised text is used where there is one. The recording of an id is looked for, with any known suffix, in
-    `wavs/` and beside the table. Raises DataError for a table that cannot be read or has no rows.
+    number: int  # in the file, from 1
+    cells: list[str]
+    problem: str | None = None
+
+
+def read_table(path: Path, *, allow_outside: bool = False, columns: str | None = None) -> Source:
+    """The rows of a table of clips. What each column means is decided from the whole table, see `columns`.
+
+    Cells are separated by `|`, TAB, `;` or commas. The normalised text is used where there is one. The recording of
+    an id is looked for, with any known suffix, in `wavs/` and beside the table: see `Recordings`.
+
+    Raises DataError for a table that cannot be read, has no rows, or does not say which column is which; ConfigError
+    for `columns` that do not fit.
     """
-    lines = _lines(path)
-    header = _header(lines[0][1])
-    rows = lines[1:] if header else lines
+    lines = decode_lines(read_whole(path))
+    if not any(line.strip() for line in lines):
+        raise DataError(f"{path} is empty: {_HINT}")
+    recordings = Recordings(path.parent, allow_outside)
+    separator, reading, rows = _read(path, lines, recordings, columns)
     if not rows:
-        raise DataError(f"{path} has a header but no rows: write {_HINT}")
-    for number, fields in rows:
-        location = f"{path.name}:{number}"
-        try:
-            row = _utterance(path.parent, _named(header, fields) if header else _plain(fields), allow_outside)
-        except RowError as error:
-            yield SourceRow(location, path.parent, error, id=fields[0] or None)
-        else:
-            yield SourceRow(location, path.parent, row, row.id, row.audio, allow_outside)
+        raise DataError(f"{path} has a header but no rows: {_HINT}")
+    index = reading.roles.index("audio")
+    recordings.expect(line.cells[index].strip() for line in rows if len(line.cells) > index and not line.problem)
+    found = [
+        _source_row(path, line, reading, recordings, separator, lines[line.number - 1], allow_outside) for line in rows
+    ]
+    joined = sum(len(line.cells) > len(reading.roles) for line in rows) if reading.text_is_last else 0
+
+    def notes() -> Iterator[str]:
+        if joined:
+            yield f"{SEPARATORS[separator]} in a text, which is the last column and was kept whole: {joined} rows"
+        yield from recordings.notes()
+
+    return Source(found, f"{path.name}, columns separated by {SEPARATORS[separator]}: {reading}", notes)
 
 
-def _lines(path: Path) -> list[tuple[int, list[str]]]:
-    """The fields of every line that is not empty, with the line's number from 1."""
-    text = read_whole(path).decode("utf-8-sig", errors="surrogateescape")
-    plain = [(n, line.rstrip("\r")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not plain:
-        raise DataError(f"{path} is empty: write {_HINT}")
-    if "|" in plain[0][1]:
-        return [(n, [field.strip() for field in line.split("|")]) for n, line in plain]
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def looks_like_table(path: Path) -> bool:
+    """Whether the first line of a file is a header, or has several cells the first of which names a recording."""
+    lines = decode_lines(read_whole(path))
+    first = next((line for line in lines if line.strip()), "")
+    cells = [cell.strip() for cell in re.split(r"[|\t;,]", first)]
+    return len(cells) > 1 and (by_name(cells) is not None or Recordings(path.parent, False).has(cells[0]))
+
+
+def _read(
+    path: Path, lines: Sequence[str], recordings: Recordings, columns: str | None
+) -> tuple[str, Reading, list[_Line]]:
+    """The separator of a table, the meaning of its columns, and its rows."""
+    parsed = {separator: _split(lines, separator) for separator in SEPARATORS}
+    for separator, rows in parsed.items():
+        header = [cell.strip() for cell in rows[0].cells]
+        if len(header) > 1 and (reading := by_name(header, columns)) is not None:
+            return separator, reading, _split(lines, separator, len(header))[1:]
+        if len(header) > 1 and is_header(header) and not any(map(recordings.has, header)):
+            raise DataError(
+                f"{path}: its columns are {', '.join(header)}; say which are the recording and the text with "
+                "--columns, such as audio=path,text=words"
+            )
+    separator = max(SEPARATORS, key=lambda name: sum(len(line.cells) > 1 for line in parsed[name]))
+    rows = parsed[separator]
+    if sum(len(line.cells) > 1 for line in rows) <= len(rows) / 2:
+        raise DataError(f"{path} is not a table of clips: no line has several cells; {_HINT}")
+    width = _width(path, rows, separator)
+    rows = _split(lines, separator, width)
+    whole = [[cell.strip() for cell in line.cells] for line in rows if len(line.cells) == width and not line.problem]
     try:
-        lines = [(reader.line_num, [field.strip() for field in fields]) for fields in reader if any(fields)]
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num} cannot be read: {error}; write {_HINT}") from error
-    if not lines or not _header(lines[0][1]):
-        raise DataError(f"{path} is not a table of clips: write {_HINT}")
-    return lines
+        if columns is None and separator in _QUOTED and not any(map(recordings.has, (row[0] for row in whole))):
+            raise DataError(f"its first line is `{SEPARATORS[separator].join(whole[0])}`; {_HINT}")
+        return separator, by_content(whole, recordings.has, columns), rows
+    except DataError as error:
+        what = "TAB" if separator == "\t" else f"`{separator}`"
+        raise DataError(f"{path}, columns separated by {what}: {error}") from error
 
 
-def _header(fields: Sequence[str]) -> dict[str, int]:
-    """The index of each column, by its meaning; empty for a line that is not a header."""
-    names = [field.lower() for field in fields]
-    columns = {
-        meaning: names.index(name)
-        for meaning, known in _COLUMNS.items()
-        if (name := next((name for name in known if name in names), None)) is not None
-    }
-    return columns if "audio" in columns and "text" in columns else {}
+def _width(path: Path, rows: Sequence[_Line], separator: str) -> int:
+    """The number of cells that most rows have. Raises DataError where two numbers are equally frequent."""
+    counts = Counter(len(line.cells) for line in rows if not line.problem and len(line.cells) > 1).most_common(2)
+    if not counts:
+        raise DataError(f"{path} has no row that can be read: {_HINT}")
+    if len(counts) == 2 and counts[0][1] == counts[1][1]:
+        raise DataError(
+            f"{path}: {counts[0][1]} rows have {counts[0][0]} columns, separated by {SEPARATORS[separator]}, and as "
+            f"many have {counts[1][0]}: write a header, such as file_name{separator}text"
+        )
+    return counts[0][0]
 
 
-def _named(header: dict[str, int], fields: Sequence[str]) -> dict[str, str]:
-    if len(fields) <= max(header.values()):
-        raise RowError("bad_row", f"{len(fields)} columns, but the header needs {max(header.values()) + 1}")
-    return {meaning: fields[index] for meaning, index in header.items()}
+def _split(lines: Sequence[str], separator: str, width: int | None = None) -> list[_Line]:
+    """The cells of every line that is not empty. A quoted cell may span lines if its row then has `width` cells."""
+    found, index = [], 0
+    while index < len(lines):
+        number, line = index + 1, lines[index]
+        index += 1
+        if not line.strip(" \r\n"):
+            continue
+        if separator not in _QUOTED:
+            found.append(_Line(number, [_unquoted(cell) for cell in line.split(separator)]))
+            continue
+        cells, problem = _quoted_cells(line, separator)
+        if problem is None:
+            found.append(_Line(number, cells))
+            continue
+        for last in range(index, min(index + _MAX_QUOTED_LINES, len(lines))):
+            longer, fails = _quoted_cells("\n".join(lines[number - 1 : last + 1]), separator)
+            if fails is None and len(longer) == (width or len(longer)):
+                found.append(_Line(number, longer))
+                index = last + 1
+                break
+        else:
+            found.append(_Line(number, line.split(separator), problem))
+    return found
 
 
-def _plain(fields: Sequence[str]) -> dict[str, str]:
-    if len(fields) in (2, 3):
-        return {"audio": fields[0], "id": fields[0], "text": fields[-1], "raw_text": fields[1]}
-    if len(fields) == 4 and _is_number(fields[3]):
-        return {"audio": fields[0], "id": fields[0], "speaker": fields[1], "text": fields[2]}
-    raise RowError("bad_row", f"{len(fields)} columns without a header: write {_HINT}")
+def _quoted_cells(line: str, separator: str) -> tuple[list[str], str | None]:
+    """The cells of a line in which cells may stand in quotes, and what is wrong with them."""
+    cells: list[str] = []
+    at = 0
+    while True:
+        start = at + len(line[at:]) - len(line[at:].lstrip(" "))
+        if line[start : start + 1] == '"':
+            match = re.compile(r'"((?:[^"]|"")*)" *').match(line, start)
+            if match is None:
+                return cells, f"the quote at column {start + 1} is not closed"
+            cells.append(match[1].replace('""', '"'))
+            at = match.end()
+            if at < len(line) and line[at] != separator:
+                return cells, f"a quote stands in the quoted cell at column {start + 1}: write it twice"
+        else:
+            end = line.find(separator, at)
+            end = len(line) if end < 0 else end
+            cells.append(line[at:end])
+            at = end
+        if at >= len(line):
+            return cells, None
+        at += 1
 
 
-def _utterance(folder: Path, values: dict[str, str], allow_outside: bool) -> Utterance:
+def _unquoted(cell: str) -> str:
+    """A cell of a table without quoting; one that a spreadsheet has quoted, as its inner quotes show, loses them."""
+    inner = cell.strip()[1:-1]
+    is_quoted = cell.strip().startswith('"') and cell.strip().endswith('"') and len(inner) > 1
+    return inner.replace('""', '"') if is_quoted and '""' in inner and '"' not in inner.replace('""', "") else cell
+
+
+def _source_row(
+    path: Path, line: _Line, reading: Reading, recordings: Recordings, separator: str, raw: str, allow_outside: bool
+) -> SourceRow:
+    location = f"{path.name}:{line.number}"
+    try:
+        row = _utterance(line, reading, recordings, separator, raw)
+    except RowError as error:
+        first = line.cells[0].strip() if line.cells else ""
+        return SourceRow(location, path.parent, error, id=first or None)
+    return SourceRow(location, path.parent, row, row.id, row.audio, allow_outside)
+
+
+def _utterance(line: _Line, reading: Reading, recordings: Recordings, separator: str, raw: str) -> Utterance:
+    if line.problem is not None:
+        raise RowError("bad_row", line.problem)
+    values = reading.values([cell.strip() for cell in _fitted(line, reading, separator, raw)])
     if broken := [name for name, value in values.items() if not is_unicode(value)]:
         raise RowError("bad_row", f"the column {broken[0]} is not UTF-8: convert the table")
-    audio = _find_audio(folder, values["audio"], allow_outside)
-    row_id = values.get("id") or values["audio"]
+    if not values["audio"]:
+        raise RowError("bad_row", "the line names no recording")
+    audio = recordings.find(values["audio"])
+    reference = values.get("reference_audio") or None
+    start, end = _segment(values)
     return Utterance(
         audio=audio,
-        text=values["text"] or values.get("raw_text", ""),
-        id=_without_suffix(row_id),
+        text=values.get("normalised") or values["text"],
+        id=without_audio_suffix(values.get("id") or (values["audio"] if values["audio"] in audio else audio)),
         speaker=values.get("speaker") or None,
         language=values.get("language") or None,
         scene=values.get("scene") or None,
+        reference_audio=reference and recordings.find(reference),
+        reference_text=(values.get("reference_text") or None) if reference else None,
+        start=start,
+        end=end,
     )
 
 
-def _find_audio(folder: Path, name: str, allow_outside: bool) -> str:
-    """The path, relative to the table, of the recording that a line names. Raises RowError without one.
-
-    No path outside of the folder is even looked up unless `allow_outside`.
-    """
-    if not name:
-        raise RowError("bad_row", "the line names no recording")
-    for place in _FOLDERS:
-        for suffix in ("", *AUDIO_SUFFIXES):
-            path = Path(place, name + suffix).as_posix()
-            if is_file(path_within(folder, path, allow_outside)):
-                return path
-    raise RowError(
-        "missing_audio",
-        f"there is no recording {_without_suffix(name)}, in wavs/ or beside the table, with any known suffix",
-    )
-
-
-def _without_suffix(name: str) -> str:
-    path = Path(name)
-    return path.with_suffix("").as_posix() if path.suffix.lower() in AUDIO_SUFFIXES else name
-
-
-def _is_number(text: str) -> bool:
+def _segment(values: dict[str, str]) -> tuple[float | None, float | None]:
+    """Start and end in seconds. A duration is one of a segment only beside a start."""
     try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        start, end, duration = (float(cell) if (cell := values.get(n)) else None for n in ("start", "end", "duration"))
+    except ValueError as error:
+        raise RowError("bad_row", f"a time is not a number of seconds: {error}") from error
+    if end is None and start is not None and duration is not None:
+        end = start + duration
+    return start, end
+
+
+def _fitted(line: _Line, reading: Reading, separator: str, raw: str) -> Sequence[str]:
+    """As many cells as columns. More are part of the text where that is last; else they are an error of the row."""
+    extra = len(line.cells) - len(reading.roles)
+    if extra == 0:
+        return line.cells
+    if extra > 0:
+        if reading.text_is_last and '"' not in raw:
+            return [*line.cells[: len(reading.roles) - 1], raw.split(separator, len(reading.roles) - 1)[-1]]
+        raise RowError(
+            "bad_row",
+            f"{len(line.cells)} cells, and the table has {len(reading.roles)} columns: put the text in quotes, or "
+            "write it in the last column",
+        )
+    if set(reading.roles[len(line.cells) :]) & {"audio", "text"}:
+        raise RowError("bad_row", f"{len(line.cells)} cells, and the table has {len(reading.roles)} columns")
+    return line.cells

@@ -1,0 +1,140 @@
+"""Finding the recording that a table or a manifest names, however its author's machine spelt the path."""
+
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from higgstune.data.audio import AUDIO_SUFFIXES, is_file
+from higgstune.data.rejection import RowError, shown
+from higgstune.data.source import FOREIGN_SUFFIXES, audio_files, path_within
+
+_FOLDERS = ("wavs", "", "wav", "audio", "clips")
+
+
+class Recordings:
+    """The recordings of a folder, by the names that a table gives them."""
+
+    def __init__(self, folder: Path, allow_outside: bool) -> None:
+        self._folder = folder
+        self._allow_outside = allow_outside
+        self.used: set[str] = set()
+        self._claims: defaultdict[str, set[str]] = defaultdict(set)  # names of each that are spelt in another way
+        self.other_spelling = 0  # how many were found under another case, normal form, slash or root
+
+    def expect(self, names: Iterable[str]) -> None:
+        """All names of a source: a recording that two of them could mean is neither's."""
+        for name in set(names):
+            if not self.is_exact(name) and len(near := self._near(name, AUDIO_SUFFIXES)) == 1:
+                self._claims[near[0]].add(_folded(name))
+
+    def is_exact(self, name: str) -> bool:
+        """Whether there is a recording of exactly this name."""
+        try:
+            return self._exact(name) is not None
+        except RowError:
+            return False
+
+    def has(self, name: str) -> bool:
+        """Whether a name stands for a recording here; it is not counted as used."""
+        return self.is_exact(name) or bool(self._near(name, AUDIO_SUFFIXES))
+
+    def find(self, name: str, folders: Sequence[str] = _FOLDERS) -> str:
+        """The path of a recording, relative to the folder: `name` as it is or with a known suffix, in one of `folders`;
+        else the only one below the folder with this name without regard to case, normal form, slashes and root.
+
+        Raises RowError without one. No path outside of the folder is even looked up unless outside is allowed.
+        """
+        outside: RowError | None = None
+        try:
+            found = self._exact(name, folders)
+        except RowError as error:
+            found, outside = None, error
+        if found is None:
+            near = self._near(name, AUDIO_SUFFIXES)
+            if len(near) == 1:
+                [found] = near
+                if len(names := self._claims[found] | {_folded(name)}) > 1:
+                    raise RowError("missing_audio", f"{found} could be each of {', '.join(sorted(names))}: rename it")
+                self.other_spelling += 1
+            elif near:
+                raise RowError("missing_audio", f"several recordings are named {name}: {', '.join(near[:3])}")
+            elif outside is not None:
+                raise outside
+            elif foreign := self._near(name, FOREIGN_SUFFIXES):
+                suffix = PurePosixPath(foreign[0]).suffix
+                raise RowError(
+                    "unsupported_format", f"{foreign[0]}: {suffix} is not supported: convert it to flac or wav"
+                )
+            else:
+                raise RowError("missing_audio", f"there is no recording {shown(name)} in {self._folder}, nor below it")
+        self.used.add(found)
+        return found
+
+    def notes(self) -> Iterator[str]:
+        """What rows have named in another way, and what none has named."""
+        if self.other_spelling:
+            yield f"recordings found under another case, spelling or folder than written: {self.other_spelling}"
+        used = {os.path.normpath(path) for path in self.used}
+        if left := sum(path not in used for path in self._all):
+            yield f"recordings that no row names: {left}"
+
+    def _exact(self, name: str, folders: Sequence[str] = _FOLDERS) -> str | None:
+        for place in folders:
+            for suffix in ("", *AUDIO_SUFFIXES):
+                path = Path(place, name + suffix).as_posix()
+                if is_file(path_within(self._folder, path, self._allow_outside)):
+                    return path
+        return None
+
+    def _near(self, name: str, suffixes: tuple[str, ...]) -> list[str]:
+        """The recordings that have this name but for case, normal form, slashes, suffix and root: the best fits.
+
+        Either path must be the end of the other. `a/1.wav` is never `b/1.wav`, which may be another voice.
+        """
+        *parents, last = _folded(name.replace("\\", "/")).split("/")
+        fits: dict[str, int] = {}
+        for path in self._by_stem[_stem(last)]:
+            *folders, file = _folded(path).split("/")
+            if not path.lower().endswith(suffixes) or (_stem(last) != last and _stem(file) == file):
+                continue
+            if folders and folders[0] in _FOLDERS:  # on another machine, it may have had any name
+                del folders[0]
+            common = _common_end(folders, parents)
+            if common in (len(folders), len(parents)):
+                fits[path] = common
+        best = max(fits.values(), default=0)
+        return sorted(path for path, common in fits.items() if common == best)
+
+    @cached_property
+    def _all(self) -> list[str]:
+        found = (path for path, siblings in audio_files(self._folder, self._allow_outside) if siblings)
+        return [path.relative_to(self._folder).as_posix() for path in found]
+
+    @cached_property
+    def _by_stem(self) -> defaultdict[str, list[str]]:
+        found: defaultdict[str, list[str]] = defaultdict(list)
+        for path in self._all:
+            found[_stem(_folded(path).split("/")[-1])].append(path)
+        return found
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _stem(name: str) -> str:
+    """The folded name without a suffix of audio: `1.wav` is `1`, `mr.smith` stays."""
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix in AUDIO_SUFFIXES + FOREIGN_SUFFIXES else name
+
+
+def _common_end(one: list[str], other: list[str]) -> int:
+    count = 0
+    for a, b in zip(reversed(one), reversed(other), strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

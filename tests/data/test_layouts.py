@@ -1,0 +1,453 @@
+"""The layouts that people have, each as its program writes it, and the tables that do not say what they mean."""
+
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+from recordings import speech, write
+
+from higgstune.data.importers import read_source
+from higgstune.data.manifest import Utterance
+from higgstune.data.rejection import RowError
+from higgstune.data.source import Source
+from higgstune.errors import ConfigError, DataError
+
+WAVS = ("wavs/1.wav", "wavs/2.wav", "wavs/3.wav")
+Row = dict[str, Any]
+
+
+def make(folder: Path, recordings: tuple[str, ...], files: dict[str, str | bytes]) -> Path:
+    for number, name in enumerate(recordings):
+        write(folder / name, speech(0.4, seed=number))
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def read(source: Source) -> list[Row | str]:
+    """The values of each row without its id, or the reason why it is refused."""
+    return [
+        row.content.reason
+        if isinstance(row.content, RowError)
+        else row.content.model_dump(exclude_none=True, exclude={"id"})
+        for row in source
+    ]
+
+
+def one(**values: Any) -> Row:
+    return {"audio": "wavs/1.wav", "text": "Hello one.", **values}
+
+
+def lines(*rows: Any) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+# Name, recordings, files, the rows.
+LAYOUTS: list[tuple[str, tuple[str, ...], dict[str, str | bytes], list[Row | str]]] = [
+    (
+        "LJSpeech",
+        WAVS,
+        {"metadata.csv": "1|In 1998 Dr. A.|In nineteen ninety-eight Doctor A.\n2|Two.|Two.\n3|Good 3.|Good three.\n"},
+        [
+            {"audio": "wavs/1.wav", "text": "In nineteen ninety-eight Doctor A."},
+            {"audio": "wavs/2.wav", "text": "Two."},
+            {"audio": "wavs/3.wav", "text": "Good three."},
+        ],
+    ),
+    (
+        "Piper, one speaker, a pipe in a text",
+        WAVS,
+        {"metadata.csv": "1|Hello one.\n2|Left|right now.\n3|2024\n"},
+        [one(), {"audio": "wavs/2.wav", "text": "Left|right now."}, {"audio": "wavs/3.wav", "text": "2024"}],
+    ),
+    (
+        "Piper, several speakers",
+        WAVS,
+        {"metadata.csv": "1|anna|Hello one.\n2|ben|Two.\n3|anna|Three.\n"},
+        [
+            one(speaker="anna"),
+            {"audio": "wavs/2.wav", "text": "Two.", "speaker": "ben"},
+            {"audio": "wavs/3.wav", "text": "Three.", "speaker": "anna"},
+        ],
+    ),
+    (
+        "TensorFlowTTS and StyleTTS2, with letters",
+        WAVS,
+        {"train.txt": "wavs/1.wav|Hello one.|22\nwavs/2.wav|Two here.|22\nwavs/3.wav|Three.|55\n"},
+        [
+            one(speaker="22"),
+            {"audio": "wavs/2.wav", "text": "Two here.", "speaker": "22"},
+            {"audio": "wavs/3.wav", "text": "Three.", "speaker": "55"},
+        ],
+    ),
+    (
+        "a table with phonemes",
+        WAVS,
+        {"metadata.csv": "1|Hello one.|həlˈoʊ wˈʌn\n2|Hello two.|həlˈoʊ tˈuː\n3|Three.|θɹˈiː\n"},
+        [one(), {"audio": "wavs/2.wav", "text": "Hello two."}, {"audio": "wavs/3.wav", "text": "Three."}],
+    ),
+    (
+        "F5",
+        WAVS,
+        {"metadata.csv": "audio_file|text\nwavs/1.wav|Hello one.\nwavs/2.wav|Left|right now.\n"},
+        [one(), {"audio": "wavs/2.wav", "text": "Left|right now."}],
+    ),
+    (
+        "GPT-SoVITS from Windows",
+        WAVS,
+        {"anna.list": "D:\\set\\1.wav|anna|EN|Hello one.\nD:\\set\\2.wav|anna|ZH|2024\nout/3.wav|ben|ja|a|b\n"},
+        [
+            one(speaker="anna", language="EN"),
+            {"audio": "wavs/2.wav", "text": "2024", "speaker": "anna", "language": "ZH"},
+            {"audio": "wavs/3.wav", "text": "a|b", "speaker": "ben", "language": "ja"},
+        ],
+    ),
+    (
+        "Common Voice, whose quotes are literal",
+        ("clips/a.wav", "clips/b.wav"),
+        {
+            "validated.tsv": "client_id\tpath\tsentence_id\tsentence\tup_votes\tlocale\n"
+            '9f\ta.wav\tx\t"Hello," he said.\t2\ten\n8e\tb.wav\ty\t"Whole."\t0\ten\n'
+        },
+        [
+            {"audio": "clips/a.wav", "text": '"Hello," he said.', "speaker": "9f", "language": "en"},
+            {"audio": "clips/b.wav", "text": '"Whole."', "speaker": "8e", "language": "en"},
+        ],
+    ),
+    (
+        "datasets, a folder per split",
+        ("train/0.wav", "test/0.wav"),
+        {
+            "train/metadata.csv": "file_name,transcription\n0.wav,Hello.\n",
+            "test/metadata.csv": "file_name,transcription\n0.wav,Two.\n",
+        },
+        [{"audio": "0.wav", "text": "Two."}, {"audio": "0.wav", "text": "Hello."}],
+    ),
+    (
+        "Orpheus",
+        WAVS,
+        {"data.csv": "wav_path,speakerID,text\nwavs/1.wav,a,Hello one.\n"},
+        [one(speaker="a")],
+    ),
+    (
+        "DeepSpeech",
+        WAVS,
+        {"train.csv": "wav_filename,wav_filesize,transcript\nwavs/1.wav,33,Hello one.\n"},
+        [one()],
+    ),
+    (
+        "Excel in UTF-16 with TABs",
+        WAVS,
+        {"metadata.csv": 'file_name\ttext\r\n1.wav\t"Hello ""one""."\r\n'.encode("utf-16")},
+        [{"audio": "wavs/1.wav", "text": 'Hello "one".'}],
+    ),
+    (
+        "semicolons, and UTF-32 without a mark",
+        WAVS,
+        {"metadata.csv": "file_name;text\n1.wav;Hello; one\n".encode("utf-32-le")},
+        [{"audio": "wavs/1.wav", "text": "Hello; one"}],
+    ),
+    (
+        "NeMo, as JSON lines named .json",
+        WAVS,
+        {
+            "train.json": lines(
+                {"audio_filepath": "wavs/1.wav", "duration": 0.4, "text": "Hello one."},
+                {"audio_filepath": "wavs/2.wav", "duration": 0.2, "offset": 0.1, "text": "Two."},
+            )
+        },
+        [one(), {"audio": "wavs/2.wav", "text": "Two.", "start": 0.1, "end": pytest.approx(0.3)}],
+    ),
+    (
+        "Emilia",
+        WAVS,
+        {"en.jsonl": lines({"id": "E1", "wav": "wavs/1.wav", "text": "Hello one.", "speaker": 7, "dnsmos": 3.1})},
+        [one(speaker="7")],
+    ),
+    (
+        "Emilia, a .json beside each recording",
+        ("a.wav",),
+        {"a.json": json.dumps({"id": "a", "wav": "a.mp3", "text": "Hello.", "speaker": "s", "language": "en"})},
+        [{"audio": "a.wav", "text": "Hello.", "speaker": "s", "language": "en"}],
+    ),
+    (
+        "Qwen3-TTS, whose references have no text",
+        WAVS,
+        {"raw.jsonl": lines({"audio": "wavs/1.wav", "text": "Hello one.", "ref_audio": "wavs/3.wav"})},
+        [one()],
+    ),
+    ("VoxCPM", WAVS, {"v.jsonl": lines({"audio": "wavs/1.wav", "text": "Hello one.", "duration": 0.4})}, [one()]),
+    (
+        "ms-swift",
+        WAVS,
+        {
+            "s.jsonl": lines(
+                {
+                    "messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "<audio>"}],
+                    "audios": ["wavs/1.wav"],
+                }
+            )
+        },
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "Hi."}]},
+                    {"role": "assistant", "content": [{"type": "audio", "url": "wavs/1.wav"}]},
+                ]
+            }
+        ],
+    ),
+    (
+        "a list of objects",
+        WAVS,
+        {"data.json": json.dumps([{"file": "wavs/1.wav", "transcript": "Hello one."}])},
+        [one()],
+    ),
+    (
+        "WhisperX",
+        ("a.wav",),
+        {
+            "a.json": json.dumps(
+                {"segments": [{"start": 0, "end": 0.2, "text": " One."}, {"start": 0.2, "end": 0.4, "text": "Two."}]}
+            )
+        },
+        [
+            {"audio": "a.wav", "text": "One.", "start": 0.0, "end": 0.2},
+            {"audio": "a.wav", "text": "Two.", "start": 0.2, "end": 0.4},
+        ],
+    ),
+    (
+        "LibriSpeech",
+        ("84/121123/84-121123-0000.flac",),
+        {"84/121123/84-121123.trans.txt": "84-121123-0000 HELLO ONE\n84-121123-0001 LOST\n"},
+        [{"audio": "84/121123/84-121123-0000.flac", "text": "HELLO ONE", "speaker": "84"}],
+    ),
+    (
+        "LibriTTS",
+        ("84/121123/84_121123_000007_000001.wav",),
+        {
+            "84/121123/84_121123_000007_000001.normalized.txt": "Hello one.",
+            "84/121123/84_121123_000007_000001.original.txt": "Hello 1.",
+        },
+        [{"audio": "84/121123/84_121123_000007_000001.wav", "text": "Hello one.", "speaker": "84"}],
+    ),
+    (
+        "VCTK, two microphones",
+        ("wav48/p225/p225_001_mic1.flac", "wav48/p225/p225_001_mic2.flac"),
+        {"txt/p225/p225_001.txt": "Please call Stella."},
+        [{"audio": "wav48/p225/p225_001_mic1.flac", "text": "Please call Stella.", "speaker": "p225"}],
+    ),
+    ("texts in another folder", ("wav/1.wav",), {"txt/1.txt": "Hello."}, [{"audio": "wav/1.wav", "text": "Hello."}]),
+    ("1.wav.txt", ("1.wav",), {"1.wav.txt": "Hello."}, [{"audio": "1.wav", "text": "Hello."}]),
+    (
+        "Kaldi, with a command that is not run",
+        ("a.wav",),
+        {
+            "wav.scp": "r1 a.wav\nr2 touch pwned |\n",
+            "segments": "u1 r1 0.0 0.3\nu2 r2 0 1\n",
+            "text": "u1 hello there\nu2 no\nu3 lost\n",
+            "utt2spk": "u1 anna\n",
+        },
+        [
+            {"audio": "a.wav", "text": "hello there", "speaker": "anna", "start": 0.0, "end": 0.3},
+            "missing_audio",
+            "bad_row",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("recordings", "files", "expected"), [row[1:] for row in LAYOUTS], ids=[row[0] for row in LAYOUTS]
+)
+def test_a_layout(
+    tmp_path: Path, recordings: tuple[str, ...], files: dict[str, str | bytes], expected: list[Row | str]
+) -> None:
+    source = read_source(make(tmp_path, recordings, files))
+    assert read(source) == expected
+    assert source.read_as
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("1|anna|happy|Hello one.\n2|anna|sad|Two here.\n3|ben|sad|Three.\n", "several columns could be the speaker"),
+        ("1|anna\n2|anna\n3|anna\n", "one value stands in all rows"),
+        ("1.wav|ðɪs ɪz ɐ tˈɛst|0\n2.wav|ənˈʌðɚ wʌn|0\n3.wav|θɹˈiː|1\n", "looks like phonemes"),
+        ("1|Turn left now.|Rechts bitte gehen.\n2|Two here.|Etwas anderes.\n", "several columns could be the text"),
+        ("1|Hello one.|Hello one.\n2|Two.\n", "1 rows have 3 columns"),
+        ("file_name|ipa\n1.wav|həlˈoʊ\n", "its columns are file_name, ipa; say which"),
+        ("1|10|Hello one.\n2|20|Two here.\n3|30|Three.\n", "column 2 has another number in each row"),
+    ],
+)
+def test_a_table_that_does_not_say_what_it_means_is_refused(tmp_path: Path, table: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_source(make(tmp_path, WAVS, {"metadata.csv": table}))
+
+
+def test_columns_decide(tmp_path: Path) -> None:
+    table = "1|anna|happy|Hello one.\n2|anna|sad|Two here.\n3|ben|sad|Three.\n"
+    folder = make(tmp_path, WAVS, {"metadata.csv": table})
+    source = read_source(folder, columns="audio,speaker,-,text")
+    assert read(source)[0] == one(speaker="anna")
+    assert "audio | speaker | - | text" in source.read_as
+    make(tmp_path, (), {"metadata.csv": "where;who;words\nwavs/1.wav;anna;Hello one.\n"})
+    assert read(read_source(folder, columns="audio=where,text=words,speaker=who")) == [one(speaker="anna")]
+    make(tmp_path, (), {"metadata.csv": "", "rows.jsonl": lines({"where": "wavs/1.wav", "words": "Hello one."})})
+    assert read(read_source(folder / "rows.jsonl", columns="audio=where,text=words")) == [one()]
+    with pytest.raises(DataError, match="its keys are where, words; say which"):
+        read_source(folder / "rows.jsonl")
+    for columns, message in (
+        ("audio,words", "'words' is not one of"),
+        ("audio,speaker", "it has no text"),
+        ("audio,text,text", "text stands there twice"),
+        ("audio=where,text=spoken", "there is no column 'spoken'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_source(folder / "rows.jsonl", columns=columns)
+    with pytest.raises(ConfigError, match="has no effect"):
+        read_source(make(tmp_path / "plain", ("a.wav",), {"a.txt": "Hello."}), columns="audio,text")
+
+
+def test_no_cell_is_dropped_and_a_bad_row_is_alone(tmp_path: Path) -> None:
+    table = (
+        'file_name,text,speaker\n1.wav,Hello, you,anna\n2.wav,"He said\nhello, there.",ben\n3.wav,"Open,ben\n'
+        '1.wav,"He said "hi".",anna\n3.wav,fine,ben\n'
+    )
+    source = read_source(make(tmp_path, WAVS, {"metadata.csv": table}))
+    found = {row.location.partition(":")[2]: row.content for row in source}
+    messages = {place: str(content) for place, content in found.items() if isinstance(content, RowError)}
+    assert list(found) == ["2", "3", "5", "6", "7"]
+    assert "4 cells, and the table has 3 columns" in messages["2"]
+    assert "the quote at column 7 is not closed" in messages["5"]
+    assert "write it twice" in messages["6"]
+    assert isinstance(found["3"], Utterance)
+    assert found["3"].text == "He said\nhello, there."
+
+
+def test_a_text_with_separators_in_the_last_column_is_whole_and_counted(tmp_path: Path) -> None:
+    table = "file_name,text\n1.wav,Hello, my friend, how are you?\n2.wav,Two.\n"
+    source = read_source(make(tmp_path, WAVS, {"metadata.csv": table}))
+    assert read(source)[0] == {"audio": "wavs/1.wav", "text": "Hello, my friend, how are you?"}
+    assert list(source.notes()) == [
+        ", in a text, which is the last column and was kept whole: 1 rows",
+        "recordings that no row names: 1",
+    ]
+
+
+def test_a_recording_is_found_under_another_spelling_where_it_is_the_only_one(tmp_path: Path) -> None:
+    decomposed = unicodedata.normalize("NFD", "Élodie_été")
+    names = ("wavs/1.WAV", f"wavs/{decomposed}.wav", "ben/1.wav", "anna/2.wav", "wavs/3.m4a")
+    rows = [
+        "/home/other/1.wav",
+        "C:\\wavs\\Élodie_été.wav",
+        "Ben/1.WAV",
+        "Anna/2.WAV",
+        "Carl/2.wav",
+        "wavs\\3.wav",
+    ]
+    table = "".join(f"{name}|Words of {number}.\n" for number, name in enumerate(rows))
+    source = read_source(make(tmp_path, names[:4], {names[4]: b"x", "metadata.csv": table}))
+    found = [row.get("audio") if isinstance(row, dict) else row for row in read(source)]
+    assert found == ["wavs/1.WAV", names[1], "ben/1.wav", "anna/2.wav", "missing_audio", "unsupported_format"]
+    table = "/x/anna/1.wav|Of Anna.\n/x/ben/1.wav|Of Ben.\n"
+    refused = read(read_source(make(tmp_path / "b", ("wavs/1.wav",), {"metadata.csv": table})))
+    assert refused == ["missing_audio"] * 2
+    assert next(iter(source.notes())) == "recordings found under another case, spelling or folder than written: 4"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("0.0\t0.3\tHello.\n0.3\t0.4\tYou.\n", "Audacity labels"),
+        ("WEBVTT\n\n00:00.000 --> 00:00.600\nHello.", "WebVTT"),
+        ("1\n00:00:00,000 --> 00:00:01,000\nHello.\n", "subtitles"),
+        ("[00:01.00]la la", "lyrics"),
+        ('File type = "ooTextFile"\n', "TextGrid"),
+        ("0 3000000 sil\n3000000 5000000 hh\n", "HTK"),
+        ("{\\rtf1 Hello}", "RTF"),
+        ('{"text": "Hello."}', "JSON"),
+        ("<speak>Hello</speak>", "markup"),
+        ("<b>Hello</b>", "tag"),
+        ("Hello \0 there", "NUL"),
+        ("version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+    ],
+)
+def test_a_file_of_another_format_is_no_transcript(tmp_path: Path, content: str, message: str) -> None:
+    [row] = read_source(make(tmp_path, ("a.wav",), {"a.txt": content}))
+    assert isinstance(row.content, RowError)
+    assert message in str(row.content)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"Tom &amp; Jerry said\\nhi.", "Tom & Jerry said hi."),
+        (b"AT&T, R&D; I <3 you & a < b > c", "AT&T, R&D; I <3 you & a < b > c"),
+        ("Hello.".encode("utf-16-le"), "Hello."),
+        ("Hello.".encode("utf-16-be"), "Hello."),
+        ("Hello.".encode("utf-32"), "Hello."),
+        ("Hello.".encode("utf-32-be"), "Hello."),
+        (b"10 20 thirty", "10 20 thirty"),
+        (b"<SE>[Laughter]</SE> Hello.", "<SE>[Laughter]</SE> Hello."),
+    ],
+)
+def test_a_transcript_is_read_in_its_encoding(tmp_path: Path, content: bytes, text: str) -> None:
+    assert read(read_source(make(tmp_path, ("a.wav",), {"a.txt": content}))) == [{"audio": "a.wav", "text": text}]
+
+
+def test_what_is_passed_over_is_counted(tmp_path: Path) -> None:
+    files: dict[str, str | bytes] = {
+        "anna/a.txt": "A.",
+        "ben/b.txt": "B.",
+        "orphan.txt": "C.",
+        "x.raw": b"x",
+        "x.pdf": b"x",
+    }
+    source = read_source(make(tmp_path, ("anna/a.wav", "ben/b.wav"), files))
+    assert len(read(source)) == 2
+    assert list(source.notes()) == [
+        "texts without a recording: 1",
+        "files of other kinds: 2 (.raw 1, .pdf 1)",
+        "names of sub-folders (anna, ben), which are not taken for speakers: prepare each with --speaker",
+    ]
+
+
+def test_a_refused_folder_says_what_it_holds(tmp_path: Path) -> None:
+    make(tmp_path, (), {"a.xlsx": b"x", "b.xlsx": b"x"})
+    with pytest.raises(DataError, match=r"2 files \*\.xlsx"):
+        read_source(tmp_path)
+    make(tmp_path, (), {"LJSpeech-1.1/metadata.csv": "1|Hello.\n"})
+    with pytest.raises(DataError, match=r"there is a metadata\.csv in .*LJSpeech-1\.1: name that folder"):
+        read_source(tmp_path)
+    make(tmp_path, (), {"train.tsv": "path\tsentence\n", "test.tsv": "path\tsentence\n"})
+    with pytest.raises(DataError, match=r"test\.tsv and train\.tsv: name the one to read"):
+        read_source(tmp_path)
+
+
+def test_a_data_set_at_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streamed by `datasets` from a local folder of the same name: the recordings' bytes are decoded here."""
+    datasets = pytest.importorskip("datasets")
+    make(tmp_path, ("1.wav",), {})
+    features = datasets.Features({"audio": datasets.Audio(decode=False), "sentence": datasets.Value("string")})
+    content = [{"audio": {"bytes": (tmp_path / "1.wav").read_bytes(), "path": "1.wav"}, "sentence": "Hello one."}]
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    table = pyarrow.Table.from_pylist(content, schema=features.arrow_schema)
+    pyarrow.parquet.write_table(table, tmp_path / "owner" / "name" / "train.parquet")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    [row] = read_source("hf:owner/name")
+    assert isinstance(row.content, Utterance)
+    assert (row.content.text, row.path(row.content.audio or "").read_bytes()) == (
+        "Hello one.",
+        (tmp_path / "1.wav").read_bytes(),
+    )
+    with pytest.raises(ConfigError, match="is not the name of a data set"):
+        read_source("hf:name")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_source("hf:owner/nowhere")
