@@ -378,7 +378,7 @@ def test_a_recording_is_found_under_another_spelling_where_it_is_the_only_one(tm
         ("version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
     ],
 )
-def test_a_file_of_another_format_is_no_transcript(tmp_path: Path, content: str, message: str) -> None:
+def test_a_file_of_another_format_is_not_a_transcript(tmp_path: Path, content: str, message: str) -> None:
     [row] = read_source(make(tmp_path, ("a.wav",), {"a.txt": content}))
     assert isinstance(row.content, RowError)
     assert message in str(row.content)

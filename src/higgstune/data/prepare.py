@@ -119,8 +119,8 @@ def prepare(
     recipe's `model.whisper`. `max_seconds` bounds a clip unless `allow_long`. A row with a path that leaves the
     source's folder (`..`, a link, an absolute path) is refused unless `allow_outside`: a source from a stranger could
     name any file on this machine. `columns` says what the columns of a table or the keys of a manifest mean where they
-    do not tell ("audio,speaker,text", "audio=path,text=words"). `progress` is called with the stage, the rows done and
-    the rows in all.
+    do not show it ("audio,speaker,text", "audio=path,text=words"). `progress` is called with the stage, the rows done
+    and the rows in all.
 
     A row that cannot be used is recorded in `rejected.jsonl` and counted. An interrupted run keeps the codes it has,
     and the next run resumes from there; until then the old store stays.

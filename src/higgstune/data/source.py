@@ -104,7 +104,7 @@ def rejections_of(rows: Sequence[SourceRow], refused: Mapping[int, RowError]) ->
 def decode(data: bytes) -> str:
     """Text in UTF-8, or in UTF-16 or UTF-32, with or without a byte order mark. Raises UnicodeDecodeError, as for NUL.
 
-    Without a mark, the NUL bytes in every letter of Latin scripts tell UTF-16 and UTF-32 apart from UTF-8.
+    Without a mark, the NUL bytes in every letter of Latin scripts distinguish UTF-16 and UTF-32.
     """
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
     if encoding is None and b"\0" in data:

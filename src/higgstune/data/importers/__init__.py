@@ -163,7 +163,7 @@ def _without_columns(source: Source, columns: str | None) -> Source:
 
 
 def _seen(folder: Path) -> str:
-    """What lies in a folder that is no source, by the ends of its files' names."""
+    """What lies in a folder that is not a source, by the ends of its files' names."""
     ends = Counter(
         "".join(Path(name).suffixes[-2:]).lower() or name
         for _root, _folders, names in os.walk(folder)

@@ -111,7 +111,7 @@ def parse_columns(columns: str) -> tuple[tuple[str, str], ...]:
 def by_name(names: Sequence[str], columns: str | None = None, *, messages: bool = False) -> Reading | None:
     """The meaning of named columns or keys; None unless they have a recording and a text, or (where wanted) messages.
 
-    `columns` decides for the user: see `parse_columns`. Raises ConfigError where it names a column that is not there.
+    `columns` decides for the user: see `parse_columns`. Raises ConfigError where it names a column that is missing.
     """
     if columns is not None:
         pairs = parse_columns(columns)
@@ -165,7 +165,7 @@ def by_content(rows: Sequence[Sequence[str]], is_recording: Callable[[str], bool
     if width == 2:
         [column] = rest.values()
         if len(rows) >= _FEW and len(set(column)) == 1:
-            raise _undecided(rows, "one value stands in all rows, which is no transcript")
+            raise _undecided(rows, "one value stands in all rows, which is not a transcript")
         _check_words(column, rows)
         return Reading(tuple(roles.get(at, "text") for at in range(width)))
     kinds = {index: _kind(column) for index, column in rest.items()}

@@ -12,7 +12,7 @@ from higgstune.data.source import decode
 
 _MAX_TRANSCRIPT = 1 << 20  # bytes: an hour of speech is 60 kB
 _TIME = r"\d+(?:\.\d+)?"
-# What a text file holds that is no transcript: its name, and a pattern of all of it.
+# What a text file holds that is not a transcript: its name, and a pattern of all of it.
 _FORMATS = (
     ("WebVTT subtitles", re.compile(r"\s*WEBVTT\b")),
     ("subtitles with times", re.compile(r"(?s).*\d\d:\d\d[.,:]\d.*-->")),
@@ -80,5 +80,5 @@ def _plain(text: str) -> str:
     if "\\" in plain:
         plain = _ESCAPED_SPACE.sub(" ", plain)
     if "<" in plain and (tag := _TAG.search(plain)):
-        raise RowError("bad_row", f"the text has the tag {shown(tag[0])}, which is no word: remove it")
+        raise RowError("bad_row", f"the text has the tag {shown(tag[0])}, which is not a word: remove it")
     return plain
