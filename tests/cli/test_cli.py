@@ -135,7 +135,7 @@ WRONG = (
     (("prepare", "", "--out", "x"), "it is empty"),
     (("prepare", "clips", "--out", ""), "it is empty"),
     (("prepare", "clips", "--out", "notes.txt"), "notes.txt is not a folder"),
-    (("prepare", "clips", "--out", "x", "--validation-fraction", "2"), "at most 1"),
+    (("prepare", "clips", "--out", "x", "--validation-fraction", "1"), "below 1"),
     (("prepare", "clips", "--out", "x", "--model", "empty"), "config.json is missing"),
     (("prepare", LONG, "--out", "x"), "too long"),
     (("inspect", "nowhere"), "nowhere is not a code store"),

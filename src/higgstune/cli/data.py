@@ -39,7 +39,7 @@ def prepare(
         float,
         typer.Option(
             metavar="X",
-            callback=within(0, 1),
+            callback=within(0, 1, below=True),
             help="Share of recordings kept for validation.",
             rich_help_panel=_LIMITS,
         ),

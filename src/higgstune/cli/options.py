@@ -25,19 +25,19 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-def within(low: float, high: float | None = None, *, above: bool = False) -> Callable[[Any], Any]:
-    """A check of a number: at least `low` (with `above`, more than it) and at most `high`.
+def within(low: float, high: float | None = None, *, above: bool = False, below: bool = False) -> Callable[[Any], Any]:
+    """A check of a number: at least `low` (with `above`, more than it) and at most `high` (with `below`, less).
 
     typer's own `min` and `max` print the range into `--help`, where it takes the room of the explanation.
     """
     lower = f"above {low}" if above else f"at least {low}"
-    expected = lower if high is None else f"{lower} and at most {high}"
+    expected = lower if high is None else f"{lower} and {'below' if below else 'at most'} {high}"
 
     def check(value: Any) -> Any:
         if value is None:
             return None
         inside = value >= low and (high is None or value <= high)  # false for nan
-        if not inside or (above and value == low):
+        if not inside or (above and value == low) or (below and value == high):
             raise typer.BadParameter(f"it must be {expected}, not {value}")
         return value
 
