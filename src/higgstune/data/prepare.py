@@ -3,22 +3,27 @@
 read rows -> check -> merge with stored rows, choose splits -> encode -> choose references -> write -> Whisper
 """
 
+import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from higgstune.checkpoint_files import read_json
 from higgstune.codec.base import Codec
 from higgstune.data.clips import Candidate, Checker, Limits
 from higgstune.data.encode import CodeJournal, Encoder, journal_path
-from higgstune.data.entry import Entry, fallback_ids, new_entry, source_key, stored_entries
+from higgstune.data.entry import Entry, fallback_ids, new_entry, refused_key, source_key, stored_entries
 from higgstune.data.importers import read_source
-from higgstune.data.merge import Merger, Pairing, resolve_references
+from higgstune.data.merge import DroppedRows, Merger, Pairing, resolve_references
 from higgstune.data.messages import whisper_clips
+from higgstune.data.outliers import Outlier, find_outliers, not_measured, parse_limits
 from higgstune.data.rejection import Rejection, RowError, count_reasons
 from higgstune.data.shard_reader import PARTIAL_NAME, REJECTED_NAME, SPLITS, StoreInfo
 from higgstune.data.shard_writer import write_store
@@ -30,7 +35,7 @@ from higgstune.data.whisper_features import WhisperEncoder, store_features
 from higgstune.environment import choose_device
 from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.files import alone_in, check_folder, write_file
-from higgstune.inputs import ADAPTER_CONFIG, INDEX_NAME, RUN_STATE
+from higgstune.inputs import ADAPTER_CONFIG, INDEX_NAME, RUN_STATE, check_store
 from higgstune.progress import Progress, silent
 
 Item = TypeVar("Item")
@@ -53,6 +58,10 @@ class PrepareSummary:
     encoded: int  # clips that the codec encoded
     reused: int  # clips that had codes already
     references: Pairing
+    outliers: list[Outlier]  # of the whole store, see `outliers.find_outliers`
+    not_measured: list[str]  # ids of rows that an earlier version stored, and that this source does not hold
+    dropped: int = 0  # rows that this run took out
+    stale: list[str] = field(default_factory=list)  # ids of rows that stay, although this source has them refused now
     whisper: int | None = None  # clips with Whisper features, where they were requested
     warnings: list[str] = field(default_factory=list)
 
@@ -69,6 +78,7 @@ class PrepareOptions:
     model: str | None = None  # the checkpoint that will be trained
     whisper: str | None = None  # the Whisper checkpoint whose features are stored
     allow_outside: bool = False  # whether paths may leave the folder of the source
+    limits: tuple[str, ...] = ()  # of outliers, in place of the default ones
 
     def check(self) -> None:
         """Raise ConfigError for an impossible option."""
@@ -78,10 +88,11 @@ class PrepareOptions:
             raise ConfigError(f"references is {self.references!r}: one of {', '.join(get_args(References))}")
         if not self.max_seconds > 0:
             raise ConfigError(f"max_seconds is {self.max_seconds}: it must be above 0")
+        parse_limits(self.limits)
 
 
 def prepare(
-    source: str | Path,
+    source: str | Path | None,
     out: str | Path,
     *,
     codec: Codec | str | Path | None = None,
@@ -98,6 +109,9 @@ def prepare(
     speaker: str | None = None,
     language: str | None = None,
     scene: str | None = None,
+    limits: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    restore: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> PrepareSummary:
     """Add the recordings of `source` as rows to the code store in `out`; rows that the store already has stay.
@@ -114,17 +128,24 @@ def prepare(
     (`..`, a link, an absolute path) is refused unless `allow_outside`: a source from a stranger could name any file on
     this machine. `progress` is called with the stage, the rows done and the rows in all.
 
+    `limits` such as "leading_silence > 2" take the place of those of `outliers.LIMITS`, beyond which a row is listed.
+    `drop` takes rows out of the store by their ids: they stay out, also when their source is prepared again, until
+    `restore` names them. Either needs no source (None); everything else is then as it was prepared last.
+
     A row that cannot be used is recorded in `rejected.jsonl` and counted. An interrupted run keeps the codes it has,
     and the next run resumes from there; until then the old store stays.
 
     Raises DataError for a source or store that cannot be used, or when no row is left; ConfigError for an
     option; CheckpointError for a codec; WorkError where the disk refuses.
     """
+    if source is None:
+        return _change(Path(out), drop, restore, limits, progress or silent)
     for_model = None if model is None else str(model)
     whisper = str(whisper) if isinstance(whisper, Path) else whisper
     whisper_name = whisper if whisper is None or isinstance(whisper, str) else whisper.checkpoint
     options = PrepareOptions(
-        validation_fraction, references, max_seconds, allow_long, seed, for_model, whisper_name, allow_outside
+        *(validation_fraction, references, max_seconds, allow_long, seed, for_model, whisper_name, allow_outside),
+        limits=tuple(limits),
     )
     options.check()
     source, out = Path(source), Path(out)
@@ -140,7 +161,52 @@ def prepare(
     with alone_in(out, "preparation", "nothing was encoded"):
         return Preparation(
             out, codec, codec_name or name, model_type, options, progress or silent, whisper_encoder
-        ).run(rows)
+        ).run(rows, drop, restore)
+
+
+def _change(
+    out: Path, drop: Sequence[str], restore: Sequence[str], limits: Sequence[str], progress: Progress
+) -> PrepareSummary:
+    """Take rows out of a store, or let them come back, without a source. Raises as `prepare`."""
+    if not drop and not restore:
+        raise ConfigError("there is nothing to prepare: name a source, or rows of the store to drop or to restore")
+    parse_limits(limits)
+    check_store(out)
+    with alone_in(out, "preparation", "nothing was dropped"):
+        info = CodeStore.open(out).info
+        options = _last_options(out, info)
+        options = replace(options, limits=tuple(limits) or options.limits)
+        codec = _StoredCodec(
+            info.sample_rate, info.frame_rate, info.num_codebooks, info.codebook_size, info.codec_revision
+        )
+        return Preparation(out, codec, info.codec, None, options, progress).run([], drop, restore)
+
+
+def _last_options(out: Path, info: StoreInfo) -> PrepareOptions:
+    """The options that a store was last prepared with. Raises DataError where they are damaged."""
+    names = {field.name for field in fields(PrepareOptions)}
+    settings = {name: value for name, value in info.settings.items() if name in names}
+    try:
+        return TypeAdapter(PrepareOptions).validate_json(json.dumps(settings))
+    except ValidationError as error:
+        raise DataError(f"{out / INDEX_NAME} has damaged settings ({error}): prepare its source again") from error
+
+
+@dataclass
+class _StoredCodec:
+    """The codec of a store to which no clip is added."""
+
+    sample_rate: int
+    frame_rate: float
+    num_codebooks: int
+    codebook_size: int
+    revision: str
+
+    def encode(self, waveform: np.ndarray) -> np.ndarray:
+        raise AssertionError(f"{len(waveform)} samples to encode: all clips of a store are encoded")
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        raise AssertionError(f"{len(codes)} frames to decode: a preparation decodes nothing")
 
 
 def _with_labels(row: SourceRow, speaker: str | None, language: str | None, scene: str | None) -> SourceRow:
@@ -212,23 +278,34 @@ class Preparation:
         self._whisper_encoder = whisper_encoder
         self._store = _existing_store(out, codec)
         self._stored = [] if self._store is None else stored_entries(self._store)
+        self._dropped = DroppedRows([] if self._store is None else self._store.info.dropped)
 
-    def run(self, rows: list[SourceRow]) -> PrepareSummary:
-        """Add the rows of a source to the store. Raises as `prepare`."""
+    def run(self, rows: list[SourceRow], drop: Sequence[str] = (), restore: Sequence[str] = ()) -> PrepareSummary:
+        """Add the rows of a source to the store, without those to drop. Raises as `prepare`."""
         options = self._options
+        before = len(self._stored)
+        self._dropped.restore(restore)
+        self._stored = self._dropped.take_out(self._stored, drop)
+        if before and not self._stored:
+            raise DataError(f"no row of {self._out} would be left: delete the folder instead")
         checker = Checker(Limits(self._codec.frame_rate, options.max_seconds, options.allow_long))
         candidates, refused = self._each("reading", dict(enumerate(rows)), checker.check)
         with CodeJournal(journal_path(self._out, self._codec), self._codec.num_codebooks) as journal:
             encoder = Encoder(self._codec, journal, self._store)
             merger, later = self._merge_and_encode(rows, candidates, encoder)
             rejections = rejections_of(rows, refused | later)
-            text = "".join(rejection.to_json() + "\n" for rejection in rejections)
-            write_file(self._out / REJECTED_NAME, text)
+            if rows:
+                text = "".join(rejection.to_json() + "\n" for rejection in rejections)
+                write_file(self._out / REJECTED_NAME, text)
             if not merger.entries:
                 raise DataError(_nothing_usable(rejections, self._out / REJECTED_NAME))
             pairing = self._write(merger.entries, encoder)
-        shutil.rmtree(self._out / PARTIAL_NAME, ignore_errors=True)
-        summary = self._summary(merger, encoder, pairing, rejections)
+            unfinished = not rows and len(journal) > 0  # of an interrupted run, which resumes with its source
+        if not unfinished:
+            shutil.rmtree(self._out / PARTIAL_NAME, ignore_errors=True)
+        stale = self._stale([rows[index] for index in refused | later], merger)
+        dropped = before - len(self._stored)
+        summary = replace(self._summary(merger, encoder, pairing, rejections, stale), dropped=dropped)
         if self._whisper_encoder is None:
             return summary
         return self._store_whisper_features(self._whisper_encoder, summary, candidates.values())
@@ -295,11 +372,14 @@ class Preparation:
         entries: dict[int, Entry] = {}
         refused: Refused = {}
         seen: Counter[str] = Counter()
+        stored_audio = {entry.audio_sha256 for entry in self._stored}
         for index, candidate in candidates.items():
             try:
-                entries[index] = new_entry(
+                entry = new_entry(
                     _with_reference_text(candidate, texts), source_key(rows[index], candidate.utterance, seen)
                 )
+                self._dropped.check(entry, stored_audio)
+                entries[index] = entry
             except RowError as error:
                 refused[index] = error
         context = [clip.recording for candidate in candidates.values() for clip in candidate.clips[1:]]
@@ -346,11 +426,18 @@ class Preparation:
             rows=_rows_by_split(entries),
             hours=_hours_by_split(entries),
             model_type=self._model_type or (None if self._store is None else self._store.info.model_type),
+            dropped=self._dropped.rows,
             settings=earlier | {name: value for name, value in asdict(self._options).items() if value is not None},
         )
 
+    def _stale(self, refused: list[SourceRow], merger: Merger) -> list[str]:
+        """The ids of stored rows whose row in the source is refused now: they stay as they were."""
+        accepted = {entry.id for entry in merger.accepted}
+        keys = {refused_key(row) for row in refused}
+        return [entry.id for entry in self._stored if entry.source_key in keys and entry.id not in accepted]
+
     def _summary(
-        self, merger: Merger, encoder: Encoder, pairing: Pairing, rejections: list[Rejection]
+        self, merger: Merger, encoder: Encoder, pairing: Pairing, rejections: list[Rejection], stale: list[str]
     ) -> PrepareSummary:
         return PrepareSummary(
             out=str(self._out),
@@ -363,7 +450,10 @@ class Preparation:
             encoded=encoder.encoded,
             reused=encoder.reused,
             references=pairing,
-            warnings=_find_warnings(merger.entries, pairing, self._options),
+            outliers=find_outliers(merger.entries, parse_limits(self._options.limits)),
+            not_measured=not_measured(merger.entries),
+            stale=stale,
+            warnings=[*_find_warnings(merger.entries, pairing, self._options), *_warn_of_stale(stale, self._out)],
         )
 
 
@@ -416,6 +506,18 @@ def _hours_by_split(entries: list[Entry]) -> dict[str, float]:
     return {
         split: round(sum(entry.duration for entry in entries if entry.split == split) / 3600, 4) for split in SPLITS
     }
+
+
+def _warn_of_stale(stale: list[str], out: Path) -> list[str]:
+    """What to do about rows that stay with their old text."""
+    if not stale:
+        return []
+    some = ", ".join(stale[:5]) + (", ..." if len(stale) > 5 else "")
+    return [
+        f"rows of the store that are refused in this source now, and stay with their old text: {len(stale)} ({some}); "
+        "mend them in the source, or take them out: write their ids into a file, one a line, and run higgstune prepare "
+        f"--drop FILE --out {out}"
+    ]
 
 
 def _find_warnings(entries: list[Entry], pairing: Pairing, options: PrepareOptions) -> list[str]:

@@ -22,11 +22,14 @@ Reason = Literal[
     "too_short",
     "too_long",
     "silent",
+    "channels_cancel",  # the mean of the channels is silent, each of them is not
+    "text_too_long",  # for its recording
     "not_finite",
     "out_of_range",
     "no_target",
     "reference_without_text",
     "reference_is_target",
+    "dropped",  # taken out of the store by a person
     "duplicate",
     "duplicate_id",
     "split_conflict",
