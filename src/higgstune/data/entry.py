@@ -85,7 +85,9 @@ def stored_entries(store: CodeStore) -> list[Entry]:
     splits = [shard.split for shard in store.shards for _ in range(shard.rows)]
     return [
         Entry(
-            **{name: value for name, value in _fields_of(row) if name in names}, measures=_measures_of(row), split=split
+            **{name: value for name, value in _fields_of(row) if name in names},
+            measures=stored_measures(row),
+            split=split,
         )
         for row, split in zip(store.metadata.to_pylist(), splits, strict=True)
     ]
@@ -95,7 +97,7 @@ def _fields_of(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     return ((_FIELD_OF_COLUMN.get(column, column), value) for column, value in row.items())
 
 
-def _measures_of(row: dict[str, Any]) -> Measures | None:
+def stored_measures(row: dict[str, Any]) -> Measures | None:
     """The measures of a stored row; None for one without them."""
     return None if row.get(_MEASURES[0]) is None else Measures(**{name: row[name] for name in _MEASURES})
 

@@ -3,11 +3,11 @@
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 from higgstune.data.entry import Entry
-from higgstune.data.rejection import RowError
+from higgstune.data.rejection import RowError, some_ids
 from higgstune.data.shard_reader import DroppedRow
 from higgstune.data.splits import RecordingGroups
 from higgstune.errors import DataError
@@ -117,13 +117,13 @@ class DroppedRows:
         unwanted = set(ids)
         known = {entry.id for entry in entries} | {row.id for row in self.rows}
         if unknown := sorted(unwanted - known):
-            raise DataError(f"ids to drop that no row has: {_some(unknown)}; nothing was dropped")
+            raise DataError(f"ids to drop that no row has: {some_ids(unknown)}; nothing was dropped")
         left = [entry for entry in entries if entry.id not in unwanted]
         gone = {entry.audio_sha256 for entry in entries if entry.id in unwanted}
         gone -= {entry.audio_sha256 for entry in left}
         if users := [entry.id for entry in left if gone & {entry.reference_sha256, *entry.context_sha256}]:
             raise DataError(
-                f"rows with a clip to drop as their reference or in their conversation: {_some(users)}; drop them, "
+                f"rows with a clip to drop as their reference or in their conversation: {some_ids(users)}; drop them, "
                 "too (nothing was dropped)"
             )
         self.rows += [
@@ -138,9 +138,13 @@ class DroppedRows:
         """Let the rows of these ids come back with their source. Raises DataError for an id that was not dropped."""
         wanted = set(ids)
         if unknown := sorted(wanted - {row.id for row in self.rows}):
-            raise DataError(f"ids to restore that no dropped row has: {_some(unknown)}; nothing was restored")
+            raise DataError(f"ids to restore that no dropped row has: {some_ids(unknown)}; nothing was restored")
         self.rows = [row for row in self.rows if row.id not in wanted]
         self._index()
+
+    def clips_without_use(self, entries: Iterable[Entry]) -> set[str]:
+        """The audio hashes of dropped clips that none of these rows has."""
+        return set(self._by_audio) - {entry.audio_sha256 for entry in entries}
 
     def check(self, entry: Entry, stored_audio: Container[str]) -> None:
         """Raise RowError for a dropped row, by its audio with its id, place or text; and for one that has the clip of
@@ -233,10 +237,6 @@ class _Pool:
 
 def _text_hash(entry: Entry) -> str:
     return hashlib.sha256(entry.text.encode()).hexdigest()
-
-
-def _some(ids: Sequence[str], shown: int = 10) -> str:
-    return ", ".join(ids[:shown]) + (f" and {len(ids) - shown} more" if len(ids) > shown else "")
 
 
 def _contents(entry: Entry) -> tuple[object, ...]:

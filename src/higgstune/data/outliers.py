@@ -45,8 +45,8 @@ class Limit:
 LIMITS = (
     Limit("pace", ">", 1.75, "", "more text than speech: another clip's text, or a clip that is cut off"),
     Limit("pace", "<", 0.45, "", "less text than speech: words are missing, or the clip holds more than its sentence"),
-    Limit("characters_per_second", ">", 30, "1/s", "twice as fast as fast talkers"),
-    Limit("characters_per_second", "<", 1.5, "1/s", "slower than any reader"),
+    Limit("characters_per_second", ">", 30, "", "twice as fast as fast talkers"),
+    Limit("characters_per_second", "<", 1.5, "", "slower than any reader"),
     Limit("leading_silence", ">", 1, "s", "the voice learns to wait before it speaks"),
     Limit("trailing_silence", ">", 1, "s", "the voice learns not to stop"),
     Limit("snr", "<", 15, "dB", "noise or music is learnt with the voice; steady sound without speech has under 0"),

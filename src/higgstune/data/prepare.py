@@ -24,14 +24,14 @@ from higgstune.data.importers import read_source
 from higgstune.data.merge import DroppedRows, Merger, Pairing, resolve_references
 from higgstune.data.messages import whisper_clips
 from higgstune.data.outliers import Outlier, find_outliers, not_measured, parse_limits
-from higgstune.data.rejection import Rejection, RowError, count_reasons
+from higgstune.data.rejection import Rejection, RowError, count_reasons, some_ids
 from higgstune.data.shard_reader import PARTIAL_NAME, REJECTED_NAME, SPLITS, StoreInfo
 from higgstune.data.shard_writer import write_store
 from higgstune.data.source import SourceRow, rejections_of
 from higgstune.data.splits import RecordingGroups
 from higgstune.data.store import CodeStore
 from higgstune.data.text import TEXT_NORMALIZATION
-from higgstune.data.whisper_features import WhisperEncoder, store_features
+from higgstune.data.whisper_features import FOLDER, WhisperEncoder, forget_features, store_features
 from higgstune.environment import choose_device
 from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.files import alone_in, check_folder, write_file
@@ -60,8 +60,10 @@ class PrepareSummary:
     references: Pairing
     outliers: list[Outlier]  # of the whole store, see `outliers.find_outliers`
     not_measured: list[str]  # ids of rows that an earlier version stored, and that this source does not hold
+    stale: list[str]  # ids of rows that stay as they were, although this source has them refused now
+    not_in_source: list[str]  # ids of all other rows that stay as they were
     dropped: int = 0  # rows that this run took out
-    stale: list[str] = field(default_factory=list)  # ids of rows that stay, although this source has them refused now
+    restored: int = 0  # dropped rows that may come back with their source
     whisper: int | None = None  # clips with Whisper features, where they were requested
     warnings: list[str] = field(default_factory=list)
 
@@ -139,6 +141,9 @@ def prepare(
     option; CheckpointError for a codec; WorkError where the disk refuses.
     """
     if source is None:
+        of_source = {"model": model, "codec": codec, "whisper": whisper, "speaker": speaker, "language": language}
+        if given := [name for name, value in {**of_source, "scene": scene}.items() if value is not None]:
+            raise ConfigError(f"{given[0]} has no effect without a source")
         return _change(Path(out), drop, restore, limits, progress or silent)
     for_model = None if model is None else str(model)
     whisper = str(whisper) if isinstance(whisper, Path) else whisper
@@ -303,9 +308,13 @@ class Preparation:
             unfinished = not rows and len(journal) > 0  # of an interrupted run, which resumes with its source
         if not unfinished:
             shutil.rmtree(self._out / PARTIAL_NAME, ignore_errors=True)
+        forget_features(self._out, self._dropped.clips_without_use(merger.entries))
         stale = self._stale([rows[index] for index in refused | later], merger)
         dropped = before - len(self._stored)
-        summary = replace(self._summary(merger, encoder, pairing, rejections, stale), dropped=dropped)
+        summary = self._summary(merger, encoder, pairing, rejections, stale)
+        summary = replace(summary, dropped=dropped, restored=len(set(restore)))
+        if not rows:
+            return replace(summary, not_in_source=[], warnings=[*summary.warnings, *_warn_of_pairs(pairing, self._out)])
         if self._whisper_encoder is None:
             return summary
         return self._store_whisper_features(self._whisper_encoder, summary, candidates.values())
@@ -453,6 +462,7 @@ class Preparation:
             outliers=find_outliers(merger.entries, parse_limits(self._options.limits)),
             not_measured=not_measured(merger.entries),
             stale=stale,
+            not_in_source=_others(merger, stale),
             warnings=[*_find_warnings(merger.entries, pairing, self._options), *_warn_of_stale(stale, self._out)],
         )
 
@@ -508,13 +518,25 @@ def _hours_by_split(entries: list[Entry]) -> dict[str, float]:
     }
 
 
+def _others(merger: Merger, stale: list[str]) -> list[str]:
+    """The ids of rows that this run neither wrote nor refused."""
+    known = {entry.id for entry in merger.accepted} | set(stale)
+    return [entry.id for entry in merger.entries if entry.id not in known]
+
+
+def _warn_of_pairs(pairing: Pairing, out: Path) -> list[str]:
+    """What a change of pairs needs, where Whisper encodes the references."""
+    if not pairing.paired or not (out / FOLDER).exists():
+        return []
+    return ["rows have new references, some without Whisper features: prepare their source again with --whisper"]
+
+
 def _warn_of_stale(stale: list[str], out: Path) -> list[str]:
     """What to do about rows that stay with their old text."""
     if not stale:
         return []
-    some = ", ".join(stale[:5]) + (", ..." if len(stale) > 5 else "")
     return [
-        f"rows of the store that are refused in this source now, and stay with their old text: {len(stale)} ({some}); "
+        f"rows of the store that are refused in this source now, and stay with their old text: {some_ids(stale)}; "
         "mend them in the source, or take them out: write their ids into a file, one a line, and run higgstune prepare "
         f"--drop FILE --out {out}"
     ]

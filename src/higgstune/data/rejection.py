@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
@@ -65,6 +65,11 @@ def shown(value: Any) -> str:
     """A value for a message, shortened. Raises RecursionError for one that is nested too deeply."""
     text = repr(value)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def some_ids(ids: Sequence[str], limit: int = 5) -> str:
+    """How many ids, and the first of them: `7 (a, b, c, d, e, ...)`; `none` for none."""
+    return f"{len(ids)} ({', '.join(ids[:limit])}{', ...' if len(ids) > limit else ''})" if ids else "none"
 
 
 def count_reasons(rejections: Iterable[Rejection]) -> dict[str, int]:

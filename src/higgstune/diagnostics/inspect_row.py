@@ -1,7 +1,7 @@
 """One row as a training example: the verb `inspect`."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,6 +9,8 @@ import numpy as np
 
 from higgstune.batch.dataset import Rendering, row_example
 from higgstune.config.recipe import ModelSettings
+from higgstune.data.entry import stored_measures
+from higgstune.data.measures import Measures
 from higgstune.data.messages import ReferencePlace
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore
@@ -36,6 +38,7 @@ class RowInspection:
     text_labels: list[tuple[int, int, str]]  # position, token id, token
     audio_labels: list[tuple[int, list[int | None]]]  # position of an audio frame, its labels (None: ignored)
     audio_label_entries: int
+    measures: Measures | None  # None: not measured, as an earlier version stored the row
 
 
 def inspect_row(
@@ -75,7 +78,8 @@ def inspect_row(
         example = row_example(prompter, found, text_targets, Rendering(reference, features))
     except DataError as error:
         raise DataError(f"{store}, row {index} ({found.id}): {error}") from error
-    return _inspection(found.id, found.split, found.duration, len(found.codes), example, prompter)
+    inspection = _inspection(found.id, found.split, found.duration, len(found.codes), example, prompter)
+    return replace(inspection, measures=stored_measures(opened.metadata.slice(index, 1).to_pylist()[0]))
 
 
 def _inspection(
@@ -103,6 +107,7 @@ def _inspection(
         text_labels=[(position, token, prompter.tokenizer.decode([token])) for position, token in tokens],
         audio_labels=labelled,
         audio_label_entries=int((example.audio_labels != IGNORE).sum()),
+        measures=None,
     )
 
 
