@@ -115,6 +115,10 @@ def prepare(
     check_folder(out)
     _check_limits(limit)
     ids, restored = _read_ids(drop), _read_ids(restore)
+    if source is None and not ids and not restored:
+        raise typer.BadParameter("name a source, or rows of the store to --drop or to --restore")
+    if source is None:
+        check_store(out)
     if model is not None:
         check_model(model)
     for name, what in ((codec, "codec"), (whisper, "Whisper checkpoint")):
@@ -221,7 +225,7 @@ def inspect(
 
 def _check_limits(limits: Sequence[str] | None) -> None:
     if limits:
-        from higgstune.data.outliers import parse_limits
+        from higgstune.data.measures import parse_limits
 
         parse_limits(limits)
 
@@ -255,7 +259,7 @@ def _print_outliers(report: "OutlierReport", store: Path, as_json: bool) -> None
     if as_json:
         print_result(dataclasses.asdict(report), as_json)
         return
-    from higgstune.data.outliers import LIMITS
+    from higgstune.data.measures import LIMITS
 
     typer.echo(f"outliers: {_counted(report.outliers)} of {report.rows}")
     reasons = {(limit.name, limit.sign): limit.reason for limit in LIMITS}

@@ -1,62 +1,21 @@
 """Rows that a person should look at: a measure beyond a limit, or the same audio with another text."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from higgstune.data.entry import Entry, stored_entries
-from higgstune.data.measures import Measures
-from higgstune.data.rejection import did_you_mean, shown
+from higgstune.data.measures import Limit, parse_limits
 from higgstune.data.splits import find_near_duplicates
 from higgstune.data.store import CodeStore
 from higgstune.data.text import is_wide
-from higgstune.errors import ConfigError
 
 SAME_AUDIO = "the same audio as another row, with another text"
 _MIN_ROWS = 20  # of a language, for a median
 _PAUSE = 0.5  # seconds that every clip may add to its speech: short ones differ by them alone
-_LIMIT = re.compile(r"\s*(\w+)\s*([<>])\s*(-?(?:\d+\.?\d*|\.\d+|inf))\s*")
-
-
-@dataclass(frozen=True)
-class Limit:
-    """A measure beyond this makes a row an outlier."""
-
-    name: str  # of the measure
-    sign: str  # < or >
-    value: float
-    unit: str
-    reason: str
-
-    def __str__(self) -> str:
-        """As it is written on the command line, with its unit."""
-        return f"{self.name} {self.sign} {self.value:g} {self.unit}".rstrip()
-
-    def excess(self, value: float) -> float:
-        """How far a value lies beyond; negative within the limit."""
-        return value - self.value if self.sign == ">" else self.value - value
-
-
-# The worst for training first. `pace` needs 20 rows of a language; without them `characters_per_second` counts.
-LIMITS = (
-    Limit("pace", ">", 1.75, "", "more text than speech: another clip's text, or a clip that is cut off"),
-    Limit("pace", "<", 0.45, "", "less text than speech: words are missing, or the clip holds more than its sentence"),
-    Limit("characters_per_second", ">", 30, "", "twice as fast as fast talkers"),
-    Limit("characters_per_second", "<", 1.5, "", "slower than any reader"),
-    Limit("leading_silence", ">", 1, "s", "the voice learns to wait before it speaks"),
-    Limit("trailing_silence", ">", 1, "s", "the voice learns not to stop"),
-    Limit("snr", "<", 15, "dB", "noise or music is learnt with the voice; steady sound without speech has under 0"),
-    Limit("clipped", ">", 0.001, "", "the recorder was overdriven: the voice learns to crackle"),
-    Limit("level", "<", -45, "dBFS", "20 dB and more below usual recordings"),
-    Limit("dc", ">", 0.05, "", "an offset as large as the speech: remove it with a high-pass at 20 Hz"),
-    Limit("bandwidth", "<", 6000, "Hz", "a telephone, or a low rate: the voice learns to sound muffled"),
-    Limit("silent_channels", ">", 0, "", "the mean of the channels is weaker than the one with speech: keep that one"),
-    Limit("mix_loss", ">", 7, "dB", "the channels partly cancel each other: keep one of them"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,25 +36,6 @@ class OutlierReport:
     outliers: list[Outlier]
     rows: int  # of the store
     not_measured: list[str]  # ids of rows from earlier versions, which have no measures
-
-
-def parse_limits(texts: Sequence[str]) -> tuple[Limit, ...]:
-    """The default limits, changed by texts such as "leading_silence > 2"; `inf` and `-inf` switch one off.
-
-    Raises ConfigError for a text that is not a limit, and for an unknown measure.
-    """
-    limits = {(limit.name, limit.sign): limit for limit in LIMITS}
-    units = {limit.name: limit.unit for limit in LIMITS}
-    names = ["pace", "characters_per_second", *(field.name for field in fields(Measures))]
-    for text in texts:
-        if not (match := _LIMIT.fullmatch(text)):
-            raise ConfigError(f'the limit {shown(text)} is not a measure, < or >, and a number, such as "snr < 10"')
-        name, sign, value = match[1], match[2], float(match[3])
-        if name not in names:
-            raise ConfigError(f"there is no measure {shown(name)}; {did_you_mean(name, names)}")
-        known = limits.get((name, sign), Limit(name, sign, value, units.get(name, ""), ""))
-        limits[name, sign] = Limit(name, sign, value, known.unit, known.reason)
-    return tuple(limits.values())
 
 
 def store_outliers(folder: str | Path, limits: Sequence[str] | None = None) -> OutlierReport:

@@ -21,9 +21,10 @@ from higgstune.data.clips import Candidate, Checker, Limits
 from higgstune.data.encode import CodeJournal, Encoder, journal_path
 from higgstune.data.entry import Entry, fallback_ids, new_entry, refused_key, source_key, stored_entries
 from higgstune.data.importers import read_source
+from higgstune.data.measures import parse_limits
 from higgstune.data.merge import DroppedRows, Merger, Pairing, resolve_references
 from higgstune.data.messages import whisper_clips
-from higgstune.data.outliers import Outlier, find_outliers, not_measured, parse_limits
+from higgstune.data.outliers import Outlier, find_outliers, not_measured
 from higgstune.data.rejection import Rejection, RowError, count_reasons, some_ids
 from higgstune.data.shard_reader import PARTIAL_NAME, REJECTED_NAME, SPLITS, StoreInfo
 from higgstune.data.shard_writer import write_store

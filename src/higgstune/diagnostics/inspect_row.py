@@ -1,7 +1,7 @@
 """One row as a training example: the verb `inspect`."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +12,7 @@ from higgstune.config.recipe import ModelSettings
 from higgstune.data.entry import stored_measures
 from higgstune.data.measures import Measures
 from higgstune.data.messages import ReferencePlace
-from higgstune.data.store import CodeStore
+from higgstune.data.store import CodeStore, Row
 from higgstune.data.whisper_features import FeatureStore
 from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.families import check_family, family_in
@@ -78,13 +78,11 @@ def inspect_row(
         example = row_example(prompter, found, text_targets, Rendering(reference, features))
     except DataError as error:
         raise DataError(f"{store}, row {index} ({found.id}): {error}") from error
-    inspection = _inspection(found.id, found.split, found.duration, len(found.codes), example, prompter)
-    return replace(inspection, measures=stored_measures(opened.metadata.slice(index, 1).to_pylist()[0]))
+    measures = stored_measures(opened.metadata.slice(index, 1).to_pylist()[0])
+    return _inspection(found, example, prompter, measures)
 
 
-def _inspection(
-    row_id: str, split: str, seconds: float, frames: int, example: Example, prompter: Prompter
-) -> RowInspection:
+def _inspection(row: Row, example: Example, prompter: Prompter, measures: Measures | None) -> RowInspection:
     text = np.flatnonzero(example.text_labels != IGNORE)
     tokens = [(int(p), int(example.text_labels[p])) for p in text]
     rows = np.flatnonzero(example.audio_mask)
@@ -95,19 +93,19 @@ def _inspection(
         if (labels != IGNORE).any()
     ]
     return RowInspection(
-        id=row_id,
-        split=split,
+        id=row.id,
+        split=row.split,
         prompt=example.prompt,
         tokens=len(example),
         text_tokens=int((~example.audio_mask).sum()) - features,
         feature_positions=features,
         audio_rows=len(rows),
-        frames=frames,
-        seconds=seconds,
+        frames=len(row.codes),
+        seconds=row.duration,
         text_labels=[(position, token, prompter.tokenizer.decode([token])) for position, token in tokens],
         audio_labels=labelled,
         audio_label_entries=int((example.audio_labels != IGNORE).sum()),
-        measures=None,
+        measures=measures,
     )
 
 
