@@ -3,14 +3,12 @@
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from higgstune.data.entry import Entry
-from higgstune.data.rejection import RowError, some_ids
-from higgstune.data.shard_reader import DroppedRow
+from higgstune.data.rejection import RowError
 from higgstune.data.splits import RecordingGroups
-from higgstune.errors import DataError
 
 
 class Merger:
@@ -96,71 +94,6 @@ class Merger:
         return next(name for n in range(2, len(self._by_id) + 3) if (name := f"{names[-1]}#{n}") not in self._by_id)
 
 
-class DroppedRows:
-    """Rows that were taken out of a store: a source does not bring them back before they are restored."""
-
-    def __init__(self, rows: Iterable[DroppedRow]) -> None:
-        self.rows = list(rows)
-        self._by_audio: dict[str, list[DroppedRow]] = {}
-        self._index()
-
-    def _index(self) -> None:
-        self._by_audio.clear()
-        for row in self.rows:
-            self._by_audio.setdefault(row.audio_sha256, []).append(row)
-
-    def take_out(self, entries: list[Entry], ids: Iterable[str]) -> list[Entry]:
-        """The rows that are left without those of these ids, which are recorded; ids recorded before are left alone.
-
-        Raises DataError for an unknown id, and where a row that is left has the clip of one that is not in its prompt.
-        """
-        unwanted = set(ids)
-        known = {entry.id for entry in entries} | {row.id for row in self.rows}
-        if unknown := sorted(unwanted - known):
-            raise DataError(f"ids to drop that no row has: {some_ids(unknown)}; nothing was dropped")
-        left = [entry for entry in entries if entry.id not in unwanted]
-        gone = {entry.audio_sha256 for entry in entries if entry.id in unwanted}
-        gone -= {entry.audio_sha256 for entry in left}
-        if users := [entry.id for entry in left if gone & {entry.reference_sha256, *entry.context_sha256}]:
-            raise DataError(
-                f"rows with a clip to drop as their reference or in their conversation: {some_ids(users)}; drop them, "
-                "too (nothing was dropped)"
-            )
-        self.rows += [
-            DroppedRow(entry.id, entry.audio_sha256, _text_hash(entry), entry.source_key)
-            for entry in entries
-            if entry.id in unwanted
-        ]
-        self._index()
-        return left
-
-    def restore(self, ids: Iterable[str]) -> None:
-        """Let the rows of these ids come back with their source. Raises DataError for an id that was not dropped."""
-        wanted = set(ids)
-        if unknown := sorted(wanted - {row.id for row in self.rows}):
-            raise DataError(f"ids to restore that no dropped row has: {some_ids(unknown)}; nothing was restored")
-        self.rows = [row for row in self.rows if row.id not in wanted]
-        self._index()
-
-    def clips_without_use(self, entries: Iterable[Entry]) -> set[str]:
-        """The audio hashes of dropped clips that none of these rows has."""
-        return set(self._by_audio) - {entry.audio_sha256 for entry in entries}
-
-    def check(self, entry: Entry, stored_audio: Container[str]) -> None:
-        """Raise RowError for a dropped row, by its audio with its id, place or text; and for one that has the clip of
-        a dropped row in its prompt.
-        """
-        for row in self._by_audio.get(entry.audio_sha256, ()):
-            if row.id == entry.id or row.source_key == entry.source_key or row.text_sha256 == _text_hash(entry):
-                raise RowError(
-                    "dropped", f"it was dropped as {row.id!r}: to add it again, prepare with this id in --restore"
-                )
-        for sha256 in (entry.reference_sha256, *entry.context_sha256):
-            if sha256 in self._by_audio and sha256 not in stored_audio:
-                row_id = self._by_audio[sha256][0].id
-                raise RowError("dropped", f"the clip of the dropped row {row_id!r} is its reference or in its messages")
-
-
 @dataclass(frozen=True)
 class Pairing:
     """The outcome of pairing, over the whole store."""
@@ -233,10 +166,6 @@ class _Pool:
             if other.audio_sha256 != entry.audio_sha256 and other.text != entry.text:
                 return other
         return None
-
-
-def _text_hash(entry: Entry) -> str:
-    return hashlib.sha256(entry.text.encode()).hexdigest()
 
 
 def _contents(entry: Entry) -> tuple[object, ...]:

@@ -12,27 +12,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from higgstune.checkpoint_files import read_json
 from higgstune.codec.base import Codec
 from higgstune.data.clips import Candidate, Checker, Limits
+from higgstune.data.dropped import DroppedRows, StoredCodec, rows_not_in_source, warn_of_pairs, warn_of_stale
 from higgstune.data.encode import CodeJournal, Encoder, journal_path
 from higgstune.data.entry import Entry, fallback_ids, new_entry, refused_key, source_key, stored_entries
 from higgstune.data.importers import read_source
 from higgstune.data.measures import parse_limits
-from higgstune.data.merge import DroppedRows, Merger, Pairing, resolve_references
+from higgstune.data.merge import Merger, Pairing, resolve_references
 from higgstune.data.messages import whisper_clips
 from higgstune.data.outliers import Outlier, find_outliers, not_measured
-from higgstune.data.rejection import Rejection, RowError, count_reasons, some_ids
+from higgstune.data.rejection import Rejection, RowError, count_reasons
 from higgstune.data.shard_reader import PARTIAL_NAME, REJECTED_NAME, SPLITS, StoreInfo
 from higgstune.data.shard_writer import write_store
 from higgstune.data.source import SourceRow, rejections_of
 from higgstune.data.splits import RecordingGroups
 from higgstune.data.store import CodeStore
 from higgstune.data.text import TEXT_NORMALIZATION
-from higgstune.data.whisper_features import FOLDER, WhisperEncoder, forget_features, store_features
+from higgstune.data.whisper_features import WhisperEncoder, forget_features, store_features
 from higgstune.environment import choose_device
 from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.files import alone_in, check_folder, write_file
@@ -182,10 +182,7 @@ def _change(
         info = CodeStore.open(out).info
         options = _last_options(out, info)
         options = replace(options, limits=tuple(limits) or options.limits)
-        codec = _StoredCodec(
-            info.sample_rate, info.frame_rate, info.num_codebooks, info.codebook_size, info.codec_revision
-        )
-        return Preparation(out, codec, info.codec, None, options, progress).run([], drop, restore)
+        return Preparation(out, StoredCodec(info), info.codec, None, options, progress).run([], drop, restore)
 
 
 def _last_options(out: Path, info: StoreInfo) -> PrepareOptions:
@@ -196,23 +193,6 @@ def _last_options(out: Path, info: StoreInfo) -> PrepareOptions:
         return TypeAdapter(PrepareOptions).validate_json(json.dumps(settings))
     except ValidationError as error:
         raise DataError(f"{out / INDEX_NAME} has damaged settings ({error}): prepare its source again") from error
-
-
-@dataclass
-class _StoredCodec:
-    """The codec of a store to which no clip is added."""
-
-    sample_rate: int
-    frame_rate: float
-    num_codebooks: int
-    codebook_size: int
-    revision: str
-
-    def encode(self, waveform: np.ndarray) -> np.ndarray:
-        raise AssertionError(f"{len(waveform)} samples to encode: all clips of a store are encoded")
-
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        raise AssertionError(f"{len(codes)} frames to decode: a preparation decodes nothing")
 
 
 def _with_labels(row: SourceRow, speaker: str | None, language: str | None, scene: str | None) -> SourceRow:
@@ -315,7 +295,7 @@ class Preparation:
         summary = self._summary(merger, encoder, pairing, rejections, stale)
         summary = replace(summary, dropped=dropped, restored=len(set(restore)))
         if not rows:
-            return replace(summary, not_in_source=[], warnings=[*summary.warnings, *_warn_of_pairs(pairing, self._out)])
+            return replace(summary, not_in_source=[], warnings=[*summary.warnings, *warn_of_pairs(pairing, self._out)])
         if self._whisper_encoder is None:
             return summary
         return self._store_whisper_features(self._whisper_encoder, summary, candidates.values())
@@ -463,8 +443,8 @@ class Preparation:
             outliers=find_outliers(merger.entries, parse_limits(self._options.limits)),
             not_measured=not_measured(merger.entries),
             stale=stale,
-            not_in_source=_others(merger, stale),
-            warnings=[*_find_warnings(merger.entries, pairing, self._options), *_warn_of_stale(stale, self._out)],
+            not_in_source=rows_not_in_source(merger, stale),
+            warnings=[*_find_warnings(merger.entries, pairing, self._options), *warn_of_stale(stale, self._out)],
         )
 
 
@@ -517,30 +497,6 @@ def _hours_by_split(entries: list[Entry]) -> dict[str, float]:
     return {
         split: round(sum(entry.duration for entry in entries if entry.split == split) / 3600, 4) for split in SPLITS
     }
-
-
-def _others(merger: Merger, stale: list[str]) -> list[str]:
-    """The ids of rows that this run neither wrote nor refused."""
-    known = {entry.id for entry in merger.accepted} | set(stale)
-    return [entry.id for entry in merger.entries if entry.id not in known]
-
-
-def _warn_of_pairs(pairing: Pairing, out: Path) -> list[str]:
-    """What a change of pairs needs, where Whisper encodes the references."""
-    if not pairing.paired or not (out / FOLDER).exists():
-        return []
-    return ["rows have new references, some without Whisper features: prepare their source again with --whisper"]
-
-
-def _warn_of_stale(stale: list[str], out: Path) -> list[str]:
-    """What to do about rows that stay with their old text."""
-    if not stale:
-        return []
-    return [
-        f"rows of the store that are refused in this source now, and stay with their old text: {some_ids(stale)}; "
-        "mend them in the source, or take them out: write their ids into a file, one a line, and run higgstune prepare "
-        f"--drop FILE --out {out}"
-    ]
 
 
 def _find_warnings(entries: list[Entry], pairing: Pairing, options: PrepareOptions) -> list[str]:
