@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from commands import Command
+from fake_codec import FakeCodec
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_runs import DEMO_CODEC, make_recordings
 
@@ -138,6 +139,12 @@ WRONG = (
     (("prepare", "clips", "--out", "x", "--validation-fraction", "1"), "below 1"),
     (("prepare", "clips", "--out", "x", "--model", "empty"), "config.json is missing"),
     (("prepare", LONG, "--out", "x"), "too long"),
+    (("prepare", "--out", "x"), "name a source, or rows"),
+    (("prepare", "--out", "x", "--drop", "notes.txt"), "x is not a code store"),
+    (("prepare", "--out", "x", "--drop", "nowhere.txt"), "nowhere.txt cannot be read"),
+    (("prepare", "clips", "--out", "x", "--limit", "snr"), "is not a measure, < or >, and a number"),
+    (("inspect", "store", "--outliers", "--limit", "snrr < 3"), "did you mean 'snr'"),
+    (("inspect", "store", "--limit", "snr < 3"), "it is for --outliers"),
     (("inspect", "nowhere"), "nowhere is not a code store"),
     (("inspect", "store", "--model", LONG), "too long"),
     (("speak",), "a text or --file"),
@@ -230,6 +237,26 @@ def test_wrong_input_is_refused_in_one_layout_before_heavy_imports(wrong_inputs:
         assert names in said, arguments
         assert not set(said) & set("╭│╰"), arguments
     assert sorted(path.name for path in wrong_inputs.iterdir()) == before
+
+
+def test_outliers_are_listed_and_dropped(tmp_path: Path, command: Command) -> None:
+    store, ids = tmp_path / "data", tmp_path / "ids.txt"
+    make_recordings(tmp_path / "recordings")
+    higgstune.prepare(tmp_path / "recordings", store, codec=FakeCodec())
+    _, out, _ = command("inspect", store, "--outliers", "--limit", "peak > -90", "--json")
+    report = json.loads(out)
+    first = next(outlier["id"] for outlier in report["outliers"] if outlier["kind"] == "peak > -90 dBFS")
+    _, out, _ = command("inspect", store, "--outliers", "--limit", "peak > -90")
+    assert f"outliers: {report['rows']} rows of {report['rows']}" in out
+    assert f"  {first}  " in out
+    ids.write_text(f"\ufeff{first}\n\n", encoding="utf-8")
+    code, out, err = command("prepare", "--drop", ids, "--out", store)
+    assert (code, "dropped: 1" in out, "loading the codec" in err) == (0, True, False)
+    code, out, _ = command("prepare", "--restore", ids, "--out", store, "--limit", "peak > -90", "--json")
+    summary = json.loads(out)
+    assert (code, summary["restored"], sum(summary["rows"].values())) == (0, 1, report["rows"] - 1)
+    assert {outlier["kind"] for outlier in summary["outliers"]} >= {"peak > -90 dBFS"}
+    assert command("prepare", "--drop", ids, "--out", store)[0] == 2
 
 
 @pytest.mark.parametrize(("option", "announced"), [((), True), (("--json",), False)])

@@ -10,7 +10,7 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,7 @@ def _check_row(row: SourceRow, checker: Checker, seen: Counter[str], folder: Pat
         assert clip.path.resolve().parent == folder.resolve(), f"{clip.path} is outside"
     entry = new_entry(candidate, source_key(row, candidate.utterance, seen))
     fallback_ids(candidate.utterance, row.location)
-    for field in fields(entry):
-        value = getattr(entry, field.name)
+    for value in asdict(entry).values():
         json.dumps(value, ensure_ascii=False).encode()  # as Parquet will have it: no half of a surrogate pair
 
 

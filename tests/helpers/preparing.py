@@ -6,8 +6,9 @@ from typing import Any
 
 from recordings import CountingCodec, clip
 
-from higgstune.data.prepare import PrepareSummary, prepare
+from higgstune.data.prepare import prepare
 from higgstune.data.store import CodeStore
+from higgstune.data.summary import PrepareSummary
 
 
 def run(source: Path, out: Path, codec: CountingCodec | None = None, **options: Any) -> PrepareSummary:

@@ -1,8 +1,11 @@
-"""The verbs `prepare` and `inspect`: from recordings to a code store, and a look at one of its rows."""
+"""The verbs `prepare` and `inspect`: from recordings to a code store, and a look at its rows."""
 
 import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -10,21 +13,36 @@ from rich.table import Table
 
 from higgstune.cli.options import DeviceOption, JsonOption, check_model, path, within
 from higgstune.cli.output import Bar, announced, errors, escape, print_result
+from higgstune.data.rejection import some_ids
+from higgstune.errors import DataError
 from higgstune.hub import check_name
 from higgstune.inputs import check_source, check_store, check_store_place
 
-_LABELS, _LIMITS, _MODEL = "Labels of all rows", "Which clips", "Model"
+if TYPE_CHECKING:
+    from higgstune.data.outliers import Outlier, OutlierReport
+
+_LABELS, _LIMITS, _MODEL, _STORED = "Labels of all rows", "Which clips", "Model", "Rows of the store"
+
+LimitOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        help='List rows beyond this, such as "snr < 10", in place of the default; repeatable.',
+        rich_help_panel=_STORED,
+    ),
+]
 
 
 def prepare(
     source: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             parser=path,
             help="Folder of audio with a text beside each file, LJSpeech, LibriTTS, VCTK, Kaldi...; a table or a "
-            "manifest of clips; hf:owner/name.",
+            "manifest of clips; hf:owner/name. None, to only --drop or --restore rows.",
         ),
-    ],
+    ] = None,
+    *,
     out: Annotated[Path, typer.Option(parser=path, metavar="FOLDER", help="Code store: a new one, or one to add to.")],
     references: Annotated[
         Literal["none", "same_speaker"], typer.Option(help="same_speaker: pair each clip with another of its speaker.")
@@ -68,6 +86,19 @@ def prepare(
             rich_help_panel=_LIMITS,
         ),
     ] = None,
+    limit: LimitOption = None,
+    drop: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path, metavar="FILE", help="Take out rows for good: their ids, one a line.", rich_help_panel=_STORED
+        ),
+    ] = None,
+    restore: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path, metavar="FILE", help="Dropped rows that may come back: ids.", rich_help_panel=_STORED
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Checkpoint to train, whose codec encodes.", rich_help_panel=_MODEL),
@@ -87,19 +118,28 @@ def prepare(
     as_json: JsonOption = False,
 ) -> None:
     """Check recordings, encode them once, and store their codes."""
-    check_source(source)
-    check_store_place(source, out)
+    if source is not None:
+        check_source(source)
+        check_store_place(source, out)
+    _check_limits(limit)
+    ids, restored = _read_ids(drop), _read_ids(restore)
+    if source is None and not ids and not restored:
+        raise typer.BadParameter("name a source, or rows of the store to --drop or to --restore")
+    if source is None:
+        check_store(out)
     if model is not None:
         check_model(model)
     for name, what in ((codec, "codec"), (whisper, "Whisper checkpoint")):
         if name is not None:
             check_name(name, what=what)
-    from higgstune.data.importers import read_source
+    read = None
+    if source is not None:
+        from higgstune.data.importers import read_source
 
-    read = read_source(source, allow_outside=allow_outside, columns=columns)
-    if not as_json:
-        errors.print(f"read as {escape(read.read_as)}", highlight=False, soft_wrap=True)
-    with announced("loading the codec", as_json):
+        read = read_source(source, allow_outside=allow_outside, columns=columns)
+        if not as_json:
+            errors.print(f"read as {escape(read.read_as)}", highlight=False, soft_wrap=True)
+    with nullcontext() if source is None else announced("loading the codec", as_json):
         from higgstune.data.prepare import prepare as run
 
     with Bar() as bar:
@@ -120,10 +160,22 @@ def prepare(
             speaker=speaker,
             language=language,
             scene=scene,
+            limits=limit or (),
+            drop=ids,
+            restore=restored,
             progress=bar,
         )
-    print_result(dataclasses.asdict(summary), as_json)
-    if summary.refused and not as_json:
+    values = dataclasses.asdict(summary)
+    if as_json:
+        print_result(values, as_json)
+        return
+    values |= {name: some_ids(values[name]) for name in ("not_measured", "stale", "not_in_source")}
+    print_result(values | {"outliers": _counted(summary.outliers)}, as_json)
+    for kind, found in _by_kind(summary.outliers).items():
+        typer.echo(f"  {kind}: {some_ids([outlier.id for outlier in found])}")
+    if summary.outliers:
+        typer.echo(f"outliers, with their values and texts: higgstune inspect {out} --outliers")
+    if summary.refused:
         typer.echo(f"refused rows, with their reasons: {out / 'rejected.jsonl'}")
 
 
@@ -140,10 +192,27 @@ def inspect(
         Literal["turn", "scene"], typer.Option(help="Place of the reference, as data.reference of a recipe.")
     ] = "turn",
     whisper: Annotated[str | None, typer.Option(metavar="NAME", help="As model.whisper of a recipe.")] = None,
+    outliers: Annotated[
+        bool,
+        typer.Option(
+            "--outliers",
+            help="List all rows with a measure beyond a limit, or with the audio of another row.",
+            rich_help_panel=_STORED,
+        ),
+    ] = False,
+    limit: LimitOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show one row as the model sees it: prompt, tokens, frames, labels."""
+    """Show one row as the model sees it: prompt, tokens, frames, labels. Or all rows that stand out."""
     check_store(store)
+    _check_limits(limit)
+    if outliers:
+        from higgstune.data.outliers import store_outliers
+
+        _print_outliers(store_outliers(store, limit), store, as_json)
+        return
+    if limit:
+        raise typer.BadParameter("it is for --outliers", param_hint="--limit")
     if model is not None:
         check_model(model)
     from higgstune.diagnostics.inspect_row import inspect_row, label_table
@@ -162,7 +231,64 @@ def inspect(
     typer.echo(
         "text labels (position token): " + " ".join(f"{p} {token!r}" for p, _, token in found.text_labels) + "\n"
     )
+    measures = "not measured" if found.measures is None else dataclasses.asdict(found.measures)
+    print_result({"measures": measures}, as_json)
     table = Table("position", *(f"k={k}" for k in range(len(found.audio_labels[0][1]))), title="audio labels")
     for entries in label_table(found):
         table.add_row(*map(str, entries))
     Console().print(table)
+
+
+def _check_limits(limits: Sequence[str] | None) -> None:
+    if limits:
+        from higgstune.data.measures import parse_limits
+
+        parse_limits(limits)
+
+
+def _read_ids(file: Path | None) -> list[str]:
+    """The ids in a file, one a line. Raises DataError for a file that cannot be read, or has none."""
+    if file is None:
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read ({error}): write the ids of rows into it, one a line") from error
+    if not (ids := [line.strip() for line in lines if line.strip()]):
+        raise DataError(f"{file} is empty: write the ids of rows into it, one a line")
+    return ids
+
+
+def _by_kind(outliers: "Iterable[Outlier]") -> "dict[str, list[Outlier]]":
+    kinds = defaultdict(list)
+    for outlier in outliers:
+        kinds[outlier.kind].append(outlier)
+    return dict(kinds)
+
+
+def _counted(outliers: "Sequence[Outlier]") -> str:
+    return f"{len({outlier.id for outlier in outliers})} rows" if outliers else "none"
+
+
+def _print_outliers(report: "OutlierReport", store: Path, as_json: bool) -> None:
+    """All outliers under their kinds: value, id, text; no table, which would cut long ids off."""
+    if as_json:
+        print_result(dataclasses.asdict(report), as_json)
+        return
+    from higgstune.data.measures import LIMITS
+
+    typer.echo(f"outliers: {_counted(report.outliers)} of {report.rows}")
+    reasons = {(limit.name, limit.sign): limit.reason for limit in LIMITS}
+    for kind, found in _by_kind(report.outliers).items():
+        name, sign, *_ = kind.split()
+        reason = reasons.get((name, sign))
+        typer.echo(f"\n{kind}: {len(found)}" + (f" ({reason})" if reason else ""))
+        for outlier in found:
+            value = f"like {outlier.other}" if outlier.value is None else f"{outlier.value:g}"
+            typer.echo(f"  {value}  {outlier.id}  {outlier.text[:60]!r}")
+    if report.not_measured:
+        typer.echo(f"\nnot measured: {len(report.not_measured)} of an earlier version; prepare their source again")
+    if report.outliers:
+        typer.echo(
+            f"\nto take rows out, write their ids into a file, one a line: higgstune prepare --drop FILE --out {store}"
+        )

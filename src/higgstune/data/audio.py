@@ -6,7 +6,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,8 @@ _BLOCK = 1 << 16  # frames
 _PIECE = 64  # samples of each sum in a piece; all pieces have the same signs, times one of their own
 _SKETCH_SIZE = 16  # sums
 
+Observer = Callable[[np.ndarray, int], None]  # [samples, channels] float32 as decoded, the rate in Hz
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -51,14 +53,14 @@ class Recording:
         return self.samples / self.rate
 
 
-def read_recording(path: str | Path) -> Recording:
-    """Decode a whole file block by block, however long it is, and describe it.
+def read_recording(path: str | Path, observe: Observer | None = None) -> Recording:
+    """Decode a whole file block by block, however long it is, and describe it; `observe` gets every block.
 
     Raises RowError for a file that cannot be decoded to its end.
     """
     digest, samples, peak, projector = hashlib.sha256(), 0, 0.0, _Projector()
     with _opened(path) as file:
-        for block in _blocks(file):
+        for block in _blocks(file, observe=observe):
             digest.update(block.tobytes())
             projector.add(block)
             peak = float(np.maximum(peak, peak_of(block)))
@@ -74,11 +76,12 @@ def read_audio(
     end: float | None = None,
     *,
     max_seconds: float = MAX_SECONDS,
+    observe: Observer | None = None,
 ) -> tuple[np.ndarray, int]:
     """A file, or its part from `start` to `end` in seconds -> (waveform [samples] float32 mono, rate in Hz).
 
-    Channels are averaged. Raises RowError for a file that cannot be read, a part that lies outside of it, or
-    more than `max_seconds` of audio (nothing of that size is read into memory first).
+    Channels are averaged; `observe` gets them as they are. Raises RowError for a file that cannot be read, a part that
+    lies outside of it, or more than `max_seconds` of audio (nothing of that size is read into memory first).
     """
     if not all(value is None or 0 <= value < 1e9 for value in (start, end)):
         raise RowError("segment_outside", f"{path}: the part from {start} to {end} s is impossible")
@@ -94,7 +97,7 @@ def read_audio(
         if first:
             _seek(file, path, first)
         blocks, total = [], 0
-        for block in _blocks(file, wanted):
+        for block in _blocks(file, wanted, observe):
             blocks.append(block)
             total += len(block)
             if total > limit:
@@ -190,7 +193,9 @@ def _check_complete(file: soundfile.SoundFile, samples: int) -> None:
         raise RowError("unreadable_audio", f"{file.name} is cut off after {samples} of {claimed} samples")
 
 
-def _blocks(file: soundfile.SoundFile, frames: int | None = None) -> Iterator[np.ndarray]:
+def _blocks(
+    file: soundfile.SoundFile, frames: int | None = None, observe: Observer | None = None
+) -> Iterator[np.ndarray]:
     """[samples] float32 mono, block by block, to the end or for so many frames."""
     left = frames
     while left is None or left > 0:
@@ -202,6 +207,8 @@ def _blocks(file: soundfile.SoundFile, frames: int | None = None) -> Iterator[np
         if not len(block):
             return
         left = None if left is None else left - len(block)
+        if observe is not None:
+            observe(block, file.samplerate)
         yield _mono(block)
 
 

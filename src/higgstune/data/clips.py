@@ -15,14 +15,17 @@ import numpy as np
 
 from higgstune.data.audio import MAX_SECONDS, Recording, audio_hash, is_file, peak_of, read_audio, read_recording
 from higgstune.data.manifest import Utterance
+from higgstune.data.measures import Kept, Measures
 from higgstune.data.messages import Message, audio_parts, check_control_tokens, is_target, target_text
 from higgstune.data.rejection import RowError
 from higgstune.data.source import SourceRow
-from higgstune.data.text import is_speakable, normalize_text
+from higgstune.data.text import is_speakable, normalize_text, spoken_length
 
 MIN_FRAMES = 8  # of a clip that is encoded
 SILENCE_PEAK = 10 ** (-60 / 20)  # -60 dBFS
 _MAX_PEAK = 4.0  # a lossy codec overshoots a little; 16-bit integers stored as floats do not
+_MAX_RATE = 60.0  # characters a second: the fastest talkers reach half of it
+_DC_LEVEL, _DC_DISTANCE = -70.0, 40.0  # sound below this many dBFS, and so far below the peak, is an offset's noise
 _ROUNDING = 1e-6
 _END_TOLERANCE = 0.04  # seconds, one frame: manifests round
 
@@ -35,15 +38,19 @@ class Limits:
     max_seconds: float
     allow_long: bool = False
 
+    @property
+    def longest(self) -> float:
+        """Seconds of the longest clip."""
+        return MAX_SECONDS if self.allow_long else min(self.max_seconds, MAX_SECONDS)
+
     def check_length(self, seconds: float) -> None:
         """Raise RowError for a clip that is too short or too long."""
         frames = seconds * self.frame_rate
         if frames < MIN_FRAMES - _ROUNDING:
             raise RowError("too_short", f"{seconds:.2f} s are {int(frames)} frames: a clip needs {MIN_FRAMES}")
-        limit = MAX_SECONDS if self.allow_long else min(self.max_seconds, MAX_SECONDS)
-        if seconds > limit + _ROUNDING:
+        if seconds > self.longest + _ROUNDING:
             raise RowError(
-                "too_long", f"{seconds:.1f} s are over {limit:g} s: cut it, or allow long clips (--allow-long)"
+                "too_long", f"{seconds:.1f} s are over {self.longest:g} s: cut it, or allow long clips (--allow-long)"
             )
 
 
@@ -74,6 +81,7 @@ class Clip:
     sha256: str  # of the decoded part
     seconds: float
     recording: Recording  # the whole file
+    measures: Measures
 
     def read(self) -> tuple[np.ndarray, int]:
         """The waveform [samples] float32 and its rate in Hz. Raises RowError where the file has changed."""
@@ -96,44 +104,65 @@ class ClipReader:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._recordings: dict[str, Recording | RowError] = {}
+        self._measures: dict[str, Measures | None] = {}  # of those that are clips as a whole
 
     def read(self, path: Path, segment: Segment) -> Clip:
         """Read a clip. Raises RowError, with the reason, for one that is not fit to be encoded."""
-        recording = self._recording(path)
-        if segment.start is None and segment.end is None:
+        whole = segment.start is None and segment.end is None
+        recording, measures = self._recording(path, whole)
+        if whole:
             sha256, seconds, peak = recording.sha256, recording.seconds, recording.peak
         else:
             segment = segment.within(recording)
             end = recording.seconds if segment.end is None else segment.end
             self._limits.check_length(end - (segment.start or 0.0))
-            waveform, rate = read_audio(path, segment.start, segment.end)
+            kept = self._kept()
+            waveform, rate = read_audio(path, segment.start, segment.end, observe=kept.add)
             sha256, seconds, peak = audio_hash(waveform, rate), len(waveform) / rate, peak_of(waveform)
+            measures = kept.measures()
         self._limits.check_length(seconds)
-        _check_peak(peak)
-        return Clip(path, segment, sha256, seconds, recording)
+        return Clip(path, segment, sha256, seconds, recording, _check_sound(peak, measures))
 
-    def _recording(self, path: Path) -> Recording:
+    def _recording(self, path: Path, whole: bool) -> tuple[Recording, Measures | None]:
+        """A recording; with its measures where it is a clip as a whole."""
         if not is_file(path):
             raise RowError("missing_audio", f"there is no file {path}")
         key = os.path.realpath(path)
-        if key not in self._recordings:
+        if key not in self._recordings or (whole and key not in self._measures):
+            kept = self._kept() if whole else None
             try:
-                self._recordings[key] = read_recording(path)
+                self._recordings[key] = read_recording(path, None if kept is None else kept.add)
             except RowError as error:
                 self._recordings[key] = error
+            if kept is not None:
+                self._measures[key] = kept.measures()
         known = self._recordings[key]
         if isinstance(known, RowError):
             raise RowError(known.reason, str(known))
-        return known
+        return known, self._measures.get(key)
+
+    def _kept(self) -> Kept:
+        return Kept(self._limits.longest + _ROUNDING)
 
 
-def _check_peak(peak: float) -> None:
-    if math.isnan(peak):
+def _check_sound(peak: float, measures: Measures | None) -> Measures:
+    """The measures of a clip with this peak of the mono mix. Raises RowError where there is no speech in it."""
+    if math.isnan(peak) or measures is None:
         raise RowError("not_finite", "a sample is infinite or not a number")
     if peak > _MAX_PEAK:
         raise RowError("out_of_range", f"the peak is {peak:g}: float samples must be within -1 and 1")
     if peak < SILENCE_PEAK:
+        if measures.channels > 1 and 10 ** (measures.peak / 20) > SILENCE_PEAK:
+            raise RowError(
+                "channels_cancel",
+                f"its {measures.channels} channels cancel each other: the loudest reaches {measures.peak:.1f} dBFS, "
+                "their mean is silent; one has its polarity reversed: keep one of them, for example with "
+                "ffmpeg -i IN.wav -af pan='mono|c0=c0' OUT.wav",
+            )
         raise RowError("silent", f"the peak is {peak:.2g}, below -60 dBFS: the clip is silent")
+    if measures.level < min(_DC_LEVEL, measures.peak - _DC_DISTANCE):
+        raise RowError("silent", f"it holds a constant offset of {measures.dc:.2g} (DC) and no sound: record it again")
+    return measures
 
 
 @dataclass(frozen=True)
@@ -183,6 +212,7 @@ class Checker:
         if utterance.reference_text:
             reference_text = _spoken(utterance.reference_text, "reference_text")
         target = self._clips.read(row.path(utterance.audio or ""), Segment(utterance.start, utterance.end))
+        _check_rate(text, target.seconds)
         if utterance.reference_audio:
             reference = self._part(row, "reference_audio", utterance.reference_audio, Segment())
         return Candidate(row.location, utterance, text, target, reference, reference_text)
@@ -211,6 +241,16 @@ class Checker:
             return self._clips.read(row.path(name), segment)
         except RowError as error:
             raise RowError(error.reason, f"{where}: {error}") from error
+
+
+def _check_rate(text: str, seconds: float) -> None:
+    """Raise RowError for a text that nobody can say in this time."""
+    if (rate := spoken_length(text) / seconds) > _MAX_RATE:
+        raise RowError(
+            "text_too_long",
+            f"{spoken_length(text)} characters in {seconds:.2f} s are {rate:.0f} a second, over {_MAX_RATE:g}: nobody "
+            "speaks so fast; the transcript belongs to another recording, or the recording is cut off",
+        )
 
 
 def _spoken(text: str, where: str) -> str:

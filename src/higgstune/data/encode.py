@@ -49,6 +49,9 @@ class CodeJournal:
     def __contains__(self, sha256: str) -> bool:
         return sha256 in self._places
 
+    def __len__(self) -> int:
+        return len(self._places)
+
     def frames(self, sha256: str) -> int:
         """The number of frames of a clip in the journal."""
         return self._places[sha256][1]

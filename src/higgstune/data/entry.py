@@ -11,12 +11,16 @@ from typing import Any
 from higgstune.data.audio import Recording
 from higgstune.data.clips import Candidate
 from higgstune.data.manifest import Utterance
+from higgstune.data.measures import Measures
 from higgstune.data.messages import Message
+from higgstune.data.rejection import RowError
 from higgstune.data.source import SourceRow
 from higgstune.data.store import CodeStore
+from higgstune.data.text import spoken_length
 
 # Stores keep the names of their columns, so that old ones can be read: this field has another one.
 _FIELD_OF_COLUMN = {"linked_recordings": "context_recordings"}
+_MEASURES = tuple(field.name for field in fields(Measures))  # columns, and null in rows of a store without them
 
 
 @dataclass
@@ -43,6 +47,7 @@ class Entry:
     recording_rate: int
     recording_sketch: list[float]
     source_key: str
+    measures: Measures | None = None  # of the target; None where an earlier version stored the row
     frames: int = 0
     context_frames: int = 0
     split: str | None = None
@@ -62,8 +67,15 @@ class Entry:
         ]
         return (self.audio_sha256, self.text, self.reference_sha256, *self.context_sha256, json.dumps(parts))
 
+    @property
+    def characters_per_second(self) -> float | None:
+        """Spoken characters of the text a second of the clip; None where only sound tags are spoken."""
+        return round(length / self.duration, 2) if (length := spoken_length(self.text)) else None
+
     def column(self, name: str) -> Any:
         """The value for a column of a store, by the column's name."""
+        if name in _MEASURES:
+            return None if self.measures is None else getattr(self.measures, name)
         return getattr(self, _FIELD_OF_COLUMN.get(name, name))
 
 
@@ -72,13 +84,22 @@ def stored_entries(store: CodeStore) -> list[Entry]:
     names = {field.name for field in fields(Entry)}
     splits = [shard.split for shard in store.shards for _ in range(shard.rows)]
     return [
-        Entry(**{name: value for name, value in _fields_of(row) if name in names}, split=split)
+        Entry(
+            **{name: value for name, value in _fields_of(row) if name in names},
+            measures=stored_measures(row),
+            split=split,
+        )
         for row, split in zip(store.metadata.to_pylist(), splits, strict=True)
     ]
 
 
 def _fields_of(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     return ((_FIELD_OF_COLUMN.get(column, column), value) for column, value in row.items())
+
+
+def stored_measures(row: dict[str, Any]) -> Measures | None:
+    """The measures of a stored row; None for one without them."""
+    return None if row.get(_MEASURES[0]) is None else Measures(**{name: row[name] for name in _MEASURES})
 
 
 def new_entry(candidate: Candidate, source_key: str) -> Entry:
@@ -108,6 +129,7 @@ def new_entry(candidate: Candidate, source_key: str) -> Entry:
         recording_rate=target.recording.rate,
         recording_sketch=list(target.recording.sketch),
         source_key=source_key,
+        measures=target.measures,
     )
 
 
@@ -125,6 +147,15 @@ def source_key(row: SourceRow, utterance: Utterance, seen: Counter[str]) -> str:
     name = f"{row.folder.resolve()}\n{name}"
     seen[name] += 1
     return hashlib.sha256(f"{name}\n{seen[name]}".encode(errors="replace")).hexdigest()[:32]
+
+
+def refused_key(row: SourceRow) -> str | None:
+    """The key that a refused row had while it could be used; None where its place is not known."""
+    if not isinstance(row.content, RowError):
+        return source_key(row, row.content, Counter())
+    if not (row.audio or row.id):
+        return None
+    return source_key(row, Utterance(id=row.id or None, audio=row.audio or row.id, text=""), Counter())
 
 
 def fallback_ids(utterance: Utterance, location: str) -> list[str]:

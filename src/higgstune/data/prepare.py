@@ -3,90 +3,60 @@
 read rows -> check -> merge with stored rows, choose splits -> encode -> choose references -> write -> Whisper
 """
 
+import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from higgstune.checkpoint_files import read_json
 from higgstune.codec.base import Codec
 from higgstune.data.clips import Candidate, Checker, Limits
+from higgstune.data.dropped import DroppedRows, StoredCodec, rows_not_in_source, warn_of_pairs, warn_of_stale
 from higgstune.data.encode import CodeJournal, Encoder, journal_path
-from higgstune.data.entry import Entry, fallback_ids, new_entry, source_key, stored_entries
+from higgstune.data.entry import Entry, fallback_ids, new_entry, refused_key, source_key, stored_entries
 from higgstune.data.importers import read_source
-from higgstune.data.manifest import Utterance
+from higgstune.data.measures import parse_limits
 from higgstune.data.merge import Merger, Pairing, resolve_references
 from higgstune.data.messages import whisper_clips
-from higgstune.data.rejection import Rejection, RowError, count_reasons, shown
-from higgstune.data.shard_reader import PARTIAL_NAME, REJECTED_NAME, SPLITS, StoreInfo
+from higgstune.data.outliers import find_outliers, not_measured
+from higgstune.data.rejection import Rejection, RowError, count_reasons
+from higgstune.data.shard_reader import PARTIAL_NAME, REJECTED_NAME, StoreInfo
 from higgstune.data.shard_writer import write_store
 from higgstune.data.source import Source, SourceRow, rejections_of
 from higgstune.data.splits import RecordingGroups
 from higgstune.data.store import CodeStore
+from higgstune.data.summary import (
+    PrepareOptions,
+    PrepareSummary,
+    References,
+    example,
+    find_warnings,
+    hours_by_split,
+    nothing_usable,
+    rows_by_split,
+)
 from higgstune.data.text import TEXT_NORMALIZATION
-from higgstune.data.whisper_features import WhisperEncoder, store_features
+from higgstune.data.whisper_features import WhisperEncoder, forget_features, store_features
 from higgstune.environment import choose_device
 from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.files import alone_in, write_file
-from higgstune.inputs import INDEX_NAME, check_store_place
+from higgstune.inputs import INDEX_NAME, check_store, check_store_place
 from higgstune.progress import Progress, silent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Refused = dict[int, RowError]  # by the row's number
-References = Literal["none", "same_speaker"]
-
-
-@dataclass(frozen=True)
-class PrepareSummary:
-    """The outcome of a preparation; `dataclasses.asdict` gives JSON."""
-
-    out: str
-    read_as: str  # how the source was understood
-    example: str  # its first usable row
-    passed_over: list[str]  # what of the source is not used, a clause each
-    accepted: dict[str, int]  # rows of this source, by split
-    rows: dict[str, int]  # rows of the whole store, by split
-    hours: dict[str, float]  # of the whole store, by split
-    refused: dict[str, int]  # by reason; the rows are in rejected.jsonl
-    added: int
-    updated: int
-    encoded: int  # clips that the codec encoded
-    reused: int  # clips that had codes already
-    references: Pairing
-    whisper: int | None = None  # clips with Whisper features, where they were requested
-    warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """The options of a preparation, which are recorded in the store."""
-
-    validation_fraction: float
-    references: str
-    max_seconds: float
-    allow_long: bool
-    seed: int
-    model: str | None = None  # the checkpoint that will be trained
-    whisper: str | None = None  # the Whisper checkpoint whose features are stored
-    allow_outside: bool = False  # whether paths may leave the folder of the source
-    columns: str | None = None  # what the columns of the source mean, where it was said
-
-    def check(self) -> None:
-        """Raise ConfigError for an impossible option."""
-        if not 0 <= self.validation_fraction < 1:
-            raise ConfigError(f"validation_fraction is {self.validation_fraction}: it must be at least 0 and below 1")
-        if self.references not in get_args(References):
-            raise ConfigError(f"references is {self.references!r}: one of {', '.join(get_args(References))}")
-        if not self.max_seconds > 0:
-            raise ConfigError(f"max_seconds is {self.max_seconds}: it must be above 0")
+_NO_SOURCE = Source((), "")
 
 
 def prepare(
-    source: str | Path | Source,
+    source: str | Path | Source | None,
     out: str | Path,
     *,
     codec: Codec | str | Path | None = None,
@@ -104,6 +74,9 @@ def prepare(
     speaker: str | None = None,
     language: str | None = None,
     scene: str | None = None,
+    limits: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    restore: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> PrepareSummary:
     """Add the recordings of `source` as rows to the code store in `out`; rows that the store already has stay.
@@ -122,17 +95,28 @@ def prepare(
     do not show it ("audio,speaker,text", "audio=path,text=words"). `progress` is called with the stage, the rows done
     and the rows in all.
 
+    `limits` such as "leading_silence > 2" take the place of those of `outliers.LIMITS`, beyond which a row is listed.
+    `drop` takes rows out of the store by their ids: they stay out, also when their source is prepared again, until
+    `restore` names them. Either needs no source (None); everything else is then as it was prepared last.
+
     A row that cannot be used is recorded in `rejected.jsonl` and counted. An interrupted run keeps the codes it has,
     and the next run resumes from there; until then the old store stays.
 
     Raises DataError for a source or store that cannot be used, or when no row is left; ConfigError for an
     option; CheckpointError for a codec; WorkError where the disk refuses.
     """
+    if source is None:
+        of_source = {"model": model, "codec": codec, "whisper": whisper, "speaker": speaker, "language": language}
+        if given := [name for name, value in {**of_source, "scene": scene}.items() if value is not None]:
+            raise ConfigError(f"{given[0]} has no effect without a source")
+        return _change(Path(out), drop, restore, limits, progress or silent)
     for_model = None if model is None else str(model)
     whisper = str(whisper) if isinstance(whisper, Path) else whisper
     whisper_name = whisper if whisper is None or isinstance(whisper, str) else whisper.checkpoint
     options = PrepareOptions(
-        validation_fraction, references, max_seconds, allow_long, seed, for_model, whisper_name, allow_outside, columns
+        *(validation_fraction, references, max_seconds, allow_long, seed, for_model, whisper_name, allow_outside),
+        columns=columns,
+        limits=tuple(limits),
     )
     options.check()
     out, read = Path(out), source
@@ -146,7 +130,32 @@ def prepare(
     with alone_in(out, "preparation", "nothing was encoded"):
         return Preparation(
             out, codec, codec_name or name, model_type, options, progress or silent, whisper_encoder
-        ).run(read)
+        ).run(read, drop, restore)
+
+
+def _change(
+    out: Path, drop: Sequence[str], restore: Sequence[str], limits: Sequence[str], progress: Progress
+) -> PrepareSummary:
+    """Take rows out of a store, or let them come back, without a source. Raises as `prepare`."""
+    if not drop and not restore:
+        raise ConfigError("there is nothing to prepare: name a source, or rows of the store to drop or to restore")
+    parse_limits(limits)
+    check_store(out)
+    with alone_in(out, "preparation", "nothing was dropped"):
+        info = CodeStore.open(out).info
+        options = _last_options(out, info)
+        options = replace(options, limits=tuple(limits) or options.limits)
+        return Preparation(out, StoredCodec(info), info.codec, None, options, progress).run(_NO_SOURCE, drop, restore)
+
+
+def _last_options(out: Path, info: StoreInfo) -> PrepareOptions:
+    """The options that a store was last prepared with. Raises DataError where they are damaged."""
+    names = {field.name for field in fields(PrepareOptions)}
+    settings = {name: value for name, value in info.settings.items() if name in names}
+    try:
+        return TypeAdapter(PrepareOptions).validate_json(json.dumps(settings))
+    except ValidationError as error:
+        raise DataError(f"{out / INDEX_NAME} has damaged settings ({error}): prepare its source again") from error
 
 
 def _with_labels(row: SourceRow, speaker: str | None, language: str | None, scene: str | None) -> SourceRow:
@@ -218,23 +227,38 @@ class Preparation:
         self._whisper_encoder = whisper_encoder
         self._store = _existing_store(out, codec)
         self._stored = [] if self._store is None else stored_entries(self._store)
+        self._dropped = DroppedRows([] if self._store is None else self._store.info.dropped)
 
-    def run(self, source: Source) -> PrepareSummary:
-        """Add the rows of a source to the store. Raises as `prepare`."""
+    def run(self, source: Source, drop: Sequence[str] = (), restore: Sequence[str] = ()) -> PrepareSummary:
+        """Add the rows of a source to the store, without those to drop. Raises as `prepare`."""
         options, rows = self._options, list(source)
+        before = len(self._stored)
+        self._dropped.restore(restore)
+        self._stored = self._dropped.take_out(self._stored, drop)
+        if before and not self._stored:
+            raise DataError(f"no row of {self._out} would be left: delete the folder instead")
         checker = Checker(Limits(self._codec.frame_rate, options.max_seconds, options.allow_long))
         candidates, refused = self._each("reading", dict(enumerate(rows)), checker.check)
         with CodeJournal(journal_path(self._out, self._codec), self._codec.num_codebooks) as journal:
             encoder = Encoder(self._codec, journal, self._store)
             merger, later = self._merge_and_encode(rows, candidates, encoder)
             rejections = rejections_of(rows, refused | later)
-            text = "".join(rejection.to_json() + "\n" for rejection in rejections)
-            write_file(self._out / REJECTED_NAME, text)
+            if rows:
+                text = "".join(rejection.to_json() + "\n" for rejection in rejections)
+                write_file(self._out / REJECTED_NAME, text)
             if not merger.entries:
-                raise DataError(_nothing_usable(rejections, self._out / REJECTED_NAME))
+                raise DataError(nothing_usable(rejections, self._out / REJECTED_NAME))
             pairing = self._write(merger.entries, encoder, source.read_as)
-        shutil.rmtree(self._out / PARTIAL_NAME, ignore_errors=True)
-        summary = self._summary(source, merger, encoder, pairing, rejections)
+            unfinished = not rows and len(journal) > 0  # of an interrupted run, which resumes with its source
+        if not unfinished:
+            shutil.rmtree(self._out / PARTIAL_NAME, ignore_errors=True)
+        forget_features(self._out, self._dropped.clips_without_use(merger.entries))
+        stale = self._stale([rows[index] for index in refused | later], merger)
+        dropped = before - len(self._stored)
+        summary = self._summary(source, merger, encoder, pairing, rejections, stale)
+        summary = replace(summary, dropped=dropped, restored=len(set(restore)))
+        if not rows:
+            return replace(summary, not_in_source=[], warnings=[*summary.warnings, *warn_of_pairs(pairing, self._out)])
         if self._whisper_encoder is None:
             return summary
         return self._store_whisper_features(self._whisper_encoder, summary, candidates.values())
@@ -301,11 +325,14 @@ class Preparation:
         entries: dict[int, Entry] = {}
         refused: Refused = {}
         seen: Counter[str] = Counter()
+        stored_audio = {entry.audio_sha256 for entry in self._stored}
         for index, candidate in candidates.items():
             try:
-                entries[index] = new_entry(
+                entry = new_entry(
                     _with_reference_text(candidate, texts), source_key(rows[index], candidate.utterance, seen)
                 )
+                self._dropped.check(entry, stored_audio)
+                entries[index] = entry
             except RowError as error:
                 refused[index] = error
         context = [clip.recording for candidate in candidates.values() for clip in candidate.clips[1:]]
@@ -349,42 +376,51 @@ class Preparation:
             codebook_size=codec.codebook_size,
             text_normalization=TEXT_NORMALIZATION,
             higgstune_version=version("higgstune"),
-            rows=_rows_by_split(entries),
-            hours=_hours_by_split(entries),
+            rows=rows_by_split(entries),
+            hours=hours_by_split(entries),
             model_type=self._model_type or (None if self._store is None else self._store.info.model_type),
+            dropped=self._dropped.rows,
             settings=earlier
             | {name: value for name, value in asdict(self._options).items() if value is not None}
-            | {"read_as": read_as},
+            | ({"read_as": read_as} if read_as else {}),
         )
 
+    def _stale(self, refused: list[SourceRow], merger: Merger) -> list[str]:
+        """The ids of stored rows whose row in the source is refused now: they stay as they were."""
+        accepted = {entry.id for entry in merger.accepted}
+        keys = {refused_key(row) for row in refused}
+        return [entry.id for entry in self._stored if entry.source_key in keys and entry.id not in accepted]
+
     def _summary(
-        self, source: Source, merger: Merger, encoder: Encoder, pairing: Pairing, rejections: list[Rejection]
+        self,
+        source: Source,
+        merger: Merger,
+        encoder: Encoder,
+        pairing: Pairing,
+        rejections: list[Rejection],
+        stale: list[str],
     ) -> PrepareSummary:
         usable = (row.content for row in source if not isinstance(row.content, RowError))
         return PrepareSummary(
             out=str(self._out),
             read_as=source.read_as,
-            example=_example(next(usable, None)),
+            example=example(next(usable, None)),
             passed_over=list(source.notes()),
-            accepted=_rows_by_split(merger.accepted),
-            rows=_rows_by_split(merger.entries),
-            hours=_hours_by_split(merger.entries),
+            accepted=rows_by_split(merger.accepted),
+            rows=rows_by_split(merger.entries),
+            hours=hours_by_split(merger.entries),
             refused=count_reasons(rejections),
             added=merger.added,
             updated=merger.updated,
             encoded=encoder.encoded,
             reused=encoder.reused,
             references=pairing,
-            warnings=_find_warnings(merger.entries, pairing, self._options),
+            outliers=find_outliers(merger.entries, parse_limits(self._options.limits)),
+            not_measured=not_measured(merger.entries),
+            stale=stale,
+            not_in_source=rows_not_in_source(merger, stale),
+            warnings=[*find_warnings(merger.entries, pairing, self._options), *warn_of_stale(stale, self._out)],
         )
-
-
-def _example(row: Utterance | None) -> str:
-    """A row's fields as they were read, for people."""
-    if row is None:
-        return "none can be used"
-    values = row.model_dump(exclude_none=True)
-    return ", ".join(f"{name} {shown(value)}" for name, value in values.items())
 
 
 def _existing_store(out: Path, codec: Codec) -> CodeStore | None:
@@ -416,35 +452,3 @@ def _with_reference_text(candidate: Candidate, texts: dict[str, str]) -> Candida
     if (text := texts.get(candidate.reference.sha256)) is None:
         raise RowError("reference_without_text", "reference_audio needs reference_text, its transcript")
     return replace(candidate, reference_text=text)
-
-
-def _nothing_usable(rejections: list[Rejection], path: Path) -> str:
-    first = rejections[0]
-    return (
-        f"no row can be used: {count_reasons(rejections)}; all are in {path}, first {first.location}: {first.message}"
-    )
-
-
-def _rows_by_split(entries: Iterable[Entry]) -> dict[str, int]:
-    """The number of rows in each split."""
-    counts = Counter(entry.split for entry in entries)
-    return {split: counts[split] for split in SPLITS}
-
-
-def _hours_by_split(entries: list[Entry]) -> dict[str, float]:
-    """Hours of speech in each split."""
-    return {
-        split: round(sum(entry.duration for entry in entries if entry.split == split) / 3600, 4) for split in SPLITS
-    }
-
-
-def _find_warnings(entries: list[Entry], pairing: Pairing, options: PrepareOptions) -> list[str]:
-    """Messages for a person who is about to train on these rows."""
-    warnings = []
-    if options.validation_fraction > 0 and not _rows_by_split(entries)["validation"]:
-        warnings.append("the store has no validation row: all rows share one recording, or were stored before")
-    if pairing.without_speaker:
-        warnings.append(f"rows that name no speaker, and so have no reference: {pairing.without_speaker} (set speaker)")
-    if pairing.one_clip_speakers:
-        warnings.append(f"speakers without a second clip to use as a reference: {pairing.one_clip_speakers}")
-    return warnings

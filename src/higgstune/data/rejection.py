@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
@@ -22,11 +22,14 @@ Reason = Literal[
     "too_short",
     "too_long",
     "silent",
+    "channels_cancel",  # the mean of the channels is silent, each of them is not
+    "text_too_long",  # for its recording
     "not_finite",
     "out_of_range",
     "no_target",
     "reference_without_text",
     "reference_is_target",
+    "dropped",  # taken out of the store by a person
     "duplicate",
     "duplicate_id",
     "split_conflict",
@@ -62,6 +65,11 @@ def shown(value: Any) -> str:
     """A value for a message, shortened. Raises RecursionError for one that is nested too deeply."""
     text = repr(value)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def some_ids(ids: Sequence[str], limit: int = 5) -> str:
+    """How many ids, and the first of them: `7 (a, b, c, d, e, ...)`; `none` for none."""
+    return f"{len(ids)} ({', '.join(ids[:limit])}{', ...' if len(ids) > limit else ''})" if ids else "none"
 
 
 def count_reasons(rejections: Iterable[Rejection]) -> dict[str, int]:

@@ -42,6 +42,16 @@ _BLOCK = 1 << 16  # bytes of a file with a checksum of their own
 
 
 @dataclass(frozen=True)
+class DroppedRow:
+    """A row that was taken out of a store, and does not come back with its source. It holds no text."""
+
+    id: str
+    audio_sha256: str
+    text_sha256: str
+    source_key: str
+
+
+@dataclass(frozen=True)
 class StoreInfo:
     """How a code store was made, and how much is in it."""
 
@@ -57,6 +67,7 @@ class StoreInfo:
     hours: dict[str, float]  # by split
     settings: dict[str, Any] = field(default_factory=dict)  # of the last preparation
     model_type: str | None = None  # of the checkpoint that it was prepared for; None: Higgs Audio v2, or not named
+    dropped: list[DroppedRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -101,12 +112,17 @@ def read_index(folder: Path) -> StoreIndex:
         )
     try:
         shards = [Shard(**shard) for shard in data["shards"]]
-        index = StoreIndex(StoreInfo(**data["info"]), shards)
+        dropped = [DroppedRow(**row) for row in data["info"].get("dropped", [])]
+        index = StoreIndex(StoreInfo(**data["info"] | {"dropped": dropped}), shards)
         _STORE_INDEX.validate_json(json.dumps(asdict(index)), strict=True)  # types, also of what is in lists
-    except (KeyError, TypeError, ValidationError) as error:
+    except (AttributeError, KeyError, TypeError, ValidationError) as error:
         raise DataError(f"{path} is damaged ({error}): prepare the store again") from error
-    if not isinstance(index.info.settings.get("model"), str | None):
+    settings = index.info.settings
+    limits = settings.get("limits", [])
+    if not isinstance(settings.get("model"), str | None):
         raise DataError(f"{path} is damaged (info.settings.model must be a string): prepare the store again")
+    if not isinstance(limits, list) or not all(isinstance(limit, str) for limit in limits):
+        raise DataError(f"{path} is damaged (info.settings.limits must be a list of strings): prepare the store again")
     if foreign := [shard.name for shard in shards if not SHARD_NAME.fullmatch(shard.name)]:
         raise DataError(f"{path} names {foreign[0]}, which is not a shard of a store: prepare the store again")
     if odd := [shard.name for shard in shards if not shard.name.startswith(f"{shard.split}-")]:
@@ -145,6 +161,20 @@ def store_schema(num_codebooks: int) -> pa.Schema:
         "recording_rate": pa.int32(),  # Hz
         "recording_sketch": pa.list_(pa.float32()),  # see `splits.find_near_duplicates`
         "source_key": pa.string(),  # names the row in its source
+        "characters_per_second": pa.float64(),  # spoken ones, see `text.spoken_length`
+        # What follows is described in `measures.Measures`, and null where an earlier version stored the row.
+        "leading_silence": pa.float64(),  # seconds
+        "trailing_silence": pa.float64(),
+        "level": pa.float64(),  # dBFS
+        "peak": pa.float64(),
+        "clipped": pa.float64(),  # share of samples
+        "dc": pa.float64(),  # share of full scale
+        "noise_floor": pa.float64(),  # dBFS
+        "snr": pa.float64(),  # dB
+        "bandwidth": pa.float64(),  # Hz
+        "channels": pa.int32(),
+        "silent_channels": pa.int32(),
+        "mix_loss": pa.float64(),  # dB
     }
     return pa.schema(list(columns.items()))
 

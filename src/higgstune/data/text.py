@@ -16,6 +16,10 @@ _CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]+\|>")
 _SPEAKER_TAG = re.compile(r"\[SPEAKER\d+\]")
 # The end of a sentence or a clause in any script by Unicode's property, a quote, or a sound tag.
 _SENTENCE_END = regex.compile(r"(?:\p{Terminal_Punctuation}|\p{Sentence_Terminal}|[\"']|</SE(?:_[se])?>)\Z")
+_SOUND = re.compile(r"<SE\w*>.*?</SE\w*>")
+_DIGIT_LENGTH = 4  # letters of a digit's name in English; other alphabets are near
+_ZEROS = re.compile(r"0{2,}")
+_ZEROS_WORD = "x" * 7  # a run of zeros is one word: hundred, million
 
 _SOUND_TAGS = {
     "[laugh]": "<SE>[Laughter]</SE>",
@@ -94,6 +98,22 @@ def clean_text(text: str) -> str:
 def is_speakable(text: str) -> bool:
     """Whether a text has a letter or a digit to speak, apart from speaker tags such as [SPEAKER0]."""
     return any(character.isalnum() for character in _SPEAKER_TAG.sub("", text))
+
+
+def spoken_length(text: str) -> int:
+    """About how many letters a voice says: letters of the text, with digits spelled out; no marks, spaces and tags.
+
+    An ideograph or a syllable of Korean counts as one, and so does a digit beside them.
+    """
+    spoken = [c for c in _SOUND.sub("", _SPEAKER_TAG.sub("", text)) if c.isalnum()]
+    if is_wide("".join(spoken)):
+        return len(spoken)
+    return sum(_DIGIT_LENGTH if c.isdigit() else 1 for c in _ZEROS.sub(_ZEROS_WORD, "".join(spoken)))
+
+
+def is_wide(text: str) -> bool:
+    """Whether a text has ideographs, kana or syllables of Korean, each of which is said as several letters."""
+    return not text.isascii() and any(c.isalpha() and unicodedata.east_asian_width(c) == "W" for c in text)
 
 
 def find_control_tokens(text: str) -> list[str]:

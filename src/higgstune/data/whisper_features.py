@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from higgstune.data.audio import resample
 from higgstune.data.clips import Clip
 from higgstune.data.shard_reader import CheckedFile
 from higgstune.errors import DataError, WorkError
-from higgstune.files import refusal, write_file
+from higgstune.files import refusal, write_file, writing
 
 FOLDER = "whisper"
 _INDEX = "index.json"
@@ -248,6 +248,33 @@ def store_features(
     return len(wanted) - len(missing), missing
 
 
+def forget_features(store: Path, clips: Collection[str]) -> None:
+    """Delete the features of clips by their audio hashes; a file that holds others, too, is written anew.
+
+    Raises DataError for damaged features, WorkError where the disk refuses; run it again then.
+    """
+    for index in list(_indices(store)):
+        features = FeatureStore(store / FOLDER / index.revision, index)
+        files = [_without(features, file, clips) for file in index.files]
+        if files == list(index.files):
+            continue
+        left = tuple(file for file in files if file is not None)
+        write_file(features.folder / _INDEX, _to_json(replace(index, files=left)))
+        _remove_unnamed(features.folder, {file.name for file in left})
+
+
+def _without(features: FeatureStore, file: FeatureFile, clips: Collection[str]) -> FeatureFile | None:
+    """A file of features without those of some clips; None where no other is in it."""
+    left = tuple(sha256 for sha256 in file.clips if sha256 not in clips)
+    if left == file.clips:
+        return file
+    tensors: dict[str, np.ndarray] = {}
+    for sha256 in left:
+        tensors |= _tensors(sha256, features.read(sha256))
+    with writing(features.folder, "the store has its new rows, and the old features"):
+        return _write(features.folder, tensors, left) if left else None
+
+
 def portable_name(name: str) -> str:
     """A hub id as it is, a folder as an absolute path."""
     folder = Path(name).expanduser()
@@ -291,9 +318,14 @@ def _encode(clip: Clip, encoder: WhisperEncoder) -> dict[str, np.ndarray]:
         features = encoder.encode(resample(waveform, rate, encoder.sample_rate))
     except DataError as error:
         raise DataError(f"{clip.path}: {error}") from error
+    return _tensors(clip.sha256, features)
+
+
+def _tensors(sha256: str, features: WhisperFeatures) -> dict[str, np.ndarray]:
+    """The features of a clip as they are stored."""
     return {
-        clip.sha256: np.ascontiguousarray(features.features),
-        f"{clip.sha256}.chunks": np.array(features.chunks, dtype=np.int32),
+        sha256: np.ascontiguousarray(features.features),
+        f"{sha256}.chunks": np.array(features.chunks, dtype=np.int32),
     }
 
 

@@ -9,8 +9,10 @@ import numpy as np
 
 from higgstune.batch.dataset import Rendering, row_example
 from higgstune.config.recipe import ModelSettings
+from higgstune.data.entry import stored_measures
+from higgstune.data.measures import Measures
 from higgstune.data.messages import ReferencePlace
-from higgstune.data.store import CodeStore
+from higgstune.data.store import CodeStore, Row
 from higgstune.data.whisper_features import FeatureStore
 from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.families import check_family, family_in
@@ -36,6 +38,7 @@ class RowInspection:
     text_labels: list[tuple[int, int, str]]  # position, token id, token
     audio_labels: list[tuple[int, list[int | None]]]  # position of an audio frame, its labels (None: ignored)
     audio_label_entries: int
+    measures: Measures | None  # None: not measured, as an earlier version stored the row
 
 
 def inspect_row(
@@ -75,12 +78,11 @@ def inspect_row(
         example = row_example(prompter, found, text_targets, Rendering(reference, features))
     except DataError as error:
         raise DataError(f"{store}, row {index} ({found.id}): {error}") from error
-    return _inspection(found.id, found.split, found.duration, len(found.codes), example, prompter)
+    measures = stored_measures(opened.metadata.slice(index, 1).to_pylist()[0])
+    return _inspection(found, example, prompter, measures)
 
 
-def _inspection(
-    row_id: str, split: str, seconds: float, frames: int, example: Example, prompter: Prompter
-) -> RowInspection:
+def _inspection(row: Row, example: Example, prompter: Prompter, measures: Measures | None) -> RowInspection:
     text = np.flatnonzero(example.text_labels != IGNORE)
     tokens = [(int(p), int(example.text_labels[p])) for p in text]
     rows = np.flatnonzero(example.audio_mask)
@@ -91,18 +93,19 @@ def _inspection(
         if (labels != IGNORE).any()
     ]
     return RowInspection(
-        id=row_id,
-        split=split,
+        id=row.id,
+        split=row.split,
         prompt=example.prompt,
         tokens=len(example),
         text_tokens=int((~example.audio_mask).sum()) - features,
         feature_positions=features,
         audio_rows=len(rows),
-        frames=frames,
-        seconds=seconds,
+        frames=len(row.codes),
+        seconds=row.duration,
         text_labels=[(position, token, prompter.tokenizer.decode([token])) for position, token in tokens],
         audio_labels=labelled,
         audio_label_entries=int((example.audio_labels != IGNORE).sum()),
+        measures=measures,
     )
 
 
