@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from higgstune.batch.collate import Batch
@@ -16,11 +15,11 @@ from higgstune.errors import CheckpointError
 from higgstune.families import family_info, family_of, load_family
 from higgstune.families.base import base_of
 from higgstune.model.adapter_folder import ADAPTER_CARD, ADAPTER_WEIGHTS, adapter_card, check_adapter_files, check_base
+from higgstune.model.adapter_tensors import PREFIX, module_of, read_adapter
 from higgstune.peft_compat import LoraLayer, ModulesToSaveWrapper, PeftModel, get_peft_model_state_dict
 from higgstune.training.verify import MARGIN, TOLERANCE, probe_logits
 
 CHECK = "adapter"
-_PREFIX = "base_model.model."  # peft's, before the names of the base
 _COPY = "copy the adapter's whole folder again from where it was trained"
 _RETRAIN = "train it again, or use an earlier checkpoint: this one has not learnt what it claims"
 
@@ -46,8 +45,7 @@ def check_files(folder: Path) -> list[Finding]:
         check_adapter_files(folder)
     except CheckpointError as error:
         findings.append(Finding(CHECK, "failed", str(error), _COPY))
-    safetensors_keys(folder / ADAPTER_WEIGHTS)
-    weights = load_file(folder / ADAPTER_WEIGHTS)
+    weights = read_adapter(folder)
     broken = sorted(key for key, value in weights.items() if not torch.isfinite(value).all())
     if broken:
         text = f"{len(broken)} tensors of the adapter have NaN or infinity: {naming(broken)}"
@@ -85,7 +83,7 @@ def dropped_by_plain_peft(model: Any, folder: Path) -> list[str]:
     """The adapter's tensors whose modules the base does not have. Raises CheckpointError for a broken file."""
     modules = {name for name, _ in base_of(model).named_modules()}
     keys = sorted(safetensors_keys(folder / ADAPTER_WEIGHTS))
-    return [key for key in keys if _module_of(key) not in modules]
+    return [key for key in keys if module_of(key) not in modules]
 
 
 def check_applied(model: PeftModel, folder: str | Path) -> Finding:
@@ -94,9 +92,7 @@ def check_applied(model: PeftModel, folder: str | Path) -> Finding:
     For models loaded by `PeftModel.from_pretrained` itself, which drops tensors without warning.
     Raises CheckpointError for a broken file.
     """
-    path = Path(folder) / ADAPTER_WEIGHTS
-    safetensors_keys(path)
-    saved, loaded = load_file(path), _loaded(model)
+    saved, loaded = read_adapter(Path(folder)), _loaded(model)
     dropped = sorted(saved.keys() - loaded.keys())
     if dropped:
         text = f"{len(dropped)} of the adapter's {len(saved)} tensors are not in the model: {naming(dropped)}"
@@ -141,14 +137,14 @@ def claimed_and_idle(model: PeftModel, batch: Batch) -> tuple[list[str], list[st
     changed = _changed_by_lora(model, lora, batch)
     idle = [name for name in lora if name not in changed]
     idle += [name for name, part in saved.items() if not _differs_from_original(part)]
-    names = sorted(name.removeprefix(_PREFIX) for name in [*lora, *saved])
-    return names, sorted(name.removeprefix(_PREFIX) for name in idle)
+    names = sorted(name.removeprefix(PREFIX) for name in [*lora, *saved])
+    return names, sorted(name.removeprefix(PREFIX) for name in idle)
 
 
 def _check_zero(weights: dict[str, Tensor], card: dict[str, Any]) -> list[Finding]:
     """Fail LoRA modules without effect, whose B is all zero."""
     outgoing = [key for key in sorted(weights) if ".lora_B" in key]
-    zero = [_module_of(key) for key in outgoing if not weights[key].any()]
+    zero = [module_of(key) for key in outgoing if not weights[key].any()]
     zero = [name for name in zero if not _without_gradient(name, card)]
     if not zero:
         return []
@@ -162,12 +158,6 @@ def _without_gradient(name: str, card: dict[str, Any]) -> bool:
     stages = card.get("recipe", {}).get("stages", [])
     weight = load_family(family_info(card.get("family"))).checks.untaught(name, layers)
     return weight is not None and bool(stages) and not any(stage.get(weight) for stage in stages)
-
-
-def _module_of(key: str) -> str:
-    """A tensor's name in an adapter's file -> the module of the base that it belongs to."""
-    name = key.removeprefix(_PREFIX)
-    return name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
 
 
 def _changed_by_lora(model: PeftModel, layers: dict[str, nn.Module], batch: Batch) -> set[str]:

@@ -6,14 +6,13 @@ adapters of other software lack.
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
-from higgstune.checkpoint_files import is_pickled, read_json, read_tensors, safetensors_keys, sha256_of
+from higgstune.checkpoint_files import is_pickled, read_json, safetensors_keys, sha256_of
 from higgstune.codec import CODEC_FOLDER
 from higgstune.errors import CheckpointError
 from higgstune.families import check_family, family_info, family_of, load_family
@@ -22,8 +21,6 @@ from higgstune.hub import fetch
 from higgstune.inputs import ADAPTER_CONFIG, BaseSpec
 
 if TYPE_CHECKING:  # imported where an adapter is loaded: a wrong folder is refused without them
-    from torch import Tensor, nn
-
     from higgstune.peft_compat import LoraConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -35,7 +32,6 @@ _PLACES = (_SEAL, "base_model_name_or_path", "checkpoint", "codec", "store", "wh
 # Keys of the card whose values are strings.
 _STRINGS = ("checkpoint", "revision", "codec", "codec_revision", "base_fingerprint", "family")
 _SAMPLED_VALUES = 4096  # of each weight, for the fingerprint
-_PREFIX = "base_model.model."  # of a layer's name among the adapter's tensors
 # Keys of adapter_config.json that have no effect on how a LoRA is loaded.
 _WITHOUT_EFFECT = (
     "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
@@ -109,15 +105,6 @@ def _has_codec(base: BaseSpec) -> bool:
     except CheckpointError:
         return False
     return (folder / CODEC_FOLDER).is_dir()
-
-
-def checked_weights(folder: Path, model: Any, *, checksum: bool = True) -> "dict[str, Tensor]":
-    """The adapter's tensors, after all checks of its files, its base and its values. Raises CheckpointError."""
-    check_adapter_files(folder, checksum=checksum)
-    check_base(folder, model)
-    weights = read_tensors(folder / ADAPTER_WEIGHTS)
-    check_values(weights, folder)
-    return weights
 
 
 def check_adapter_files(folder: Path, *, checksum: bool = True) -> None:
@@ -228,42 +215,6 @@ def read_adapter_config(path: Path, patterns: tuple[str, ...]) -> "LoraConfig":
     return LoraConfig(**known, inference_mode=True)
 
 
-def check_shapes(config: "LoraConfig", model: "nn.Module", weights: "Mapping[str, Tensor]", folder: Path) -> None:
-    """Raise CheckpointError unless every layer that the configuration names has its LoRA among the tensors.
-
-    Runs before peft allocates the layers: a rank from a stranger must not take more memory than the file has.
-    """
-    from torch import nn
-
-    for name, layer in model.named_modules():
-        if not _is_target(config, name):
-            continue
-        if not isinstance(layer, nn.Linear):
-            raise CheckpointError(f"the adapter {folder} does not fit this base: {name} is not a linear layer")
-        expected = {"lora_A": (config.r, layer.in_features), "lora_B": (layer.out_features, config.r)}
-        for part, shape in expected.items():
-            key = f"{_PREFIX}{name}.{part}.weight"
-            if key not in weights:
-                raise CheckpointError(
-                    f"the adapter {folder} does not fit this base: it has no tensor {key}. Check that the base is the "
-                    "one that the adapter was trained on, and that the folder is complete"
-                )
-            if (found := tuple(weights[key].shape)) != shape:
-                raise CheckpointError(
-                    f"the adapter {folder} does not fit this base: {key} is {found}, expected {shape}"
-                )
-
-
-def check_values(weights: "Mapping[str, Tensor]", folder: Path) -> None:
-    """Raise CheckpointError for tensors that are not floats or not finite."""
-    for key, value in weights.items():
-        if not value.is_floating_point() or not bool(value.float().isfinite().all()):
-            raise CheckpointError(
-                f"the adapter {folder} is damaged: {key} holds NaN or infinity, or is not of floats ({value.dtype}); "
-                "copy the adapter again, or use an earlier checkpoint of its run"
-            )
-
-
 class _Written(BaseModel):
     """The keys of adapter_config.json that have an effect; all others must be off."""
 
@@ -279,16 +230,6 @@ class _Written(BaseModel):
     init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal"] = True  # the others change the base
     target_modules: StrictStr | _Names
     modules_to_save: _Names | None = None
-
-
-def _is_target(config: "LoraConfig", name: str) -> bool:
-    """Whether a layer gets LoRA, by peft's rules."""
-    targets: Any = config.target_modules
-    if any(f".{kept}." in f".{name}." for kept in config.modules_to_save or ()):  # trained in full
-        return False
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return name in targets or any(name.endswith(f".{target}") for target in targets)
 
 
 def _seal(content: Mapping[str, Any]) -> str:
