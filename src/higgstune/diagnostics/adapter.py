@@ -14,13 +14,24 @@ from higgstune.diagnostics.report import Finding, naming
 from higgstune.errors import CheckpointError
 from higgstune.families import family_info, family_of, load_family
 from higgstune.families.base import base_of
-from higgstune.model.adapter_folder import ADAPTER_CARD, ADAPTER_WEIGHTS, adapter_card, check_adapter_files, check_base
+from higgstune.model.adapter_folder import (
+    ADAPTER_CARD,
+    ADAPTER_WEIGHTS,
+    adapter_card,
+    check_adapter_files,
+    check_base,
+    check_merged_once,
+    no_card,
+    other_adapter_in,
+)
 from higgstune.model.adapter_tensors import PREFIX, module_of, read_adapter
 from higgstune.peft_compat import LoraLayer, ModulesToSaveWrapper, PeftModel, get_peft_model_state_dict
 from higgstune.training.verify import MARGIN, TOLERANCE, probe_logits
 
 CHECK = "adapter"
 _COPY = "copy the adapter's whole folder again from where it was trained"
+_OWN_BASE = "name the adapter's own base with --model; on another one it does not speak as trained"
+UNFIT = "use the base that it was trained on; docs/sharing.md says which adapters of other software can be used"
 _RETRAIN = "train it again, or use an earlier checkpoint: this one has not learnt what it claims"
 
 
@@ -28,9 +39,8 @@ def check_card(folder: Path) -> list[Finding]:
     """Check for Higgstune's card. Raises CheckpointError if it is damaged."""
     card = adapter_card(folder)
     if not card:
-        text = f"{folder} has no {ADAPTER_CARD}: base, codec and checksum cannot be compared"
-        advice = "the adapter is external: make sure that base and codec are those that it was trained with"
-        return [Finding(CHECK, "warning", text, advice)]
+        advice = "make sure that base and codec are those that it was trained with: nothing can be compared"
+        return [Finding(CHECK, "warning", no_card(folder), advice)]
     lacking = [key for key in ("base_fingerprint", "weights_sha256", "codec_revision") if card.get(key) is None]
     if lacking:
         text = f"{folder / ADAPTER_CARD} lacks {naming(lacking)}, which this version writes"
@@ -59,11 +69,20 @@ def check_trained_on(model: Any, folder: Path) -> list[Finding]:
     try:
         check_base(folder, model)
     except CheckpointError as error:
-        advice = "name the adapter's own base with --model; on another one it does not speak as trained"
-        return [Finding(CHECK, "failed", str(error), advice)]
+        return [Finding(CHECK, "failed", str(error), _OWN_BASE)]
     if adapter_card(folder).get("base_fingerprint") is None:
         return []
     return [Finding(CHECK, "ok", "the base has the fingerprint in the adapter's card")]
+
+
+def check_merged(folder: Path, base: Path) -> list[Finding]:
+    """Check that the base in this folder does not contain this adapter, nor another one."""
+    try:
+        check_merged_once(folder, base)
+    except CheckpointError as error:
+        return [Finding(CHECK, "failed", str(error), _OWN_BASE)]
+    problem = other_adapter_in(base, adapter_card(folder))
+    return [] if problem is None else [Finding(CHECK, "warning", problem, _OWN_BASE)]
 
 
 def check_plain_peft(model: Any, folder: Path) -> list[Finding]:
@@ -72,10 +91,10 @@ def check_plain_peft(model: Any, folder: Path) -> list[Finding]:
     if not dropped:
         return []
     text = (
-        f"`PeftModel.from_pretrained` would drop {len(dropped)} tensors on this base without warning, as it lacks "
-        f"their modules ({naming(dropped)})"
+        f"`PeftModel.from_pretrained` would drop {len(dropped)} tensors on this base without warning, as it has "
+        f"no modules of their names ({naming(dropped)})"
     )
-    advice = "load it with higgstune (speak, load_adapter), or merge it: `higgstune export`"
+    advice = "Higgstune itself loads them all; for other software, write the adapter with `higgstune export`"
     return [Finding(CHECK, "warning", text, advice)]
 
 
@@ -103,9 +122,11 @@ def check_applied(model: PeftModel, folder: str | Path) -> Finding:
     other = sorted(key for key, value in saved.items() if not _same(loaded[key], value))
     if other:
         text = f"{len(other)} of the adapter's tensors have different values in the model: {naming(other)}"
-        return Finding(
-            CHECK, "failed", text, "another adapter is active, or this one was changed after loading: reload it"
-        )
+        advice = "another adapter is active, or this one was changed after loading: reload it"
+        if safetensors_keys(Path(folder) / ADAPTER_WEIGHTS) - loaded.keys():
+            advice = "plain peft does not read the names in this file: load it with higgstune's load_adapter, or write "
+            advice += "it anew with `higgstune export --format peft`"
+        return Finding(CHECK, "failed", text, advice)
     return Finding(CHECK, "ok", f"all {len(saved)} tensors of the adapter are in the model")
 
 
@@ -142,13 +163,13 @@ def claimed_and_idle(model: PeftModel, batch: Batch) -> tuple[list[str], list[st
 
 
 def _check_zero(weights: dict[str, Tensor], card: dict[str, Any]) -> list[Finding]:
-    """Fail LoRA modules without effect, whose B is all zero."""
-    outgoing = [key for key in sorted(weights) if ".lora_B" in key]
-    zero = [module_of(key) for key in outgoing if not weights[key].any()]
-    zero = [name for name in zero if not _without_gradient(name, card)]
-    if not zero:
+    """Fail LoRA modules without effect, whose A or B is all zero."""
+    keys = [key for key in sorted(weights) if ".lora_A" in key or ".lora_B" in key]
+    modules, zero = ({module_of(key) for key in found} for found in (keys, (k for k in keys if not weights[k].any())))
+    idle = sorted(name for name in zero if not _without_gradient(name, card))
+    if not idle:
         return []
-    text = f"LoRA B is zero in {len(zero)} of {len(outgoing)} modules, which have no effect: {naming(zero)}"
+    text = f"LoRA A or B is zero in {len(idle)} of {len(modules)} modules, which have no effect: {naming(idle)}"
     return [Finding(CHECK, "failed", text, _RETRAIN)]
 
 

@@ -380,13 +380,17 @@ class _Examination:
     def _check_base(self) -> list[Finding]:
         assert self.adapter is not None
         found = adapters.check_trained_on(self.model, self.adapter)
-        self._block_if_failed(found, "adapter's base", "the adapter was trained on another base")
-        return found + adapters.check_plain_peft(self.model, self.adapter)
+        found += adapters.check_merged(self.adapter, self.folder)
+        return self._block_if_failed(found, "adapter's base", "the adapter was trained on another base")
 
     def _apply_adapter(self) -> list[Finding]:
         assert self.adapter is not None
-        self.peft_model = load_adapter(self.model, self.adapter)
-        found = [adapters.check_applied(self.peft_model, self.adapter)]
+        dropped = adapters.check_plain_peft(self.model, self.adapter)  # advice that helps where it can be loaded
+        try:
+            self.peft_model = load_adapter(self.model, self.adapter)
+        except CheckpointError as error:
+            return [Finding("adapter", "failed", str(error), adapters.UNFIT)]
+        found = [adapters.check_applied(self.peft_model, self.adapter), *dropped]
         if "tokenizer" in self.unavailable:
             return found
         rows = prompt.two_unequal(self._example_rows())

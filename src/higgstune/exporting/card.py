@@ -9,10 +9,10 @@ from typing import Any, Literal
 import yaml
 
 import higgstune
-from higgstune.checkpoint_files import folder_card, write_checksums
+from higgstune.checkpoint_files import MERGED, folder_card, write_checksums
 from higgstune.codec import CODEC_FOLDER
 from higgstune.exporting.layouts import LayoutName, licence_files
-from higgstune.exporting.source import MERGED, Source
+from higgstune.exporting.source import Source
 from higgstune.exporting.verify import ExportCheck, HeldOut, Logits
 from higgstune.families import load_family
 from higgstune.families.base import Family

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
-from higgstune.checkpoint_files import is_pickled, read_json, safetensors_keys, sha256_of
+from higgstune.checkpoint_files import MERGED, folder_card, is_pickled, read_json, safetensors_keys, sha256_of
 from higgstune.codec import CODEC_FOLDER
 from higgstune.errors import CheckpointError
 from higgstune.families import check_family, family_info, family_of, load_family
@@ -59,6 +59,14 @@ def adapter_card(folder: Path) -> dict[str, Any]:
     if wrong := [key for key in _STRINGS if not isinstance(card.get(key), str | None)]:
         raise CheckpointError(f"{path} is damaged: {wrong[0]} must be a string; copy the adapter again")
     return card
+
+
+def no_card(folder: Path) -> str:
+    """What is unknown of an adapter without a card."""
+    return (
+        f"{folder} has no {ADAPTER_CARD}: it is external, and whether base and codec are those that it was trained "
+        "with is unknown"
+    )
 
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
@@ -162,6 +170,29 @@ def check_base(folder: Path, model: Any) -> None:
 def check_adapter_family(folder: Path, base: FamilyInfo) -> None:
     """Raises CheckpointError if an adapter's card names another model family than that of the base."""
     check_family(f"the adapter {folder}", adapter_card(folder).get("family"), base)
+
+
+def check_merged_once(adapter: Path, base: Path) -> None:
+    """Raises CheckpointError if this adapter is in the weights of a base already."""
+    merged = folder_card(base).get(MERGED)
+    if merged is not None and merged.get("adapter_sha256") == sha256_of(adapter / ADAPTER_WEIGHTS):
+        raise CheckpointError(
+            f"this adapter was merged into {base} already: merging it again would apply it twice; name the base "
+            "that it was trained on with --model"
+        )
+
+
+def other_adapter_in(base: Path, card: Mapping[str, Any]) -> str | None:
+    """What speaks against a base whose weights contain another adapter, unless the card of this one names them."""
+    merged, trained_on = folder_card(base).get(MERGED), card.get("base_fingerprint")
+    # An adapter that was trained on a merged checkpoint names the fingerprint of its weights.
+    if merged is None or (trained_on is not None and trained_on == merged.get("fingerprint")):
+        return None
+    return (
+        f"{base} is a merged checkpoint: its weights contain another adapter (sha256 "
+        f"{str(merged.get('adapter_sha256'))[:16]}...), and nothing says that this adapter was trained on them; name "
+        f"the base that it was trained on ({card.get('checkpoint', 'see its run')}) with --model"
+    )
 
 
 def base_fingerprint(model: Any) -> str:

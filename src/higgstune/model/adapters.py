@@ -16,10 +16,18 @@ from higgstune.families import family_of
 from higgstune.families.base import Conditioning, Family
 from higgstune.inputs import ADAPTER_CONFIG
 from higgstune.kernels.quantize import dequantized
-from higgstune.model.adapter_folder import ADAPTER_CARD, adapter_conditioning, read_adapter_config
+from higgstune.model.adapter_folder import (
+    ADAPTER_CARD,
+    adapter_card,
+    adapter_conditioning,
+    no_card,
+    other_adapter_in,
+    read_adapter_config,
+)
 from higgstune.model.adapter_tensors import checked_weights, fitted_config, module_of, trained_in_full
 from higgstune.peft_compat import (
     LoraConfig,
+    LoraLayer,
     ModulesToSaveWrapper,
     PeftModel,
     get_peft_model,
@@ -136,6 +144,29 @@ def load_adapter(model: Any, folder: Path, *, checksum: bool = True) -> PeftMode
         )
     _set_weights(peft_model, weights, folder)
     return peft_model.requires_grad_(False).eval()
+
+
+def doubts_of(folder: Path, model: PeftModel, base: Path | None) -> list[str]:
+    """What a user should know of a loaded adapter before trusting its speech: of its card, its effect, and its base,
+    which lies in `base`.
+    """
+    card = adapter_card(folder)
+    found = [] if card else [no_card(folder)]
+    if base is not None and (problem := other_adapter_in(base, card)) is not None:
+        found.append(problem)
+    if is_idle(model):
+        found.append(f"the adapter {folder} changes nothing, as all of its LoRA is zero: this is the voice of the base")
+    return found
+
+
+def is_idle(model: PeftModel) -> bool:
+    """Whether an adapter cannot change any output: A or B of each LoRA is zero, and nothing was trained in full."""
+    layers = [part for part in model.modules() if isinstance(part, LoraLayer)]
+    in_full = any(isinstance(part, ModulesToSaveWrapper) for part in model.modules())
+    if in_full or any(part.lora_magnitude_vector for part in layers):  # with DoRA, lengths may differ from the base's
+        return False
+    pairs: list[tuple[Any, Any]] = [(part.lora_A[name], part.lora_B[name]) for part in layers for name in part.lora_A]
+    return not any(bool(a.weight.any()) and bool(b.weight.any()) for a, b in pairs)
 
 
 def unload_adapter(model: PeftModel) -> None:
