@@ -21,10 +21,12 @@ from higgstune.model.adapter_folder import (
     check_adapter_files,
     check_base,
     check_merged_once,
+    check_tokenizer,
     no_card,
     other_adapter_in,
 )
 from higgstune.model.adapter_tensors import PREFIX, module_of, read_adapter
+from higgstune.model.base_identity import IDENTITY
 from higgstune.peft_compat import LoraLayer, ModulesToSaveWrapper, PeftModel, get_peft_model_state_dict
 from higgstune.training.verify import MARGIN, TOLERANCE, probe_logits
 
@@ -41,7 +43,9 @@ def check_card(folder: Path) -> list[Finding]:
     if not card:
         advice = "make sure that base and codec are those that it was trained with: nothing can be compared"
         return [Finding(CHECK, "warning", no_card(folder), advice)]
-    lacking = [key for key in ("base_fingerprint", "weights_sha256", "codec_revision") if card.get(key) is None]
+    lacking = [
+        key for key in ("base_fingerprint", IDENTITY, "weights_sha256", "codec_revision") if card.get(key) is None
+    ]
     if lacking:
         text = f"{folder / ADAPTER_CARD} lacks {naming(lacking)}, which this version writes"
         return [Finding(CHECK, "warning", text, "values that are missing cannot be compared")]
@@ -64,10 +68,12 @@ def check_files(folder: Path) -> list[Finding]:
     return findings or [Finding(CHECK, "ok", f"{len(weights)} tensors, all finite, unchanged since they were saved")]
 
 
-def check_trained_on(model: Any, folder: Path) -> list[Finding]:
-    """Check that the base is the one that the adapter was trained on."""
+def check_trained_on(model: Any, folder: Path, base: Path | None = None) -> list[Finding]:
+    """Check that the base is the one that the adapter was trained on, with its tokenizer in the folder `base`."""
     try:
         check_base(folder, model)
+        if base is not None:
+            check_tokenizer(folder, base)
     except CheckpointError as error:
         return [Finding(CHECK, "failed", str(error), _OWN_BASE)]
     if adapter_card(folder).get("base_fingerprint") is None:

@@ -379,7 +379,7 @@ class _Examination:
 
     def _check_base(self) -> list[Finding]:
         assert self.adapter is not None
-        found = adapters.check_trained_on(self.model, self.adapter)
+        found = adapters.check_trained_on(self.model, self.adapter, self.folder)
         found += adapters.check_merged(self.adapter, self.folder)
         return self._block_if_failed(found, "adapter's base", "the adapter was trained on another base")
 

@@ -25,7 +25,7 @@ from higgstune.exporting.verify import ExportCheck, Logits, audio_loss, check_me
 from higgstune.families import family_of
 from higgstune.files import NOTHING_KEPT, writing
 from higgstune.hub import fetch
-from higgstune.model.adapter_folder import base_fingerprint
+from higgstune.model.adapter_folder import base_fingerprint, check_tokenizer
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import ModelAndTokenizers, load_base, load_model
 from higgstune.peft_compat import LoraLayer, PeftModel
@@ -179,6 +179,7 @@ def load_source(source: Source, dtype: str) -> ModelAndTokenizers:
             f"the adapter {source.adapter} was trained on codes of another codec (revision {trained_with}) than "
             f"{loaded.codec} (revision {loaded.audio_tokenizer.revision}): name its codec with --codec"
         )
+    check_tokenizer(source.adapter, source.layout.folder)
     return loaded
 
 

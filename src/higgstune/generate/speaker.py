@@ -23,7 +23,7 @@ from higgstune.families.sampling import Sampling
 from higgstune.generate.chunks import frame_cap, join, split_text
 from higgstune.generate.engine import Generated, generate
 from higgstune.inputs import BaseSpec, base_and_adapter
-from higgstune.model.adapter_folder import adapter_card, adapter_conditioning, check_merged_once
+from higgstune.model.adapter_folder import adapter_card, adapter_conditioning, check_merged_once, check_tokenizer
 from higgstune.model.load import ModelAndTokenizers, load_base
 
 logger = logging.getLogger(__name__)
@@ -110,6 +110,7 @@ class Speaker:
 
             if loaded.folder is not None:
                 check_merged_once(adapter, loaded.folder)
+                check_tokenizer(adapter, loaded.folder)
             model = load_adapter(loaded.model, adapter)
             for doubt in doubts_of(adapter, model, loaded.folder):
                 logger.warning(doubt)

@@ -19,6 +19,14 @@ from higgstune.families import check_family, family_info, family_of, load_family
 from higgstune.families.base import Conditioning, FamilyInfo, base_of
 from higgstune.hub import fetch
 from higgstune.inputs import ADAPTER_CONFIG, BaseSpec
+from higgstune.model.base_identity import (
+    ARCHITECTURE,
+    IDENTITY,
+    TOKENIZER_SHA256,
+    changes,
+    config_identity,
+    tokenizer_sha256,
+)
 
 if TYPE_CHECKING:  # imported where an adapter is loaded: a wrong folder is refused without them
     from higgstune.peft_compat import LoraConfig
@@ -51,9 +59,11 @@ def adapter_card(folder: Path) -> dict[str, Any]:
     if card.get(_SEAL) not in (None, _seal(card)):
         raise CheckpointError(f"{path} is not what was saved (its checksum differs): copy the adapter again")
     recipe = card.get("recipe", {})
-    parts = {key: card.get(key, {}) for key in ("recipe", "base_shape", "conditioning", "data")}
+    parts = {key: card.get(key, {}) for key in ("recipe", "base_shape", "conditioning", "data", IDENTITY)}
     if isinstance(recipe, dict):
         parts |= {f"recipe.{key}": recipe.get(key, {}) for key in ("model", "data", "lora")}
+    if isinstance(parts[IDENTITY], dict):
+        parts[f"{IDENTITY}.{ARCHITECTURE}"] = parts[IDENTITY].get(ARCHITECTURE, {})
     if wrong := [key for key, value in parts.items() if not isinstance(value, dict)]:
         raise CheckpointError(f"{path} is damaged: {wrong[0]} must be an object; copy the adapter again")
     if wrong := [key for key in _STRINGS if not isinstance(card.get(key), str | None)]:
@@ -164,6 +174,22 @@ def check_base(folder: Path, model: Any) -> None:
             f"the adapter {folder} was trained on {trained_on}, whose weights have the fingerprint {expected}; this "
             f"base has {found}: it is another checkpoint, a fine-tuned one, or one with a merged adapter. Name the "
             "base that the adapter was trained on"
+        )
+    _refuse_changes(folder, changes(card.get(IDENTITY, {}), config_identity(family, base_of(model).config)))
+
+
+def check_tokenizer(folder: Path, base: Path) -> None:
+    """Raises CheckpointError if the tokenizer in a base's folder gives other ids than in training, by the card."""
+    recorded = adapter_card(folder).get(IDENTITY, {})
+    if recorded.get(TOKENIZER_SHA256) is not None:
+        _refuse_changes(folder, changes(recorded, {TOKENIZER_SHA256: tokenizer_sha256(base)}))
+
+
+def _refuse_changes(folder: Path, problem: str | None) -> None:
+    if problem is not None:
+        raise CheckpointError(
+            f"the adapter {folder} was trained on this base as it was: {problem}; restore the base, or name the one "
+            "that the adapter was trained on"
         )
 
 

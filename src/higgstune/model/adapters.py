@@ -25,6 +25,7 @@ from higgstune.model.adapter_folder import (
     read_adapter_config,
 )
 from higgstune.model.adapter_tensors import checked_weights, fitted_config, module_of, trained_in_full
+from higgstune.model.base_identity import IDENTITY, unrecorded
 from higgstune.peft_compat import (
     LoraConfig,
     LoraLayer,
@@ -152,6 +153,8 @@ def doubts_of(folder: Path, model: PeftModel, base: Path | None) -> list[str]:
     """
     card = adapter_card(folder)
     found = [] if card else [no_card(folder)]
+    if card and IDENTITY not in card:
+        found.append(unrecorded(f"the adapter {folder}"))
     if base is not None and (problem := other_adapter_in(base, card)) is not None:
         found.append(problem)
     if is_idle(model):
