@@ -200,3 +200,31 @@ def test_a_merged_base_is_named(world: Path, base: Path, tmp_path: Path) -> None
         (base / "higgstune.json").write_text(json.dumps({"merged": {"adapter_sha256": sha256, "fingerprint": "x"}}))
         report = examined(world, model=base, adapter=plain, data=None)
         assert says in messages_of(report, "adapter", status)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("config.json", lambda c: c["rope_parameters"].update(rope_theta=5e6), "rope_parameters.rope_theta is 5000000"),
+        ("config.json", lambda c: c.update(rms_norm_eps=0.1), "rms_norm_eps is 0.1"),
+        ("tokenizer.json", lambda c: c["model"]["vocab"].update(a=78, b=77), "tokenizer.json has changed"),
+    ],
+)
+def test_a_base_that_changed_below_the_adapter_is_found(
+    world: Path, base: Path, file: str, change: Any, says: str
+) -> None:
+    content = json.loads((base / file).read_text())
+    change(content)
+    (base / file).write_text(json.dumps(content))
+    report = examined(world, model=base, data=None)
+    assert "adapter" in failed(report)
+    assert says in messages_of(report, "adapter")
+
+
+def test_an_older_card_is_warned_of(world: Path, adapter: Path) -> None:
+    card = json.loads((adapter / "higgstune.json").read_text())
+    del card["base_identity"]
+    write_card(adapter, card)
+    report = examined(world, adapter=adapter, data=None)
+    assert report.passed, failed(report)
+    assert "lacks base_identity" in messages_of(report, "adapter", "warning")
