@@ -64,8 +64,10 @@ def check_files(folder: Path) -> list[Finding]:
     if broken:
         text = f"{len(broken)} tensors of the adapter have NaN or infinity: {naming(broken)}"
         findings.append(Finding(CHECK, "failed", text, _RETRAIN))
-    findings += _check_zero(weights, adapter_card(folder))
-    return findings or [Finding(CHECK, "ok", f"{len(weights)} tensors, all finite, unchanged since they were saved")]
+    card = adapter_card(folder)
+    findings += _check_zero(weights, card)
+    unchanged = ", unchanged since they were saved" if "weights_sha256" in card else ""
+    return findings or [Finding(CHECK, "ok", f"{len(weights)} tensors, all finite{unchanged}")]
 
 
 def check_trained_on(model: Any, folder: Path, base: Path | None = None) -> list[Finding]:

@@ -39,12 +39,7 @@ _IN_FULL = "modules_to_save"
 
 
 def plain_key(key: str, family: Family) -> str:
-    """The name with which peft would have saved a tensor on the family's plain class.
-
-    >>> from higgstune.families.higgs_v2.family import FAMILY
-    >>> plain_key("base_model.model.module.layers.0.mlp.up_proj.lora_A.default.weight", FAMILY)
-    'base_model.model.model.layers.0.mlp.up_proj.lora_A.weight'
-    """
+    """The name with which peft would have saved a tensor on the family's plain class."""
     parts = _without_adapter_name([part for part in key.split(".") if part not in _WRAPPERS])
     while len(parts) > 1 and parts[0] in ("base_model", "model"):
         parts = parts[1:]
