@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import soundfile
 import yaml
+from foreign_adapters import renamed, save_foreign
 from processes import forked_proofs  # noqa: F401
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
@@ -291,3 +292,17 @@ def test_the_real_codec_class_goes_the_same_way(tmp_path: Path) -> None:
     clip = load(result.adapter, device="cpu").speak("Hello there.", max_seconds=0.4)
     assert clip.sample_rate == 24_000
     assert 0 < clip.seconds <= 0.4
+
+
+def test_an_adapter_of_another_trainer_is_continued_with_a_warning(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = save_foreign(world / "base", tmp_path / "plain")
+    theirs = renamed(plain, tmp_path / "theirs", lambda key: f"module.{key.replace('model.model.', 'model.')}")
+    stages = [{"name": "s", "kind": "text", "max_steps": 2, "learning_rate": 5e-3}]
+    train(recipe(world, stages=stages, init_adapter=str(theirs)), tmp_path / "run")
+    assert [record.message for record in caplog.records if "has no higgstune.json" in record.message]
+    heads = save_foreign(world / "base", tmp_path / "heads", in_full=["audio_lm_head"])
+    with pytest.raises(CheckpointError, match="trained on audio_lm_head, which no stage trains: merge it"):
+        train(recipe(world, stages=stages, init_adapter=str(heads)), tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -113,7 +113,7 @@ class Speaker:
                 check_tokenizer(adapter, loaded.folder)
             model = load_adapter(loaded.model, adapter)
             for doubt in doubts_of(adapter, model, loaded.folder):
-                logger.warning(doubt)
+                logger.warning("%s", doubt)
         self.model = loaded.model if model is None else model
         self.reference_place: ReferencePlace = reference_place or trained_place(adapter, loaded.folder)
         self._whisper_spec = loaded.family.extensions.of(self.model).whisper

@@ -26,6 +26,7 @@ from higgstune.model.base_identity import (
     changes,
     config_identity,
     tokenizer_sha256,
+    unrecorded,
 )
 
 if TYPE_CHECKING:  # imported where an adapter is loaded: a wrong folder is refused without them
@@ -219,6 +220,16 @@ def other_adapter_in(base: Path, card: Mapping[str, Any]) -> str | None:
         f"{str(merged.get('adapter_sha256'))[:16]}...), and nothing says that this adapter was trained on them; name "
         f"the base that it was trained on ({card.get('checkpoint', 'see its run')}) with --model"
     )
+
+
+def doubts_of_card(folder: Path, base: Path | None) -> list[str]:
+    """What the card of an adapter cannot vouch for, on a base in the folder `base`."""
+    card = adapter_card(folder)
+    found = [] if card else [no_card(folder)]
+    if card and IDENTITY not in card:
+        found.append(unrecorded(f"the adapter {folder}"))
+    other = None if base is None else other_adapter_in(base, card)
+    return found if other is None else [*found, other]
 
 
 def base_fingerprint(model: Any) -> str:

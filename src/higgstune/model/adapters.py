@@ -18,14 +18,11 @@ from higgstune.inputs import ADAPTER_CONFIG
 from higgstune.kernels.quantize import dequantized
 from higgstune.model.adapter_folder import (
     ADAPTER_CARD,
-    adapter_card,
     adapter_conditioning,
-    no_card,
-    other_adapter_in,
+    doubts_of_card,
     read_adapter_config,
 )
 from higgstune.model.adapter_tensors import checked_weights, fitted_config, module_of, trained_in_full
-from higgstune.model.base_identity import IDENTITY, unrecorded
 from higgstune.peft_compat import (
     LoraConfig,
     LoraLayer,
@@ -151,12 +148,7 @@ def doubts_of(folder: Path, model: PeftModel, base: Path | None) -> list[str]:
     """What a user should know of a loaded adapter before trusting its speech: of its card, its effect, and its base,
     which lies in `base`.
     """
-    card = adapter_card(folder)
-    found = [] if card else [no_card(folder)]
-    if card and IDENTITY not in card:
-        found.append(unrecorded(f"the adapter {folder}"))
-    if base is not None and (problem := other_adapter_in(base, card)) is not None:
-        found.append(problem)
+    found = doubts_of_card(folder, base)
     if is_idle(model):
         found.append(f"the adapter {folder} changes nothing, as all of its LoRA is zero: this is the voice of the base")
     return found

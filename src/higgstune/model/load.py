@@ -187,7 +187,7 @@ def _load(layout: Layout, family: Family, config: Any, base: BaseSpec) -> tuple[
     check_quantize(base.quantize, dtype)
     check_checksums(layout.folder)
     if (warning := check_sealed(family, config, layout.folder)) is not None:
-        logger.warning(warning)
+        logger.warning("%s", warning)
     if (layout.folder / ADAPTER_CONFIG).exists():  # transformers would silently load it onto the base
         raise CheckpointError(
             f"{layout.folder} is a checkpoint with an adapter in it: keep them in folders of their own"

@@ -21,9 +21,14 @@ from higgstune.evaluation.judges import check_languages, load_judges
 from higgstune.evaluation.judges.base import Judges
 from higgstune.evaluation.report.run_report import write_run_report
 from higgstune.inputs import find_adapter
-from higgstune.model.adapter_folder import adapter_card, adapter_conditioning, check_merged_once, check_tokenizer
+from higgstune.model.adapter_folder import (
+    adapter_card,
+    adapter_conditioning,
+    check_merged_once,
+    check_tokenizer,
+    doubts_of_card,
+)
 from higgstune.model.adapters import check_directions, check_start
-from higgstune.model.base_identity import IDENTITY, unrecorded
 from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
 from higgstune.planning.run_memory import RunMemory
 from higgstune.planning.training_data import TrainingData, check_families
@@ -227,8 +232,8 @@ def _first_adapter(recipe: Recipe, loaded: ModelAndTokenizers) -> Path | None:
     check_tokenizer(folder, loaded.folder)
     check_merged_once(folder, loaded.folder)
     check_start(loaded.model, folder, recipe.lora)
-    if (card := adapter_card(folder)) and IDENTITY not in card:
-        _LOG.warning(unrecorded(f"the adapter {folder}"))
+    for doubt in doubts_of_card(folder, loaded.folder):
+        _LOG.warning("%s", doubt)
     return folder
 
 

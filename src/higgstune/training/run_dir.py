@@ -200,7 +200,7 @@ class RunFolder:
     def _check_trained_on(self, now: Mapping[str, Any], weights: Mapping[str, WeightFile]) -> None:
         before = self.state.trained_on
         if CONFIG_SHA256 not in before or not self.state.weights:
-            _LOG.warning(unrecorded(f"the run {self.folder}"))
+            _LOG.warning("%s", unrecorded(f"the run {self.folder}"))
         for name in before.keys() - {ARCHITECTURE, CONFIG_SHA256, TOKENIZER_SHA256}:
             if before[name] != now.get(name):
                 raise ConfigError(
