@@ -19,6 +19,7 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS = "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # weights that may run code when they are loaded
 FOLDER_CARD = "higgstune.json"  # notes of Higgstune about a folder that it wrote
+MERGED = "merged"  # key of the card: which adapter is in these weights
 FILES = "files"  # key of the card: {path from the folder: sha256}
 _MAX_JSON = 64 << 20  # bytes; the index of the largest checkpoint has a few MB
 _MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
@@ -161,7 +162,7 @@ def folder_card(folder: Path) -> dict[str, Any]:
     """Higgstune's notes on a folder; empty for a folder of another origin. Raises CheckpointError when broken."""
     path = folder / FOLDER_CARD
     card = read_json(path, "") if path.exists() else {}
-    for keys in (("adapter",), ("adapter", "recipe"), ("adapter", "recipe", "data"), ("merged",)):
+    for keys in (("adapter",), ("adapter", "recipe"), ("adapter", "recipe", "data"), (MERGED,)):
         part: Any = card
         for key in keys:
             part = part.get(key, {})

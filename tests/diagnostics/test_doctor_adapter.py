@@ -1,5 +1,6 @@
 """Faults of an adapter: in its files, on its base, and where it is applied."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from doctor_world import change_weights, examined, failed, messages_of, rewrite, rows, save_adapter, write_card
+from foreign_adapters import renamed, save_foreign
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint, tiny_prompter
@@ -158,3 +160,71 @@ def test_an_adapter_that_was_changed_after_loading_is_found(world: Path) -> None
     assert "1 of 50 modules of the adapter have no effect" in check_effect(loaded, batch)[0].message
     loaded.base_model.disable_adapter_layers()
     assert "50 of 50 modules" in check_effect(loaded, batch)[0].message
+
+
+def as_other_trainers_write(key: str) -> str:
+    return f"module.{key.replace('model.model.', 'model.')}"
+
+
+def test_an_adapter_of_another_trainer_is_examined_as_it_is_used(world: Path, tmp_path: Path) -> None:
+    plain = save_foreign(world / "base", tmp_path / "plain", in_full=["embed_audio_tokens.embed_audio_tokens"])
+    named = renamed(plain, tmp_path / "named", as_other_trainers_write, modules_to_save=["embed_audio_tokens"])
+    report = examined(world, adapter=named, data=None, codec=world / "base" / "codec")
+    assert report.passed, failed(report)
+    assert "would drop 21 tensors" in messages_of(report, "adapter", "warning")
+    assert "Higgstune itself loads them all" in messages_of(report, "adapter", "warning")
+    unknown = renamed(plain, tmp_path / "unknown", lambda key: key.replace("self_attn", "attention"))
+    report = examined(world, adapter=unknown, data=None, codec=world / "base" / "codec")
+    assert failed(report) == {"adapter"}
+    assert "model.layers.0.attention.q_proj" in messages_of(report, "adapter")
+    found = f"{messages_of(report, 'adapter')} {messages_of(report, 'adapter', 'warning')}"
+    assert "speak" not in found
+    assert "load_adapter" not in found
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_names_that_plain_peft_does_not_read_are_found_after_loading(world: Path, tmp_path: Path) -> None:
+    plain = save_foreign(world / "base", tmp_path / "plain")
+    named = renamed(plain, tmp_path / "named", as_other_trainers_write)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        model = PeftModel.from_pretrained(load_model(world / "base", dtype="float32", device="cpu"), str(named))
+    finding = check_applied(model, named)
+    assert finding.status == "failed"
+    assert "plain peft does not read the names" in str(finding.advice)
+
+
+def test_a_merged_base_is_named(world: Path, base: Path, tmp_path: Path) -> None:
+    plain = save_foreign(base, tmp_path / "plain")
+    checksum = hashlib.sha256((plain / "adapter_model.safetensors").read_bytes()).hexdigest()
+    for sha256, status, says in (("0" * 64, "warning", "contain another adapter"), (checksum, "failed", "twice")):
+        (base / "higgstune.json").write_text(json.dumps({"merged": {"adapter_sha256": sha256, "fingerprint": "x"}}))
+        report = examined(world, model=base, adapter=plain, data=None)
+        assert says in messages_of(report, "adapter", status)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("config.json", lambda c: c["rope_parameters"].update(rope_theta=5e6), "rope_parameters.rope_theta is 5000000"),
+        ("config.json", lambda c: c.update(rms_norm_eps=0.1), "rms_norm_eps is 0.1"),
+        ("tokenizer.json", lambda c: c["model"]["vocab"].update(a=78, b=77), "tokenizer.json has changed"),
+    ],
+)
+def test_a_base_that_changed_below_the_adapter_is_found(
+    world: Path, base: Path, file: str, change: Any, says: str
+) -> None:
+    content = json.loads((base / file).read_text())
+    change(content)
+    (base / file).write_text(json.dumps(content))
+    report = examined(world, model=base, data=None)
+    assert "adapter" in failed(report)
+    assert says in messages_of(report, "adapter")
+
+
+def test_an_older_card_is_warned_of(world: Path, adapter: Path) -> None:
+    card = json.loads((adapter / "higgstune.json").read_text())
+    del card["base_identity"]
+    write_card(adapter, card)
+    report = examined(world, adapter=adapter, data=None)
+    assert report.passed, failed(report)
+    assert "lacks base_identity" in messages_of(report, "adapter", "warning")

@@ -16,13 +16,15 @@ from export_world import (
     logits,
     make_adapter,
     nothing_is_left,
+    save_base,
     tree,
     whisper_spec_of,
 )
+from foreign_adapters import renamed, save_foreign
 from golden_values import Golden
 from on_cpu import CPU
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgstune import export
@@ -234,3 +236,34 @@ def test_the_command(world: Path, tmp_path: Path, command: Command) -> None:
         code, _, err = command(*arguments, *wrong)
         assert code == 2
         assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_modules_that_others_trained_in_full_are_merged(world: Path, tmp_path: Path, stored: str) -> None:
+    base = save_base(tmp_path / "base")
+    if stored == "bfloat16":
+        path = base / "model.safetensors"
+        save_file({k: v.bfloat16() for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
+    in_full = ["audio_lm_head", "text_lm_head", "embed_tokens", "embed_audio_tokens.embed_audio_tokens"]
+    adapter = save_foreign(base, tmp_path / "adapter", targets=["q_proj"], in_full=in_full)
+    found = export(adapter, tmp_path / "out", data=world / "data", base=CPU)
+    assert found.check.from_base > 0.1
+    written, trained = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        load_file(adapter / "adapter_model.safetensors"),
+    )
+    for name in in_full:
+        [key] = [key for key in written if key.endswith(f"{name}.weight")]
+        expected = trained[f"base_model.model.{key}"]
+        assert torch.equal(written[key], expected.to(written[key].dtype))
+
+
+def test_peft_gets_the_names_of_the_base(world: Path, tmp_path: Path) -> None:
+    plain = save_foreign(world / "base", tmp_path / "plain")
+    theirs = renamed(plain, tmp_path / "theirs", lambda key: f"module.{key.replace('model.model.', 'model.')}")
+    for adapter in (plain, theirs):
+        export(adapter, tmp_path / f"{adapter.name}-peft", format="peft", data=world / "data", base=CPU)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "plain-peft" / name).read_bytes() == (plain / name).read_bytes()
+    written = load_file(tmp_path / "theirs-peft" / "adapter_model.safetensors")
+    assert written.keys() == load_file(plain / "adapter_model.safetensors").keys()

@@ -1,26 +1,33 @@
 """Speaking: chunks of long texts, references, caps, files."""
 
 import base64
+import hashlib
 import io
+import json
 import logging
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from fake_codec import FakeCodec
+from foreign_adapters import save_foreign
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_checkpoint import tiny_prompter
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import save_tiny_checkpoint, tiny_prompter
+from tiny_runs import DEMO_CODEC
 
 from higgstune.data.audio import write_wav
-from higgstune.errors import ConfigError, DataError, InputError
+from higgstune.errors import CheckpointError, ConfigError, DataError, InputError
 from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.families.higgs_v2.prompt import render
 from higgstune.families.sampling import Sampling
 from higgstune.generate.chunks import expected_seconds, frame_cap, join, split_text
-from higgstune.generate.speaker import Request, Speaker, Speech, Voice
+from higgstune.generate.speaker import Request, Speaker, Speech, Voice, load
+from higgstune.inputs import BaseSpec
 from higgstune.model.load import ModelAndTokenizers
 
 LONG = "The sun rises in the east. It was the night before my birthday! Hello there, good morning. " * 6
@@ -175,3 +182,28 @@ def test_wav_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.wav"]
     with pytest.raises(InputError, match=r"\.wav"):
         write_wav(tmp_path / "x.mp3", waveform, rate)
+
+
+def test_doubts_about_an_adapter_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = save_tiny_checkpoint(tmp_path / "base")
+    shutil.copytree(DEMO_CODEC, base / "codec")
+    plain = save_foreign(base, tmp_path / "plain")
+
+    def said(adapter: Path) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            load(adapter, device="cpu", base=BaseSpec(codec=base / "codec")).speak("Hello.", max_seconds=0.2)
+        return [record.message for record in caplog.records if "frame cap" not in record.message]
+
+    [no_card] = said(plain)
+    assert f"{plain} has no higgstune.json" in no_card
+    zero = shutil.copytree(plain, tmp_path / "zero")
+    weights = load_file(plain / "adapter_model.safetensors")
+    save_file({k: v * 0 if "lora_B" in k else v for k, v in weights.items()}, zero / "adapter_model.safetensors")
+    assert ["changes nothing" in text for text in said(zero)] == [False, True]
+    (base / "higgstune.json").write_text(json.dumps({"merged": {"adapter_sha256": "0" * 64, "fingerprint": "x"}}))
+    assert ["contain another adapter" in text for text in said(plain)] == [False, True]
+    checksum = hashlib.sha256((plain / "adapter_model.safetensors").read_bytes()).hexdigest()
+    (base / "higgstune.json").write_text(json.dumps({"merged": {"adapter_sha256": checksum}}))
+    with pytest.raises(CheckpointError, match=r"was merged into .* already"):
+        said(plain)

@@ -23,6 +23,7 @@ from higgstune.families.base import Conditioning
 from higgstune.families.higgs_v2.extensions import add_conditioning
 from higgstune.model.adapter_folder import base_fingerprint
 from higgstune.model.adapters import AttentionTraining, add_lora
+from higgstune.model.base_identity import base_identity
 from higgstune.model.load import load_model
 
 ASSETS = Path(higgstune.__file__).parent / "demo" / "assets"
@@ -56,6 +57,7 @@ def save_adapter(base: Path, folder: Path, *, attention: AttentionTraining | Non
         "base_shape": family_of(model).spec(model.config).card(),
         "checkpoint": str(base), "revision": None, "codec": str(base / "codec"), "stage": "voice",
         "codec_revision": MelCodec.from_pretrained(base / "codec").revision,
+        "base_identity": base_identity(family_of(model), model.config, base),
         "base_fingerprint": fingerprint, "conditioning": conditioning.model_dump(),
         "recipe": {"lora": {"r": 4, "alpha": 8.0, "rslora": False, "dora": False}, "stages": [
             {"name": "voice", "text_weight": 1.0, "audio_weight": 1.0}]},

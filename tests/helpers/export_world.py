@@ -25,6 +25,7 @@ from higgstune.families.higgs_v2.prompt import AUDIO_IN
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
 from higgstune.model.adapter_folder import base_fingerprint
 from higgstune.model.adapters import add_lora, load_adapter
+from higgstune.model.base_identity import base_identity
 from higgstune.model.load import load_model, load_tokenizer
 from higgstune.training.save import save_adapter
 from higgstune.training.verify import probe_logits
@@ -97,6 +98,7 @@ def make_adapter(
         "codec": str(world / "base" / "codec"),
         "codec_revision": load_codec(world / "base" / "codec").revision,
         "base_fingerprint": fingerprint,
+        "base_identity": base_identity(FAMILY, model.config, base),
         "conditioning": has.model_dump(),
         "stage": "stage2",
         "stages": STAGES,

@@ -325,6 +325,12 @@ class TinyFamily:
             key_value_heads=config.num_key_value_heads, head_dim=config.head_dim, vocab_size=config.vocab_size,
         )  # fmt: skip
 
+    def architecture(self, config: TinyConfig) -> dict[str, Any]:
+        return {"hidden_size": config.hidden_size, "rope_theta": config.rope_parameters["rope_theta"]}
+
+    def plain_name(self, name: str) -> str:
+        return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
+
     def check_tokenizer(self, tokenizer: Any, config: Any, folder: Path) -> None: ...
 
     def build(self, config: TinyConfig, *, layers: int | None = None, dtype: torch.dtype | None = None) -> TinySpeech:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import soundfile
 import yaml
+from foreign_adapters import renamed, save_foreign
 from processes import forked_proofs  # noqa: F401
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
@@ -131,6 +132,65 @@ def test_a_run_is_resumed_only_on_request_and_with_its_recipe(
             train(recipe(world), tmp_path / "run", resume=True)
 
 
+def flip_bit(base: Path) -> None:
+    content = bytearray((base / "model.safetensors").read_bytes())
+    content[-3] ^= 64  # of one value of many, which no sample of them has
+    (base / "model.safetensors").write_bytes(content)
+
+
+def ten_times_theta(base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] *= 10
+    (base / "config.json").write_text(json.dumps(config))
+
+
+def deal_again(base: Path) -> None:
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def test_a_base_or_sentences_that_changed_since_the_stop_are_refused(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("higgstune.training.run.train_stage", stopped)
+    base, texts, run = shutil.copytree(world / "base", tmp_path / "base"), tmp_path / "texts.txt", tmp_path / "run"
+    texts.write_text("Hello there.")
+    changes = {"checkpoint": str(base), "device": "cpu", "dtype": "float32"}
+    made = recipe(world, model=changes, evaluation={"clips": 1, "texts": str(texts)})
+    with pytest.raises(KeyboardInterrupt):
+        train(made, run)
+    state = json.loads((run / "run.json").read_text())
+    assert {"base", "config_sha256", "tokenizer_sha256", "evaluation.texts"} <= state["trained_on"].keys()
+    assert state["weights"]["model.safetensors"]["bytes"] == (base / "model.safetensors").stat().st_size
+    for change, message in {
+        flip_bit: r"another base, of which model\.safetensors has changed since",
+        ten_times_theta: r"another base, of which config\.json has changed \(rope_parameters\.rope_theta is",
+        deal_again: r"another base, of which tokenizer\.json has changed",
+    }.items():
+        change(base)
+        with pytest.raises(ConfigError, match=message):
+            train(made, run, resume=True)
+        shutil.copytree(world / "base", base, dirs_exist_ok=True)
+    texts.write_text("Hello here.")
+    with pytest.raises(ConfigError, match=r"was started on another evaluation\.texts"):
+        train(made, run, resume=True)
+    texts.write_text("Hello there.")
+    older = {key: state["trained_on"][key] for key in ("store", "base")}  # as an older version has written it
+    del state["weights"]
+    (run / "run.json").write_text(json.dumps(state | {"trained_on": older}))
+    with pytest.raises(KeyboardInterrupt):
+        train(made, run, resume=True)
+    assert [record.message.partition(" of its")[0] for record in caplog.records] == [
+        f"the run {run} does not record config.json and tokenizer.json"
+    ]
+    assert "weights" in json.loads((run / "run.json").read_text())  # from now on it does
+
+
 def test_an_adapter_that_is_not_what_was_trained_is_refused(world: Path, finished: Path, tmp_path: Path) -> None:
     adapter, probe = tmp_path / "adapter", tmp_path / "probe.safetensors"
     shutil.copytree(finished / "stage2" / "adapter", adapter)
@@ -232,3 +292,17 @@ def test_the_real_codec_class_goes_the_same_way(tmp_path: Path) -> None:
     clip = load(result.adapter, device="cpu").speak("Hello there.", max_seconds=0.4)
     assert clip.sample_rate == 24_000
     assert 0 < clip.seconds <= 0.4
+
+
+def test_an_adapter_of_another_trainer_is_continued_with_a_warning(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = save_foreign(world / "base", tmp_path / "plain")
+    theirs = renamed(plain, tmp_path / "theirs", lambda key: f"module.{key.replace('model.model.', 'model.')}")
+    stages = [{"name": "s", "kind": "text", "max_steps": 2, "learning_rate": 5e-3}]
+    train(recipe(world, stages=stages, init_adapter=str(theirs)), tmp_path / "run")
+    assert [record.message for record in caplog.records if "has no higgstune.json" in record.message]
+    heads = save_foreign(world / "base", tmp_path / "heads", in_full=["audio_lm_head"])
+    with pytest.raises(CheckpointError, match="trained on audio_lm_head, which no stage trains: merge it"):
+        train(recipe(world, stages=stages, init_adapter=str(heads)), tmp_path / "other")
+    assert not (tmp_path / "other").exists()

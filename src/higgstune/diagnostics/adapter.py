@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from higgstune.batch.collate import Batch
@@ -15,13 +14,26 @@ from higgstune.diagnostics.report import Finding, naming
 from higgstune.errors import CheckpointError
 from higgstune.families import family_info, family_of, load_family
 from higgstune.families.base import base_of
-from higgstune.model.adapter_folder import ADAPTER_CARD, ADAPTER_WEIGHTS, adapter_card, check_adapter_files, check_base
+from higgstune.model.adapter_folder import (
+    ADAPTER_CARD,
+    ADAPTER_WEIGHTS,
+    adapter_card,
+    check_adapter_files,
+    check_base,
+    check_merged_once,
+    check_tokenizer,
+    no_card,
+    other_adapter_in,
+)
+from higgstune.model.adapter_tensors import PREFIX, module_of, read_adapter
+from higgstune.model.base_identity import IDENTITY
 from higgstune.peft_compat import LoraLayer, ModulesToSaveWrapper, PeftModel, get_peft_model_state_dict
 from higgstune.training.verify import MARGIN, TOLERANCE, probe_logits
 
 CHECK = "adapter"
-_PREFIX = "base_model.model."  # peft's, before the names of the base
 _COPY = "copy the adapter's whole folder again from where it was trained"
+_OWN_BASE = "name the adapter's own base with --model; on another one it does not speak as trained"
+UNFIT = "use the base that it was trained on; docs/sharing.md says which adapters of other software can be used"
 _RETRAIN = "train it again, or use an earlier checkpoint: this one has not learnt what it claims"
 
 
@@ -29,10 +41,11 @@ def check_card(folder: Path) -> list[Finding]:
     """Check for Higgstune's card. Raises CheckpointError if it is damaged."""
     card = adapter_card(folder)
     if not card:
-        text = f"{folder} has no {ADAPTER_CARD}: base, codec and checksum cannot be compared"
-        advice = "the adapter is external: make sure that base and codec are those that it was trained with"
-        return [Finding(CHECK, "warning", text, advice)]
-    lacking = [key for key in ("base_fingerprint", "weights_sha256", "codec_revision") if card.get(key) is None]
+        advice = "make sure that base and codec are those that it was trained with: nothing can be compared"
+        return [Finding(CHECK, "warning", no_card(folder), advice)]
+    lacking = [
+        key for key in ("base_fingerprint", IDENTITY, "weights_sha256", "codec_revision") if card.get(key) is None
+    ]
     if lacking:
         text = f"{folder / ADAPTER_CARD} lacks {naming(lacking)}, which this version writes"
         return [Finding(CHECK, "warning", text, "values that are missing cannot be compared")]
@@ -46,26 +59,38 @@ def check_files(folder: Path) -> list[Finding]:
         check_adapter_files(folder)
     except CheckpointError as error:
         findings.append(Finding(CHECK, "failed", str(error), _COPY))
-    safetensors_keys(folder / ADAPTER_WEIGHTS)
-    weights = load_file(folder / ADAPTER_WEIGHTS)
+    weights = read_adapter(folder)
     broken = sorted(key for key, value in weights.items() if not torch.isfinite(value).all())
     if broken:
         text = f"{len(broken)} tensors of the adapter have NaN or infinity: {naming(broken)}"
         findings.append(Finding(CHECK, "failed", text, _RETRAIN))
-    findings += _check_zero(weights, adapter_card(folder))
-    return findings or [Finding(CHECK, "ok", f"{len(weights)} tensors, all finite, unchanged since they were saved")]
+    card = adapter_card(folder)
+    findings += _check_zero(weights, card)
+    unchanged = ", unchanged since they were saved" if "weights_sha256" in card else ""
+    return findings or [Finding(CHECK, "ok", f"{len(weights)} tensors, all finite{unchanged}")]
 
 
-def check_trained_on(model: Any, folder: Path) -> list[Finding]:
-    """Check that the base is the one that the adapter was trained on."""
+def check_trained_on(model: Any, folder: Path, base: Path | None = None) -> list[Finding]:
+    """Check that the base is the one that the adapter was trained on, with its tokenizer in the folder `base`."""
     try:
         check_base(folder, model)
+        if base is not None:
+            check_tokenizer(folder, base)
     except CheckpointError as error:
-        advice = "name the adapter's own base with --model; on another one it does not speak as trained"
-        return [Finding(CHECK, "failed", str(error), advice)]
+        return [Finding(CHECK, "failed", str(error), _OWN_BASE)]
     if adapter_card(folder).get("base_fingerprint") is None:
         return []
     return [Finding(CHECK, "ok", "the base has the fingerprint in the adapter's card")]
+
+
+def check_merged(folder: Path, base: Path) -> list[Finding]:
+    """Check that the base in this folder does not contain this adapter, nor another one."""
+    try:
+        check_merged_once(folder, base)
+    except CheckpointError as error:
+        return [Finding(CHECK, "failed", str(error), _OWN_BASE)]
+    problem = other_adapter_in(base, adapter_card(folder))
+    return [] if problem is None else [Finding(CHECK, "warning", problem, _OWN_BASE)]
 
 
 def check_plain_peft(model: Any, folder: Path) -> list[Finding]:
@@ -74,10 +99,10 @@ def check_plain_peft(model: Any, folder: Path) -> list[Finding]:
     if not dropped:
         return []
     text = (
-        f"`PeftModel.from_pretrained` would drop {len(dropped)} tensors on this base without warning, as it lacks "
-        f"their modules ({naming(dropped)})"
+        f"`PeftModel.from_pretrained` would drop {len(dropped)} tensors on this base without warning, as it has "
+        f"no modules of their names ({naming(dropped)})"
     )
-    advice = "load it with higgstune (speak, load_adapter), or merge it: `higgstune export`"
+    advice = "Higgstune itself loads them all; for other software, write the adapter with `higgstune export`"
     return [Finding(CHECK, "warning", text, advice)]
 
 
@@ -85,7 +110,7 @@ def dropped_by_plain_peft(model: Any, folder: Path) -> list[str]:
     """The adapter's tensors whose modules the base does not have. Raises CheckpointError for a broken file."""
     modules = {name for name, _ in base_of(model).named_modules()}
     keys = sorted(safetensors_keys(folder / ADAPTER_WEIGHTS))
-    return [key for key in keys if _module_of(key) not in modules]
+    return [key for key in keys if module_of(key) not in modules]
 
 
 def check_applied(model: PeftModel, folder: str | Path) -> Finding:
@@ -94,9 +119,7 @@ def check_applied(model: PeftModel, folder: str | Path) -> Finding:
     For models loaded by `PeftModel.from_pretrained` itself, which drops tensors without warning.
     Raises CheckpointError for a broken file.
     """
-    path = Path(folder) / ADAPTER_WEIGHTS
-    safetensors_keys(path)
-    saved, loaded = load_file(path), _loaded(model)
+    saved, loaded = read_adapter(Path(folder)), _loaded(model)
     dropped = sorted(saved.keys() - loaded.keys())
     if dropped:
         text = f"{len(dropped)} of the adapter's {len(saved)} tensors are not in the model: {naming(dropped)}"
@@ -107,9 +130,11 @@ def check_applied(model: PeftModel, folder: str | Path) -> Finding:
     other = sorted(key for key, value in saved.items() if not _same(loaded[key], value))
     if other:
         text = f"{len(other)} of the adapter's tensors have different values in the model: {naming(other)}"
-        return Finding(
-            CHECK, "failed", text, "another adapter is active, or this one was changed after loading: reload it"
-        )
+        advice = "another adapter is active, or this one was changed after loading: reload it"
+        if safetensors_keys(Path(folder) / ADAPTER_WEIGHTS) - loaded.keys():
+            advice = "plain peft does not read the names in this file: load it with higgstune's load_adapter, or write "
+            advice += "it anew with `higgstune export --format peft`"
+        return Finding(CHECK, "failed", text, advice)
     return Finding(CHECK, "ok", f"all {len(saved)} tensors of the adapter are in the model")
 
 
@@ -141,18 +166,18 @@ def claimed_and_idle(model: PeftModel, batch: Batch) -> tuple[list[str], list[st
     changed = _changed_by_lora(model, lora, batch)
     idle = [name for name in lora if name not in changed]
     idle += [name for name, part in saved.items() if not _differs_from_original(part)]
-    names = sorted(name.removeprefix(_PREFIX) for name in [*lora, *saved])
-    return names, sorted(name.removeprefix(_PREFIX) for name in idle)
+    names = sorted(name.removeprefix(PREFIX) for name in [*lora, *saved])
+    return names, sorted(name.removeprefix(PREFIX) for name in idle)
 
 
 def _check_zero(weights: dict[str, Tensor], card: dict[str, Any]) -> list[Finding]:
-    """Fail LoRA modules without effect, whose B is all zero."""
-    outgoing = [key for key in sorted(weights) if ".lora_B" in key]
-    zero = [_module_of(key) for key in outgoing if not weights[key].any()]
-    zero = [name for name in zero if not _without_gradient(name, card)]
-    if not zero:
+    """Fail LoRA modules without effect, whose A or B is all zero."""
+    keys = [key for key in sorted(weights) if ".lora_A" in key or ".lora_B" in key]
+    modules, zero = ({module_of(key) for key in found} for found in (keys, (k for k in keys if not weights[k].any())))
+    idle = sorted(name for name in zero if not _without_gradient(name, card))
+    if not idle:
         return []
-    text = f"LoRA B is zero in {len(zero)} of {len(outgoing)} modules, which have no effect: {naming(zero)}"
+    text = f"LoRA A or B is zero in {len(idle)} of {len(modules)} modules, which have no effect: {naming(idle)}"
     return [Finding(CHECK, "failed", text, _RETRAIN)]
 
 
@@ -162,12 +187,6 @@ def _without_gradient(name: str, card: dict[str, Any]) -> bool:
     stages = card.get("recipe", {}).get("stages", [])
     weight = load_family(family_info(card.get("family"))).checks.untaught(name, layers)
     return weight is not None and bool(stages) and not any(stage.get(weight) for stage in stages)
-
-
-def _module_of(key: str) -> str:
-    """A tensor's name in an adapter's file -> the module of the base that it belongs to."""
-    name = key.removeprefix(_PREFIX)
-    return name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
 
 
 def _changed_by_lora(model: PeftModel, layers: dict[str, nn.Module], batch: Batch) -> set[str]:

@@ -157,7 +157,7 @@ class _Examination:
         sound = ("data", "model", "finite weights", "rotary", "tokenizer", "rows", "codec", "the store's codec")
         self._run("loss", sound, self._check_loss)
         self._run("adapter", ("adapter",), self._check_adapter_files, provides="adapter files")
-        self._run("adapter", ("adapter", "model", "finite weights"), self._check_base, provides="adapter's base")
+        self._run("adapter", ("adapter", "model", "finite weights", "ids"), self._check_base, provides="adapter's base")
         needed = ("adapter", "adapter files", "adapter's base", "model", "finite weights")
         self._run("adapter", needed, self._apply_adapter)
         self._run("generation", ("model", "finite weights", "tokenizer", "prompt"), self._generate)
@@ -379,14 +379,19 @@ class _Examination:
 
     def _check_base(self) -> list[Finding]:
         assert self.adapter is not None
-        found = adapters.check_trained_on(self.model, self.adapter)
-        self._block_if_failed(found, "adapter's base", "the adapter was trained on another base")
-        return found + adapters.check_plain_peft(self.model, self.adapter)
+        readable = None if "tokenizer" in self.unavailable else self.folder
+        found = adapters.check_trained_on(self.model, self.adapter, readable)
+        found += adapters.check_merged(self.adapter, self.folder)
+        return self._block_if_failed(found, "adapter's base", "the adapter was trained on another base")
 
     def _apply_adapter(self) -> list[Finding]:
         assert self.adapter is not None
-        self.peft_model = load_adapter(self.model, self.adapter)
-        found = [adapters.check_applied(self.peft_model, self.adapter)]
+        dropped = adapters.check_plain_peft(self.model, self.adapter)  # advice that helps where it can be loaded
+        try:
+            self.peft_model = load_adapter(self.model, self.adapter)
+        except CheckpointError as error:
+            return [Finding("adapter", "failed", str(error), adapters.UNFIT)]
+        found = [adapters.check_applied(self.peft_model, self.adapter), *dropped]
         if "tokenizer" in self.unavailable:
             return found
         rows = prompt.two_unequal(self._example_rows())

@@ -9,13 +9,14 @@ from typing import Any, Literal
 import yaml
 
 import higgstune
-from higgstune.checkpoint_files import folder_card, write_checksums
+from higgstune.checkpoint_files import MERGED, folder_card, write_checksums
 from higgstune.codec import CODEC_FOLDER
 from higgstune.exporting.layouts import LayoutName, licence_files
-from higgstune.exporting.source import MERGED, Source
+from higgstune.exporting.source import Source
 from higgstune.exporting.verify import ExportCheck, HeldOut, Logits
 from higgstune.families import load_family
 from higgstune.families.base import Family
+from higgstune.model.base_identity import base_identity
 
 Kind = Literal["native", "extended", "original", "peft"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -297,9 +298,10 @@ def describe(
         "check": asdict(check),
         "base_merged": folder_card(source.layout.folder).get(MERGED),  # where the base is itself a merged checkpoint
     }
+    family = load_family(source.layout.family)
     write_checksums(
         folder, higgstune=higgstune.__version__, merged=merged, codec=public_name(written.codec),
-        adapter=_without_folders(source.card),
+        adapter=_without_folders(source.card), **base_identity(family, family.read_config(folder), folder),
     )  # fmt: skip
 
 

@@ -13,8 +13,9 @@ from higgstune.exporting.source import Source, open_source, stored_dtype
 from higgstune.exporting.verify import MIN_CHANGE, ExportCheck, difference, held_out
 from higgstune.families import load_family
 from higgstune.files import NOTHING_KEPT, check_new, writing
-from higgstune.inputs import ADAPTER_CONFIG, BaseSpec
-from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, base_fingerprint, write_card
+from higgstune.inputs import BaseSpec
+from higgstune.model.adapter_folder import base_fingerprint, write_card
+from higgstune.model.adapter_tensors import copy_for_peft
 from higgstune.model.adapters import load_adapter
 from higgstune.progress import Progress, silent
 
@@ -86,14 +87,13 @@ def export(
 def _write_adapter(
     source: Source, folder: Path, name: str, data: str | Path | None, base_bits: int | None
 ) -> ExportCheck:
+    dtype = stored_dtype(source.layout, wanted="float32")
+    loaded = load_source(source, dtype)
     with writing(folder, NOTHING_KEPT):
-        for part in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            shutil.copyfile(source.adapter / part, folder / part)
+        copy_for_peft(source.adapter, folder, loaded.model)
         write_card(folder, source.card)
         for path in licence_files(source.layout.folder):
             shutil.copyfile(path, folder / path.name)
-    dtype = stored_dtype(source.layout, wanted="float32")
-    loaded = load_source(source, dtype)
     clips = held_out(source, loaded, data)
     fingerprint, base = base_fingerprint(loaded.model), logits_of(loaded.model, clips.batch)
     adapted = load_adapter(loaded.model, folder)

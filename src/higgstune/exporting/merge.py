@@ -6,6 +6,7 @@ The last logits must be those of base + adapter, and not those of the base, or n
 """
 
 import gc
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,14 @@ from higgstune.exporting.verify import ExportCheck, Logits, audio_loss, check_me
 from higgstune.families import family_of
 from higgstune.files import NOTHING_KEPT, writing
 from higgstune.hub import fetch
-from higgstune.model.adapter_folder import base_fingerprint
+from higgstune.model.adapter_folder import base_fingerprint, check_tokenizer, doubts_of_card
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import ModelAndTokenizers, load_base, load_model
 from higgstune.peft_compat import LoraLayer, PeftModel
 from higgstune.progress import Progress
 from higgstune.training.verify import probe_logits
 
+_LOG = logging.getLogger(__name__)
 FORMAT_OF: dict[LayoutName, Format] = {"native": "native", "extended": "extended", "original": "boson"}
 _PROBES = 4  # random inputs on which a layer is compared before and after its merge
 _SAME = 1e-4  # of the largest output: a thousand times float32's rounding, a thousandth of a lost update's effect
@@ -179,6 +181,9 @@ def load_source(source: Source, dtype: str) -> ModelAndTokenizers:
             f"the adapter {source.adapter} was trained on codes of another codec (revision {trained_with}) than "
             f"{loaded.codec} (revision {loaded.audio_tokenizer.revision}): name its codec with --codec"
         )
+    check_tokenizer(source.adapter, source.layout.folder)
+    for doubt in doubts_of_card(source.adapter, source.layout.folder):
+        _LOG.warning("%s", doubt)
     return loaded
 
 

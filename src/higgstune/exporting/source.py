@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from higgstune.checkpoint_files import folder_card, sha256_of
+from higgstune.checkpoint_files import sha256_of
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.families import read_layout
 from higgstune.families.base import Layout
@@ -19,11 +19,12 @@ from higgstune.model.adapter_folder import (
     adapter_card,
     check_adapter_family,
     check_adapter_files,
+    check_merged_once,
+    other_adapter_in,
     recorded_base,
 )
 from higgstune.model.load import naming_where_recorded
 
-MERGED = "merged"  # key of a folder's higgstune.json: which adapter is in these weights
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 
 
@@ -65,7 +66,9 @@ def open_source(run: str | Path, base: BaseSpec = BaseSpec()) -> Source:
         layout = read_layout(fetch(str(base.checkpoint), what="checkpoint", revision=base.revision))
     check_adapter_family(adapter, layout.family)
     sha256 = sha256_of(adapter / ADAPTER_WEIGHTS)
-    _refuse_merged_base(layout.folder, card, sha256)
+    check_merged_once(adapter, layout.folder)
+    if (problem := other_adapter_in(layout.folder, card)) is not None:
+        raise CheckpointError(problem)
     return Source(
         adapter=adapter,
         card=card,
@@ -93,22 +96,3 @@ def stored_dtype(layout: Layout, *, wanted: str | None = None) -> str:
             "--dtype float32 or --dtype bfloat16"
         )
     return STORED_DTYPES.get(found, "float32")
-
-
-def _refuse_merged_base(base: Path, card: dict[str, Any], sha256: str) -> None:
-    """Raise CheckpointError unless these are the weights that the adapter was trained on, without it."""
-    merged = folder_card(base).get(MERGED)
-    if merged is None:
-        return
-    if merged.get("adapter_sha256") == sha256:
-        raise CheckpointError(
-            f"this adapter was merged into {base} already: merging it again would apply it twice; name the base "
-            "that it was trained on with --model"
-        )
-    # An adapter that was trained on a merged checkpoint names the fingerprint of its weights.
-    if card.get("base_fingerprint") is None or card["base_fingerprint"] != merged.get("fingerprint"):
-        raise CheckpointError(
-            f"{base} is a merged checkpoint: its weights contain another adapter (sha256 "
-            f"{str(merged.get('adapter_sha256'))[:16]}...), and this adapter was not trained on them. Name the base "
-            f"that it was trained on ({card.get('checkpoint', 'see its run')}) with --model"
-        )

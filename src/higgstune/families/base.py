@@ -221,6 +221,14 @@ class Family(Protocol):
         """The numbers of a configuration."""
         ...
 
+    def architecture(self, config: Any) -> dict[str, Any]:
+        """What of a configuration decides ids and logits, as JSON: the same in every layout and dtype."""
+        ...
+
+    def plain_name(self, name: str) -> str:
+        """A parameter's name in any layout, without a leading `model.` -> its name in the plain model."""
+        ...
+
     def check_tokenizer(self, tokenizer: Any, config: Any, folder: Path) -> None:
         """Raises CheckpointError if tokenizer and configuration are not of the same checkpoint."""
         ...

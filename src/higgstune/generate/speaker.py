@@ -23,7 +23,7 @@ from higgstune.families.sampling import Sampling
 from higgstune.generate.chunks import frame_cap, join, split_text
 from higgstune.generate.engine import Generated, generate
 from higgstune.inputs import BaseSpec, base_and_adapter
-from higgstune.model.adapter_folder import adapter_card, adapter_conditioning
+from higgstune.model.adapter_folder import adapter_card, adapter_conditioning, check_merged_once, check_tokenizer
 from higgstune.model.load import ModelAndTokenizers, load_base
 
 logger = logging.getLogger(__name__)
@@ -106,9 +106,14 @@ class Speaker:
         self.codec = loaded.audio_tokenizer
         self.prompter = loaded.prompter
         if adapter is not None:
-            from higgstune.model.adapters import load_adapter  # imports peft
+            from higgstune.model.adapters import doubts_of, load_adapter  # imports peft
 
+            if loaded.folder is not None:
+                check_merged_once(adapter, loaded.folder)
+                check_tokenizer(adapter, loaded.folder)
             model = load_adapter(loaded.model, adapter)
+            for doubt in doubts_of(adapter, model, loaded.folder):
+                logger.warning("%s", doubt)
         self.model = loaded.model if model is None else model
         self.reference_place: ReferencePlace = reference_place or trained_place(adapter, loaded.folder)
         self._whisper_spec = loaded.family.extensions.of(self.model).whisper

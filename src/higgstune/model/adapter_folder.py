@@ -6,24 +6,30 @@ adapters of other software lack.
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
-from higgstune.checkpoint_files import is_pickled, read_json, read_tensors, safetensors_keys, sha256_of
+from higgstune.checkpoint_files import MERGED, folder_card, is_pickled, read_json, safetensors_keys, sha256_of
 from higgstune.codec import CODEC_FOLDER
 from higgstune.errors import CheckpointError
 from higgstune.families import check_family, family_info, family_of, load_family
 from higgstune.families.base import Conditioning, FamilyInfo, base_of
 from higgstune.hub import fetch
 from higgstune.inputs import ADAPTER_CONFIG, BaseSpec
+from higgstune.model.base_identity import (
+    ARCHITECTURE,
+    IDENTITY,
+    TOKENIZER_SHA256,
+    changes,
+    config_identity,
+    tokenizer_sha256,
+    unrecorded,
+)
 
 if TYPE_CHECKING:  # imported where an adapter is loaded: a wrong folder is refused without them
-    from torch import Tensor, nn
-
     from higgstune.peft_compat import LoraConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -35,7 +41,6 @@ _PLACES = (_SEAL, "base_model_name_or_path", "checkpoint", "codec", "store", "wh
 # Keys of the card whose values are strings.
 _STRINGS = ("checkpoint", "revision", "codec", "codec_revision", "base_fingerprint", "family")
 _SAMPLED_VALUES = 4096  # of each weight, for the fingerprint
-_PREFIX = "base_model.model."  # of a layer's name among the adapter's tensors
 # Keys of adapter_config.json that have no effect on how a LoRA is loaded.
 _WITHOUT_EFFECT = (
     "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
@@ -55,14 +60,24 @@ def adapter_card(folder: Path) -> dict[str, Any]:
     if card.get(_SEAL) not in (None, _seal(card)):
         raise CheckpointError(f"{path} is not what was saved (its checksum differs): copy the adapter again")
     recipe = card.get("recipe", {})
-    parts = {key: card.get(key, {}) for key in ("recipe", "base_shape", "conditioning", "data")}
+    parts = {key: card.get(key, {}) for key in ("recipe", "base_shape", "conditioning", "data", IDENTITY)}
     if isinstance(recipe, dict):
         parts |= {f"recipe.{key}": recipe.get(key, {}) for key in ("model", "data", "lora")}
+    if isinstance(parts[IDENTITY], dict):
+        parts[f"{IDENTITY}.{ARCHITECTURE}"] = parts[IDENTITY].get(ARCHITECTURE, {})
     if wrong := [key for key, value in parts.items() if not isinstance(value, dict)]:
         raise CheckpointError(f"{path} is damaged: {wrong[0]} must be an object; copy the adapter again")
     if wrong := [key for key in _STRINGS if not isinstance(card.get(key), str | None)]:
         raise CheckpointError(f"{path} is damaged: {wrong[0]} must be a string; copy the adapter again")
     return card
+
+
+def no_card(folder: Path) -> str:
+    """What is unknown of an adapter without a card."""
+    return (
+        f"{folder} has no {ADAPTER_CARD}: it is external, and whether base and codec are those that it was trained "
+        "with is unknown"
+    )
 
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
@@ -109,15 +124,6 @@ def _has_codec(base: BaseSpec) -> bool:
     except CheckpointError:
         return False
     return (folder / CODEC_FOLDER).is_dir()
-
-
-def checked_weights(folder: Path, model: Any, *, checksum: bool = True) -> "dict[str, Tensor]":
-    """The adapter's tensors, after all checks of its files, its base and its values. Raises CheckpointError."""
-    check_adapter_files(folder, checksum=checksum)
-    check_base(folder, model)
-    weights = read_tensors(folder / ADAPTER_WEIGHTS)
-    check_values(weights, folder)
-    return weights
 
 
 def check_adapter_files(folder: Path, *, checksum: bool = True) -> None:
@@ -170,11 +176,60 @@ def check_base(folder: Path, model: Any) -> None:
             f"base has {found}: it is another checkpoint, a fine-tuned one, or one with a merged adapter. Name the "
             "base that the adapter was trained on"
         )
+    _refuse_changes(folder, changes(card.get(IDENTITY, {}), config_identity(family, base_of(model).config)))
+
+
+def check_tokenizer(folder: Path, base: Path) -> None:
+    """Raises CheckpointError if the tokenizer in a base's folder gives other ids than in training, by the card."""
+    recorded = adapter_card(folder).get(IDENTITY, {})
+    if recorded.get(TOKENIZER_SHA256) is not None:
+        _refuse_changes(folder, changes(recorded, {TOKENIZER_SHA256: tokenizer_sha256(base)}))
+
+
+def _refuse_changes(folder: Path, problem: str | None) -> None:
+    if problem is not None:
+        raise CheckpointError(
+            f"the adapter {folder} was trained on this base as it was: {problem}; restore the base, or name the one "
+            "that the adapter was trained on"
+        )
 
 
 def check_adapter_family(folder: Path, base: FamilyInfo) -> None:
     """Raises CheckpointError if an adapter's card names another model family than that of the base."""
     check_family(f"the adapter {folder}", adapter_card(folder).get("family"), base)
+
+
+def check_merged_once(adapter: Path, base: Path) -> None:
+    """Raises CheckpointError if this adapter is in the weights of a base already."""
+    merged = folder_card(base).get(MERGED)
+    if merged is not None and merged.get("adapter_sha256") == sha256_of(adapter / ADAPTER_WEIGHTS):
+        raise CheckpointError(
+            f"this adapter was merged into {base} already: merging it again would apply it twice; name the base "
+            "that it was trained on with --model"
+        )
+
+
+def other_adapter_in(base: Path, card: Mapping[str, Any]) -> str | None:
+    """What speaks against a base whose weights contain another adapter, unless the card of this one names them."""
+    merged, trained_on = folder_card(base).get(MERGED), card.get("base_fingerprint")
+    # An adapter that was trained on a merged checkpoint names the fingerprint of its weights.
+    if merged is None or (trained_on is not None and trained_on == merged.get("fingerprint")):
+        return None
+    return (
+        f"{base} is a merged checkpoint: its weights contain another adapter (sha256 "
+        f"{str(merged.get('adapter_sha256'))[:16]}...), and nothing says that this adapter was trained on them; name "
+        f"the base that it was trained on ({card.get('checkpoint', 'see its run')}) with --model"
+    )
+
+
+def doubts_of_card(folder: Path, base: Path | None) -> list[str]:
+    """What the card of an adapter cannot vouch for, on a base in the folder `base`."""
+    card = adapter_card(folder)
+    found = [] if card else [no_card(folder)]
+    if card and IDENTITY not in card:
+        found.append(unrecorded(f"the adapter {folder}"))
+    other = None if base is None else other_adapter_in(base, card)
+    return found if other is None else [*found, other]
 
 
 def base_fingerprint(model: Any) -> str:
@@ -228,42 +283,6 @@ def read_adapter_config(path: Path, patterns: tuple[str, ...]) -> "LoraConfig":
     return LoraConfig(**known, inference_mode=True)
 
 
-def check_shapes(config: "LoraConfig", model: "nn.Module", weights: "Mapping[str, Tensor]", folder: Path) -> None:
-    """Raise CheckpointError unless every layer that the configuration names has its LoRA among the tensors.
-
-    Runs before peft allocates the layers: a rank from a stranger must not take more memory than the file has.
-    """
-    from torch import nn
-
-    for name, layer in model.named_modules():
-        if not _is_target(config, name):
-            continue
-        if not isinstance(layer, nn.Linear):
-            raise CheckpointError(f"the adapter {folder} does not fit this base: {name} is not a linear layer")
-        expected = {"lora_A": (config.r, layer.in_features), "lora_B": (layer.out_features, config.r)}
-        for part, shape in expected.items():
-            key = f"{_PREFIX}{name}.{part}.weight"
-            if key not in weights:
-                raise CheckpointError(
-                    f"the adapter {folder} does not fit this base: it has no tensor {key}. Check that the base is the "
-                    "one that the adapter was trained on, and that the folder is complete"
-                )
-            if (found := tuple(weights[key].shape)) != shape:
-                raise CheckpointError(
-                    f"the adapter {folder} does not fit this base: {key} is {found}, expected {shape}"
-                )
-
-
-def check_values(weights: "Mapping[str, Tensor]", folder: Path) -> None:
-    """Raise CheckpointError for tensors that are not floats or not finite."""
-    for key, value in weights.items():
-        if not value.is_floating_point() or not bool(value.float().isfinite().all()):
-            raise CheckpointError(
-                f"the adapter {folder} is damaged: {key} holds NaN or infinity, or is not of floats ({value.dtype}); "
-                "copy the adapter again, or use an earlier checkpoint of its run"
-            )
-
-
 class _Written(BaseModel):
     """The keys of adapter_config.json that have an effect; all others must be off."""
 
@@ -279,16 +298,6 @@ class _Written(BaseModel):
     init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal"] = True  # the others change the base
     target_modules: StrictStr | _Names
     modules_to_save: _Names | None = None
-
-
-def _is_target(config: "LoraConfig", name: str) -> bool:
-    """Whether a layer gets LoRA, by peft's rules."""
-    targets: Any = config.target_modules
-    if any(f".{kept}." in f".{name}." for kept in config.modules_to_save or ()):  # trained in full
-        return False
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return name in targets or any(name.endswith(f".{target}") for target in targets)
 
 
 def _seal(content: Mapping[str, Any]) -> str:

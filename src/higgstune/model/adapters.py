@@ -1,6 +1,7 @@
 """LoRA adapters: adding, continuing, loading and unloading. A peft folder holds everything that was trained."""
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +19,13 @@ from higgstune.kernels.quantize import dequantized
 from higgstune.model.adapter_folder import (
     ADAPTER_CARD,
     adapter_conditioning,
-    check_shapes,
-    checked_weights,
+    doubts_of_card,
     read_adapter_config,
 )
+from higgstune.model.adapter_tensors import checked_weights, fitted_config, module_of, trained_in_full
 from higgstune.peft_compat import (
     LoraConfig,
+    LoraLayer,
     ModulesToSaveWrapper,
     PeftModel,
     get_peft_model,
@@ -83,8 +85,7 @@ def continue_lora(
     Layers that the earlier adapter lacks start at zero. Raises ConfigError if its LoRA shape differs, CheckpointError
     if it has layers that this stage does not train.
     """
-    check_same_shape(folder, lora)
-    weights = checked_weights(folder, model)
+    weights = check_start(model, folder, lora)
     peft_model = add_lora(model, lora, kind, conditioning, attention)
     initial = adapter_state(peft_model)
     unknown = sorted(weights.keys() - initial.keys())
@@ -98,6 +99,24 @@ def continue_lora(
     return peft_model
 
 
+def check_start(model: Any, folder: Path, lora: Lora) -> dict[str, Tensor]:
+    """The tensors of an adapter that a stage is to continue, after all checks that need no stage.
+
+    Raises ConfigError if its LoRA shape is not the recipe's, CheckpointError if it cannot be continued on this base.
+    """
+    check_same_shape(folder, lora)
+    weights, family = checked_weights(folder, model), family_of(model)
+    fitted_config(read_adapter_config(folder / ADAPTER_CONFIG, family.lora_patterns), model, weights, folder)
+    layers = [module_of(key) for key in weights if ".lora_" in key]
+    untrained = [name for name in layers if not any(re.fullmatch(pattern, name) for pattern in family.lora_patterns)]
+    if others := [*trained_in_full(weights, family), *untrained]:
+        raise CheckpointError(
+            f"the adapter {folder} was trained on {others[0]}, which no stage trains: merge it (`higgstune export`), "
+            "and train on the merged checkpoint"
+        )
+    return weights
+
+
 def load_adapter(model: Any, folder: Path, *, checksum: bool = True) -> PeftModel:
     """The model with a trained adapter, frozen and in eval mode.
 
@@ -108,7 +127,7 @@ def load_adapter(model: Any, folder: Path, *, checksum: bool = True) -> PeftMode
     weights = checked_weights(folder, model, checksum=checksum)
     config = read_adapter_config(folder / ADAPTER_CONFIG, family_of(model).lora_patterns)
     family_of(model).extensions.add(model, adapter_conditioning(folder))
-    check_shapes(config, model, weights, folder)
+    config = fitted_config(config, model, weights, folder)
     try:
         peft_model = with_adapter(model, config)
     except (ValueError, TypeError, KeyError) as error:
@@ -123,6 +142,26 @@ def load_adapter(model: Any, folder: Path, *, checksum: bool = True) -> PeftMode
         )
     _set_weights(peft_model, weights, folder)
     return peft_model.requires_grad_(False).eval()
+
+
+def doubts_of(folder: Path, model: PeftModel, base: Path | None) -> list[str]:
+    """What a user should know of a loaded adapter before trusting its speech: of its card, its effect, and its base,
+    which lies in `base`.
+    """
+    found = doubts_of_card(folder, base)
+    if is_idle(model):
+        found.append(f"the adapter {folder} changes nothing, as all of its LoRA is zero: this is the voice of the base")
+    return found
+
+
+def is_idle(model: PeftModel) -> bool:
+    """Whether an adapter cannot change any output: A or B of each LoRA is zero, and nothing was trained in full."""
+    layers = [part for part in model.modules() if isinstance(part, LoraLayer)]
+    in_full = any(isinstance(part, ModulesToSaveWrapper) for part in model.modules())
+    if in_full or any(part.lora_magnitude_vector for part in layers):  # with DoRA, lengths may differ from the base's
+        return False
+    pairs: list[tuple[Any, Any]] = [(part.lora_A[name], part.lora_B[name]) for part in layers for name in part.lora_A]
+    return not any(bool(a.weight.any()) and bool(b.weight.any()) for a, b in pairs)
 
 
 def unload_adapter(model: PeftModel) -> None:
@@ -179,12 +218,15 @@ def check_directions(model: Any, lora: Lora, trained: Conditioning, attention: A
 
 
 def with_adapter(model: Any, config: LoraConfig) -> PeftModel:
-    """The model with peft's layers, untrained; modules that are trained in full are in float32."""
+    """The model with peft's layers, untrained. Extensions that are trained in full are in float32, other modules keep
+    the base's dtype, in which their neighbours compute.
+    """
+    owns = family_of(model).extensions.owns
     with _without_deprecations(), plain_layers():
         peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
-    for part in peft_model.modules():
-        if isinstance(part, ModulesToSaveWrapper):
+    for name, part in peft_model.named_modules():
+        if isinstance(part, ModulesToSaveWrapper) and owns(f"{name}."):
             part.modules_to_save.float()  # as peft does with LoRA: bfloat16 loses small steps
     return peft_model
 

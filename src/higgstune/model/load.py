@@ -1,5 +1,6 @@
 """Loads checkpoints: the model of a family, its tokenizer and its codec."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,10 @@ from higgstune.model.adapter_folder import (
     check_adapter_family,
     recorded_base,
 )
+from higgstune.model.base_identity import base_identity, check_sealed
 from higgstune.model.tokenizer import read_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,12 @@ class ModelAndTokenizers:
     def spec(self) -> Spec:
         """The numbers of the checkpoint."""
         return self.family.spec(self.config)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What configuration and tokenizer are: see `base_identity`."""
+        assert self.folder is not None
+        return base_identity(self.family, self.config, self.folder)
 
     @property
     def prompter(self) -> Prompter:
@@ -176,6 +186,8 @@ def _load(layout: Layout, family: Family, config: Any, base: BaseSpec) -> tuple[
     dtype = choose_dtype(base.dtype, device)
     check_quantize(base.quantize, dtype)
     check_checksums(layout.folder)
+    if (warning := check_sealed(family, config, layout.folder)) is not None:
+        logger.warning("%s", warning)
     if (layout.folder / ADAPTER_CONFIG).exists():  # transformers would silently load it onto the base
         raise CheckpointError(
             f"{layout.folder} is a checkpoint with an adapter in it: keep them in folders of their own"

@@ -1,10 +1,12 @@
 """A recipe as one job: its stages in order, each resumable, and verified by loading what it saved."""
 
 import gc
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -19,8 +21,14 @@ from higgstune.evaluation.judges import check_languages, load_judges
 from higgstune.evaluation.judges.base import Judges
 from higgstune.evaluation.report.run_report import write_run_report
 from higgstune.inputs import find_adapter
-from higgstune.model.adapter_folder import adapter_card, adapter_conditioning
-from higgstune.model.adapters import check_directions
+from higgstune.model.adapter_folder import (
+    adapter_card,
+    adapter_conditioning,
+    check_merged_once,
+    check_tokenizer,
+    doubts_of_card,
+)
+from higgstune.model.adapters import check_directions, check_start
 from higgstune.model.load import ModelAndTokenizers, load_model_and_tokenizers
 from higgstune.planning.run_memory import RunMemory
 from higgstune.planning.training_data import TrainingData, check_families
@@ -93,12 +101,13 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
     check_packs(recipe, list(examples.values()))
 
     # 6. Take the run folder. Not earlier: a wrong store or checkpoint must not leave a run that cannot be resumed.
-    trained_on: dict[str, str | list[str]] = {**data.identity, "base": setup.base_fingerprint}
+    trained_on = {**data.identity, "base": setup.base_fingerprint, **setup.base_identity}
     _check_same_everywhere(processes, trained_on, data.store, base)
     if run.is_main:
-        _check_evaluation(recipe, data.store, judges)
+        spoken = _check_evaluation(recipe, data.store, judges)
         memory.warn()
-        run.begin(trained_on, versions(device))
+        assert base.folder is not None
+        run.begin(trained_on | spoken, versions(device), base.folder)
     run.state = processes.broadcast(run.state)
 
     # 7. Train each stage: add its adapter, train, choose a step, save, verify.
@@ -132,7 +141,7 @@ def _train_one(job: Job, stage: Stage, bases: list[ModelAndTokenizers], adapter:
 
 
 def _check_same_everywhere(
-    processes: Processes, trained_on: Mapping[str, str | list[str]], store: CodeStore, base: ModelAndTokenizers
+    processes: Processes, trained_on: Mapping[str, Any], store: CodeStore, base: ModelAndTokenizers
 ) -> None:
     """All processes: raises DataError where one has another store or base than the first one."""
     if processes.broadcast(trained_on) != trained_on:
@@ -142,12 +151,20 @@ def _check_same_everywhere(
         )
 
 
-def _check_evaluation(recipe: Recipe, store: CodeStore, judges: Judges) -> None:
-    """Raises DataError or ConfigError for texts that cannot be spoken or judged, or a rule without its measures."""
-    if recipe.evaluation.clips:
-        texts = texts_to_speak(recipe.evaluation, store)
-        rule_of(recipe.evaluation, texts, store, judges)
-        check_languages(judges, [text.language or only_language(store) for text in texts])
+def _check_evaluation(recipe: Recipe, store: CodeStore, judges: Judges) -> dict[str, str]:
+    """The checksum of the recipe's sentences, whose measures are compared over all steps of a run.
+
+    Raises DataError or ConfigError for texts that cannot be spoken or judged, or a rule without its measures.
+    """
+    if not recipe.evaluation.clips:
+        return {}
+    texts = texts_to_speak(recipe.evaluation, store)
+    rule_of(recipe.evaluation, texts, store, judges)
+    check_languages(judges, [text.language or only_language(store) for text in texts])
+    if recipe.evaluation.texts is None:  # rows, which the store's checksum has
+        return {}
+    spoken = "\n".join(f"{text.text}|{text.reference_text}" for text in texts)
+    return {"evaluation.texts": hashlib.sha256(spoken.encode()).hexdigest()}
 
 
 def _report(folder: Path) -> None:
@@ -211,6 +228,12 @@ def _first_adapter(recipe: Recipe, loaded: ModelAndTokenizers) -> Path | None:
             f"init_adapter {folder} was trained on codes of another codec (revision {trained_with}) than "
             f"{loaded.codec} (revision {loaded.audio_tokenizer.revision})"
         )
+    assert loaded.folder is not None
+    check_tokenizer(folder, loaded.folder)
+    check_merged_once(folder, loaded.folder)
+    check_start(loaded.model, folder, recipe.lora)
+    for doubt in doubts_of_card(folder, loaded.folder):
+        _LOG.warning("%s", doubt)
     return folder
 
 

@@ -4,6 +4,7 @@ It belongs to one job at a time.
 """
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Mapping
@@ -21,7 +22,18 @@ from higgstune.config.recipe import Recipe, Stage, load_recipe, save_recipe
 from higgstune.errors import ConfigError, WorkError
 from higgstune.files import lock_file, refusal, write_file, writing
 from higgstune.inputs import RUN_STATE
+from higgstune.model.base_identity import (
+    ARCHITECTURE,
+    CONFIG_SHA256,
+    TOKENIZER_SHA256,
+    WeightFile,
+    changes,
+    read_weight_files,
+    unrecorded,
+)
 from higgstune.training.verify import Verification
+
+_LOG = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
 _LOCK = ".lock"
@@ -105,7 +117,8 @@ class RunState:
     higgstune: str = higgstune.__version__
     stages: dict[str, StageResult] = field(default_factory=dict)  # those that are finished
     adapter: str | None = None  # of the last of them, within the folder
-    trained_on: dict[str, str | list[str]] = field(default_factory=dict)  # checksums
+    trained_on: dict[str, Any] = field(default_factory=dict)  # checksums, and the base's `base_identity`
+    weights: dict[str, WeightFile] = field(default_factory=dict)  # of the base
     environment: dict[str, str] = field(default_factory=dict)
     held_by: Holder | None = None
 
@@ -166,18 +179,15 @@ class RunFolder:
             )
         self._claim()
 
-    def begin(self, trained_on: Mapping[str, str | list[str]], environment: dict[str, str]) -> None:
-        """Take the folder, unless the run has it; `environment` is what it is trained with, now.
+    def begin(self, trained_on: Mapping[str, Any], environment: dict[str, str], base: Path) -> None:
+        """Take the folder, unless the run has it; `environment` is what it is trained with, now, on the folder `base`.
 
         Raises ConfigError when another job has taken it meanwhile, or the run was started on another store or base.
         """
-        for name, before in self.state.trained_on.items():
-            if before != trained_on[name]:
-                raise ConfigError(
-                    f"the run {self.folder} was started on another {name}, whose content has changed since: restore "
-                    "it, or give another --out"
-                )
-        self.state.trained_on = dict(trained_on)
+        weights = read_weight_files(base, self.state.weights)
+        if self.state.trained_on:
+            self._check_trained_on(trained_on, weights)
+        self.state.trained_on, self.state.weights = dict(trained_on), weights
         self.state.environment = environment
         with writing(self.folder, "nothing was trained"):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -186,6 +196,27 @@ class RunFolder:
             self.check(resume=False)
         save_recipe(self.recipe, self.folder / RECIPE_FILE)  # a resumed run may have other `FREE` values
         self._claim()
+
+    def _check_trained_on(self, now: Mapping[str, Any], weights: Mapping[str, WeightFile]) -> None:
+        before = self.state.trained_on
+        if CONFIG_SHA256 not in before or not self.state.weights:
+            _LOG.warning("%s", unrecorded(f"the run {self.folder}"))
+        for name in before.keys() - {ARCHITECTURE, CONFIG_SHA256, TOKENIZER_SHA256}:
+            if before[name] != now.get(name):
+                raise ConfigError(
+                    f"the run {self.folder} was started on another {name}, whose content has changed since: restore "
+                    "it, or give another --out"
+                )
+        problem = changes(before, now)
+        files = {name: file.sha256 for name, file in weights.items()}
+        if self.state.weights and files != (old := {name: file.sha256 for name, file in self.state.weights.items()}):
+            [name, *_] = sorted(name for name in files.keys() | old.keys() if files.get(name) != old.get(name))
+            problem = problem or f"{name} has changed"
+        if problem is not None:
+            raise ConfigError(
+                f"the run {self.folder} was started on another base, of which {problem} since: restore it, or give "
+                "another --out"
+            )
 
     def release(self) -> None:
         """Let another job have it."""

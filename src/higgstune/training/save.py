@@ -15,6 +15,7 @@ from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import portable_name
 from higgstune.files import sync_files, sync_folder
 from higgstune.model.adapter_folder import write_card
+from higgstune.model.base_identity import IDENTITY
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.peft_compat import PeftModel
 from higgstune.training.metrics import last_metrics
@@ -53,6 +54,7 @@ def adapter_card_of(
         "family": loaded.family.info.name,
         "base_shape": loaded.spec.card(),
         "base_fingerprint": setup.base_fingerprint,
+        IDENTITY: setup.base_identity,
         "base_quantized": recipe.model.quantize,  # while it was trained; it belongs on the whole base as well
         "conditioning": setup.conditioning.model_dump(),
         "stage": list(stages)[-1],

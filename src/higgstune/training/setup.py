@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from higgstune.batch.dataset import Rendering, RowExamples
 from higgstune.config.recipe import AttentionTraining, Recipe
@@ -26,6 +27,7 @@ class RunSetup:
     attention: AttentionTraining  # how audio attention is trained, where the model has it
     rendering: Rendering
     base_fingerprint: str
+    base_identity: dict[str, Any]  # configuration and tokenizer
 
 
 def resolve_setup(recipe: Recipe, data: TrainingData, loaded: ModelAndTokenizers) -> RunSetup:
@@ -67,6 +69,7 @@ def resolve_setup(recipe: Recipe, data: TrainingData, loaded: ModelAndTokenizers
         recipe.model.audio_attention or "lora",
         Rendering(recipe.data.reference, features),
         base_fingerprint(loaded.model),
+        loaded.identity,
     )
 
 

@@ -35,6 +35,15 @@ _ARCHITECTURE = (
     "audio_bos_token_id", "audio_delay_token_id", "audio_stream_bos_id", "audio_stream_eos_id",
 )  # fmt: skip
 
+# Those that a model computes with, without what no layout has to repeat: ids that only name a default.
+_COMPUTED_WITH = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "attention_dropout", "mlp_bias",
+    "num_codebooks", "codebook_size", "audio_token_id", "audio_bos_token_id", "audio_delay_token_id",
+    "audio_stream_bos_id", "audio_stream_eos_id",
+)  # fmt: skip
+_SCALED_BY_LENGTH = ("dynamic", "yarn", "longrope")  # kinds of rope whose frequencies depend on the longest sequence
+
 
 def read_config(folder: Path) -> HiggsAudioV2Config:
     """The native configuration of a checkpoint in any layout: its architecture, and no other key of the file, such as
@@ -76,6 +85,17 @@ def spec_of(config: HiggsAudioV2Config) -> Spec:
         head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,
     )
+
+
+def architecture(config: HiggsAudioV2Config) -> dict[str, Any]:
+    """What of a configuration decides ids and logits, as JSON: the same in every layout and dtype."""
+    rope = {"rope_type": "default", **(config.rope_parameters or {})}
+    if rope["rope_type"] in _SCALED_BY_LENGTH:
+        rope["max_position_embeddings"] = config.max_position_embeddings
+    found = {key: getattr(config, key) for key in _COMPUTED_WITH}
+    found |= {f"rope_parameters.{key}": value for key, value in rope.items() if value is not None}
+    whole = {key for key, value in found.items() if isinstance(value, float) and value.is_integer()}
+    return {key: int(value) if key in whole else value for key, value in found.items()}  # 500000.0 is 500000
 
 
 def written_conditioning(folder: Path) -> Conditioning:

@@ -11,6 +11,7 @@ from higgstune.families.higgs_v2 import INFO, checkpoint, extensions, lora, prom
 from higgstune.families.higgs_v2.checks import HiggsV2Checks
 from higgstune.families.higgs_v2.decoder import Decoder
 from higgstune.families.higgs_v2.export import HiggsV2Export
+from higgstune.families.higgs_v2.original import native_name
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
 from higgstune.families.higgs_v2.sampler import RowSampler
@@ -40,6 +41,8 @@ class HiggsV2:
 
     read_config = staticmethod(checkpoint.read_config)
     spec = staticmethod(checkpoint.spec_of)
+    architecture = staticmethod(checkpoint.architecture)
+    plain_name = staticmethod(native_name)
     check_tokenizer = staticmethod(prompter.check_tokenizer)
     build = staticmethod(checkpoint.build)
     load = staticmethod(checkpoint.load)

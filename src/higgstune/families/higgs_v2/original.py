@@ -22,7 +22,7 @@ from higgstune.families.higgs_v2.prompt import AUDIO_BOS, AUDIO_EOS, AUDIO_IN, A
 
 _RENAMES = (
     (re.compile(r"^audio_codebook_embeddings\."), "model.embed_audio_tokens.embed_audio_tokens."),
-    (re.compile(r"^(embed_tokens|layers|norm|audio_encoder_proj)\."), r"model.\1."),
+    (re.compile(r"^(embed_tokens|embed_audio_tokens|layers|norm|audio_encoder_proj)\."), r"model.\1."),
     (re.compile(r"^audio_decoder_proj\."), ""),
 )
 _RENAMES_BACK = (
@@ -106,12 +106,14 @@ def native_state(original: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if set(halves) != {"frozen", "trainable"}:
             raise CheckpointError(f"the checkpoint has only the {', '.join(halves)} half of {base}")
         whole[f"{base}.weight"] = torch.cat([halves["frozen"], halves["trainable"]])
-    renamed = {}
-    for key, tensor in whole.items():
-        for pattern, replacement in _RENAMES:
-            key = pattern.sub(replacement, key)
-        renamed[key] = tensor
-    return renamed
+    return {native_name(key): tensor for key, tensor in whole.items()}
+
+
+def native_name(name: str) -> str:
+    """A parameter's original name, or its native one without a leading `model.` -> its native name."""
+    for pattern, replacement in _RENAMES:
+        name = pattern.sub(replacement, name)
+    return name
 
 
 def original_config(
