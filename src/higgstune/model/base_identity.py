@@ -54,10 +54,14 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     found = []
     if CONFIG_SHA256 in now and before.get(CONFIG_SHA256, now[CONFIG_SHA256]) != now[CONFIG_SHA256]:
         old, new = before.get(ARCHITECTURE), now[ARCHITECTURE]
-        old = old if isinstance(old, Mapping) else new
-        keys = sorted({*old, *new})
-        found += [f"{key} is {new.get(key)}, not {old.get(key)}" for key in keys if old.get(key) != new.get(key)]
-        found = [f"config.json has changed ({', '.join(found) or 'its architecture'})"]
+        if isinstance(old, Mapping):  # a key that was not recorded comes from a later transformers, with its default
+            keys = [
+                f"{key} is {new.get(key)}, not {value}" for key, value in sorted(old.items()) if new.get(key) != value
+            ]
+        else:
+            keys = ["its architecture"]
+        if keys:
+            found.append(f"config.json has changed ({', '.join(keys)})")
     if TOKENIZER_SHA256 in now and before.get(TOKENIZER_SHA256, now[TOKENIZER_SHA256]) != now[TOKENIZER_SHA256]:
         found.append("tokenizer.json has changed (it gives other ids)")
     return " and ".join(found) or None
