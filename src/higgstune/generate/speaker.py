@@ -20,13 +20,14 @@ from higgstune.data.text import normalize_text
 from higgstune.errors import CheckpointError, InputError
 from higgstune.families.base import Audio, Example, WhisperSpec
 from higgstune.families.sampling import Sampling
-from higgstune.generate.chunks import frame_cap, join, split_text
+from higgstune.generate.chunks import FAR_OFF, expected_seconds, frame_cap, join, split_text
 from higgstune.generate.engine import Generated, generate
 from higgstune.inputs import BaseSpec, base_and_adapter
 from higgstune.model.adapter_folder import adapter_card, adapter_conditioning
 from higgstune.model.load import ModelAndTokenizers, load_base
 
 logger = logging.getLogger(__name__)
+_ADVICE = "try another seed or a lower temperature; if many texts are spoken so, see the verdict in the run's report"
 
 
 @dataclass(frozen=True)
@@ -254,16 +255,20 @@ class Speaker:
 
     def _speech(self, clip: "_Clip") -> Speech:
         hit_cap = any(piece.hit_cap for piece in clip.spoken)
-        if hit_cap:
-            for text in (text for text, piece in zip(clip.pieces, clip.spoken, strict=True) if piece.hit_cap):
-                logger.warning(
-                    "speech did not stop by itself and was cut at the frame cap, %.1f s: %r (train longer, lower the "
-                    "temperature, or try another seed)",
-                    self._cap(text, clip.max_seconds) / self.codec.frame_rate,
-                    text,
-                )
+        for text in (text for text, piece in zip(clip.pieces, clip.spoken, strict=True) if piece.hit_cap):
+            logger.warning(
+                "speech did not stop by itself and was cut at the frame cap, %.1f s: %r (%s)",
+                self._cap(text, clip.max_seconds) / self.codec.frame_rate, text, _ADVICE,
+            )  # fmt: skip
         waveform = join([self.codec.decode(piece.codes) for piece in clip.spoken], self.codec.sample_rate)
-        return Speech(clip.text, waveform, self.codec.sample_rate, hit_cap)
+        speech = Speech(clip.text, waveform, self.codec.sample_rate, hit_cap)
+        expected = expected_seconds(clip.text)
+        if not hit_cap and not expected / FAR_OFF <= speech.seconds <= expected * FAR_OFF:
+            logger.warning(
+                "%.1f s of speech, where about %.1f s were expected: %r (%s)",
+                speech.seconds, expected, clip.text, _ADVICE,
+            )  # fmt: skip
+        return speech
 
 
 class _Clip:
