@@ -108,6 +108,7 @@ class RunState:
     trained_on: dict[str, str | list[str]] = field(default_factory=dict)  # checksums
     environment: dict[str, str] = field(default_factory=dict)
     held_by: Holder | None = None
+    warmup_from: int = 0  # see `HiggsAudioTrainer`; runs from before it was noted had 0
 
     @classmethod
     def read(cls, folder: Path) -> "RunState":
@@ -138,7 +139,7 @@ class RunFolder:
         self.folder = folder
         self.recipe = recipe
         self.is_main = is_main  # the one of several processes that writes
-        self.state = RunState(processes)
+        self.state = RunState(processes, warmup_from=1)
         self._lock = lock_file(folder / _LOCK)
 
     def check(self, *, resume: bool) -> None:

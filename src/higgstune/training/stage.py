@@ -185,6 +185,7 @@ def _trainer(job: Job, stage: Stage, base: ModelAndTokenizers, model: PeftModel,
         batch_tokens=stage.pack_size.tokens,
         packs_per_step=job.run.packs_per_step(stage),
         full_learning_rate=stage.rate_of_full_modules,
+        warmup_from=job.run.state.warmup_from,
         sample_evaluation=samples,
         callbacks=_callbacks(job, stage, writer),
     )
