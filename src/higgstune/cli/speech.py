@@ -111,7 +111,7 @@ def speak(
     with announced("loading the model", as_json):
         from higgstune.data.messages import DEFAULT_SCENE
         from higgstune.families.sampling import Sampling
-        from higgstune.generate.speaker import Request, Speaker, check_transcript, trained_place
+        from higgstune.generate.speaker import Request, Speaker, check_transcript, trained_place, warn_of_duration
         from higgstune.model.load import load_base
 
     if reference is not None:  # before the model is loaded
@@ -126,6 +126,7 @@ def speak(
     with Bar() as bar:
         for done, (name, speech) in enumerate(zip(files, spoken, strict=True), 1):
             speech.save(name)  # at once: a long list that is stopped keeps them
+            warn_of_duration(speech)
             bar("speaking", done, len(texts))
     print_result({"files": [str(path) for path in files]}, as_json)
 

@@ -195,6 +195,7 @@ class Speaker:
             reference = self.reference(reference, reference_text)
         requests = [Request(text, reference, scene, seed)]
         [speech] = self.speak_all(requests, sampling=sampling, max_seconds=max_seconds)
+        warn_of_duration(speech)
         return speech
 
     def speak_all(
@@ -261,14 +262,7 @@ class Speaker:
                 self._cap(text, clip.max_seconds) / self.codec.frame_rate, text, _ADVICE,
             )  # fmt: skip
         waveform = join([self.codec.decode(piece.codes) for piece in clip.spoken], self.codec.sample_rate)
-        speech = Speech(clip.text, waveform, self.codec.sample_rate, hit_cap)
-        expected = expected_seconds(clip.text)
-        if not hit_cap and not expected / FAR_OFF <= speech.seconds <= expected * FAR_OFF:
-            logger.warning(
-                "%.1f s of speech, where about %.1f s were expected: %r (%s)",
-                speech.seconds, expected, clip.text, _ADVICE,
-            )  # fmt: skip
-        return speech
+        return Speech(clip.text, waveform, self.codec.sample_rate, hit_cap)
 
 
 class _Clip:
@@ -312,6 +306,16 @@ def load(
     """
     base, adapter = base_and_adapter(path, base if device is None else replace(base, device=device))
     return Speaker(load_base(base, adapter), adapter, reference_place=reference_place, whisper=whisper)
+
+
+def warn_of_duration(speech: Speech) -> None:
+    """Warn of speech that ended by itself, but much too early or too late for its text."""
+    expected = expected_seconds(speech.text)
+    if not speech.hit_cap and not expected / FAR_OFF <= speech.seconds <= expected * FAR_OFF:
+        logger.warning(
+            "%.1f s of speech, where about %.1f s were expected: %r (%s)",
+            speech.seconds, expected, speech.text, _ADVICE,
+        )  # fmt: skip
 
 
 def check_transcript(place: ReferencePlace, text: str) -> None:

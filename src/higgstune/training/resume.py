@@ -80,6 +80,11 @@ class ResumableTrainer(Trainer):
         return self._samples.candidates.summary() if self._samples is not None and measured else None
 
     @property
+    def spoken_clips(self) -> int:
+        """How many clips each validation speaks."""
+        return 0 if self._samples is None else len(self._samples.items)
+
+    @property
     def ran_out_of_patience(self) -> bool:
         """Whether training has ended before its last step, because samples became no better."""
         exhausted = self._samples is not None and self._samples.candidates.exhausted
