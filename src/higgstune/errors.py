@@ -10,7 +10,7 @@
         ├── TrainingError     a run that must stop
         └── VerificationError what was saved is not what was trained
 
-A message says what is wrong, where, and what to do. A run whose adapter is not usable is no error: `train` returns it,
+A message says what is wrong, where, and what to do. A run whose adapter is not usable raises none: `train` returns it,
 and the command exits with 3, which means "do not restart".
 """
 

@@ -23,9 +23,9 @@ from higgstune.cli.options import (
     path,
     within,
 )
-from higgstune.cli.output import Bar, announced, print_result
+from higgstune.cli.output import Bar, announced, errors, escape, print_result
 from higgstune.errors import ConfigError
-from higgstune.inputs import check_wav_name
+from higgstune.inputs import check_wav_name, is_unusable_run
 
 
 def speak(
@@ -108,6 +108,8 @@ def speak(
     if reference is not None and not reference.is_file():
         raise ConfigError(f"--reference {reference} does not exist")
     folder = None if adapter is None else named_adapter(adapter, base)
+    if adapter is not None and is_unusable_run(adapter):
+        errors.print(f"warning: the run {escape(str(adapter))} is not usable; its report says why", soft_wrap=True)
     with announced("loading the model", as_json):
         from higgstune.data.messages import DEFAULT_SCENE
         from higgstune.families.sampling import Sampling

@@ -1,7 +1,7 @@
 """Whether what a stage has trained is usable, by what was measured on the way; no judge is needed.
 
-A loss at chance, an adapter that changes nothing, and clips that never stop or break off are no success, however well
-the work itself went.
+A run may end well and have learned nothing: its loss is at chance, its adapter changes nothing, or what it speaks never
+stops or breaks off.
 """
 
 import math
@@ -153,7 +153,7 @@ def _warnings(found: Evidence) -> Iterator[str]:
         yield warmup_warning(found.path, found.warmup_steps, found.planned_steps)
     if has_grown(found.history, found.stage):
         yield growth_warning(found.path, found.stage.learning_rate)
-    if loss is not None and base is not None and loss > base:
+    if loss is not None and base is not None and round(loss, 3) > round(base, 3):
         kind = name.removesuffix("_loss")
         yield f"the validation {kind} loss, {loss:.3f}, is above the base's, {base:.3f}: {_why_above(found, base)}"
 
