@@ -142,9 +142,8 @@ def _recipe(out: Path, trained: Sequence[StoreRow]) -> Recipe:
     sentences = out / "dataset" / "spoken.txt"
     write_file(sentences, "".join(f"{row.text}\n" for row in trained))
     with resources.as_file(resources.files("higgstune.demo") / "assets" / "recipe.yaml") as path:
-        return load_recipe(
-            path, [f"model.checkpoint={out / 'base'}", f"data.store={out / 'data'}", f"evaluation.texts={sentences}"]
-        )
+        places = {"model.checkpoint": out / "base", "data.store": out / "data", "evaluation.texts": sentences}
+        return load_recipe(path, [f"{key}={place}" for key, place in places.items()])
 
 
 def _speak(
