@@ -66,8 +66,8 @@ class RunReport:
     title: str
     introduction: str
     facts: Mapping[str, str]  # about base, data, adapter, stages
-    verdicts: Mapping[str, Verdict] = field(default_factory=dict)  # by stage, at the head of the page
     histories: Mapping[str, History] = field(default_factory=dict)  # the trainer's log, by stage
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)  # by stage, at the head of the page
     evaluations: Mapping[str, History] = field(default_factory=dict)  # metrics by step during training, by stage
     choice: Choice | None = None
     systems: Sequence[System] = ()  # columns of the table of metrics: recordings, base, adapter
