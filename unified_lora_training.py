@@ -13,7 +13,7 @@ from typing import Any
 
 from higgstune.cli.output import mute_libraries
 from higgstune.config.recipe import EvaluationSettings, Lora, ModelSettings, Recipe, Stage, parse_recipe
-from higgstune.errors import CheckpointError, HiggstuneError
+from higgstune.errors import CheckpointError, HiggstuneError, not_usable_code
 from higgstune.inputs import INDEX_NAME, check_source, find_adapter
 
 FLAGS: dict[str, tuple[Any, str, float]] = {  # part of the recipe, its key there, default for a GPU of 24 GB
@@ -40,11 +40,11 @@ def main() -> int:
 
         if not is_store:
             prepare_once(args, store)
-        train(recipe, args.output_dir / args.training_stage, resume=True)
+        result = train(recipe, args.output_dir / args.training_stage, resume=True)
     except HiggstuneError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
-    return 0
+    return 0 if result.usable else not_usable_code()
 
 
 def arguments() -> argparse.Namespace:

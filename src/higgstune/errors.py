@@ -10,10 +10,19 @@
         ├── TrainingError     a run that must stop
         └── VerificationError what was saved is not what was trained
 
-A message says what is wrong, where, and what to do.
+A message says what is wrong, where, and what to do. A run whose adapter is not usable raises none: `train` returns it,
+and the command exits with 3, which means "do not restart".
 """
 
+import os
 import signal
+
+_NOT_USABLE = 3
+
+
+def not_usable_code() -> int:
+    """The exit code of a run that is not usable: 0 under torchrun, whose agents restart all that exit otherwise."""
+    return 0 if any(name.startswith("TORCHELASTIC_") for name in os.environ) else _NOT_USABLE
 
 
 class HiggstuneError(Exception):

@@ -118,6 +118,11 @@ def find_adapter(path: str | Path) -> Path:
     raise CheckpointError(f"{folder} is neither an adapter ({ADAPTER_CONFIG}) nor a run ({RUN_STATE}){hint}")
 
 
+def is_unusable_run(path: Path) -> bool:
+    """Whether a path is the folder of a run that ended with an adapter that is not usable."""
+    return (path / RUN_STATE).exists() and read_json(path / RUN_STATE, "").get("status") == "not usable"
+
+
 def kind_of(target: Path) -> str:
     """Whether something to evaluate is an adapter (or its run), a base, or a folder of clips.
 

@@ -43,7 +43,7 @@ METRICS = (
     Metric("similarity_reference", "similarity to the reference", "higher", "similarity_reference"),
     Metric("speaker_accuracy", "nearest to the right speaker", "higher", "right_speaker", percent=True),
     Metric("cap_rate", "did not stop", "lower", "hit_cap", percent=True),
-    Metric("short_rate", "shorter than 0.3 s", "lower", "short", percent=True),
+    Metric("short_rate", "under a third of its length", "lower", "short", percent=True),
     Metric("silence", "longest silence inside", "lower", "silence", unit="s"),
     Metric("trailing_silence", "silence at the end", "lower", "trailing_silence", unit="s"),
     Metric("duration_ratio", "duration over what is expected", "one", "duration_ratio"),

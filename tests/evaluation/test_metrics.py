@@ -166,8 +166,12 @@ def test_the_cap_is_known_or_judged_by_the_duration() -> None:
 
 
 def test_short_and_empty_clips() -> None:
-    assert examine(NOISE[:4700], RATE, "Yes.").short
-    assert not examine(NOISE[:4800], RATE, "Yes.").short
+    for seconds, text, expected, short in (
+        (0.33, "Yes.", None, True), (0.34, "Yes.", None, False),  # a third of a second
+        (0.99, "a" * 42, None, True), (1.01, "a" * 42, None, False),
+        (0.29, "Yes.", 0.6, True), (0.31, "Yes.", 0.6, False),  # a recording of 0.6 s
+    ):  # fmt: skip
+        assert examine(NOISE[: round(seconds * RATE)], RATE, text, expected=expected).short == short
     empty = examine(NOISE[:0], RATE, "")
     assert (empty.seconds, empty.short, empty.silence, empty.duration_ratio) == (0, True, 0, None)
 

@@ -26,6 +26,7 @@ from higgstune.evaluation.report.page import (
     write_report,
 )
 from higgstune.evaluation.report.players import audio_url, badness, complaints, marked, take_of
+from higgstune.evaluation.verdict import Verdict
 from higgstune.metrics import NOT_MEASURED, Difference, Estimate, verdict
 
 TEMPLATES = Path(curves.__file__).parent / "templates"
@@ -51,6 +52,7 @@ def full_report(clip: Path, words: str) -> RunReport:
         introduction=words,
         facts={words: words},
         histories={"stage1": history(), words: history()},
+        verdicts={words: Verdict("not usable", [words], words, [words]), "stage1": Verdict("usable")},
         evaluations={
             "stage1": [{"step": 100, "wer": 0.3}, {"step": 200, "wer": 0.05}],
             words: [{"step": 1, "wer": 0.9}],
@@ -99,6 +101,18 @@ def test_unmeasured_values_are_named_and_no_nan_is_shown(clip: Path, tmp_path: P
     assert not re.search(r"\bnan\b", text, re.IGNORECASE)
     similarity = text[text.index("similarity to the speaker") :][:200]
     assert similarity.split().count("measured") == 2  # the base lacks it, and the adapter's is not a number
+
+
+def test_the_verdict_stands_at_the_head_of_the_page(tmp_path: Path) -> None:
+    verdicts = {
+        "words": Verdict("no verdict", ["there are no validation rows"]),
+        "voice": Verdict("not usable", ["it is at chance"], "Try a lower rate", ["the warm-up is long"]),
+    }
+    page = Page(written(RunReport("A voice", "", {}, verdicts=verdicts), tmp_path))
+    text = " ".join(" ".join(page.texts).split())
+    head = text[: text.index("What was trained")]
+    assert "words: no verdict : there are no validation rows" in head
+    assert "voice: not usable : it is at chance Try a lower rate Warning: the warm-up is long" in head
 
 
 def test_a_page_grows_by_its_clips_alone(clip: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.families.higgs_v2.prompt import render
 from higgstune.families.sampling import Sampling
 from higgstune.generate.chunks import expected_seconds, frame_cap, join, split_text
+from higgstune.generate.engine import Generated
 from higgstune.generate.speaker import Request, Speaker, Speech, Voice, load
 from higgstune.inputs import BaseSpec
 from higgstune.model.load import ModelAndTokenizers
@@ -80,6 +81,17 @@ def test_the_frame_cap_grows_with_the_text_and_knows_dense_scripts() -> None:
     assert frame_cap("今天天气很好我们去公园", 25) > frame_cap("abcdefghijk", 25)
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("", 0), (" \n", 0), ("Hi.", 1), ("a" * 28, 2), ("一二三四五六七八九十", 2), ("2025", 20 / 14),
+        ("٢٠٢٥", 20 / 14), ("２０２５", 20 / 14), ("1, 2, 3, 4, 5, 6, 7", 47 / 14), ("½" * 7, 2.5),
+    ],
+)  # fmt: skip
+def test_the_expected_duration_spells_digits_and_has_a_floor(text: str, seconds: float) -> None:
+    assert expected_seconds(text) == pytest.approx(seconds)
+
+
 def test_pieces_are_joined_without_a_click() -> None:
     loud = [np.full(4800, 0.9, dtype=np.float32), np.full(4800, -0.9, dtype=np.float32)]
     joined = join(loud, 24_000)
@@ -118,6 +130,17 @@ def test_a_cap_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
         speech = speaker.speak("The sun rises in the east.", max_seconds=0.2)
     assert speech.hit_cap
     assert "frame cap" in caplog.text
+
+
+@pytest.mark.parametrize(("frames", "warned"), [(8, True), (9, False), (75, False), (76, True)])
+def test_a_clip_of_another_length_than_its_text_is_warned_about(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, frames: int, warned: bool
+) -> None:
+    said = [Generated(np.zeros((frames, 8), dtype=np.uint16), hit_cap=False)]
+    monkeypatch.setattr("higgstune.generate.speaker.generate", lambda *_, **__: said)
+    with caplog.at_level(logging.WARNING):
+        make_speaker().speak("Hello.")
+    assert ("where about 1.0 s were expected: 'Hello.' (try another seed" in caplog.text) == warned
 
 
 def test_seeds_repeat_and_differ() -> None:

@@ -51,6 +51,7 @@ def trainer(folder: Path, kind: str | None = "full", data: Sequence[Example] | N
     adapted = add_lora(loaded.model, Lora(r=4), kind) if kind else None
     weights = changes.pop("weights", None)
     evaluated = changes.pop("eval_dataset", None)
+    warmup_from = changes.pop("warmup_from", 1)
     return HiggsAudioTrainer(
         loaded,
         arguments(folder, **changes),
@@ -58,4 +59,5 @@ def trainer(folder: Path, kind: str | None = "full", data: Sequence[Example] | N
         eval_dataset=evaluated,
         model=adapted,
         weights=weights,
+        warmup_from=warmup_from,
     )

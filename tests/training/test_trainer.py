@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from higgstune.families.base import Example
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels.loss import IGNORE, LossWeights, add_sums, combine, head_sums, label_counts
 from higgstune.model.adapters import adapted_layers, add_lora
+from higgstune.training.checkpoint import SEAL
 from higgstune.training.trainer import HiggsAudioTrainer
 
 EOS = CODES + 1
@@ -212,6 +214,44 @@ def test_a_checkpoint_is_resumed_from_exactly_with_an_adapter_and_without(tmp_pa
     for (name, value), (_, expected) in zip(
         resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
     ):
+        assert torch.equal(value, expected), name
+
+
+def rates(run: Any) -> list[float]:
+    return [entry["learning_rate"] / 1e-3 for entry in run.state.log_history if "learning_rate" in entry]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "scheduler", "expected"),
+    [
+        (2, "linear", [1 / 2, 1, 1, 1 / 2]), (2, "constant_with_warmup", [1 / 2, 1, 1, 1]),
+        (0, "linear", [1, 3 / 4, 1 / 2, 1 / 4]), (8, "cosine", [1 / 8, 2 / 8, 3 / 8, 4 / 8]),
+    ],
+)  # fmt: skip
+def test_no_step_of_a_warm_up_has_a_rate_of_zero(
+    tmp_path: Path, warmup: int, scheduler: str, expected: list[float]
+) -> None:
+    run = trainer(tmp_path, warmup_steps=warmup, lr_scheduler_type=scheduler)
+    run.train()
+    assert rates(run) == pytest.approx(expected)
+    if warmup:
+        before = trainer(tmp_path, warmup_steps=warmup, lr_scheduler_type=scheduler, warmup_from=0)
+        before.train()
+        assert rates(before)[:warmup] == pytest.approx([0, *expected[:3]][:warmup])
+
+
+def test_a_checkpoint_from_before_resumes_with_its_own_warm_up(tmp_path: Path) -> None:
+    settings = {"warmup_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    whole = trainer(tmp_path / "a", warmup_from=0, **settings)
+    whole.train()
+    old = tmp_path / "a" / "checkpoint-2"
+    notes = json.loads((old / SEAL).read_text())
+    assert notes.pop("warmup_from") == 0
+    (old / SEAL).write_text(json.dumps(notes))
+    resumed = trainer(tmp_path / "b", **settings)
+    resumed.train(resume_from_checkpoint=str(old))
+    assert rates(resumed) == rates(whole)
+    for (name, value), expected in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(value, expected), name
 
 

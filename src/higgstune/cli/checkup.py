@@ -9,7 +9,7 @@ from rich.console import Console
 
 from higgstune.cli.options import MODEL, AsrOption, DeviceOption, JsonOption, RevisionOption, SpeakerOption, path
 from higgstune.cli.output import Bar, announced, errors, measures_summary, print_result
-from higgstune.errors import ConfigError, WorkError
+from higgstune.errors import ConfigError, WorkError, not_usable_code
 from higgstune.files import check_folder
 from higgstune.inputs import BaseSpec
 
@@ -71,6 +71,7 @@ def demo(
         raise ConfigError(f"{out} exists: remove it, or give another --out")
     with announced("unpacking recordings and a base", as_json):
         from higgstune.demo.demo import run_demo
+        from higgstune.training.run_dir import is_unusable
 
     with Bar(live=False) as bar:  # training draws a bar of its own
         result = run_demo(out, asr=asr, speaker_judge=speaker_judge, progress=bar)
@@ -81,7 +82,10 @@ def demo(
         figures = {row.name: measures_summary(row.error_rate, row.similarity) for row in rows}
         bars = result.measurement.bars if result.measurement else []
         verdicts = {bar.name: f"{bar.value:.3f} ({bar.condition}) {'holds' if bar.holds else 'BROKEN'}" for bar in bars}
-        print_result({**figures, **verdicts, "seconds": round(result.seconds), "open": str(result.report)}, as_json)
+        places = {"seconds": round(result.seconds), "open": str(result.report)}
+        print_result({**figures, **verdicts, **places, "verdict": result.verdict}, as_json)
     if result.measurement is not None and not result.measurement.passed:
         broken = [bar.name for bar in result.measurement.bars if not bar.holds]
         raise WorkError(f"the demo's result is not good enough: {', '.join(broken)}; see {result.report}")
+    if is_unusable(result.verdict):
+        raise typer.Exit(not_usable_code())

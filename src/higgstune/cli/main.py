@@ -56,7 +56,7 @@ def _root(
 
 
 def main() -> NoReturn:
-    """Run a verb; exit 0 when done, 1 when the work failed, 2 when the user's input is wrong."""
+    """Run a verb; exit 0 when done, 1 when the work failed, 2 for wrong input, 3 for a run that is not usable."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     mute_libraries()
     signal.signal(signal.SIGTERM, _stop)

@@ -23,9 +23,9 @@ from higgstune.cli.options import (
     path,
     within,
 )
-from higgstune.cli.output import Bar, announced, print_result
+from higgstune.cli.output import Bar, announced, errors, escape, print_result
 from higgstune.errors import ConfigError
-from higgstune.inputs import check_wav_name
+from higgstune.inputs import check_wav_name, is_unusable_run
 
 
 def speak(
@@ -108,10 +108,12 @@ def speak(
     if reference is not None and not reference.is_file():
         raise ConfigError(f"--reference {reference} does not exist")
     folder = None if adapter is None else named_adapter(adapter, base)
+    if adapter is not None and is_unusable_run(adapter):
+        errors.print(f"warning: the run {escape(str(adapter))} is not usable; its report says why", soft_wrap=True)
     with announced("loading the model", as_json):
         from higgstune.data.messages import DEFAULT_SCENE
         from higgstune.families.sampling import Sampling
-        from higgstune.generate.speaker import Request, Speaker, check_transcript, trained_place
+        from higgstune.generate.speaker import Request, Speaker, check_transcript, trained_place, warn_of_duration
         from higgstune.model.load import load_base
 
     if reference is not None:  # before the model is loaded
@@ -126,6 +128,7 @@ def speak(
     with Bar() as bar:
         for done, (name, speech) in enumerate(zip(files, spoken, strict=True), 1):
             speech.save(name)  # at once: a long list that is stopped keeps them
+            warn_of_duration(speech)
             bar("speaking", done, len(texts))
     print_result({"files": [str(path) for path in files]}, as_json)
 

@@ -1,6 +1,7 @@
 """The verb `train`, which also plans a run."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from higgstune.cli.options import JsonOption, PlannedDeviceOption, path
 from higgstune.cli.output import Bar, announced, print_result, stage_summary
-from higgstune.errors import ConfigError
+from higgstune.errors import ConfigError, not_usable_code
 from higgstune.hub import check_name
 from higgstune.inputs import check_store
 
@@ -65,7 +66,11 @@ def train(
     if os.environ.get("RANK", "0") == "0":
         summaries = {f"stage {name}": stage_summary(stage) for name, stage in stages.items()}
         shown = {"stages": stages} if as_json else summaries
-        print_result({"run": str(result.folder), "adapter": str(result.adapter), **shown}, as_json)
+        verdict = asdict(result.verdict) if as_json and result.verdict is not None else result.verdict
+        places = {"run": str(result.folder), "adapter": str(result.adapter)}
+        print_result({**places, **shown, "verdict": verdict}, as_json)
+    if not result.usable:
+        raise typer.Exit(not_usable_code())
 
 
 def _show_plan(recipe: "Recipe", memory: str | None, device: str | None, as_json: bool) -> None:

@@ -26,7 +26,9 @@ from higgstune.demo.page import write_page
 from higgstune.errors import ConfigError
 from higgstune.evaluation.judges import load_judges
 from higgstune.evaluation.judges.base import Judges
+from higgstune.evaluation.verdict import Verdict
 from higgstune.families.sampling import Sampling
+from higgstune.files import write_file
 from higgstune.generate.speaker import Request, Speaker, load
 from higgstune.progress import Progress, silent
 from higgstune.training.run import train
@@ -47,6 +49,7 @@ class DemoResult:
     report: Path
     seconds: float
     measurement: Measurement | None  # None without judges
+    verdict: Verdict | None  # of the run
 
 
 @dataclass
@@ -98,10 +101,10 @@ def _run(out: Path, judges: Judges, show: Progress) -> DemoResult:
             manifest, out / "data", codec=out / "base" / CODEC_FOLDER, model=str(out / "base"),
             validation_fraction=0.12, progress=show,
         )  # fmt: skip
-    with clock.step("train, two stages"):
-        run = train(_recipe(out), out / "run")
     store = CodeStore.open(out / "data")
     trained = list(store.split("train"))[:SPOKEN_SENTENCES]
+    with clock.step("train, two stages"):
+        run = train(_recipe(out, trained), out / "run")
     unseen = list(store.split("validation"))
     with clock.step("speak before and after"):
         spoken = _speak(out, run, trained, unseen, show)
@@ -115,7 +118,7 @@ def _run(out: Path, judges: Judges, show: Progress) -> DemoResult:
             sets = _clip_sets(spoken, trained, unseen)
             measurement = measure(sets, spoken["original"][:10], judges.asr, judges.speaker)
         write_page(out, run, store, spoken, texts, len(trained), measurement, clock.seconds)
-    return DemoResult(out, run.adapter, report, clock.seconds["all"], measurement)
+    return DemoResult(out, run.adapter, report, clock.seconds["all"], measurement, run.verdict)
 
 
 def _unpack(out: Path) -> Path:
@@ -134,9 +137,13 @@ def _utterances(manifest: Path) -> list[Utterance]:
     return [row for _, row in read_manifest(manifest) if isinstance(row, Utterance)]
 
 
-def _recipe(out: Path) -> Recipe:
+def _recipe(out: Path, trained: Sequence[StoreRow]) -> Recipe:
+    """It speaks sentences that it is trained on, as it hardly reads others."""
+    sentences = out / "dataset" / "spoken.txt"
+    write_file(sentences, "".join(f"{row.text}\n" for row in trained))
     with resources.as_file(resources.files("higgstune.demo") / "assets" / "recipe.yaml") as path:
-        return load_recipe(path, [f"model.checkpoint={out / 'base'}", f"data.store={out / 'data'}"])
+        places = {"model.checkpoint": out / "base", "data.store": out / "data", "evaluation.texts": sentences}
+        return load_recipe(path, [f"{key}={place}" for key, place in places.items()])
 
 
 def _speak(

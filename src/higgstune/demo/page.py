@@ -39,6 +39,7 @@ def write_page(
             title="A miniature learns a voice",
             introduction=_INTRODUCTION,
             facts=_facts(run, store),
+            verdicts={name: stage.verdict for name, stage in run.stages.items() if stage.verdict is not None},
             histories={name: stage.history for name, stage in run.stages.items()},
             sections=[
                 Section("Sentences it was trained on", list(_COLUMNS.values()), clips[:trained]),

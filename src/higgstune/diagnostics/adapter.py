@@ -1,18 +1,16 @@
 """Checks of an adapter: intact files, the base that it was trained on, and an effect in each of its modules."""
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from higgstune.batch.collate import Batch
 from higgstune.checkpoint_files import safetensors_keys
 from higgstune.diagnostics.report import Finding, naming
 from higgstune.errors import CheckpointError
-from higgstune.families import family_info, family_of, load_family
+from higgstune.families import family_of
 from higgstune.families.base import base_of
 from higgstune.model.adapter_folder import (
     ADAPTER_CARD,
@@ -25,9 +23,10 @@ from higgstune.model.adapter_folder import (
     no_card,
     other_adapter_in,
 )
-from higgstune.model.adapter_tensors import PREFIX, module_of, read_adapter
+from higgstune.model.adapter_tensors import module_of, read_adapter
+from higgstune.model.adapters import claimed_and_idle, was_untaught
 from higgstune.model.base_identity import IDENTITY
-from higgstune.peft_compat import LoraLayer, ModulesToSaveWrapper, PeftModel, get_peft_model_state_dict
+from higgstune.peft_compat import PeftModel, get_peft_model_state_dict
 from higgstune.training.verify import MARGIN, TOLERANCE, probe_logits
 
 CHECK = "adapter"
@@ -140,8 +139,7 @@ def check_applied(model: PeftModel, folder: str | Path) -> Finding:
 
 def check_effect(model: PeftModel, batch: Batch, card: dict[str, Any] | None = None) -> list[Finding]:
     """Check on a batch that each module of the adapter changes its output, and the logits change enough."""
-    claimed, idle = claimed_and_idle(model, batch)
-    idle = [name for name in idle if not _without_gradient(name, card or {})]
+    claimed, idle = claimed_and_idle(model, batch, card or {})
     findings = []
     if not claimed:
         findings.append(Finding(CHECK, "failed", "the adapter has no module on this base", _RETRAIN))
@@ -158,77 +156,15 @@ def check_effect(model: PeftModel, batch: Batch, card: dict[str, Any] | None = N
     return [Finding(CHECK, "ok", f"all {len(claimed)} modules of the adapter have an effect; {text}")]
 
 
-def claimed_and_idle(model: PeftModel, batch: Batch) -> tuple[list[str], list[str]]:
-    """Names of the modules with adapter weights, and of those with the base's output on a batch."""
-    modules = dict(model.named_modules())
-    lora = {name: modules[name] for name, part in modules.items() if isinstance(part, LoraLayer)}
-    saved = {name: part for name, part in modules.items() if isinstance(part, ModulesToSaveWrapper)}
-    changed = _changed_by_lora(model, lora, batch)
-    idle = [name for name in lora if name not in changed]
-    idle += [name for name, part in saved.items() if not _differs_from_original(part)]
-    names = sorted(name.removeprefix(PREFIX) for name in [*lora, *saved])
-    return names, sorted(name.removeprefix(PREFIX) for name in idle)
-
-
 def _check_zero(weights: dict[str, Tensor], card: dict[str, Any]) -> list[Finding]:
     """Fail LoRA modules without effect, whose A or B is all zero."""
     keys = [key for key in sorted(weights) if ".lora_A" in key or ".lora_B" in key]
     modules, zero = ({module_of(key) for key in found} for found in (keys, (k for k in keys if not weights[k].any())))
-    idle = sorted(name for name in zero if not _without_gradient(name, card))
+    idle = sorted(name for name in zero if not was_untaught(name, card))
     if not idle:
         return []
     text = f"LoRA A or B is zero in {len(idle)} of {len(modules)} modules, which have no effect: {naming(idle)}"
     return [Finding(CHECK, "failed", text, _RETRAIN)]
-
-
-def _without_gradient(name: str, card: dict[str, Any]) -> bool:
-    """Whether a module had no gradient: the last FFN of a pathway whose loss has the weight 0."""
-    layers = card.get("base_shape", {}).get("num_hidden_layers", 0)
-    stages = card.get("recipe", {}).get("stages", [])
-    weight = load_family(family_info(card.get("family"))).checks.untaught(name, layers)
-    return weight is not None and bool(stages) and not any(stage.get(weight) for stage in stages)
-
-
-def _changed_by_lora(model: PeftModel, layers: dict[str, nn.Module], batch: Batch) -> set[str]:
-    """Names of the LoRA layers whose output differs from their base layer's in one forward pass."""
-    changed: set[str] = set()
-    plain: dict[str, Tensor] = {}
-
-    def remember(name: str) -> Callable[..., None]:
-        return lambda _module, _inputs, output: plain.__setitem__(name, output.clone())
-
-    def compare(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            if name in plain and not torch.equal(plain.pop(name), output):
-                changed.add(name)
-
-        return hook
-
-    handles = []
-    for name, layer in layers.items():
-        handles.append(layer.get_submodule("base_layer").register_forward_hook(remember(name)))
-        handles.append(layer.register_forward_hook(compare(name)))
-    try:
-        with torch.inference_mode():
-            family_of(model).label_logits(model, batch, 1, nullcontext())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return changed
-
-
-def _differs_from_original(wrapper: ModulesToSaveWrapper) -> bool:
-    active = next(iter(wrapper.active_adapters or []), None)
-    if active is None or active not in wrapper.modules_to_save:
-        return False
-    return any(
-        not torch.equal(a.float(), b.float())
-        for a, b in zip(_parameters(wrapper.modules_to_save[active]), _parameters(wrapper.original_module), strict=True)
-    )
-
-
-def _parameters(module: nn.Module) -> Iterator[Tensor]:
-    return (parameter.detach() for _, parameter in sorted(module.named_parameters()))
 
 
 def _logit_change(model: PeftModel, batch: Batch) -> tuple[float, float]:

@@ -13,7 +13,8 @@ from higgstune.evaluation.judges.base import OPTIONS, role_of
 
 # The gates reject what anybody would reject at once. With few clips, one may fail: its share is 1 / clips.
 # The first of the ranks that was measured counts.
-DEFAULT_GATES = ("cap_rate <= {share}", "short_rate <= {share}", "loop_rate <= {share}", "wer <= recording_wer + 0.2")
+_HEALTH_GATES = ("cap_rate <= {share}", "short_rate <= {share}")  # they need no judge
+DEFAULT_GATES = (*_HEALTH_GATES, "loop_rate <= {share}", "wer <= recording_wer + 0.2")
 _SHARE = 0.1
 DEFAULT_RANKS = ("similarity", "similarity_reference", "-wer", STEP)
 
@@ -35,8 +36,7 @@ class Rule:
         for text in (*(gates or ()), *([] if rank is None else [rank])):
             if missing := [name for name in Expression(text).names if name not in known]:
                 raise ConfigError(f"{text!r} needs {', '.join(missing)}, which is not measured here: name its judge")
-        share = f"{max(_SHARE, 1 / clips):.3g}"
-        usual = [Expression(text.format(share=share)) for text in DEFAULT_GATES]
+        usual = _gates(DEFAULT_GATES, clips)
         ranks = [Expression(text) for text in DEFAULT_RANKS]
         return cls(
             tuple(gate for gate in usual if known.issuperset(gate.names))
@@ -48,6 +48,16 @@ class Rule:
     def __str__(self) -> str:
         gates = " and ".join(f"({gate.text})" for gate in self.gates)
         return f"of those with {gates} the highest {self.rank.text}" if gates else f"the highest {self.rank.text}"
+
+
+def health_gates(clips: int) -> list[Expression]:
+    """The gates without which `clips` clips are not speech: they stop by themselves, and not too early."""
+    return _gates(_HEALTH_GATES, clips)
+
+
+def _gates(texts: Sequence[str], clips: int) -> list[Expression]:
+    share = max(_SHARE, 1 / clips) if clips > 1 else _SHARE  # of a single clip none may fail
+    return [Expression(text.format(share=f"{share:.3g}")) for text in texts]
 
 
 def check_rules(gates: Sequence[str] | None, rank: str | None, judges: Mapping[str, str | None]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from higgstune.codec.mel import Spectrum
 from higgstune.data.audio import resample
-from higgstune.generate.chunks import expected_seconds, frame_cap
+from higgstune.generate.chunks import FAR_OFF, expected_seconds, frame_cap
 
 # Length and silences
 SHORT_SECONDS = 0.3  # nothing worth saying is shorter
@@ -41,7 +41,7 @@ class Health:
 
     seconds: float
     hit_cap: bool
-    short: bool
+    short: bool  # under 0.3 s, or under a third of what is expected
     silence: float  # the longest between the first and the last sound; for a clip without sound, all of it
     leading_silence: float
     trailing_silence: float
@@ -72,7 +72,8 @@ def examine(
         hit_cap = seconds >= frame_cap(text, FRAME_RATE) / FRAME_RATE
     expected = (expected_seconds(text) if expected is None else expected) or None
     ratio = None if expected is None else seconds / expected
-    return Health(seconds, hit_cap, seconds < SHORT_SECONDS, inner, leading, trailing, expected, ratio)
+    short = seconds < max(SHORT_SECONDS, (expected or 0.0) / FAR_OFF)
+    return Health(seconds, hit_cap, short, inner, leading, trailing, expected, ratio)
 
 
 def silences(waveform: np.ndarray, rate: int) -> tuple[float, float, float]:

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MAX_CHUNK_SECONDS = 15.0  # expected speech in one piece; the released model drifts on much longer ones
+MAX_CHUNK_SECONDS = 16.0  # expected speech in one piece; the released model drifts on much longer ones
+MIN_SECONDS = 1.0  # the shortest expectation: "No." is as often said in half a second as in one
+FAR_OFF = 3.0  # speech of less than a third, or more than three times, of its expected duration is wrong
+_DIGIT = 5  # characters
 _PAUSE = 0.15  # seconds of silence between pieces
 _FADE = 0.01  # seconds; a cut that starts or ends away from zero clicks
 # A sentence ends at a mark of its script: before white space, or between characters of a script without spaces.
@@ -17,14 +20,20 @@ _CLAUSE = re.compile(rf".+?(?:[,;:،؛](?=\s|{_BETWEEN_WIDE})|[，；：、]|$)\
 
 
 def expected_seconds(text: str) -> float:
-    """A rough duration of a text: 14 characters, spaces too, or 5 ideographs a second."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return wide / 5 + (len(text) - wide) / 14
+    """A rough duration of a spoken text, at least a second: 14 characters, spaces too, or 5 ideographs a second.
+
+    A digit counts as the five characters of its word and a space, in any script. Only an empty text takes 0 s.
+    """
+    if not text.strip():
+        return 0.0
+    digits = sum(unicodedata.category(c).startswith("N") for c in text)  # an ideograph such as 一 is a letter
+    wide = sum(unicodedata.east_asian_width(c) in "WF" and not unicodedata.category(c).startswith("N") for c in text)
+    return max(MIN_SECONDS, wide / 5 + (_DIGIT * digits + len(text) - wide - digits) / 14)
 
 
 def frame_cap(text: str, frame_rate: float) -> int:
     """The maximum number of frames of a text: three times the expected duration plus two seconds."""
-    return round((3 * expected_seconds(text) + 2) * frame_rate)
+    return round((FAR_OFF * expected_seconds(text) + 2) * frame_rate)
 
 
 def split_text(text: str, max_seconds: float = MAX_CHUNK_SECONDS) -> list[str]:

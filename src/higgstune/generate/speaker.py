@@ -20,13 +20,14 @@ from higgstune.data.text import normalize_text
 from higgstune.errors import CheckpointError, InputError
 from higgstune.families.base import Audio, Example, WhisperSpec
 from higgstune.families.sampling import Sampling
-from higgstune.generate.chunks import frame_cap, join, split_text
+from higgstune.generate.chunks import FAR_OFF, expected_seconds, frame_cap, join, split_text
 from higgstune.generate.engine import Generated, generate
 from higgstune.inputs import BaseSpec, base_and_adapter
 from higgstune.model.adapter_folder import adapter_card, adapter_conditioning, check_merged_once, check_tokenizer
 from higgstune.model.load import ModelAndTokenizers, load_base
 
 logger = logging.getLogger(__name__)
+_ADVICE = "try another seed or a lower temperature; if many texts are spoken so, see the verdict in the run's report"
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ class Speaker:
             reference = self.reference(reference, reference_text)
         requests = [Request(text, reference, scene, seed)]
         [speech] = self.speak_all(requests, sampling=sampling, max_seconds=max_seconds)
+        warn_of_duration(speech)
         return speech
 
     def speak_all(
@@ -259,14 +261,11 @@ class Speaker:
 
     def _speech(self, clip: "_Clip") -> Speech:
         hit_cap = any(piece.hit_cap for piece in clip.spoken)
-        if hit_cap:
-            for text in (text for text, piece in zip(clip.pieces, clip.spoken, strict=True) if piece.hit_cap):
-                logger.warning(
-                    "speech did not stop by itself and was cut at the frame cap, %.1f s: %r (train longer, lower the "
-                    "temperature, or try another seed)",
-                    self._cap(text, clip.max_seconds) / self.codec.frame_rate,
-                    text,
-                )
+        for text in (text for text, piece in zip(clip.pieces, clip.spoken, strict=True) if piece.hit_cap):
+            logger.warning(
+                "speech did not stop by itself and was cut at the frame cap, %.1f s: %r (%s)",
+                self._cap(text, clip.max_seconds) / self.codec.frame_rate, text, _ADVICE,
+            )  # fmt: skip
         waveform = join([self.codec.decode(piece.codes) for piece in clip.spoken], self.codec.sample_rate)
         return Speech(clip.text, waveform, self.codec.sample_rate, hit_cap)
 
@@ -312,6 +311,16 @@ def load(
     """
     base, adapter = base_and_adapter(path, base if device is None else replace(base, device=device))
     return Speaker(load_base(base, adapter), adapter, reference_place=reference_place, whisper=whisper)
+
+
+def warn_of_duration(speech: Speech) -> None:
+    """Warn of speech that ended by itself, but much too early or too late for its text."""
+    expected = expected_seconds(speech.text)
+    if not speech.hit_cap and not expected / FAR_OFF <= speech.seconds <= expected * FAR_OFF:
+        logger.warning(
+            "%.1f s of speech, where about %.1f s were expected: %r (%s)",
+            speech.seconds, expected, speech.text, _ADVICE,
+        )  # fmt: skip
 
 
 def check_transcript(place: ReferencePlace, text: str) -> None:

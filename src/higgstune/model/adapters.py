@@ -3,16 +3,20 @@
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from higgstune.batch.collate import Batch
 from higgstune.checkpoint_files import read_json
 from higgstune.config.recipe import AttentionTraining, Lora
 from higgstune.errors import CheckpointError, ConfigError
-from higgstune.families import family_of
+from higgstune.families import family_info, family_of, load_family
 from higgstune.families.base import Conditioning, Family
 from higgstune.inputs import ADAPTER_CONFIG
 from higgstune.kernels.quantize import dequantized
@@ -22,7 +26,7 @@ from higgstune.model.adapter_folder import (
     doubts_of_card,
     read_adapter_config,
 )
-from higgstune.model.adapter_tensors import checked_weights, fitted_config, module_of, trained_in_full
+from higgstune.model.adapter_tensors import PREFIX, checked_weights, fitted_config, module_of, trained_in_full
 from higgstune.peft_compat import (
     LoraConfig,
     LoraLayer,
@@ -196,6 +200,33 @@ def check_same_shape(folder: Path, lora: Lora) -> None:
             )
 
 
+def claimed_and_idle(
+    model: PeftModel, batch: Batch, card: Mapping[str, Any], gathered: AbstractContextManager[None] | None = None
+) -> tuple[list[str], list[str]]:
+    """Names of the modules with adapter weights, and of those that change nothing on a batch although they were taught.
+
+    `card` is the adapter's; parts of a sharded model are called within `gathered`.
+    """
+    modules = dict(model.named_modules())
+    lora = {name: modules[name] for name, part in modules.items() if isinstance(part, LoraLayer)}
+    saved = {name: part for name, part in modules.items() if isinstance(part, ModulesToSaveWrapper)}
+    changed = _changed_by_lora(model, lora, batch, gathered or nullcontext())
+    idle = [name for name in lora if name not in changed]
+    idle += [name for name, part in saved.items() if not _differs_from_original(part)]
+    names = sorted(name.removeprefix(PREFIX) for name in [*lora, *saved])
+    unchanged = sorted(name.removeprefix(PREFIX) for name in idle)
+    return names, [name for name in unchanged if not was_untaught(name, card)]
+
+
+def was_untaught(name: str, card: Mapping[str, Any]) -> bool:
+    """Whether a module had no gradient in a card's stages: the last FFN of a pathway whose loss has the weight 0."""
+    layers = card.get("base_shape", {}).get("num_hidden_layers", 0)
+    done = {stage.get("name") for stage in card.get("stages", [])}
+    stages = [stage for stage in card.get("recipe", {}).get("stages", []) if not done or stage.get("name") in done]
+    weight = load_family(family_info(card.get("family"))).checks.untaught(name, layers)
+    return weight is not None and bool(stages) and not any(stage.get(weight) for stage in stages)
+
+
 @contextlib.contextmanager
 def _without_deprecations() -> Iterator[None]:
     """Hide a warning that no user can act on: peft 0.21 reads a deprecated attribute of transformers 5.23."""
@@ -236,3 +267,49 @@ def _set_weights(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> 
         set_peft_model_state_dict(model, weights)
     except RuntimeError as error:
         raise CheckpointError(f"the adapter {folder} does not fit this base: {error}") from error
+
+
+def _changed_by_lora(
+    model: PeftModel, layers: dict[str, nn.Module], batch: Batch, gathered: AbstractContextManager[None]
+) -> set[str]:
+    """Names of the LoRA layers whose output differs from their base layer's in one forward pass."""
+    changed: set[str] = set()
+    plain: dict[str, Tensor] = {}
+
+    def remember(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: plain.__setitem__(name, output.clone())
+
+    def compare(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if name in plain and not torch.equal(plain.pop(name), output):
+                changed.add(name)
+
+        return hook
+
+    handles = []
+    for name, layer in layers.items():
+        handles.append(layer.get_submodule("base_layer").register_forward_hook(remember(name)))
+        handles.append(layer.register_forward_hook(compare(name)))
+    try:
+        with torch.no_grad():
+            family_of(model).label_logits(model, batch, 1, gathered)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return changed
+
+
+def _differs_from_original(wrapper: ModulesToSaveWrapper) -> bool:
+    active = next(iter(wrapper.active_adapters or []), None)
+    if active is None or active not in wrapper.modules_to_save:
+        return False
+    return any(
+        not torch.equal(a.float(), b.float())
+        for a, b in zip(_parameters(wrapper.modules_to_save[active]), _parameters(wrapper.original_module), strict=True)
+    )
+
+
+def _parameters(module: nn.Module) -> Iterator[Tensor]:
+    """By name; sharded ones whole."""
+    for _, parameter in sorted(module.named_parameters()):
+        yield (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()

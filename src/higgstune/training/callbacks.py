@@ -15,7 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
+from higgstune.config.recipe import Stage
 from higgstune.errors import Interrupted
+from higgstune.evaluation.verdict import Verdict, growth_warning, has_grown, is_warmup_too_long, warmup_warning
 from higgstune.training.distributed import PendingReduce, Processes
 
 _LOG = logging.getLogger(__name__)
@@ -86,6 +88,37 @@ class StopSignals(TrainerCallback):
             raise Interrupted(received or self._received)
 
 
+class LossWatch(TrainerCallback):
+    """Warns while a stage is trained of what its verdict will warn of."""
+
+    def __init__(self, stage: Stage, path: str) -> None:
+        self.stage = stage
+        self.path = path
+        self._warned = False
+
+    @override
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warn of a warm-up that takes all steps."""
+        warmup = args.get_warmup_steps(state.max_steps)
+        if state.is_world_process_zero and is_warmup_too_long(warmup, state.max_steps):
+            _LOG.warning("%s: %s", self.stage.name, warmup_warning(self.path, warmup, state.max_steps))
+
+    @override
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Warn once of a loss that has grown."""
+        if state.is_world_process_zero and not self._warned and has_grown(state.log_history, self.stage):
+            self._warned = True
+            warning = growth_warning(self.path, self.stage.learning_rate)
+            _LOG.warning("%s, step %d: %s", self.stage.name, state.global_step, warning)
+
+
+def show_verdict(stage: str, verdict: Verdict) -> None:
+    """Print the last line of a stage on stderr."""
+    Console(stderr=True).print(f"{stage}: {verdict}", highlight=False, soft_wrap=True, markup=False)
+
+
 _SHOWN = (
     ("audio_loss", "audio {:.3f}"),
     ("text_loss", "text {:.3f}"),
@@ -94,6 +127,7 @@ _SHOWN = (
     ("eval_wer", "word error rate {:.1%}"),
     ("eval_similarity", "similarity {:.3f}"),
     ("eval_cap_rate", "did not stop {:.0%}"),
+    ("eval_short_rate", "too short {:.0%}"),
     ("learning_rate", "lr {:.1e}"),
     ("tokens_per_second", "{:.0f} tokens/s"),
     ("audio_seconds_per_second", "{:.1f} s of audio/s"),

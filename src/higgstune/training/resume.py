@@ -3,12 +3,14 @@
 Overrides were checked with transformers 5.23.0; each says why it is needed.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from typing_extensions import override
@@ -41,10 +43,17 @@ class ResumableTrainer(Trainer):
     """Saves and restores all that the next steps depend on. Checked with transformers 5.23.0."""
 
     def __init__(
-        self, *, packs_per_step: int, steps: FiniteSteps, sample_evaluation: SampleEvaluation | None, **options: Any
+        self,
+        *,
+        packs_per_step: int,
+        steps: FiniteSteps,
+        sample_evaluation: SampleEvaluation | None,
+        warmup_from: int,
+        **options: Any,
     ) -> None:
-        """`options` are `Trainer`'s; `packs_per_step` is noted in checkpoints."""
+        """`options` are `Trainer`'s; `packs_per_step` and `warmup_from` are noted in checkpoints."""
         self.packs_per_step = packs_per_step
+        self._warmup_from = warmup_from
         self._steps = steps
         self._samples = sample_evaluation
         self._best: dict[str, Tensor] = {}  # trained weights of the step with the best samples
@@ -71,6 +80,11 @@ class ResumableTrainer(Trainer):
         return self._samples.candidates.summary() if self._samples is not None and measured else None
 
     @property
+    def spoken_clips(self) -> int:
+        """How many clips each validation speaks."""
+        return 0 if self._samples is None else len(self._samples.items)
+
+    @property
     def ran_out_of_patience(self) -> bool:
         """Whether training has ended before its last step, because samples became no better."""
         exhausted = self._samples is not None and self._samples.candidates.exhausted
@@ -81,6 +95,25 @@ class ResumableTrainer(Trainer):
         parameters = {name: value for name, value in self._plain_model.named_parameters() if value.requires_grad}
         if self._best:
             set_weights(parameters, self._best)
+
+    @override
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        """As transformers 5.23.0's, whose warm-up begins with a rate of 0: a step that teaches nothing."""
+        made = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if not made or not isinstance(scheduler, LambdaLR):
+            return scheduler
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        scheduler.lr_lambdas = [self._warming_up(factor, warmup) for factor in scheduler.lr_lambdas]
+        rates = [rate * f(0) for rate, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = list(rates)
+        return scheduler
+
+    def _warming_up(self, factor: Callable[[int], float], warmup: int) -> Callable[[int], float]:
+        """`factor` of the peak rate by step, counted in the warm-up from `warmup_from` instead of 0."""
+        return lambda step: factor(step + self._warmup_from if step < warmup else step)
 
     def _over_ranks(self, values: Sums) -> Sums:
         if self.accelerator.num_processes == 1:
@@ -116,6 +149,7 @@ class ResumableTrainer(Trainer):
                 "step": self.state.global_step,
                 "processes": self.args.world_size,
                 "packs_per_step": self.packs_per_step,
+                "warmup_from": self._warmup_from,
                 "skipped_steps": self._steps.skipped,
                 "skipped_in_a_row": self._steps.in_a_row,
                 "logged_at": self._globalstep_last_logged,
@@ -157,6 +191,7 @@ class ResumableTrainer(Trainer):
             for group, rate in zip(optimizer.param_groups, notes["rates"], strict=True):
                 group["lr"] = rate
             self.lr_scheduler.load_state_dict(notes["scheduler"])
+            self._warmup_from = notes.get("warmup_from", 0)  # of checkpoints from before it was noted
             seed = self.args.seed + notes["step"] * processes
             set_random_states(checkpoint.part("random"), rank=rank, processes=processes, seed=seed)
             window = {name: value.to(self.args.device) for name, value in checkpoint.part("window").items()}

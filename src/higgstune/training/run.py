@@ -52,7 +52,8 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
 
     Raises ConfigError (the folder is in use, or the run was started with another recipe), DataError, CheckpointError,
     TrainingError (training diverged, or its losses are impossible), VerificationError (what was saved is not what was
-    trained), WorkError (the disk refuses, or another process has ended), Interrupted (by a signal).
+    trained), WorkError (the disk refuses, or another process has ended), Interrupted (by a signal). A run whose adapter
+    is not usable raises nothing: its result says so (`usable`, `verdict`), and again when it is resumed.
     """
     # 1. Check the recipe, join the other processes, and check the run folder.
     if not isinstance(recipe, Recipe):
@@ -67,6 +68,10 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
         try:
             if run.is_main:
                 run.check(resume=resume)
+            ended = processes.broadcast(run.state if run.state.status == "not usable" else None)
+            if ended is not None:
+                run.state = ended
+                return run.result
             return _train(run, processes, stop, device)
         finally:
             run.release()
@@ -110,7 +115,7 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
         run.begin(trained_on | spoken, versions(device), base.folder)
     run.state = processes.broadcast(run.state)
 
-    # 7. Train each stage: add its adapter, train, choose a step, save, verify.
+    # 7. Train each stage: add its adapter, train, choose a step, save, verify, judge. None follows an unusable one.
     job = Job(run, processes, stop, memory, device, data.store, setup, examples, judges)
     bases = [base]
     del base
@@ -119,13 +124,14 @@ def _train(run: RunFolder, processes: Processes, stop: StopSignals, device: torc
             run.finished(stage, _train_one(job, stage, bases, adapter))
             processes.wait()  # the next stage starts from what the first process has written
         adapter = run.adapter(stage)
-    assert adapter is not None
+        if not run.result.usable:
+            break
 
     # 8. Report.
     run.close()
     if run.is_main:
         _report(run.folder)
-    return RunResult(run.folder, adapter, run.state.stages)
+    return run.result
 
 
 def _train_one(job: Job, stage: Stage, bases: list[ModelAndTokenizers], adapter: Path | None) -> StageResult:

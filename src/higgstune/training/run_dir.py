@@ -20,6 +20,7 @@ import higgstune
 from higgstune.checkpoint_files import read_json
 from higgstune.config.recipe import Recipe, Stage, load_recipe, save_recipe
 from higgstune.errors import ConfigError, WorkError
+from higgstune.evaluation.verdict import Verdict
 from higgstune.files import lock_file, refusal, write_file, writing
 from higgstune.inputs import RUN_STATE
 from higgstune.model.base_identity import (
@@ -85,6 +86,7 @@ class StageResult(TrainedStage):
     """A stage that was trained, saved and verified."""
 
     verification: Verification
+    verdict: Verdict | None = None  # None in runs from before there was one
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in `run.json`: without `chosen` where there was no choice."""
@@ -93,11 +95,21 @@ class StageResult(TrainedStage):
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run."""
+    """A run that has ended: all stages, or those up to one whose adapter is not usable."""
 
     folder: Path
     adapter: Path  # of the last stage
     stages: dict[str, StageResult]  # by name
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether the adapter is usable; None in a run from before there were verdicts."""
+        return list(self.stages.values())[-1].verdict
+
+    @property
+    def usable(self) -> bool:
+        """Whether nothing speaks against the adapter: also without a verdict."""
+        return not is_unusable(self.verdict)
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,7 @@ class RunState:
     """The content of `run.json`."""
 
     processes: int  # that the run started with: a step's share of the data stays what it was then
-    status: Literal["running", "finished"] = "running"
+    status: Literal["running", "finished", "not usable"] = "running"
     higgstune: str = higgstune.__version__
     stages: dict[str, StageResult] = field(default_factory=dict)  # those that are finished
     adapter: str | None = None  # of the last of them, within the folder
@@ -121,6 +133,7 @@ class RunState:
     weights: dict[str, WeightFile] = field(default_factory=dict)  # of the base
     environment: dict[str, str] = field(default_factory=dict)
     held_by: Holder | None = None
+    warmup_from: int = 0  # see `HiggsAudioTrainer`; runs from before it was noted had 0
 
     @classmethod
     def read(cls, folder: Path) -> "RunState":
@@ -151,7 +164,7 @@ class RunFolder:
         self.folder = folder
         self.recipe = recipe
         self.is_main = is_main  # the one of several processes that writes
-        self.state = RunState(processes)
+        self.state = RunState(processes, warmup_from=1)
         self._lock = lock_file(folder / _LOCK)
 
     def check(self, *, resume: bool) -> None:
@@ -169,7 +182,8 @@ class RunFolder:
                 "--out to train again"
             )
         if not resume:
-            raise ConfigError(f"the run {self.folder} exists already: resume it with --resume, or give another --out")
+            how = "resume it with --resume, or " if self.state.status == "running" else f"it is {self.state.status}: "
+            raise ConfigError(f"the run {self.folder} exists already: {how}give another --out")
         before = load_recipe(self.folder / RECIPE_FILE, commands=True)
         changed = _differences(_mathematics(before), _mathematics(self.recipe))
         if changed:
@@ -239,13 +253,18 @@ class RunFolder:
     def has_finished(self, stage: Stage) -> bool:
         return stage.name in self.state.stages
 
+    @property
+    def result(self) -> RunResult:
+        """Of the stages so far, of which there is one at least."""
+        return RunResult(self.folder, self.folder / str(self.state.adapter), self.state.stages)
+
     def finished(self, stage: Stage, result: StageResult) -> None:
         self.state.stages[stage.name] = result
         self.state.adapter = self.adapter(stage).relative_to(self.folder).as_posix()
         self._save()
 
     def close(self) -> None:
-        self.state.status = "finished"
+        self.state.status = "finished" if self.result.usable else "not usable"
         self._save()
 
     def _hold(self) -> None:
@@ -268,6 +287,11 @@ class RunFolder:
     def _save(self) -> None:
         if self.is_main:
             write_file(self.folder / RUN_STATE, self.state.to_json())
+
+
+def is_unusable(verdict: Verdict | None) -> bool:
+    """Whether an adapter is known to be not usable."""
+    return verdict is not None and verdict.outcome == "not usable"
 
 
 def _mathematics(recipe: Recipe) -> dict[str, Any]:

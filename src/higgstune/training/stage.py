@@ -20,6 +20,7 @@ from higgstune.data.store import CodeStore
 from higgstune.errors import Interrupted
 from higgstune.evaluation.clips import SAMPLES
 from higgstune.evaluation.judges.base import Judges
+from higgstune.evaluation.verdict import Evidence, chance_of, judge
 from higgstune.families.base import Example
 from higgstune.files import writing
 from higgstune.kernels.loss import LossWeights
@@ -29,7 +30,7 @@ from higgstune.model.compiled import compile_layers, is_worth_it
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.peft_compat import PeftModel
 from higgstune.planning.run_memory import RunMemory
-from higgstune.training.callbacks import ProgressReport, StopSignals
+from higgstune.training.callbacks import LossWatch, ProgressReport, StopSignals, show_verdict
 from higgstune.training.checkpoint import newest_checkpoint, trained_state
 from higgstune.training.distributed import Processes, shard, sharded_parameters
 from higgstune.training.run_dir import ChosenStep, RunFolder, StageResult, TrainedStage
@@ -144,6 +145,7 @@ def train_stage(job: Job, stage: Stage, base: ModelAndTokenizers, start_from: Pa
         stopped_early=trainer.ran_out_of_patience,
         chosen=_choose(trainer, job.recipe.evaluation.which),
     )
+    evidence = _evidence(job, stage, trainer, trained, base.spec.classes)
     del trainer  # memory for a second base: gradients and moments are freed, which are part of reference cycles
     gc.collect()
 
@@ -151,7 +153,32 @@ def train_stage(job: Job, stage: Stage, base: ModelAndTokenizers, start_from: Pa
     verification = _save_and_verify(job, stage, base, model, trained)
     if not job.sharded:
         unload_adapter(model)
-    return StageResult(**vars(trained), verification=verification)
+    # 6. Judge whether it is usable.
+    proof = verification
+    evidence = replace(evidence, changes_base=proof.changes_base, modules=proof.modules, idle=proof.idle)
+    verdict = job.processes.broadcast(judge(evidence))
+    if job.run.is_main:
+        show_verdict(stage.name, verdict)
+    return StageResult(**vars(trained), verification=verification, verdict=verdict)
+
+
+def _evidence(job: Job, stage: Stage, trainer: HiggsAudioTrainer, trained: TrainedStage, classes: int) -> Evidence:
+    """What the verdict takes from training, to which the verification adds."""
+    stages, chosen, planned = job.recipe.stages, trained.chosen, trainer.state.max_steps
+    before = [done.history for done in job.run.state.stages.values()]
+    return Evidence(
+        stage=stage,
+        path=f"stages.{stages.index(stage)}",
+        is_last=stage is stages[-1],
+        step=trained.steps if chosen is None else chosen.step,
+        planned_steps=planned,
+        warmup_steps=trainer.args.get_warmup_steps(planned),
+        history=trained.history,
+        base_history=[*before, trained.history][0],
+        chance=chance_of(classes),
+        spoken={} if chosen is None else next((c.measures for c in chosen.candidates if c.step == chosen.step), {}),
+        clips=trainer.spoken_clips,
+    )
 
 
 def _with_adapter(job: Job, stage: Stage, base: ModelAndTokenizers, start_from: Path | None) -> PeftModel:
@@ -185,6 +212,7 @@ def _trainer(job: Job, stage: Stage, base: ModelAndTokenizers, model: PeftModel,
         batch_tokens=stage.pack_size.tokens,
         packs_per_step=job.run.packs_per_step(stage),
         full_learning_rate=stage.rate_of_full_modules,
+        warmup_from=job.run.state.warmup_from,
         sample_evaluation=samples,
         callbacks=_callbacks(job, stage, writer),
     )
@@ -329,7 +357,8 @@ def _writer(job: Job, stage: Stage) -> "SummaryWriter | None":
 
 
 def _callbacks(job: Job, stage: Stage, writer: "SummaryWriter | None") -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = [ProgressReport(stage.name), job.stop]
+    watch = LossWatch(stage, f"stages.{job.recipe.stages.index(stage)}")
+    callbacks: list[TrainerCallback] = [ProgressReport(stage.name), watch, job.stop]
     if not job.sharded:
         rows = job.examples["train"].with_targets(stage.text_targets)
         callbacks.append(_Compiling(job.recipe.compile, rows, stage.pack_size))

@@ -55,6 +55,7 @@ class HiggsAudioTrainer(ResumableTrainer):
         batch_tokens: int | None = None,
         packs_per_step: int | None = None,
         full_learning_rate: float | None = None,
+        warmup_from: int = 1,
         sample_evaluation: SampleEvaluation | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
@@ -63,6 +64,8 @@ class HiggsAudioTrainer(ResumableTrainer):
         Examples are packed into one sequence without padding: as many as fit into `batch_tokens` tokens, or, where
         that is not given, `args.per_device_train_batch_size` of them. An optimizer step takes `packs_per_step` of all
         processes together; where that is not given, `args.gradient_accumulation_steps` of each.
+
+        The first step of a warm-up of n steps has `warmup_from` / n of the peak rate.
 
         `full_learning_rate` is the peak rate of modules that an adapter trains in full (peft's `modules_to_save`).
 
@@ -92,6 +95,7 @@ class HiggsAudioTrainer(ResumableTrainer):
             packs_per_step=packs_per_step,
             steps=FiniteSteps(self._note_skipped),
             sample_evaluation=sample_evaluation,
+            warmup_from=warmup_from,
         )
         self.is_distributed_loading_by_transformers = is_sharded(model)  # its name for: do not wrap this model
         if eval_dataset is not None:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ from torch import Tensor
 from higgstune.batch.collate import Batch
 from higgstune.errors import HiggstuneError, VerificationError
 from higgstune.families import family_of
-from higgstune.model.adapters import load_adapter
+from higgstune.model.adapter_folder import adapter_card
+from higgstune.model.adapters import claimed_and_idle, load_adapter
 from higgstune.model.load import load_model
 from higgstune.training.distributed import Processes, embedding_and_heads, shard
 
 # The largest difference of a logit in float32. In bfloat16 the mean difference: a logit of 8 has steps of 0.03 there,
 # so one different rounding is allowed, many are not.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-4}
-MARGIN = 100  # by so many tolerances the adapter must move the base's logits
+MARGIN = 100  # by so many tolerances an adapter moves the base's logits that has learned anything
 _POSITIONS = 256  # labels of audio and of text whose logits are compared
 
 
@@ -40,11 +41,18 @@ class Verification:
     tolerance: float
     from_trained: float  # |fresh process - trained model|
     from_base: float  # |fresh process - base without adapter|
+    modules: int = 0  # of the adapter
+    idle: list[str] = field(default_factory=list)  # those whose output is the base's, although they were taught
 
     @property
     def passed(self) -> bool:
-        """Equal to the trained model, and clearly not the base."""
-        return self.from_trained <= self.tolerance and self.from_base > MARGIN * self.tolerance
+        """Equal to the trained model, in numbers."""
+        return self.from_trained <= self.tolerance and not math.isnan(self.from_base)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the logits are clearly not the base's."""
+        return self.from_base > MARGIN * self.tolerance
 
 
 def probe_logits(model: Any, batch: Batch) -> dict[str, Tensor]:
@@ -113,16 +121,10 @@ def _run(request: Path, environment: Mapping[str, str]) -> "subprocess.Completed
 def _explain(result: Verification, adapter: Path) -> str:
     if math.isnan(result.from_trained) or math.isnan(result.from_base):
         return f"the adapter {adapter} gives logits that are not numbers: training diverged; lower the learning rates"
-    if result.from_trained > result.tolerance:
-        return (
-            f"the adapter {adapter}, loaded in a fresh process, does not give the trained model's logits: they differ "
-            f"by {result.from_trained:.2e}, more than {result.tolerance:.0e} ({result.dtype}). Something that was "
-            "trained is not in the adapter; do not use it"
-        )
     return (
-        f"the adapter {adapter} hardly changes the base: its logits differ by {result.from_base:.2e}, not by "
-        f"more than {MARGIN} x {result.tolerance:.0e} ({result.dtype}). It was trained too little (more steps, a "
-        "higher learning rate) or is not applied"
+        f"the adapter {adapter}, loaded in a fresh process, does not give the trained model's logits: they differ by "
+        f"{result.from_trained:.2e}, more than {result.tolerance:.0e} ({result.dtype}). Something that was trained is "
+        "not in the adapter; do not use it"
     )
 
 
@@ -153,8 +155,11 @@ def _compare(request: dict[str, Any]) -> Verification:
     fresh = probe_logits(adapted, probe)
     with adapted.disable_adapter():
         base = probe_logits(adapted, probe)
+    card = adapter_card(Path(request["adapter"]))
+    claimed, idle = claimed_and_idle(adapted, probe, card, embedding_and_heads(adapted))
     dtype = request["dtype"]
-    return Verification(dtype, TOLERANCE[dtype], difference(fresh, trained, dtype), difference(fresh, base, dtype))
+    from_trained, from_base = difference(fresh, trained, dtype), difference(fresh, base, dtype)
+    return Verification(dtype, TOLERANCE[dtype], from_trained, from_base, len(claimed), idle)
 
 
 def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor], dtype: str) -> float:

@@ -18,6 +18,7 @@ from higgstune.evaluation.report.measures import (
     value_text,
 )
 from higgstune.evaluation.report.players import Item, Section, Take, has_transcripts, section_view
+from higgstune.evaluation.verdict import Verdict
 from higgstune.files import write_file
 from higgstune.metrics import NOT_MEASURED
 
@@ -66,6 +67,7 @@ class RunReport:
     introduction: str
     facts: Mapping[str, str]  # about base, data, adapter, stages
     histories: Mapping[str, History] = field(default_factory=dict)  # the trainer's log, by stage
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)  # by stage, at the head of the page
     evaluations: Mapping[str, History] = field(default_factory=dict)  # metrics by step during training, by stage
     choice: Choice | None = None
     systems: Sequence[System] = ()  # columns of the table of metrics: recordings, base, adapter

@@ -104,7 +104,7 @@ def complaints(row: ClipRow) -> list[str]:
         found.append(f"word error rate {100 * errors:.0f} %")
     for column, words in (
         ("hit_cap", "did not stop"),
-        ("short", "shorter than 0.3 s"),
+        ("short", "under a third of its length"),
         ("loops", "stuck in a loop"),
         ("leaks", "begins with the reference's words"),
     ):

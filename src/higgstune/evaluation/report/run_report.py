@@ -27,6 +27,7 @@ from higgstune.evaluation.report.page import (
     write_report,
 )
 from higgstune.evaluation.report.players import badness, complaints, take_of
+from higgstune.evaluation.verdict import Verdict
 from higgstune.inputs import ADAPTER, BASE, RUN_STATE
 from higgstune.metrics import METRICS, ClipRow, Confusion, Evaluation, shown
 from higgstune.model.adapter_folder import adapter_card
@@ -50,6 +51,7 @@ def write_run_report(run: Path, result: EvaluationResult | None = None, command:
             title="/".join(run.resolve().parts[-2:]),
             introduction=_introduction(result),
             facts=facts_of(card, stages),
+            verdicts={name: Verdict(**stage["verdict"]) for name, stage in stages.items() if "verdict" in stage},
             histories={name: stage["history"] for name, stage in stages.items()},
             evaluations=evaluations_of(stages),
             choice=_choice(stages),
