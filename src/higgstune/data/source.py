@@ -122,6 +122,8 @@ def decode_lines(data: bytes) -> list[str]:
         text = decode(data)
     except UnicodeDecodeError:
         text = data.decode("utf-8-sig", errors="surrogateescape")
+    if "\n" not in text:  # as old programs on a Mac write it
+        text = text.replace("\r", "\n")
     return [line.rstrip("\r") for line in text.split("\n")]
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from higgstune.data.audio import AUDIO_SUFFIXES, is_file
 from higgstune.data.importers.chatml import is_trainer_json, load_json, read_trainer_json
-from higgstune.data.importers.folder import has_audio, read_folder
+from higgstune.data.importers.columns import by_name
+from higgstune.data.importers.folder import has_audio, has_transcripts, read_folder
 from higgstune.data.importers.hub import read_hub
 from higgstune.data.importers.kaldi import FILES as KALDI
 from higgstune.data.importers.kaldi import read_kaldi
@@ -18,14 +19,14 @@ from higgstune.data.importers.records import is_record_list, read_records, recor
 from higgstune.data.importers.table import looks_like_table, read_table
 from higgstune.data.importers.transcripts import plain_row
 from higgstune.data.rejection import RowError
-from higgstune.data.source import FOREIGN_SUFFIXES, Source, SourceRow
+from higgstune.data.source import FOREIGN_SUFFIXES, Source, SourceRow, path_within
 from higgstune.errors import ConfigError, DataError
 from higgstune.inputs import HUB_PREFIX, INDEX_NAME, check_source, unknown_kind
 
 _JSON_LINES = (".jsonl", ".ndjson")
 _TABLES = (".csv", ".tsv", ".list", ".txt")
 _USUAL = ("manifest.jsonl", "metadata.jsonl", "metadata.csv")
-_LISTS = re.compile(r"(metadata|train|val|valid|validation|dev|test|all|list|transcripts?|.*file_?list.*)\.txt", re.I)
+_LISTS = re.compile(r".*(metadata|train|val|dev|test|all|list|transcript).*\.txt", re.IGNORECASE)
 _SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "eval")
 _SHOWN = 6
 
@@ -68,13 +69,20 @@ def _read_folder(folder: Path, allow_outside: bool, columns: str | None) -> Sour
     metadata = folder / "metadata.json"
     if metadata.is_file() and is_trainer_json(load_json(metadata)):
         found.append(metadata)
-    found = found or [path for path in sorted(folder.iterdir()) if _lists_clips(path)]
+    if not found and not has_transcripts(folder):  # next to texts, another table holds something else
+        found = [path for path in sorted(folder.iterdir()) if _lists_clips(path, allow_outside)]
+    for path in found:
+        path_within(folder, path.name, allow_outside)  # it may be a link
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
         raise DataError(f"{folder} has {names}: name the one to read instead of the folder")
     if found:
         return _read_file(found[0], allow_outside, columns)
     inside = [path for path in sorted(folder.glob("*/metadata.*")) if path.name in _USUAL]
+    for path in inside:
+        path_within(folder, path.relative_to(folder).as_posix(), allow_outside)
+    if len({path.parent for path in inside}) < len(inside):
+        raise DataError(f"{inside[0].parent} has two lists of its clips: name the one to read instead of the folder")
     if inside and all(path.parent.name.lower() in _SPLITS for path in inside):
         return _read_splits(inside, allow_outside, columns)
     if inside:
@@ -84,11 +92,12 @@ def _read_folder(folder: Path, allow_outside: bool, columns: str | None) -> Sour
     return _without_columns(read_folder(folder, allow_outside=allow_outside), columns)
 
 
-def _lists_clips(path: Path) -> bool:
+def _lists_clips(path: Path, allow_outside: bool) -> bool:
     """Whether a file of a folder of clips is a table or a manifest of them, and no transcript."""
     suffix = path.suffix.lower()
     if not path.is_file() or path.name.startswith("."):
         return False
+    path_within(path.parent, path.name, allow_outside)
     if suffix == ".json":
         beside = (path.with_suffix(audio) for audio in AUDIO_SUFFIXES)
         return not any(map(is_file, beside)) and is_record_list(path)
@@ -121,6 +130,8 @@ def _read_json(path: Path, allow_outside: bool, columns: str | None) -> Source:
         raise DataError(f"{path} has the segments of one recording: put it beside {path.stem}.wav and name the folder")
     if isinstance(data, dict) and len(lists := [value for value in data.values() if _are_objects(value)]) == 1:
         [data] = lists
+    if isinstance(data, dict) and by_name(list(data), columns, messages=True) is not None:
+        data = [data]
     if _are_objects(data):
         records = [(f"{path.name}[{number}]", record) for number, record in enumerate(data)]
         return records_source(path, records, allow_outside=allow_outside, columns=columns)

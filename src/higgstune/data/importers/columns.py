@@ -17,7 +17,7 @@ _NAMES = {
         *("file", "filepath", "path", "clip", "recording", "soundfile", "uttid", "utteranceid", "id"),
     ),
     "text": (
-        *("text", "transcript", "transcription", "sentence", "rawtext", "rawtranscription", "targettext", "words"),
+        *("text", "transcript", "transcription", "sentence", "rawtext", "rawtranscription", "words"),
         *("normalisedtext", "normalizedtext", "normalised", "normalized"),
     ),
     "normalised": (
@@ -31,12 +31,25 @@ _NAMES = {
         ),
         *("normalised", "normalized"),
     ),
-    "speaker": ("speaker", "speakerid", "speakername", "spk", "spkid", "clientid", "voice"),
-    "language": ("language", "lang", "locale", "languageid"),
+    "speaker": (
+        *(
+            "speaker",
+            "speakerid",
+            "speakername",
+            "speakerlabel",
+            "spk",
+            "spkid",
+            "spkname",
+            "clientid",
+            "reader",
+            "voice",
+        ),
+    ),
+    "language": ("language", "lang", "locale", "languageid", "languagecode"),
     "scene": ("scene",),
     "id": ("id", "uttid", "utteranceid", "sampleid", "segmentid"),
-    "start": ("start", "starttime", "offset", "begin"),
-    "end": ("end", "endtime"),
+    "start": ("start", "starttime", "onset", "begin", "offset"),
+    "end": ("end", "endtime", "offset"),
     "duration": ("duration", "dur"),
     "reference_audio": ("referenceaudio", "refaudio", "promptaudio", "promptwav", "refaudiopath", "refwav"),
     "reference_text": ("referencetext", "reftext", "prompttext", "reftranscript"),
@@ -47,13 +60,31 @@ _NAMES = {
 _CONVERSATION = ("messages", "audios", "start_index")
 ROLES = tuple(name for name in _NAMES if name not in _CONVERSATION)
 UNUSED = "-"
-_PHONEMES = re.compile(r"[ɐ-ʯˈˌːθðŋæœøəχβ]|\b[A-Z]{2}[012]\b")  # IPA letters, or ARPAbet vowels with their stress
-_LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z]{2,4})?")
-_LANGUAGES = (
+# Letters of the IPA that no spelling has, and what stands for sounds in ASCII: ARPAbet, pinyin with tones.
+_IPA = re.compile(r"[ˈˌːɹɾʃʒɡɪʊʌɑɒɐɜɝɚɫʁɕʑɲɯɨʉɤ]")
+_SOUND = re.compile(r"[A-Z]{1,2}[012]|[a-zü]{1,6}[1-5]|[A-Za-z]{1,2}")
+_FEW_SOUNDS = 4  # short words in a row that are still words: "I do so"
+_PATH = re.compile(r"\S*[/\\]\S+\.\w{1,5}|\S+\.(?:wav|flac|mp3|ogg|opus|npy|pt|txt|lab|json)")
+_SENTENCE = re.compile(
+    r"[.!?,。！？、，।။]|[^\x00-\u024f]{4}|\S+\s+\S+\s+\S"
+)  # a mark, a script without spaces, or three words
+_LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z]{2,4}){0,2}")
+_LANGUAGE_NAMES = (
     "ar bg bn ca cs cy da de el en es et eu fa fi fr gl he hi hr hu id it ja jp ka ko lt lv mn ms my nb nl no pl pt ro "
-    "ru sk sl sr sv sw ta te th tl tr uk ur uz vi yue zh"
+    "ru sk sl sr sv sw ta te th tl tr uk ur uz vi yue zh ara ces cmn dan deu ell eng est fin fra heb hin hun ind ita "
+    "jpn kor nld nor pol por ron rus spa swe tha tur ukr vie zho arabic chinese czech danish dutch english finnish "
+    "french german greek hebrew hindi hungarian indonesian italian japanese korean norwegian polish portuguese "
+    "romanian russian spanish swedish thai turkish ukrainian vietnamese all_zh all_ja all_yue all_ko auto"
 )
+_LANGUAGES = frozenset(_LANGUAGE_NAMES.split())
+_GENDERS_AND_SPLITS = "male female m f man woman boy girl train training val valid validation dev test eval"
+_OTHER_LABELS = frozenset(_GENDERS_AND_SPLITS.split())
+_MAX_SPEAKER_NUMBER = 9_999  # above it, whole numbers are rates, lengths or times
+_MAX_LABEL = 30  # characters
 _SIMILAR = 0.5  # share of words in common, above which a column is another spelling of a text
+_WHOLE = 0.8  # of the letters of a text, which its other spelling has at least
+_MOST = 0.5  # share of the rows
+_TIMES = re.compile("^(?:start|begin|end|onset)")
 _FEW = 3  # rows below which values that do not repeat say nothing
 
 
@@ -129,6 +160,11 @@ def by_name(names: Sequence[str], columns: str | None = None, *, messages: bool 
             if name in plain and roles[plain.index(name)] == UNUSED:
                 roles[plain.index(name)] = role
                 break
+    if not {"start", "end"} & set(roles) and any(_TIMES.search(name) for name in plain):
+        raise DataError(
+            f"columns {', '.join(map(str, names))}: some look like times of a part of a recording, but not in seconds "
+            "as start and end; say with --columns what is used"
+        )
     if "normalised" in roles and "text" not in roles:
         roles[roles.index("normalised")] = "text"
     if not {"audio", "text"} <= set(roles) and "messages" not in roles:
@@ -160,40 +196,46 @@ def by_content(rows: Sequence[Sequence[str]], is_recording: Callable[[str], bool
     if not any(found):
         found = [sum(cell.lower().endswith(AUDIO_SUFFIXES) for cell in column) for column in cells]
     audio = found.index(max(found))
-    roles = {audio: "audio"}
     rest = {index: column for index, column in enumerate(cells) if index != audio}
     if width == 2:
-        [column] = rest.values()
+        [(text, column)] = rest.items()
         if len(rows) >= _FEW and len(set(column)) == 1:
             raise _undecided(rows, "one value stands in all rows, which is not a transcript")
-        _check_words(column, rows)
-        return Reading(tuple(roles.get(at, "text") for at in range(width)))
+        roles = {audio: "audio", text: "text"}
+    else:
+        roles = {audio: "audio"} | _roles(rows, rest)
+    reading = Reading(tuple(roles[index] for index in range(width)))
+    if (problem := not_words([row[reading.roles.index("text")] for row in rows])) is not None:
+        raise _undecided(rows, problem)
+    return reading
+
+
+def _roles(rows: Sequence[Sequence[str]], rest: dict[int, list[str]]) -> dict[int, str]:
+    """The meanings of the columns beside the recording, of which there are several."""
     kinds = {index: _kind(column) for index, column in rest.items()}
-    texts = [index for index, kind in kinds.items() if kind == "text"]
-    numbers = [index for index, kind in kinds.items() if kind == "numbers"]
-    if not texts and len(numbers) == 1:  # spoken numbers
-        texts, numbers = numbers, []
-    if numbers and len(rows) >= _FEW:
+
+    def those(kind: str) -> list[int]:
+        return [index for index, found in kinds.items() if found == kind]
+
+    texts, numbers, languages = those("text"), those("numbers"), those("language")
+    if numbers and (len(rows) >= _FEW or not texts):
         raise _undecided(rows, f"column {numbers[0] + 1} has another number in each row")
-    labels = [index for index, kind in kinds.items() if kind == "label"] + numbers
+    labels = those("label") + numbers
     if len(labels) > 1:
         raise _undecided(rows, "several columns could be the speaker")
-    roles |= dict.fromkeys(labels, "speaker")
-    roles |= {index: UNUSED for index, kind in kinds.items() if kind == "unused"}
-    languages = [index for index, kind in kinds.items() if kind == "language"]
-    roles |= dict.fromkeys(languages[:1], "language") | dict.fromkeys(languages[1:], UNUSED)
-    phonemes = [index for index in texts if _share(cells[index], _is_phonemes) > 0.5]
-    if phonemes and len(texts) > len(phonemes):
-        roles |= dict.fromkeys(phonemes, UNUSED)
+    phonemes = [index for index in texts if _share(rest[index], is_phonemes) > _MOST]
+    if len(texts) > len(phonemes):
         texts = [index for index in texts if index not in phonemes]
-    if len(texts) == 2 and _similarity(cells[texts[0]], cells[texts[1]]) >= _SIMILAR:
-        roles |= {texts[0]: "text", texts[1]: "normalised"}
-    elif len(texts) == 1:
-        _check_words(cells[texts[0]], rows)
-        roles[texts[0]] = "text"
-    else:
+    roles = dict.fromkeys(rest, UNUSED) | dict.fromkeys(labels, "speaker") | dict.fromkeys(languages[:1], "language")
+    if len(texts) == 2 and is_normalised(rest[texts[1]], rest[texts[0]]):
+        return roles | {texts[0]: "text", texts[1]: "normalised"}
+    if len(texts) != 1:
         raise _undecided(rows, "several columns could be the text" if texts else "no column looks like a text")
-    return Reading(tuple(roles[index] for index in range(width)))
+    others = [cell for index in (*labels, *languages) for cell in rest[index]]
+    may_be_name = _share(rest[texts[0]], lambda cell: _SENTENCE.search(cell) is not None) < _MOST
+    if may_be_name and not_words(rest[texts[0]]) is None and not all(map(_is_number, others)):
+        raise _undecided(rows, f"column {texts[0] + 1} could be the text or a name")
+    return roles | {texts[0]: "text"}
 
 
 def _kind(column: Sequence[str]) -> str:
@@ -201,19 +243,33 @@ def _kind(column: Sequence[str]) -> str:
     filled = [cell for cell in column if cell]
     repeats = len(set(filled)) < len(filled)
     if all(map(_is_number, filled)):
-        whole = filled and all(cell.isdecimal() for cell in filled)
+        whole = filled and all(cell.isdecimal() and int(cell) <= _MAX_SPEAKER_NUMBER for cell in filled)
         return "unused" if not whole else "label" if repeats else "numbers"
-    if any(re.search(r"\s", cell) for cell in filled):
-        return "text"
-    if all(_LANGUAGE.fullmatch(cell) and re.split("[-_]", cell.lower())[0] in _LANGUAGES.split() for cell in filled):
+    lower = {cell.lower() for cell in filled}
+    if lower <= _LANGUAGES or all(_is_language(cell) for cell in filled):
         return "language"
-    is_plain = all(cell.isascii() and cell[-1] not in ".!?," for cell in filled)
-    return "label" if repeats and is_plain else "text"
+    if lower <= _OTHER_LABELS or all(map(_PATH.fullmatch, filled)):
+        return "unused"
+    few = len(set(filled)) <= len(filled) / 2
+    short = all(len(cell) <= _MAX_LABEL and cell[-1] not in ".!?,。！？" for cell in filled)
+    is_name = few or (repeats and not any(re.search(r"\s", cell) or not cell.isascii() for cell in filled))
+    return "label" if short and repeats and is_name else "text"
 
 
-def _check_words(column: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    if _share(column, _is_phonemes) > 0.5:
-        raise _undecided(rows, "the only text looks like phonemes, which the model does not read")
+def _is_language(cell: str) -> bool:
+    return _LANGUAGE.fullmatch(cell) is not None and re.split("[-_]", cell.lower())[0] in _LANGUAGES
+
+
+def not_words(column: Sequence[str]) -> str | None:
+    """Why a column is not of transcripts: it holds phonemes, numbers or paths; None where it may be."""
+    filled = [cell for cell in column if cell]
+    if filled and _share(filled, is_phonemes) > _MOST:
+        return "the only text looks like phonemes, which the model does not read"
+    if filled and all(_is_number(cell) or cell in ("True", "False") for cell in filled):
+        return "the text would be a number in each row"
+    if filled and _share(filled, lambda cell: _PATH.fullmatch(cell) is not None) > _MOST:
+        return "the text would be a path"
+    return None
 
 
 def _undecided(rows: Sequence[Sequence[str]], why: str) -> DataError:
@@ -224,21 +280,29 @@ def _undecided(rows: Sequence[Sequence[str]], why: str) -> DataError:
     )
 
 
-def _is_phonemes(text: str) -> bool:
-    return len(_PHONEMES.findall(text)) >= max(1, len(text) // 20)
+def is_phonemes(text: str) -> bool:
+    """Whether a text is written in the IPA, or in names of sounds with spaces between."""
+    if len(_IPA.findall(text)) >= max(1, len(text) // 20):
+        return True
+    words = [word for word in text.split() if word.isascii()]
+    sounds = sum(_SOUND.fullmatch(word) is not None for word in words)
+    has_tones = any(word[-1].isdigit() and word[0].isalpha() for word in words)
+    return sounds > len(words) * 0.8 and (has_tones or len(words) > _FEW_SOUNDS) and len(words) >= len(text.split()) / 3
 
 
 def _share(column: Sequence[str], holds: Callable[[str], bool]) -> float:
     return sum(map(holds, column)) / len(column)
 
 
-def _similarity(first: Sequence[str], second: Sequence[str]) -> float:
-    """Mean share of words in common of two columns, row by row; rows that lack one of both texts do not count."""
-    shares = []
+def is_normalised(second: Sequence[str], first: Sequence[str]) -> bool:
+    """Whether the second column is the first one spelt out: it shares its words, and is not a part of it."""
+    shares, lengths = [], [0, 0]
     for one, other in zip(map(_words, first), map(_words, second), strict=True):
-        if one and other:
+        if one and other:  # rows that lack one of both do not count
             shares.append((one & other).total() / min(one.total(), other.total()))
-    return sum(shares) / len(shares) if shares else 0.0
+            lengths[0] += sum(len(word) * count for word, count in one.items())
+            lengths[1] += sum(len(word) * count for word, count in other.items())
+    return bool(shares) and sum(shares) / len(shares) >= _SIMILAR and lengths[1] >= _WHOLE * lengths[0]
 
 
 def _words(text: str) -> Counter[str]:

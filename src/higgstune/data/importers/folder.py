@@ -2,8 +2,10 @@
 
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from higgstune.data.importers.records import sidecar_rows
@@ -25,6 +27,7 @@ from higgstune.data.source import (
 # Endings of the transcript beside `1.wav`, in the order of preference; LibriTTS has two for a clip.
 TRANSCRIPTS = (".normalized.txt", ".txt", ".lab", ".original.txt", ".wav.txt")
 _LISTS = ".trans.txt"  # of LibriSpeech: one for the clips of a folder, with the id before each text
+_LOOKED_AT = 100  # recordings
 _MICROPHONE = re.compile(r"_mic[12]$")  # VCTK has two recordings of each text
 _KNOWN_BESIDE = (".json", *TRANSCRIPTS)
 
@@ -39,6 +42,22 @@ def read_folder(folder: Path, *, allow_outside: bool = False) -> Source:
     """
     reader = _Folder(folder, allow_outside)
     return Source(list(reader.rows()), reader.read_as(), reader.notes)
+
+
+def has_transcripts(folder: Path) -> bool:
+    """Whether one of the first recordings below a folder has its transcript beside it."""
+    first = islice(audio_files(folder, allow_outside=False), _LOOKED_AT)
+    return any(next(transcript_names(path, siblings), None) is not None for path, siblings in first)
+
+
+def transcript_names(path: Path, siblings: dict[str, str]) -> Iterator[str]:
+    """The transcripts beside a recording, the preferred one first."""
+    named = {unicodedata.normalize("NFC", key): name for key, name in siblings.items()}
+    stem = unicodedata.normalize("NFC", path.stem)
+    for ending in TRANSCRIPTS:
+        key = unicodedata.normalize("NFC", path.name) + ".txt" if ending == ".wav.txt" else stem + ending
+        if (name := named.get(key)) is not None:
+            yield name
 
 
 def has_audio(folder: Path, *, allow_outside: bool = False) -> bool:
@@ -56,13 +75,18 @@ class _Folder:
         self._second_microphone = 0
         self._folders: set[str] = set()  # of the first level, with recordings
         self._named_speakers = False
+        self._second_texts = 0
         self._by_name = self._transcripts()
+        self._recordings: defaultdict[str, set[Path]] = defaultdict(set)  # folders with a recording of a name
+        for path, _ in audio_files(folder, allow_outside):
+            self._recordings[_MICROPHONE.sub("", path.stem)].add(path.parent)
 
     def rows(self) -> Iterator[SourceRow]:
         """The rows, in the order of their paths."""
         for path, siblings in audio_files(self._folder, self._allow_outside):
             location = path.relative_to(self._folder).as_posix()
-            if path.stem.endswith("_mic2") and f"{path.stem[:-1]}1{path.suffix.lower()}" in siblings:
+            is_second = path.stem.endswith("_mic2") and f"{path.stem[:-1]}1{path.suffix.lower()}" in siblings
+            if is_second and next(transcript_names(path, siblings), None) is None:
                 self._second_microphone += 1
                 continue
             try:
@@ -81,6 +105,8 @@ class _Folder:
         """What is not used of the folder."""
         if self._second_microphone:
             yield f"recordings of a second microphone: {self._second_microphone}"
+        if self._second_texts:
+            yield f"second texts of a recording, whose first one is used: {self._second_texts}"
         if texts := sum(path not in self._used for paths in self._by_name.values() for path in paths):
             yield f"texts without a recording: {texts}"
         other: Counter[str] = Counter()
@@ -99,8 +125,10 @@ class _Folder:
         if not is_unicode(location):
             raise RowError("bad_row", "the name of the file or of its folder is not UTF-8: rename it")
         real = path_within(self._folder, location, self._allow_outside)
-        names = list(self._names(path, siblings))
+        names = list(transcript_names(path, siblings))
+        json_name = siblings.get(path.stem + ".json")
         self._used.update(path.parent / name for name in names)
+        self._second_texts += max(0, len(names) + (json_name is not None) - 1)
         if real.suffix.lower() in FOREIGN_SUFFIXES:
             raise RowError("unsupported_format", f"{real.suffix} is not supported: convert it to flac or wav")
         speaker = self._speaker(location)
@@ -112,16 +140,17 @@ class _Folder:
             transcript = path_within(self._folder, beside, self._allow_outside)
             self._kinds["a " + next(kind for kind in TRANSCRIPTS if transcript_name.lower().endswith(kind))] += 1
             return [Utterance(audio=location, text=read_transcript(transcript), speaker=speaker)]
-        if (name := siblings.get(path.stem + ".json")) is not None:
-            content = read_whole(path_within(self._folder, str(Path(location).with_name(name)), self._allow_outside))
-            rows = sidecar_rows(content, location, name)
+        if json_name is not None:
+            beside = str(Path(location).with_name(json_name))
+            content = read_whole(path_within(self._folder, beside, self._allow_outside))
+            rows = sidecar_rows(content, location, json_name)
             self._kinds["a .json"] += 1
             return rows
         if (text := self._listed(path, siblings)) is not None:
             self._kinds[f"a *{_LISTS}"] += 1
             return [Utterance(audio=location, text=text, speaker=speaker)]
-        elsewhere = self._by_name.get(_MICROPHONE.sub("", path.stem), [])
-        if len(elsewhere) == 1 and elsewhere[0].parent != path.parent:
+        elsewhere = self._elsewhere(path)
+        if len(elsewhere) == 1:
             transcript = path_within(
                 self._folder, elsewhere[0].relative_to(self._folder).as_posix(), self._allow_outside
             )
@@ -135,11 +164,15 @@ class _Folder:
         hint = f" (its {subtitles[0]} is not read: write the words of the clip into a .txt)" if subtitles else ""
         raise RowError("no_transcript", f"there is no {path.stem}.txt or .lab file beside it{hint}")
 
-    def _names(self, path: Path, siblings: dict[str, str]) -> Iterator[str]:
-        for ending in TRANSCRIPTS:
-            stem = path.name.removesuffix(path.suffix) + (path.suffix if ending == ".wav.txt" else "")
-            if (name := siblings.get(stem + (".txt" if ending == ".wav.txt" else ending))) is not None:
-                yield name
+    def _elsewhere(self, path: Path) -> list[Path]:
+        """The texts in other folders that can only be this recording's: the only one of its name, or, among several,
+        the one in a folder of the same name (`wav/anna/1.wav`, `txt/anna/1.txt`).
+        """
+        stem = _MICROPHONE.sub("", path.stem)
+        texts = [text for text in self._by_name.get(stem, []) if text.parent != path.parent]
+        owned = self._recordings[stem]
+        free = [text for text in texts if text.parent not in owned]
+        return free if len(owned) == 1 and len(texts) == 1 else [t for t in free if t.parent.name == path.parent.name]
 
     def _listed(self, path: Path, siblings: dict[str, str]) -> str | None:
         """The text of a clip in LibriSpeech's list of its folder."""
@@ -167,7 +200,7 @@ class _Folder:
     def _speaker(self, location: str) -> str | None:
         """The speaker in the names of LibriSpeech, LibriTTS and VCTK; other sub-folders have no meaning."""
         *folders, name = Path(location).parts
-        stem = name.partition(".")[0]
-        if len(folders) >= 2 and re.match(rf"{re.escape(folders[-2])}[-_]{re.escape(folders[-1])}[-_]\d", stem):
-            return folders[-2]  # 84/121123/84-121123-0000.flac
+        found = re.match(r"(\d+)[-_](\d+)[-_]\d", name)
+        if found is not None and folders and folders[-1] == found[2]:
+            return found[1]  # 84/121123/84-121123-0000.flac
         return None

@@ -1,13 +1,14 @@
 """Rows from a data set at the hub: `hf:owner/name`, or `hf:owner/name:split`. Needs the extra `datasets`."""
 
+import hashlib
 import os
 import re
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from higgstune.data.importers.records import records_source
+from higgstune.data.rejection import RowError, shown
 from higgstune.data.source import Source
 from higgstune.errors import ConfigError, DataError
 from higgstune.inputs import HUB_PREFIX
@@ -31,18 +32,18 @@ def read_hub(source: str, *, columns: str | None = None) -> Source:
     import datasets
 
     name, split = found["name"], found["split"] or "train"
-    try:
-        rows = datasets.load_dataset(name, split=split, streaming=True)
-        rows = rows if rows.features is not None else rows._resolve_features()
-        audio = [key for key, kind in rows.features.items() if _is_audio(kind)]
-        for key in audio:  # the bytes: decoding is ours
-            rows = rows.cast_column(key, datasets.Audio(decode=False))
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"the data set {name} cannot be read (split {split}): {error}") from error
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "higgstune" / "datasets" / f"{name.replace('/', '--')}--{split}"
     folder.mkdir(parents=True, exist_ok=True)
-    records = list(_records(rows, audio, folder, source))
+    try:
+        rows = datasets.load_dataset(name, split=split, streaming=True)
+        rows = rows if rows.features is not None else rows._resolve_features()
+        features = rows.features
+        for key in (key for key, kind in features.items() if _is_audio(kind)):  # the bytes: decoding is ours
+            rows = rows.cast_column(key, datasets.Audio(decode=False))
+        records = [(f"{source}:{number}", _record(row, features, folder)) for number, row in enumerate(rows)]
+    except (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"the data set {name} cannot be read (split {split}): {error}") from error
     return records_source(folder / source.removeprefix(HUB_PREFIX).replace("/", "--"), records, columns=columns)
 
 
@@ -53,16 +54,27 @@ def _is_audio(kind: Any) -> bool:
     return isinstance(kind, datasets.Audio) or (isinstance(kind, dict) and {"bytes", "path"} <= kind.keys())
 
 
-def _records(rows: Any, audio: list[str], folder: Path, source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row with its place; a recording is the name of its file below `folder`."""
-    for number, row in enumerate(rows):
-        record: dict[str, Any] = {key: value for key, value in row.items() if key not in audio}
-        for key in audio:
-            content = row[key]
-            if content is not None:
-                data = content["bytes"] or Path(content["path"]).read_bytes()
-                suffix = _SUFFIXES.get(data[:4], ".mp3")
-                record[key] = f"{number:07d}-{key}{suffix}"
-                if not (file := folder / record[key]).is_file() or file.stat().st_size != len(data):
-                    file.write_bytes(data)
-        yield f"{source}:{number}", record
+def _record(row: dict[str, Any], features: Any, folder: Path) -> dict[str, Any] | RowError:
+    """A row as an object: a recording is the name of its file below `folder`, and a class its name."""
+    record: dict[str, Any] = {}
+    for key, value in row.items():
+        if _is_audio(features[key]) and value is not None:
+            if value["bytes"] is None:  # a path is one of its author's machine, and never read here
+                return RowError(
+                    "missing_audio", f"the data set does not hold the recording in {shown(key)}, but a path"
+                )
+            record[key] = _written(value["bytes"], folder)
+        else:
+            named = hasattr(features[key], "int2str") and isinstance(value, int) and value >= 0
+            record[key] = features[key].int2str(value) if named else value
+    return record
+
+
+def _written(content: bytes, folder: Path) -> str:
+    """The name of the file of a recording, which is that of its content."""
+    name = hashlib.sha256(content).hexdigest()[:32] + _SUFFIXES.get(content[:4], ".mp3")
+    if not (folder / name).is_file():
+        temporary = folder / f".{name}.{os.getpid()}.new"
+        temporary.write_bytes(content)
+        temporary.replace(folder / name)
+    return name

@@ -1,17 +1,19 @@
 """Finding the recording that a table or a manifest names, however its author's machine spelt the path."""
 
 import os
+import posixpath
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from higgstune.data.audio import AUDIO_SUFFIXES, is_file
 from higgstune.data.rejection import RowError, shown
 from higgstune.data.source import FOREIGN_SUFFIXES, audio_files, path_within
 
 _FOLDERS = ("wavs", "", "wav", "audio", "clips")
+_DIRECTION_MARKS = "\u200e\u200f\ufeff"  # which a copied right-to-left text brings along
 
 
 class Recordings:
@@ -21,57 +23,65 @@ class Recordings:
         self._folder = folder
         self._allow_outside = allow_outside
         self.used: set[str] = set()
+        self._exactly: set[str] = set()  # recordings that are named exactly
         self._claims: defaultdict[str, set[str]] = defaultdict(set)  # names of each that are spelt in another way
         self.other_spelling = 0  # how many were found under another case, normal form, slash or root
 
     def expect(self, names: Iterable[str]) -> None:
         """All names of a source: a recording that two of them could mean is neither's."""
-        for name in set(names):
-            if not self.is_exact(name) and len(near := self._near(name, AUDIO_SUFFIXES)) == 1:
+        wanted = set(names)
+        self._exactly = {path for name in wanted for path in self._hits(name, _FOLDERS)}
+        for name in wanted:
+            if not self._hits(name, _FOLDERS) and len(near := self._near(name, AUDIO_SUFFIXES)) == 1:
                 self._claims[near[0]].add(_folded(name))
-
-    def is_exact(self, name: str) -> bool:
-        """Whether there is a recording of exactly this name."""
-        try:
-            return self._exact(name) is not None
-        except RowError:
-            return False
 
     def has(self, name: str) -> bool:
         """Whether a name stands for a recording here; it is not counted as used."""
-        return self.is_exact(name) or bool(self._near(name, AUDIO_SUFFIXES))
+        return bool(self._hits(name, _FOLDERS) or self._near(name, AUDIO_SUFFIXES))
 
     def find(self, name: str, folders: Sequence[str] = _FOLDERS) -> str:
         """The path of a recording, relative to the folder: `name` as it is or with a known suffix, in one of `folders`;
         else the only one below the folder with this name without regard to case, normal form, slashes and root.
 
-        Raises RowError without one. No path outside of the folder is even looked up unless outside is allowed.
+        Raises RowError where there is none, or several. Nothing outside of the folder is even looked up unless outside
+        is allowed.
         """
-        outside: RowError | None = None
-        try:
-            found = self._exact(name, folders)
-        except RowError as error:
-            found, outside = None, error
-        if found is None:
-            near = self._near(name, AUDIO_SUFFIXES)
-            if len(near) == 1:
-                [found] = near
-                if len(names := self._claims[found] | {_folded(name)}) > 1:
-                    raise RowError("missing_audio", f"{found} could be each of {', '.join(sorted(names))}: rename it")
-                self.other_spelling += 1
-            elif near:
-                raise RowError("missing_audio", f"several recordings are named {name}: {', '.join(near[:3])}")
-            elif outside is not None:
-                raise outside
-            elif foreign := self._near(name, FOREIGN_SUFFIXES):
-                suffix = PurePosixPath(foreign[0]).suffix
-                raise RowError(
-                    "unsupported_format", f"{foreign[0]}: {suffix} is not supported: convert it to flac or wav"
-                )
-            else:
-                raise RowError("missing_audio", f"there is no recording {shown(name)} in {self._folder}, nor below it")
+        found = self._found(name, folders)
+        path_within(self._folder, found, self._allow_outside)  # it may be a link
         self.used.add(found)
         return found
+
+    def _found(self, name: str, folders: Sequence[str]) -> str:
+        hits = self._hits(name, folders)
+        if len(hits) > 1:
+            raise RowError("missing_audio", f"several recordings are named {name}: {', '.join(hits[:3])}")
+        if hits:
+            return hits[0]
+        near = self._near(name, AUDIO_SUFFIXES)
+        if len(near) == 1:
+            if len(names := self._claims[near[0]] | {_folded(name)}) > 1:
+                raise RowError("missing_audio", f"{near[0]} could be each of {', '.join(sorted(names))}: rename it")
+            self.other_spelling += 1
+            return near[0]
+        if near:
+            raise RowError("missing_audio", f"several recordings are named {name}: {', '.join(near[:3])}")
+        if is_file(path_within(self._folder, name, self._allow_outside)):
+            return name
+        if foreign := self._near(name, FOREIGN_SUFFIXES):
+            raise RowError(
+                "unsupported_format", f"the format of {foreign[0]} is not supported: convert it to flac or wav"
+            )
+        raise RowError("missing_audio", f"there is no recording {shown(name)} in {self._folder}, nor below it")
+
+    def _hits(self, name: str, folders: Sequence[str]) -> list[str]:
+        """The recordings of exactly this name: as it is written, else with a known suffix or in one of the folders."""
+        if os.path.isabs(name):
+            name = os.path.relpath(name, self._folder) if Path(name).is_relative_to(self._folder) else ""
+        plain = posixpath.normpath(name)
+        if not name or plain in self._all:
+            return [plain] if name else []
+        places = [posixpath.normpath(posixpath.join(folder, name)) for folder in folders]
+        return [path for place in places for suffix in ("", *AUDIO_SUFFIXES) if (path := place + suffix) in self._all]
 
     def notes(self) -> Iterator[str]:
         """What rows have named in another way, and what none has named."""
@@ -81,24 +91,18 @@ class Recordings:
         if left := sum(path not in used for path in self._all):
             yield f"recordings that no row names: {left}"
 
-    def _exact(self, name: str, folders: Sequence[str] = _FOLDERS) -> str | None:
-        for place in folders:
-            for suffix in ("", *AUDIO_SUFFIXES):
-                path = Path(place, name + suffix).as_posix()
-                if is_file(path_within(self._folder, path, self._allow_outside)):
-                    return path
-        return None
-
     def _near(self, name: str, suffixes: tuple[str, ...]) -> list[str]:
         """The recordings that have this name but for case, normal form, slashes, suffix and root: the best fits.
 
         Either path must be the end of the other. `a/1.wav` is never `b/1.wav`, which may be another voice.
         """
-        *parents, last = _folded(name.replace("\\", "/")).split("/")
+        *parents, last = _folded(name.replace("\\", "/").strip(_DIRECTION_MARKS)).split("/")
         fits: dict[str, int] = {}
         for path in self._by_stem[_stem(last)]:
             *folders, file = _folded(path).split("/")
-            if not path.lower().endswith(suffixes) or (_stem(last) != last and _stem(file) == file):
+            if path in self._exactly or not path.lower().endswith(suffixes):
+                continue
+            if _stem(last) != last and _stem(file) == file:
                 continue
             if folders and folders[0] in _FOLDERS:  # on another machine, it may have had any name
                 del folders[0]
@@ -109,9 +113,9 @@ class Recordings:
         return sorted(path for path, common in fits.items() if common == best)
 
     @cached_property
-    def _all(self) -> list[str]:
+    def _all(self) -> frozenset[str]:
         found = (path for path, siblings in audio_files(self._folder, self._allow_outside) if siblings)
-        return [path.relative_to(self._folder).as_posix() for path in found]
+        return frozenset(path.relative_to(self._folder).as_posix() for path in found)
 
     @cached_property
     def _by_stem(self) -> defaultdict[str, list[str]]:

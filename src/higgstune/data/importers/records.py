@@ -16,6 +16,7 @@ from higgstune.data.source import Source, SourceRow, read_whole
 from higgstune.errors import DataError
 
 _TEXTS = ("speaker", "language", "id")  # numbers are accepted for them
+_MAX_TIME = 1e9  # seconds
 _PLACEHOLDER = "<audio>"  # of ms-swift, for the next of the row's audios
 _KEYS = tuple(Utterance.model_fields)
 _FOLDERS = ("", "wavs", "wav", "audio", "clips")  # paths are relative to the file; some name recordings alone
@@ -59,8 +60,16 @@ def records_source(
     reading = reading or Reading((), ())
     recordings = recordings or Recordings(path.parent, allow_outside)
     objects = [_renamed(record, reading) for _, record in records if isinstance(record, dict)]
-    recordings.expect(value for values in objects if isinstance(value := values.get("audio"), str) and value)
-    rows = [_row(path, place, record, reading, recordings, allow_outside) for place, record in records]
+    recordings.expect(
+        value
+        for values in objects
+        for key in ("audio", "reference_audio")
+        if isinstance(value := values.get(key), str) and value
+    )
+    rows = [
+        _row(path, place, record, reading, recordings, allow_outside, check_spelling=columns is None)
+        for place, record in records
+    ]
     rows, dropped = _without_unknown_references(rows) if "reference_audio" not in keys else (rows, 0)
 
     def notes() -> Iterator[str]:
@@ -110,29 +119,38 @@ def sidecar_rows(content: bytes, location: str, name: str) -> list[Utterance]:
         found = [segment for segment in segments if isinstance(segment, dict) and segment.get("text")]
         if not found or any(key not in segment for segment in found for key in _WHISPER):
             raise RowError("no_transcript", f"{name} has no segments with start, end and text")
-        language = data.get("language")
+        language, stem = data.get("language"), Path(location).with_suffix("").as_posix()
         return [
             parse_utterance(
                 {"audio": location, "text": str(segment["text"]).strip(), "start": _seconds(segment["start"]),
-                 "end": _seconds(segment["end"]), "speaker": _name(segment.get("speaker")), "language": _name(language)}
+                 "end": _seconds(segment["end"]), "speaker": speaker and f"{stem} {speaker}",
+                 "language": _name(language)}
             )
             for segment in found
+            for speaker in [_name(segment.get("speaker"))]
         ]  # fmt: skip
     if isinstance(data, dict) and (reading := by_name(["audio", *(key for key in data if key != "audio")])) is not None:
-        values = _renamed(data, reading, skip=("audio", "id", "start", "end", "duration"))
+        values = _renamed(data, reading, skip=("audio", "id", "duration"))
         return [parse_utterance({**values, "audio": location})]
     raise RowError("no_transcript", f"{name} has neither a text nor segments")
 
 
 def _row(
-    path: Path, place: str, record: Any, reading: Reading, recordings: Recordings, allow_outside: bool
+    path: Path,
+    place: str,
+    record: Any,
+    reading: Reading,
+    recordings: Recordings,
+    allow_outside: bool,
+    *,
+    check_spelling: bool,
 ) -> SourceRow:
     try:
         if isinstance(record, RowError):
             raise record
         if not isinstance(record, dict):
             raise RowError("bad_row", f"a row must be an object with keys, but this is {shown(record)}")
-        row = parse_utterance(_values(record, reading, recordings))
+        row = parse_utterance(_values(record, reading, recordings, check_spelling=check_spelling))
     except RowError as error:
         known = _renamed(record, reading) if isinstance(record, dict) else {}
         row_id, audio = (value if isinstance(value := known.get(key), str) else None for key in ("id", "audio"))
@@ -143,9 +161,11 @@ def _row(
     return SourceRow(place, path.parent, row, row.id, row.audio, allow_outside)
 
 
-def _values(record: dict[str, Any], reading: Reading, recordings: Recordings) -> dict[str, Any]:
+def _values(
+    record: dict[str, Any], reading: Reading, recordings: Recordings, *, check_spelling: bool
+) -> dict[str, Any]:
     unused = {name for name, role in zip(reading.names, reading.roles, strict=True) if role == UNUSED}
-    for key in unused.intersection(record):
+    for key in unused.intersection(record) if check_spelling else ():
         if near := get_close_matches(str(key)[:100], _KEYS, n=1, cutoff=0.8):
             raise RowError("bad_row", f"the key {shown(key)} is unknown; did you mean {near[0]!r}?")
     values = _renamed(record, reading)
@@ -201,7 +221,7 @@ def _with_audios(messages: Any, audios: Any) -> Any:
 
 
 def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _MAX_TIME:
         raise RowError("bad_row", f"a time is {shown(value)}, not a number of seconds")
     return float(value)
 

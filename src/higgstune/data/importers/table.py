@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from higgstune.data.importers.columns import Reading, by_content, by_name, is_header
+from higgstune.data.importers.columns import UNUSED, Reading, by_content, by_name, is_header, is_normalised, not_words
 from higgstune.data.importers.recordings import Recordings
-from higgstune.data.manifest import Utterance
+from higgstune.data.manifest import Utterance, parse_utterance
 from higgstune.data.messages import is_unicode
 from higgstune.data.rejection import RowError
 from higgstune.data.source import Source, SourceRow, decode_lines, read_whole, without_audio_suffix
@@ -17,6 +17,7 @@ from higgstune.errors import DataError
 SEPARATORS = {"|": "|", "\t": "TAB", ";": ";", ",": ","}
 _QUOTED = ",;"  # separators of tables in which a cell may stand in quotes
 _HINT = "write one clip a line: id|text or id|text|normalised text, or a header such as file_name,text,speaker"
+_BLANK = ("", "nan", "null", "none", "n/a", "<na>")  # a missing value, as pandas and others write it
 _MAX_QUOTED_LINES = 50  # that one quoted cell may span
 
 
@@ -39,18 +40,26 @@ def read_table(path: Path, *, allow_outside: bool = False, columns: str | None =
     for `columns` that do not fit.
     """
     lines = decode_lines(read_whole(path))
+    if lines[0].lower().startswith("sep="):  # Excel's, about the separator
+        lines[0] = ""
     if not any(line.strip() for line in lines):
         raise DataError(f"{path} is empty: {_HINT}")
     recordings = Recordings(path.parent, allow_outside)
     separator, reading, rows = _read(path, lines, recordings, columns)
     if not rows:
         raise DataError(f"{path} has a header but no rows: {_HINT}")
+    words = reading.roles.index("text")
+    if columns is None and (problem := not_words([line.cells[words] for line in rows if len(line.cells) > words])):
+        raise DataError(f"{path}, read as {reading}: {problem}; say with --columns what the columns are")
     index = reading.roles.index("audio")
     recordings.expect(line.cells[index].strip() for line in rows if len(line.cells) > index and not line.problem)
     found = [
         _source_row(path, line, reading, recordings, separator, lines[line.number - 1], allow_outside) for line in rows
     ]
-    joined = sum(len(line.cells) > len(reading.roles) for line in rows) if reading.text_is_last else 0
+    joined = sum(
+        len(line.cells) > len(reading.roles) and isinstance(row.content, Utterance)
+        for line, row in zip(rows, found, strict=True)
+    )
 
     def notes() -> Iterator[str]:
         if joined:
@@ -74,20 +83,22 @@ def _read(
     """The separator of a table, the meaning of its columns, and its rows."""
     parsed = {separator: _split(lines, separator) for separator in SEPARATORS}
     for separator, rows in parsed.items():
+        if not rows:
+            continue
         header = [cell.strip() for cell in rows[0].cells]
         if len(header) > 1 and (reading := by_name(header, columns)) is not None:
-            return separator, reading, _split(lines, separator, len(header))[1:]
+            return separator, reading, _split(lines, separator, len(header), recordings)[1:]
         if len(header) > 1 and is_header(header) and not any(map(recordings.has, header)):
             raise DataError(
                 f"{path}: its columns are {', '.join(header)}; say which are the recording and the text with "
                 "--columns, such as audio=path,text=words"
             )
-    separator = max(SEPARATORS, key=lambda name: sum(len(line.cells) > 1 for line in parsed[name]))
+    separator = max(SEPARATORS, key=lambda name: _fit(parsed[name], recordings))
     rows = parsed[separator]
     if sum(len(line.cells) > 1 for line in rows) <= len(rows) / 2:
         raise DataError(f"{path} is not a table of clips: no line has several cells; {_HINT}")
     width = _width(path, rows, separator)
-    rows = _split(lines, separator, width)
+    rows = _split(lines, separator, width, recordings)
     whole = [[cell.strip() for cell in line.cells] for line in rows if len(line.cells) == width and not line.problem]
     try:
         if columns is None and separator in _QUOTED and not any(map(recordings.has, (row[0] for row in whole))):
@@ -96,6 +107,12 @@ def _read(
     except DataError as error:
         what = "TAB" if separator == "\t" else f"`{separator}`"
         raise DataError(f"{path}, columns separated by {what}: {error}") from error
+
+
+def _fit(rows: Sequence[_Line], recordings: Recordings) -> tuple[int, int]:
+    """How well a separator fits a table without a header: rows that begin with a recording, rows of several cells."""
+    several = [line for line in rows if len(line.cells) > 1]
+    return sum(recordings.has(line.cells[0].strip()) for line in several), len(several)
 
 
 def _width(path: Path, rows: Sequence[_Line], separator: str) -> int:
@@ -111,30 +128,44 @@ def _width(path: Path, rows: Sequence[_Line], separator: str) -> int:
     return counts[0][0]
 
 
-def _split(lines: Sequence[str], separator: str, width: int | None = None) -> list[_Line]:
-    """The cells of every line that is not empty. A quoted cell may span lines if its row then has `width` cells."""
+def _split(
+    lines: Sequence[str], separator: str, width: int | None = None, recordings: Recordings | None = None
+) -> list[_Line]:
+    """The cells of every line that is not empty. A quoted cell may span lines if its row then has `width` cells, and
+    none of the other lines begins with a recording, as a row of its own does.
+    """
     found, index = [], 0
     while index < len(lines):
         number, line = index + 1, lines[index]
         index += 1
         if not line.strip(" \r\n"):
             continue
-        if separator not in _QUOTED:
-            found.append(_Line(number, [_unquoted(cell) for cell in line.split(separator)]))
-            continue
-        cells, problem = _quoted_cells(line, separator)
-        if problem is None:
+        cells, problem = _cells(line, separator)
+        if problem is None and not (width and len(cells) < width and '"' in line):
             found.append(_Line(number, cells))
             continue
         for last in range(index, min(index + _MAX_QUOTED_LINES, len(lines))):
+            if recordings is not None and recordings.has(lines[last].split(separator)[0].strip().strip('"')):
+                break
             longer, fails = _quoted_cells("\n".join(lines[number - 1 : last + 1]), separator)
             if fails is None and len(longer) == (width or len(longer)):
                 found.append(_Line(number, longer))
                 index = last + 1
                 break
-        else:
-            found.append(_Line(number, line.split(separator), problem))
+        if index == number:  # no line was taken
+            found.append(_Line(number, cells if problem is None else line.split(separator), problem))
     return found
+
+
+def _cells(line: str, separator: str) -> tuple[list[str], str | None]:
+    """The cells of one line, and what is wrong with them."""
+    if separator in _QUOTED:
+        return _quoted_cells(line, separator)
+    cells = line.split(separator)
+    filled = [cell.strip() for cell in cells if cell.strip()]
+    if len(filled) > 1 and all(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in filled):  # every cell is quoted
+        return [cell.strip()[1:-1].replace('""', '"') for cell in cells], None
+    return [_unquoted(cell) for cell in cells], None
 
 
 def _quoted_cells(line: str, separator: str) -> tuple[list[str], str | None]:
@@ -186,23 +217,25 @@ def _utterance(line: _Line, reading: Reading, recordings: Recordings, separator:
     values = reading.values([cell.strip() for cell in _fitted(line, reading, separator, raw)])
     if broken := [name for name, value in values.items() if not is_unicode(value)]:
         raise RowError("bad_row", f"the column {broken[0]} is not UTF-8: convert the table")
-    if not values["audio"]:
+    values = {name: value for name, value in values.items() if value.lower() not in _BLANK}
+    if not values.get("audio"):
         raise RowError("bad_row", "the line names no recording")
+    if not (values.get("normalised") or values.get("text")):
+        raise RowError("empty_text", "the line has no text")
     audio = recordings.find(values["audio"])
-    reference = values.get("reference_audio") or None
+    reference = values.get("reference_audio")
     start, end = _segment(values)
-    return Utterance(
-        audio=audio,
-        text=values.get("normalised") or values["text"],
-        id=without_audio_suffix(values.get("id") or (values["audio"] if values["audio"] in audio else audio)),
-        speaker=values.get("speaker") or None,
-        language=values.get("language") or None,
-        scene=values.get("scene") or None,
-        reference_audio=reference and recordings.find(reference),
-        reference_text=(values.get("reference_text") or None) if reference else None,
-        start=start,
-        end=end,
-    )
+    row = {
+        "audio": audio,
+        "text": values.get("normalised") or values["text"],
+        "id": without_audio_suffix(values.get("id") or (values["audio"] if values["audio"] in audio else audio)),
+        **{name: values.get(name) for name in ("speaker", "language", "scene")},
+        "reference_audio": reference and recordings.find(reference),
+        "reference_text": values.get("reference_text") if reference else None,
+        "start": start,
+        "end": end,
+    }
+    return parse_utterance(row)
 
 
 def _segment(values: dict[str, str]) -> tuple[float | None, float | None]:
@@ -218,17 +251,19 @@ def _segment(values: dict[str, str]) -> tuple[float | None, float | None]:
 
 def _fitted(line: _Line, reading: Reading, separator: str, raw: str) -> Sequence[str]:
     """As many cells as columns. More are part of the text where that is last; else they are an error of the row."""
-    extra = len(line.cells) - len(reading.roles)
-    if extra == 0:
-        return line.cells
-    if extra > 0:
-        if reading.text_is_last and '"' not in raw:
-            return [*line.cells[: len(reading.roles) - 1], raw.split(separator, len(reading.roles) - 1)[-1]]
+    width = len(reading.roles)
+    cells = line.cells
+    while len(cells) > width and not cells[-1].strip():
+        cells = cells[:-1]
+    if len(cells) > width:
+        another_spelling = reading.text_is_last and is_normalised([cells[-1]], [cells[-2]])
+        if reading.text_is_last and '"' not in raw and not another_spelling:
+            return [*cells[: width - 1], raw.split(separator, width - 1)[-1]]
         raise RowError(
             "bad_row",
-            f"{len(line.cells)} cells, and the table has {len(reading.roles)} columns: put the text in quotes, or "
-            "write it in the last column",
+            f"{len(cells)} cells, and the table has {width} columns: put the text in quotes, or write it in the last "
+            "column",
         )
-    if set(reading.roles[len(line.cells) :]) & {"audio", "text"}:
-        raise RowError("bad_row", f"{len(line.cells)} cells, and the table has {len(reading.roles)} columns")
-    return line.cells
+    if set(reading.roles[len(cells) :]) - {"normalised", UNUSED}:
+        raise RowError("bad_row", f"{len(cells)} cells, and the table has {width} columns")
+    return cells

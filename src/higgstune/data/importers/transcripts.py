@@ -7,6 +7,7 @@ from typing import Any
 
 from higgstune.data.audio import is_file
 from higgstune.data.manifest import Utterance
+from higgstune.data.messages import is_unicode
 from higgstune.data.rejection import RowError, shown
 from higgstune.data.source import decode
 
@@ -19,6 +20,11 @@ _FORMATS = (
     ("SubStation subtitles", re.compile(r"\s*\[Script Info\]")),
     ("song lyrics with times (LRC)", re.compile(r"\s*(?:\[\w+:[^\]\n]*\]\s*)*\[\d+:\d\d(?:[.:]\d+)?\]")),
     ("Audacity labels", re.compile(rf"\s*(?:{_TIME}\t{_TIME}(?:\t[^\n]*)?(?:\n\\\t[^\n]*)?(?:\n|$)\s*)+\Z")),
+    ("labels with times", re.compile(r"\s*(?:\[?\d+\.\d+s?(?: +| +-> +)\d+\.\d+s?\]? +\S[^\n]*(?:\n|$)\s*)+\Z")),
+    ("a speaker and times", re.compile(r"\s*(?:Speaker \d+|[^\n:]{1,30})?\s*\d{1,2}:\d\d(?::\d\d)?\s*\n")),
+    ("the words of LRS with times", re.compile(r"\s*Text:[^\n]*\n\s*Conf:")),
+    ("a path", re.compile(r"\s*\S*[/\\]\S+\.\w{2,5}\s*\Z")),
+    ("phones, one a line", re.compile(r"\s*(?:[A-Za-z@]{1,3}[012]?\s*\n\s*){3,}[A-Za-z@]{0,3}[012]?\s*\Z")),
     ("HTK labels", re.compile(r"\s*(?:\d+ +\d{4,} +\S[^\n]*(?:\n|$)\s*)+\Z")),
     ("a Praat TextGrid", re.compile(r'\s*File type\s*=\s*"ooTextFile')),
     ("a table of phones (CTM, MFA)", re.compile(r"\s*(?:\S+ +\d +\d+\.\d+ +\d+\.\d+ +\S+[^\n]*(?:\n|$)\s*)+\Z")),
@@ -32,6 +38,8 @@ _FORMATS = (
 _SOUND_TAG = r"/?SE(?:_[se])?"  # of the model
 _TAG = re.compile(rf"<(?!{_SOUND_TAG}>|\|)/?[A-Za-z][A-Za-z0-9:_-]*(?:\s[^<>]*)?/?>")
 _ENTITY = re.compile(r"&(?:#\d+|#x[0-9a-fA-F]+|[A-Za-z][A-Za-z0-9]*);")
+_STRESS = re.compile("[ˈˌː]")  # marks of the IPA alone
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _ESCAPED_SPACE = re.compile(r"\\[nrt]")
 
 
@@ -52,10 +60,16 @@ def read_transcript(path: Path) -> str:
         raise RowError(
             "no_transcript", f"{path.name} is not UTF-8 ({error.reason} at byte {error.start}): convert it"
         ) from error
-    for name, pattern in _FORMATS:
-        if pattern.match(text):
-            raise RowError("no_transcript", f"{path.name} holds {name}: write the words of the clip alone")
+    if (name := _format(text)) is not None:
+        raise RowError("no_transcript", f"{path.name} holds {name}: write the words of the clip alone")
     return text
+
+
+def _format(text: str) -> str | None:
+    """What a text is in place of a transcript; None where it may be one."""
+    found = next((name for name, pattern in _FORMATS if pattern.match(text)), None)
+    marks = len(_STRESS.findall(text))
+    return "phonemes (IPA)" if found is None and marks and marks >= len(text) // 30 else found
 
 
 def plain_row(row: Utterance) -> Utterance:
@@ -72,8 +86,12 @@ def plain_row(row: Utterance) -> Utterance:
 
 
 def _plain(text: str) -> str:
-    if "\0" in text:
-        raise RowError("bad_row", f"the text {shown(text)} holds NUL characters: it was read in another encoding")
+    if not is_unicode(text):
+        raise RowError("bad_row", "the text is not UTF-8: convert its file")
+    if found := _CONTROL.search(text):
+        raise RowError("bad_row", f"the text {shown(text)} holds the control character {found[0]!r}, which is not text")
+    if (name := _format(text)) is not None:
+        raise RowError("bad_row", f"the text {shown(text)} holds {name}: write the words of the clip alone")
     plain = text
     if "&" in plain:
         plain = _ENTITY.sub(lambda found: html.unescape(found[0]), plain)
