@@ -18,7 +18,8 @@ from tiny_runs import DEMO_CODEC, make_recordings
 
 import higgstune
 from higgstune.cli.output import mute_libraries
-from higgstune.errors import CheckpointError, Interrupted
+from higgstune.environment import check_versions
+from higgstune.errors import CheckpointError, Interrupted, WorkError
 
 VERBS = ("prepare", "inspect", "train", "speak", "evaluate", "compare", "export", "doctor", "demo")
 
@@ -229,6 +230,22 @@ def test_wrong_input_is_refused_in_one_layout_before_heavy_imports(wrong_inputs:
         assert names in said, arguments
         assert not set(said) & set("╭│╰"), arguments
     assert sorted(path.name for path in wrong_inputs.iterdir()) == before
+
+
+def test_versions_that_do_not_fit_are_refused_before_they_are_imported(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "transformers-4.57.1.dist-info").mkdir()
+    (tmp_path / "transformers-4.57.1.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 4.57.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, err = command("speak", "Hello.", "--model", "x/y", "--out", tmp_path / "x.wav")
+    assert code == 1
+    assert "transformers 4.57.1, needs >=5.23,<6" in err
+    code, _, err = command("speak", "Hello.", "--model", "/no/where")
+    assert code == 2
+    assert "/no/where" in err
+    with pytest.raises(WorkError, match=r"transformers 4\.57\.1"):
+        check_versions()
 
 
 @pytest.mark.parametrize(("option", "announced"), [((), True), (("--json",), False)])

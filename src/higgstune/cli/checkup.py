@@ -34,17 +34,22 @@ def doctor(
 
     Exits with 1 when a check failed. Nothing is changed.
     """
-    with announced("loading libraries", as_json):
-        from higgstune.diagnostics.examine import doctor as run
+    try:
+        with announced("loading libraries", as_json, any_version=True):
+            from higgstune.diagnostics.examine import doctor as run
+    except (ImportError, AttributeError, RuntimeError, OSError) as error:  # libraries that do not fit, or are broken
+        from higgstune.diagnostics.without_libraries import examine_without_libraries
 
-    report = run(
-        # Not by `base_spec`: a wrong name is a finding, too.
-        BaseSpec(model, revision, codec, device=None if device == "auto" else device),
-        adapter=adapter,
-        data=data,
-        recipe=recipe,
-        progress=lambda what: errors.print(f"examining {what}", highlight=False),
-    )
+        report = examine_without_libraries(error, adapter=adapter, data=data, recipe=recipe)
+    else:
+        report = run(
+            # Not by `base_spec`: a wrong name is a finding, too.
+            BaseSpec(model, revision, codec, device=None if device == "auto" else device),
+            adapter=adapter,
+            data=data,
+            recipe=recipe,
+            progress=lambda what: errors.print(f"examining {what}", highlight=False),
+        )
     if as_json:
         print_result(report.to_json(), as_json)
     else:

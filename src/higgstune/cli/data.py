@@ -10,6 +10,7 @@ from rich.table import Table
 
 from higgstune.cli.options import DeviceOption, JsonOption, check_model, path, within
 from higgstune.cli.output import Bar, announced, print_result
+from higgstune.environment import check_versions
 from higgstune.files import check_folder
 from higgstune.hub import check_name
 from higgstune.inputs import check_source, check_store
@@ -132,6 +133,7 @@ def inspect(
     check_store(store)
     if model is not None:
         check_model(model)
+    check_versions()
     from higgstune.diagnostics.inspect_row import inspect_row, label_table
 
     found = inspect_row(store, row, model=model, text_targets=text_targets, reference=reference, whisper=whisper)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from higgstune.environment import check_versions
 from higgstune.imports import collector_paused
 
 errors = Console(stderr=True)
@@ -37,8 +38,13 @@ def _without(beginning: str) -> Callable[[logging.LogRecord], bool]:
 
 
 @contextmanager
-def announced(what: str, as_json: bool = False) -> Iterator[None]:
-    """Say on stderr what a verb begins with, and quiet transformers. The verb imports what is large inside of this."""
+def announced(what: str, as_json: bool = False, *, any_version: bool = False) -> Iterator[None]:
+    """Say on stderr what a verb begins with, and quiet transformers. The verb imports what is large inside of this.
+
+    Raises WorkError, before anything is imported, for versions that do not fit unless `any_version`.
+    """
+    if not any_version:
+        check_versions()
     if not as_json and os.environ.get("RANK", "0") == "0":
         errors.print(f"{what} ...", highlight=False)
     with collector_paused():
