@@ -92,8 +92,13 @@ def choose_device(device: "str | torch.device | None" = None) -> "torch.device":
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"unknown device {device!r}: cpu, cuda or cuda:N") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {device} is not available: PyTorch {torch.__version__} sees no CUDA device here")
+    if chosen.type not in ("cpu", "cuda", "mps", "xpu"):  # "meta" holds no values
+        raise ConfigError(f"unknown device {device!r}: cpu, cuda or cuda:N")
+    found = 1 if chosen.type == "cpu" else getattr(torch, chosen.type).device_count()
+    if chosen.type != "cpu" and (chosen.index or 0) >= found:
+        raise ConfigError(
+            f"device {device} is not available: PyTorch {torch.__version__} sees {found or 'no'} {chosen.type} here"
+        )
     return chosen
 
 

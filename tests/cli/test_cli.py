@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 from commands import Command
+from rich.table import Table
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_runs import DEMO_CODEC, make_recordings
 
 import higgstune
-from higgstune.cli.output import mute_libraries
+from higgstune.cli.output import mute_libraries, print_table
 from higgstune.environment import check_versions
 from higgstune.errors import CheckpointError, Interrupted, WorkError
 
@@ -140,6 +141,7 @@ WRONG = (
     (("prepare", "clips", "--out", "x", "--model", "empty"), "config.json is missing"),
     (("prepare", LONG, "--out", "x"), "too long"),
     (("inspect", "nowhere"), "nowhere is not a code store"),
+    (("inspect", r"x\[/foo]"), r"x\[/foo] is not a code store"),
     (("inspect", "store", "--model", LONG), "too long"),
     (("speak",), "a text or --file"),
     (("speak", "Hello."), "--adapter"),
@@ -153,6 +155,10 @@ WRONG = (
     (("speak", "--file", "nowhere.txt", "--model", "x/y"), "nowhere.txt"),
     (("speak", "Hello.", "--model", "x/y", "--temperature", "-1"), "temperature"),
     (("speak", "Hello.", "--model", "x/y", "--top-p", "0"), "must be above 0 and at most 1"),
+    (("speak", "Hello.", "--model", "x/y", "--temperature", "inf"), "at least 0 and finite, not inf"),
+    (("speak", "Hello.", "--model", "x/y", "--max-seconds", "inf"), "above 0 and finite, not inf"),
+    (("speak", "Hello.", "--model", "x/y", "--device", "meta"), "unknown device"),
+    (("speak", "Hello.", "--adapter", "odd-run"), "cannot be read"),
     (("evaluate", "/no/where"), "/no/where"),
     (("evaluate", ""), "it is empty"),
     (("evaluate", LONG), "too long"),
@@ -179,6 +185,8 @@ WRONG = (
     (("no-such-verb",), "No such command"),
     (("train", "nowhere.yaml", "--out", "x"), "nowhere.yaml"),
     (("train", "recipe.yaml", "--out", "x", "--set", "seeed=1"), "seeed"),
+    (("train", "recipe.yaml", "--out", "x", "--set", r"x\[/foo]=1"), r"x\[/foo]: unknown key"),
+    (("train", "recipe.yaml", "--out", "x", "--set", "lora.r=1000000000000"), "lora.r: "),
     (("train", "recipe.yaml", "--out", "x", "--set", "data.store=nowhere"), "nowhere is not a code store"),
     (("train", "recipe.yaml"), "--out"),
 )
@@ -201,6 +209,8 @@ def wrong_inputs(tmp_path: Path) -> Path:
     """A working folder with something of the right kind where an error is to be about something else."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "adapter_config.json").write_text('{"base_model_name_or_path": "x/y"}')
+    (tmp_path / "odd-run").mkdir()
+    (tmp_path / "odd-run" / "run.json").write_text('{"adapter": "a\\ud800"}')
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "adapter_config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
@@ -268,6 +278,70 @@ def test_a_warning_that_nobody_can_act_on_is_not_shown(caplog: pytest.LogCapture
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no kernels")
     logger.warning("something else")
     assert [record.getMessage() for record in caplog.records] == ["something else"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyError("model.embed"), "KeyError: 'model.embed'; this is a fault of Higgstune: HIGGSTUNE_TRACEBACK=1"),
+        (RuntimeError("one\nline"), "RuntimeError: one line; this is a fault of Higgstune"),
+        (MemoryError(), "there is not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "there is not enough memory"),
+        (ImportError("no name 'x'"), "ImportError: no name 'x'; a library is missing or broken: higgstune doctor"),
+    ],
+)
+def test_what_nobody_expected_ends_in_one_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def broken(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("higgstune.model.load.load_base", broken)
+    arguments = ("speak", "Hello.", "--model", "x/y", "--out", tmp_path / "x.wav")
+    code, _, err = command(*arguments)
+    assert code == 1
+    assert f"error: {message}" in err
+    assert len(err.splitlines()) == 2  # "loading the model ..." is the other
+    monkeypatch.setenv("HIGGSTUNE_TRACEBACK", "1")
+    _, _, err = command(*arguments)
+    assert "Traceback" in err
+
+
+def test_ctrl_c_is_not_a_fault(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("higgstune.model.load.load_base", stopped)
+    code, _, err = command("speak", "Hello.", "--model", "x/y", "--out", tmp_path / "x.wav")
+    assert code == 130
+    assert "fault" not in err
+
+
+def test_tables_are_whole_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    words = ["model.layers." + "x" * 300, "[/b] y " * 40]
+    print_table(Table("name", "finding", *map(str, range(20))))
+    table = Table("name", r"finding \[/b]")
+    table.add_row(*words)
+    print_table(table)
+    out = capsys.readouterr().out
+    for word in (*words, r"finding \[/b]", "19"):
+        assert word.strip() in out
+
+
+def test_on_a_narrow_terminal_long_words_are_broken_and_not_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    table = Table("name", "finding")
+    table.add_row("a" * 150, "b" * 150)
+    print_table(table)
+    out = capsys.readouterr().out
+    assert (out.count("a"), out.count("b")) == (151, 150)  # with that of "name"
+    assert "\u2026" not in out
 
 
 @pytest.mark.parametrize(("ends", "code"), [(signal.SIGTERM, 143), (Interrupted(signal.SIGINT, "kept"), 130)])

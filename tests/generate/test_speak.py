@@ -160,7 +160,15 @@ def test_a_notebook_plays_a_clip() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"max_repeats": 0}]
+    "change",
+    [
+        {"temperature": -1},
+        {"temperature": float("inf")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"max_repeats": 0},
+    ],
 )
 def test_impossible_sampling_is_refused(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from higgstune.cli.options import MODEL, AsrOption, DeviceOption, JsonOption, RevisionOption, SpeakerOption, path
-from higgstune.cli.output import Bar, announced, errors, measures_summary, print_result
+from higgstune.cli.output import Bar, announced, errors, measures_summary, print_result, print_table
 from higgstune.errors import ConfigError, WorkError
 from higgstune.files import check_folder
 from higgstune.inputs import BaseSpec
@@ -48,12 +47,12 @@ def doctor(
             adapter=adapter,
             data=data,
             recipe=recipe,
-            progress=lambda what: errors.print(f"examining {what}", highlight=False),
+            progress=lambda what: errors.print(f"examining {what}"),
         )
     if as_json:
         print_result(report.to_json(), as_json)
     else:
-        Console().print(report.table())
+        print_table(report.table())
         typer.echo(", ".join(f"{count} {status}" for status, count in report.summary.items()))
     if not report.passed:
         raise typer.Exit(1)

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from higgstune.cli.options import DeviceOption, JsonOption, check_model, path, within
-from higgstune.cli.output import Bar, announced, print_result
+from higgstune.cli.output import Bar, announced, print_result, print_table
 from higgstune.environment import check_versions
 from higgstune.files import check_folder
 from higgstune.hub import check_name
@@ -153,4 +152,4 @@ def inspect(
     table = Table("position", *(f"k={k}" for k in range(len(found.audio_labels[0][1]))), title="audio labels")
     for entries in label_table(found):
         table.add_row(*map(str, entries))
-    Console().print(table)
+    print_table(table)

@@ -1,5 +1,6 @@
 """Options that several verbs have, their groups in `--help`, and the checks of their values."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,9 +37,10 @@ def within(low: float, high: float | None = None, *, above: bool = False) -> Cal
     def check(value: Any) -> Any:
         if value is None:
             return None
-        inside = value >= low and (high is None or value <= high)  # false for nan
+        inside = value >= low and (value < math.inf if high is None else value <= high)  # false for nan
         if not inside or (above and value == low):
-            raise typer.BadParameter(f"it must be {expected}, not {value}")
+            finite = " and finite" if value == math.inf else ""
+            raise typer.BadParameter(f"it must be {expected}{finite}, not {value}")
         return value
 
     return check

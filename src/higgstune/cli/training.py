@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from higgstune.cli.options import JsonOption, PlannedDeviceOption, path
-from higgstune.cli.output import Bar, announced, print_result, stage_summary
+from higgstune.cli.output import Bar, announced, print_result, print_table, stage_summary
 from higgstune.errors import ConfigError
 from higgstune.hub import check_name
 from higgstune.inputs import check_store
@@ -81,7 +80,7 @@ def _show_plan(recipe: "Recipe", memory: str | None, device: str | None, as_json
         table = Table("", *(f"{stage.name} ({stage.kind})" for stage in found.plan.stages))
         for row in found.rows():
             table.add_row(*row)
-        Console().print(table)
+        print_table(table)
         typer.echo(found.verdict())
     if found.fits is False:
         raise typer.Exit(1)

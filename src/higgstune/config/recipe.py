@@ -25,6 +25,7 @@ Compile = bool | Literal["auto"]
 AttentionTraining = Literal["lora", "full"]
 
 _BATCH_TOKENS = 4096  # about two minutes of speech with its text
+_MAX_RANK = 1 << 13  # more than any layer of a base has
 _FILES_OF_A_RUN = ("recipe.yaml", "run.json")
 _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # no names of files on Windows
 _SHOWN_PROBLEMS = 20
@@ -37,7 +38,7 @@ class _Strict(BaseModel):
 class Lora(_Strict):
     """The shape of the adapter; the same in all stages of a run."""
 
-    r: int = Field(16, ge=1, description="rank")
+    r: int = Field(16, ge=1, le=_MAX_RANK, description="rank")
     alpha: float = Field(32.0, gt=0, description="scaling: alpha / r (alpha / sqrt(r) with rslora)")
     dropout: float = Field(0.0, ge=0, lt=1)
     rslora: bool = False

@@ -27,7 +27,7 @@ class Sampling:
     def __post_init__(self) -> None:
         """Raises ConfigError for a value out of range."""
         for name, value, holds in (
-            ("temperature", self.temperature, self.temperature >= 0),
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf),
             ("top_k", self.top_k, self.top_k >= 0),
             ("top_p", self.top_p, 0 < self.top_p <= 1),
             ("repeat_window", self.repeat_window, self.repeat_window >= 0),
