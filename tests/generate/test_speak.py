@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import soundfile
 from fake_codec import FakeCodec
+from full_disk import largest_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_checkpoint import tiny_prompter
 
 from higgstune.data.audio import write_wav
-from higgstune.errors import ConfigError, DataError, InputError
+from higgstune.errors import ConfigError, DataError, InputError, WorkError
 from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.families.higgs_v2.prompt import render
 from higgstune.families.sampling import Sampling
@@ -173,6 +174,13 @@ def test_a_notebook_plays_a_clip() -> None:
 def test_impossible_sampling_is_refused(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         Sampling(**change)  # type: ignore[arg-type]
+
+
+def test_speech_that_the_disk_refuses_leaves_nothing(tmp_path: Path) -> None:
+    waveform = np.zeros(24_000, np.float32)
+    with pytest.raises(WorkError, match=r"x\.wav cannot be written: .*; nothing of it was kept"), largest_file(1000):
+        write_wav(tmp_path / "x.wav", waveform, 24_000)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wav_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import soxr
 from higgstune.data import mpeg, ogg
 from higgstune.data.rejection import RowError
 from higgstune.data.signatures import HEAD, find_other_kind
+from higgstune.files import NOTHING_KEPT, temporary_beside, writing
 from higgstune.inputs import check_wav_name
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus")
@@ -289,14 +290,18 @@ class _Projector:
 def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
     """[samples] float32 in [-1, 1] -> a 16-bit WAV file, under a temporary name first; folders are created.
 
-    Raises InputError when the name does not end in .wav.
+    Raises InputError when the name does not end in .wav; WorkError where the disk refuses, which leaves nothing of it.
     """
     path = Path(path)
     check_wav_name(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(wav_bytes(waveform, sample_rate))
-    os.replace(temporary, path)
+    temporary = temporary_beside(path)
+    with writing(path, NOTHING_KEPT):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(wav_bytes(waveform, sample_rate))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def wav_bytes(waveform: np.ndarray, sample_rate: int) -> bytes:

@@ -19,7 +19,7 @@ from higgstune.errors import DataError
 from higgstune.evaluation.clips import VOICES_FOLDER, Clip
 from higgstune.evaluation.test_sets import Sentence
 from higgstune.families.sampling import Sampling
-from higgstune.files import write_file
+from higgstune.files import remove_left, write_file
 from higgstune.generate.speaker import Request, Speaker, Voice
 from higgstune.progress import Progress
 
@@ -167,6 +167,7 @@ def synthesize_items(
     voice and sampling.
     """
     places = [folder / _SPEECH / f"{_key(item.request, system, sampling)}.json" for item in items]
+    remove_left((folder / _SPEECH).glob("*.tmp"))
     missing = [index for index, place in enumerate(places) if _read_note(place) is None]
     for first in range(0, len(missing), batch_size):
         batch = missing[first : first + batch_size]
