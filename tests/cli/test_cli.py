@@ -189,6 +189,10 @@ WRONG = (
     (("train", "recipe.yaml", "--out", "x", "--set", "lora.r=1000000000000"), "lora.r: "),
     (("train", "recipe.yaml", "--out", "x", "--set", "data.store=nowhere"), "nowhere is not a code store"),
     (("train", "recipe.yaml"), "--out"),
+    (("train", "recipe.yaml", "--out", "x", "--set", "learning_rate=1"), "write stages.0.learning_rate"),
+    (("train", "recipe.yaml", "--out", "x", "--set", "report_to=wandb"), "wandb is not installed"),
+    (("train", "recipe.yaml", "--out", "notes.txt"), "notes.txt is not a folder"),
+    (("train", "recipe.yaml", "--out", "notes.txt/run"), "notes.txt is not a folder"),
 )
 HEAVY = {"torch", "transformers", "peft", "pyarrow", "scipy", "bitsandbytes"}
 REFUSE_ALL = """

@@ -10,6 +10,7 @@ from rich.table import Table
 from higgstune.cli.options import JsonOption, PlannedDeviceOption, path
 from higgstune.cli.output import Bar, announced, print_result, print_table, stage_summary
 from higgstune.errors import ConfigError
+from higgstune.files import check_folder
 from higgstune.hub import check_name
 from higgstune.inputs import check_store
 
@@ -38,6 +39,7 @@ def train(
 ) -> None:
     """Train the stages of a recipe, and verify that each saved adapter is what was trained."""
     from higgstune.config.recipe import load_recipe
+    from higgstune.config.trackers import check_installed
 
     loaded = load_recipe(recipe, overrides or [])
     if not plan and (memory is not None or device is not None):
@@ -49,6 +51,8 @@ def train(
     if out is None or plan:
         _show_plan(loaded, memory, device, as_json)
         return
+    check_installed(loaded.report_to)
+    check_folder(out)
     with announced("loading the model", as_json):
         import torch.distributed
 

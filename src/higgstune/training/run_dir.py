@@ -4,6 +4,7 @@ It belongs to one job at a time.
 """
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from higgstune.files import lock_file, refusal, write_file, writing
 from higgstune.inputs import RUN_STATE
 from higgstune.training.verify import Verification
 
+_LOG = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.yaml"
 _LOCK = ".lock"
 # A run that was killed in its first moment has left no more than these.
@@ -146,6 +148,8 @@ class RunFolder:
         if not (self.folder / RUN_STATE).exists():
             if self.folder.is_dir() and any(not p.name.startswith(_OURS) for p in self.folder.iterdir()):
                 raise ConfigError(f"{self.folder} exists and is not a run: give another --out")
+            if resume:
+                _LOG.warning("%s holds no run to resume: a new one starts there", self.folder)
             return
         self._hold()
         self.state = RunState.read(self.folder)
