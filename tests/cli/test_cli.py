@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from commands import Command
+from recordings import speech, write
 from rich.table import Table
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_runs import DEMO_CODEC, make_recordings
@@ -117,13 +119,16 @@ def test_from_recordings_to_speech(world: Path, command: Command) -> None:
     assert code == 0
     assert json.loads(out) == {"files": [str(speech)]}
     lines = world / "lines.txt"
-    lines.write_text("Hello.\n\nGood morning.\n")
-    code, _, _ = command(
+    lines.write_text("Hello.\n\n... !\nGood morning.\n", encoding="utf-16")
+    code, out, err = command(
         "speak", "--file", lines, "--model", world / "base", "--out", world / "lines", "--max-seconds", 0.2,
         "--device", "cpu", "--temperature", 0,
     )  # fmt: skip
-    assert code == 0
-    assert len(list((world / "lines").glob("*.wav"))) == 2
+    assert code == 1
+    assert sorted(path.name for path in (world / "lines").iterdir()) == ["0001.wav", "0003.wav"]
+    assert f"not spoken: line 3 of {lines} has no letter and no digit" in err
+    assert "1 of 3 lines" in err
+    assert "not_spoken: line 3" in out
 
 
 LONG = "x" * 300  # no file name can have it
@@ -153,6 +158,22 @@ WRONG = (
     (("speak", "Hello.", "--adapter", "run", "--reference-text", "Hello."), "--reference"),
     (("speak", "Hello.", "--adapter", "foreign"), "does not record its base"),
     (("speak", "--file", "nowhere.txt", "--model", "x/y"), "nowhere.txt"),
+    (("speak", "--file", "notes.txt", "--model", "x/y", "--out", "o.wav"), "name it without .wav"),
+    (("speak", "--file", "notes.txt", "--model", "x/y", "--out", "notes.txt"), "notes.txt is not a folder"),
+    (("speak", "--file", "dots.txt", "--model", "x/y"), "no line that can be spoken: line 2 of dots.txt has no letter"),
+    (("speak", "--file", "latin.txt", "--model", "x/y"), "neither UTF-8 nor UTF-16 (byte 3)"),
+    (("speak", "... !!!", "--model", "x/y"), "the text to speak has no letter and no digit: there is nothing to speak"),
+    (("speak", "\U0001f389", "--model", "x/y"), "the text to speak has no letter and no digit"),
+    (("speak", "a <|eot_id|>", "--model", "x/y"), "the text to speak holds the control token <|eot_id|>"),
+    (("speak", "Hello.", "--model", "x/y", "--scene", "<|eot_id|>"), "--scene holds the control token"),
+    (
+        ("speak", "Hello.", "--model", "x/y", "--reference", "silence.wav"),
+        "silence.wav cannot be used: the peak",
+    ),
+    (
+        ("speak", "Hello.", "--model", "x/y", "--reference", "voice.wav", "--reference-text", "!"),
+        "--reference-text has no letter",
+    ),
     (("speak", "Hello.", "--model", "x/y", "--temperature", "-1"), "temperature"),
     (("speak", "Hello.", "--model", "x/y", "--top-p", "0"), "must be above 0 and at most 1"),
     (("speak", "Hello.", "--model", "x/y", "--temperature", "inf"), "at least 0 and finite, not inf"),
@@ -225,6 +246,10 @@ def wrong_inputs(tmp_path: Path) -> Path:
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "store.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("A note.")
+    (tmp_path / "dots.txt").write_text("\n... !\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    write(tmp_path / "silence.wav", np.zeros(16_000))
+    write(tmp_path / "voice.wav", speech(1.0))
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     return tmp_path
 

@@ -110,7 +110,7 @@ def test_a_run_that_never_began_does_not_claim_its_folder(world: Path, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-def test_resuming_where_there_is_no_run_starts_one_and_says_so(
+def test_resuming_an_empty_folder_starts_a_run_and_says_so(
     world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     RunFolder(tmp_path / "run", recipe(world), is_main=True, processes=1).check(resume=False)

@@ -46,5 +46,5 @@ def find_other_kind(head: bytes) -> str | None:
         return f"{what}: copy or download it again"
     for pattern, what, advice in _OTHERS:
         if pattern.match(head):
-            return f"is {what}, whatever its name says; {advice}"
+            return f"is not a wav, flac, mp3, ogg or opus file but {what}; {advice}"
     return None if _READ.match(head) else "cannot be read as audio: it is not a wav, flac, mp3, ogg or opus file"

@@ -12,7 +12,7 @@ import numpy as np
 
 from higgstune.batch.dataset import Features
 from higgstune.codec import Codec
-from higgstune.data.audio import write_wav
+from higgstune.data.audio import read_audio, write_wav
 from higgstune.data.messages import DEFAULT_SCENE
 from higgstune.data.store import CodeStore, Row, SplitView
 from higgstune.errors import DataError
@@ -203,7 +203,7 @@ def _item_from_row(row: Row, speaker: Speaker, folder: Path, seed: int, features
         if speaker.uses_whisper and features is not None and row.reference_sha256 is not None:
             voice = replace(voice, whisper_features=features.read(row.reference_sha256))
         elif speaker.uses_whisper:
-            voice = speaker.reference(reference, voice.text)
+            voice = speaker.voice(*read_audio(reference), voice.text)
     own = _seed(seed, row.text)
     scene = DEFAULT_SCENE if row.scene is None else row.scene
     clip = Clip(

@@ -52,11 +52,16 @@ def read_transcript(path: Path) -> str:
         raise RowError("no_transcript", f"the transcript {path.name} cannot be read: {error}") from error
     if len(data) > _MAX_TRANSCRIPT:
         raise RowError("no_transcript", f"{path.name} is longer than 1 MB: it is not the transcript of one clip")
-    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
     try:
-        return data.decode(encoding)
+        return decode_text(data)
     except UnicodeDecodeError as error:
         raise RowError("no_transcript", f"{path.name} is not UTF-8 (byte {error.start}): convert it") from error
+
+
+def decode_text(data: bytes) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark. Raises UnicodeDecodeError for another one."""
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
+    return data.decode(encoding)
 
 
 def _utterance(folder: Path, location: str, siblings: dict[str, str], allow_outside: bool) -> Utterance:
