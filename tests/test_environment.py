@@ -11,7 +11,7 @@ from higgstune.errors import ConfigError
 def test_a_device_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch, device: str | torch.device) -> None:
     for kind in ("cuda", "mps", "xpu"):
         monkeypatch.setattr(getattr(torch, kind), "device_count", lambda: 0)
-    with pytest.raises(ConfigError, match=r"is not available: PyTorch .* sees no (mps|xpu|cuda) here"):
+    with pytest.raises(ConfigError, match=r"is not available: PyTorch .* sees no (MPS|XPU|CUDA) device here"):
         choose_device(device)
 
 

@@ -96,9 +96,8 @@ def choose_device(device: "str | torch.device | None" = None) -> "torch.device":
         raise ConfigError(f"unknown device {device!r}: cpu, cuda or cuda:N")
     found = 1 if chosen.type == "cpu" else getattr(torch, chosen.type).device_count()
     if chosen.type != "cpu" and (chosen.index or 0) >= found:
-        raise ConfigError(
-            f"device {device} is not available: PyTorch {torch.__version__} sees {found or 'no'} {chosen.type} here"
-        )
+        seen = f"only {found}" if found else f"no {chosen.type.upper()} device"
+        raise ConfigError(f"device {device} is not available: PyTorch {torch.__version__} sees {seen} here")
     return chosen
 
 

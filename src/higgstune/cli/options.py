@@ -1,6 +1,5 @@
 """Options that several verbs have, their groups in `--help`, and the checks of their values."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,10 +36,9 @@ def within(low: float, high: float | None = None, *, above: bool = False) -> Cal
     def check(value: Any) -> Any:
         if value is None:
             return None
-        inside = value >= low and (value < math.inf if high is None else value <= high)  # false for nan
+        inside = value >= low and (high is None or value <= high)  # false for nan
         if not inside or (above and value == low):
-            finite = " and finite" if value == math.inf else ""
-            raise typer.BadParameter(f"it must be {expected}{finite}, not {value}")
+            raise typer.BadParameter(f"it must be {expected}, not {value}")
         return value
 
     return check
@@ -181,7 +179,10 @@ QualityOption = Annotated[
 TemperatureOption = Annotated[
     float,
     typer.Option(
-        metavar="T", callback=within(0), help="Lower is steadier and duller; 0 is greedy.", rich_help_panel=SAMPLING
+        metavar="T",
+        callback=within(0, 100),
+        help="Lower is steadier and duller; 0 is greedy.",
+        rich_help_panel=SAMPLING,
     ),
 ]
 SeedOption = Annotated[

@@ -81,7 +81,7 @@ def speak(
         float | None,
         typer.Option(
             metavar="SECONDS",
-            callback=within(0, above=True),
+            callback=within(0, 3600, above=True),
             help="Longest piece; default: from the text's length.",
             rich_help_panel=SAMPLING,
         ),

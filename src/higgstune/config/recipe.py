@@ -19,6 +19,7 @@ from higgstune.data.messages import ReferencePlace
 from higgstune.errors import ConfigError
 from higgstune.families import DEFAULT_FAMILY, family_info
 from higgstune.families.base import TextTargets
+from higgstune.families.sampling import MAX_TEMPERATURE
 from higgstune.files import write_file
 from higgstune.inputs import Quantize
 
@@ -108,7 +109,7 @@ class EvaluationSettings(_Strict):
         None, description="a file of sentences, meta.lst or a built-in language; validation rows where not given"
     )
     seed: int = Field(0, ge=0, lt=1 << 32, description="of what is spoken, the same at each validation")
-    temperature: float = Field(1.0, ge=0, description="of what is spoken; 0 is greedy")
+    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="of what is spoken; 0 is greedy")
     asr: str | None = Field(None, description="judge of what is said: a Whisper checkpoint, or a command")
     speaker_judge: str | None = Field(None, description="judge of whose voice it is: a WavLM checkpoint, or a command")
     quality_judge: str | None = Field(None, description="judge of naturalness: distillmos, or a command")

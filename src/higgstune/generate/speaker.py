@@ -2,7 +2,6 @@
 
 import base64
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from higgstune.checkpoint_files import folder_card
 from higgstune.codec.base import WhisperFeatures
 from higgstune.codec.whisper_encoder import WhisperTower, load_whisper
-from higgstune.data.audio import resample, wav_bytes, write_wav
+from higgstune.data.audio import MAX_SECONDS, resample, wav_bytes, write_wav
 from higgstune.data.clips import read_reference, spoken_text
 from higgstune.data.messages import DEFAULT_SCENE, ReferencePlace, speech_messages
 from higgstune.data.rejection import shown
@@ -220,8 +219,8 @@ class Speaker:
         every piece, instead of the cap from the text's length. `sync_logits`: see `generate`. Raises DataError for a
         text without a letter and a digit, or with control tokens, before any is spoken.
         """
-        if max_seconds is not None and not 0 < max_seconds < math.inf:
-            raise InputError(f"max_seconds is {max_seconds}: it must be above 0 and finite")
+        if max_seconds is not None and not 0 < max_seconds <= MAX_SECONDS:
+            raise InputError(f"max_seconds is {max_seconds}: it must be above 0 and at most {MAX_SECONDS:g}")
         clips = [_Clip(request, max_seconds) for request in requests]
         for first in range(0, len(clips), batch_size):
             batch = clips[first : first + batch_size]
