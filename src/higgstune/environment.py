@@ -94,8 +94,9 @@ def choose_device(device: "str | torch.device | None" = None) -> "torch.device":
         raise ConfigError(f"unknown device {device!r}: cpu, cuda or cuda:N") from error
     if chosen.type not in ("cpu", "cuda", "mps", "xpu"):  # "meta" holds no values
         raise ConfigError(f"unknown device {device!r}: cpu, cuda or cuda:N")
-    found = 1 if chosen.type == "cpu" else getattr(torch, chosen.type).device_count()
-    if chosen.type != "cpu" and (chosen.index or 0) >= found:
+    kind = None if chosen.type == "cpu" else getattr(torch, chosen.type)
+    found = kind.device_count() if kind is not None and kind.is_available() else 0
+    if kind is not None and (chosen.index or 0) >= found:
         seen = f"only {found}" if found else f"no {chosen.type.upper()} device"
         raise ConfigError(f"device {device} is not available: PyTorch {torch.__version__} sees {seen} here")
     return chosen
