@@ -2,7 +2,10 @@
 
 import errno
 import fcntl
+import os
+import sys
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import pytest
@@ -10,7 +13,15 @@ from full_disk import largest_file
 from safetensors import SafetensorError
 
 from higgstune.errors import WorkError
-from higgstune.files import format_bytes, lock_file, refusal, write_file, writing
+from higgstune.files import (
+    format_bytes,
+    lock_file,
+    new_folder,
+    refusal,
+    temporary_beside,
+    write_file,
+    writing,
+)
 
 
 def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
@@ -49,6 +60,22 @@ def test_without_locks_no_plain_file_takes_their_place(tmp_path: Path, monkeypat
     message = "nothing was done: name a folder on a file system that can lock files"
     with pytest.raises(WorkError, match=message), writing(tmp_path, "nothing was done"):
         lock_file(tmp_path / ".lock").acquire(timeout=0)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    host = temporary_beside(tmp_path / "out").name.split(".")[1].rpartition("-")[0]
+    gone = [f"out.{host}-{process.pid}.tmp", f"out.{process.pid}.tmp", f"out.{host}-{os.getpid()}.tmp"]
+    stays = [f"out.{host}-{os.getppid()}.tmp", f"out.another-host-{process.pid}.tmp", "out.mine.tmp", "out.2"]
+    for name in (*gone, *stays):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("x")
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "new").write_text("x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["out", *stays])
+    assert sum("was left by a process that was killed" in message for message in caplog.messages) == len(gone)
+    assert sum("belongs to another process" in message for message in caplog.messages) == 2
 
 
 @pytest.mark.parametrize(

@@ -84,4 +84,10 @@ if not TYPE_CHECKING:  # a type checker would take any name for one of these
         """Public names are imported when they are first used: `import higgstune` alone does not bring torch."""
         if name not in _HOME:
             raise AttributeError(f"module 'higgstune' has no attribute {name!r}")
-        return getattr(import_module(_HOME[name]), name)
+        try:
+            return getattr(import_module(_HOME[name]), name)
+        except ImportError:
+            from higgstune.environment import check_versions
+
+            check_versions()  # raises, and says what does not fit
+            raise

@@ -1,9 +1,13 @@
 """Files that are written whole or not at all, and the errors of a disk that refuses them."""
 
 import errno
+import glob
+import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,6 +28,8 @@ _ADVICE = {
     errno.ENOLCK: "name a folder on a file system that can lock files (flock)",
     errno.EOPNOTSUPP: "name a folder on a file system that can lock files (flock)",
 }
+_LOG = logging.getLogger(__name__)
+_TEMPORARY = re.compile(r".+\.((?P<host>[\w-]+)-)?(?P<pid>\d{1,9})\.tmp", re.DOTALL)
 NOTHING_KEPT = "nothing of it was kept"
 
 
@@ -131,9 +137,10 @@ def check_new(out: Path, *untouched: Path) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """An empty folder beside `out` to write into; it is renamed to `out` at the end, and removed on any error.
 
-    Raises WorkError where the disk refuses.
+    What a killed process left of such folders for `out` is removed first. Raises WorkError where the disk refuses.
     """
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    remove_left(out.parent.glob(f"{glob.escape(out.name)}.*.tmp"))
+    temporary = temporary_beside(out)
     try:
         with writing(out, NOTHING_KEPT):
             temporary.mkdir(parents=True)
@@ -143,6 +150,41 @@ def new_folder(out: Path) -> Iterator[Path]:
             os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name beside `path` to write under first. It names this process, so that `remove_left` knows what it left."""
+    return path.with_name(f"{path.name}.{_host()}-{os.getpid()}.tmp")
+
+
+def remove_left(found: Iterable[Path]) -> None:
+    """Remove what killed processes of this machine left under names of `temporary_beside`, with a warning.
+
+    What another machine, or a process that runs, may be writing stays, with a warning.
+    """
+    for path in found:
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None:
+            continue
+        if match["host"] not in (None, _host()) or _is_other(int(match["pid"])):
+            _LOG.warning("%s belongs to another process: remove it if that has ended", path)
+            continue
+        _LOG.warning("%s was left by a process that was killed: it is removed", path)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "-", socket.gethostname())
+
+
+def _is_other(pid: int) -> bool:
+    """Whether this is a running process other than the own one, whose number may be that of one that was killed."""
+    import psutil
+
+    return pid != os.getpid() and psutil.pid_exists(pid)
 
 
 def format_bytes(count: float) -> str:

@@ -11,15 +11,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from commands import Command
 from fake_codec import FakeCodec
+from recordings import speech, write
+from rich.table import Table
 from tiny_checkpoint import save_tiny_checkpoint
 from tiny_runs import DEMO_CODEC, make_recordings
 
 import higgstune
-from higgstune.cli.output import mute_libraries
-from higgstune.errors import CheckpointError, Interrupted
+from higgstune.cli.output import mute_libraries, print_table
+from higgstune.environment import check_versions
+from higgstune.errors import CheckpointError, Interrupted, WorkError
 
 VERBS = ("prepare", "inspect", "train", "speak", "evaluate", "compare", "export", "doctor", "demo")
 
@@ -116,13 +120,16 @@ def test_from_recordings_to_speech(world: Path, command: Command) -> None:
     assert code == 0
     assert json.loads(out) == {"files": [str(speech)]}
     lines = world / "lines.txt"
-    lines.write_text("Hello.\n\nGood morning.\n")
-    code, _, _ = command(
+    lines.write_text("Hello.\n\n... !\nGood morning.\n", encoding="utf-16")
+    code, out, err = command(
         "speak", "--file", lines, "--model", world / "base", "--out", world / "lines", "--max-seconds", 0.2,
         "--device", "cpu", "--temperature", 0,
     )  # fmt: skip
-    assert code == 0
-    assert len(list((world / "lines").glob("*.wav"))) == 2
+    assert code == 1
+    assert sorted(path.name for path in (world / "lines").iterdir()) == ["0001.wav", "0003.wav"]
+    assert f"not spoken: line 3 of {lines} has no letter and no digit" in err
+    assert "1 of 3 lines" in err
+    assert "not_spoken: line 3" in out
 
 
 LONG = "x" * 300  # no file name can have it
@@ -146,6 +153,7 @@ WRONG = (
     (("inspect", "store", "--outliers", "--limit", "snrr < 3"), "did you mean 'snr'"),
     (("inspect", "store", "--limit", "snr < 3"), "it is for --outliers"),
     (("inspect", "nowhere"), "nowhere is not a code store"),
+    (("inspect", r"x\[/foo]"), r"x\[/foo] is not a code store"),
     (("inspect", "store", "--model", LONG), "too long"),
     (("speak",), "a text or --file"),
     (("speak", "Hello."), "--adapter"),
@@ -157,8 +165,28 @@ WRONG = (
     (("speak", "Hello.", "--adapter", "run", "--reference-text", "Hello."), "--reference"),
     (("speak", "Hello.", "--adapter", "foreign"), "does not record its base"),
     (("speak", "--file", "nowhere.txt", "--model", "x/y"), "nowhere.txt"),
+    (("speak", "--file", "notes.txt", "--model", "x/y", "--out", "o.wav"), "name it without .wav"),
+    (("speak", "--file", "notes.txt", "--model", "x/y", "--out", "notes.txt"), "notes.txt is not a folder"),
+    (("speak", "--file", "dots.txt", "--model", "x/y"), "no line that can be spoken: line 2 of dots.txt has no letter"),
+    (("speak", "--file", "latin.txt", "--model", "x/y"), "neither UTF-8 nor UTF-16 (byte 3)"),
+    (("speak", "... !!!", "--model", "x/y"), "the text to speak has no letter and no digit: there is nothing to speak"),
+    (("speak", "\U0001f389", "--model", "x/y"), "the text to speak has no letter and no digit"),
+    (("speak", "a <|eot_id|>", "--model", "x/y"), "the text to speak holds the control token <|eot_id|>"),
+    (("speak", "Hello.", "--model", "x/y", "--scene", "<|eot_id|>"), "--scene holds the control token"),
+    (
+        ("speak", "Hello.", "--model", "x/y", "--reference", "silence.wav"),
+        "silence.wav cannot be used: the peak",
+    ),
+    (
+        ("speak", "Hello.", "--model", "x/y", "--reference", "voice.wav", "--reference-text", "!"),
+        "--reference-text has no letter",
+    ),
     (("speak", "Hello.", "--model", "x/y", "--temperature", "-1"), "temperature"),
     (("speak", "Hello.", "--model", "x/y", "--top-p", "0"), "must be above 0 and at most 1"),
+    (("speak", "Hello.", "--model", "x/y", "--temperature", "inf"), "at least 0 and at most 100, not inf"),
+    (("speak", "Hello.", "--model", "x/y", "--max-seconds", "1e308"), "above 0 and at most 3600, not 1e+308"),
+    (("speak", "Hello.", "--model", "x/y", "--device", "meta"), "unknown device"),
+    (("speak", "Hello.", "--adapter", "odd-run"), "cannot be read"),
     (("evaluate", "/no/where"), "/no/where"),
     (("evaluate", ""), "it is empty"),
     (("evaluate", LONG), "too long"),
@@ -185,8 +213,14 @@ WRONG = (
     (("no-such-verb",), "No such command"),
     (("train", "nowhere.yaml", "--out", "x"), "nowhere.yaml"),
     (("train", "recipe.yaml", "--out", "x", "--set", "seeed=1"), "seeed"),
+    (("train", "recipe.yaml", "--out", "x", "--set", r"x\[/foo]=1"), r"x\[/foo]: unknown key"),
+    (("train", "recipe.yaml", "--out", "x", "--set", "lora.r=1000000000000"), "lora.r: "),
     (("train", "recipe.yaml", "--out", "x", "--set", "data.store=nowhere"), "nowhere is not a code store"),
     (("train", "recipe.yaml"), "--out"),
+    (("train", "recipe.yaml", "--out", "x", "--set", "learning_rate=1"), "write stages.0.learning_rate"),
+    (("train", "recipe.yaml", "--out", "x", "--set", "report_to=wandb"), "wandb is not installed"),
+    (("train", "recipe.yaml", "--out", "notes.txt"), "notes.txt is not a folder"),
+    (("train", "recipe.yaml", "--out", "notes.txt/run"), "notes.txt is not a folder"),
 )
 HEAVY = {"torch", "transformers", "peft", "pyarrow", "scipy", "bitsandbytes"}
 REFUSE_ALL = """
@@ -207,6 +241,8 @@ def wrong_inputs(tmp_path: Path) -> Path:
     """A working folder with something of the right kind where an error is to be about something else."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "adapter_config.json").write_text('{"base_model_name_or_path": "x/y"}')
+    (tmp_path / "odd-run").mkdir()
+    (tmp_path / "odd-run" / "run.json").write_text('{"adapter": "a\\ud800"}')
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "adapter_config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
@@ -218,6 +254,10 @@ def wrong_inputs(tmp_path: Path) -> Path:
     (tmp_path / "store" / "store.json").write_text("{}")
     for name in ("notes.txt", "notes.md"):
         (tmp_path / name).write_text("A note.")
+    (tmp_path / "dots.txt").write_text("\n... !\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    write(tmp_path / "silence.wav", np.zeros(16_000))
+    write(tmp_path / "voice.wav", speech(1.0))
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     return tmp_path
 
@@ -259,6 +299,22 @@ def test_outliers_are_listed_and_dropped(tmp_path: Path, command: Command) -> No
     assert command("prepare", "--drop", ids, "--out", store)[0] == 2
 
 
+def test_versions_that_do_not_fit_are_refused_before_they_are_imported(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "transformers-4.57.1.dist-info").mkdir()
+    (tmp_path / "transformers-4.57.1.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 4.57.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, err = command("speak", "Hello.", "--model", "x/y", "--out", tmp_path / "x.wav")
+    assert code == 1
+    assert "transformers 4.57.1, needs >=5.23,<6" in err
+    code, _, err = command("speak", "Hello.", "--model", "/no/where")
+    assert code == 2
+    assert "/no/where" in err
+    with pytest.raises(WorkError, match=r"transformers 4\.57\.1"):
+        check_versions()
+
+
 @pytest.mark.parametrize(("option", "announced"), [((), True), (("--json",), False)])
 def test_what_takes_time_is_announced_on_stderr(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...], announced: bool
@@ -279,6 +335,70 @@ def test_a_warning_that_nobody_can_act_on_is_not_shown(caplog: pytest.LogCapture
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no kernels")
     logger.warning("something else")
     assert [record.getMessage() for record in caplog.records] == ["something else"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyError("model.embed"), "KeyError: 'model.embed'; this is a fault of Higgstune: HIGGSTUNE_TRACEBACK=1"),
+        (RuntimeError("one\nline"), "RuntimeError: one line; this is a fault of Higgstune"),
+        (MemoryError(), "there is not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "there is not enough memory"),
+        (ImportError("no name 'x'"), "ImportError: no name 'x'; a library is missing or broken: higgstune doctor"),
+    ],
+)
+def test_what_nobody_expected_ends_in_one_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def broken(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("higgstune.model.load.load_base", broken)
+    arguments = ("speak", "Hello.", "--model", "x/y", "--out", tmp_path / "x.wav")
+    code, _, err = command(*arguments)
+    assert code == 1
+    assert f"error: {message}" in err
+    assert len(err.splitlines()) == 2  # "loading the model ..." is the other
+    monkeypatch.setenv("HIGGSTUNE_TRACEBACK", "1")
+    _, _, err = command(*arguments)
+    assert "Traceback" in err
+
+
+def test_ctrl_c_is_not_a_fault(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("higgstune.model.load.load_base", stopped)
+    code, _, err = command("speak", "Hello.", "--model", "x/y", "--out", tmp_path / "x.wav")
+    assert code == 130
+    assert "fault" not in err
+
+
+def test_tables_are_whole_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    words = ["model.layers." + "x" * 300, "[/b] y " * 40]
+    print_table(Table("name", "finding", *map(str, range(20))))
+    table = Table("name", r"finding \[/b]")
+    table.add_row(*words)
+    print_table(table)
+    out = capsys.readouterr().out
+    for word in (*words, r"finding \[/b]", "19"):
+        assert word.strip() in out
+
+
+def test_on_a_narrow_terminal_long_words_are_broken_and_not_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    table = Table("name", "finding")
+    table.add_row("a" * 150, "b" * 150)
+    print_table(table)
+    out = capsys.readouterr().out
+    assert (out.count("a"), out.count("b")) == (151, 150)  # with that of "name"
+    assert "\u2026" not in out
 
 
 @pytest.mark.parametrize(("ends", "code"), [(signal.SIGTERM, 143), (Interrupted(signal.SIGINT, "kept"), 130)])

@@ -1,9 +1,11 @@
 """Reading, checking, hashing and resampling recordings."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from recordings import FORMATS, RATE, speech, write
 
 from higgstune.data.audio import audio_hash, peak_of, read_audio, read_recording, resample
@@ -142,6 +144,145 @@ def test_damaged_files_are_refused(tmp_path: Path, kind: str, reason: str) -> No
     assert str(path) in str(refused.value)
 
 
+OGG = (".ogg", ".opus")
+
+
+def with_fault(content: bytes, fault: str) -> bytes:
+    """An Ogg file with a fault; it is a second long or more, so that it has several pages of audio."""
+    pages = [b"OggS" + page for page in content.split(b"OggS")[1:]]
+    middle = len(content) // 2
+    return {
+        "half": content[:middle],
+        "nearly whole": content[:-20],
+        "last page lost": b"".join(pages[:-1]),
+        "page lost": b"".join(pages[:-2] + pages[-1:]),
+        "bytes lost": content[:middle] + content[middle + 3000 :],
+        "zeros inside": content[:middle] + bytes(2000) + content[middle + 2000 :],
+        "one bit": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "two files": content + content,
+        "half of a page behind": content + pages[-1][:40],
+    }[fault]
+
+
+@pytest.mark.parametrize("suffix", OGG)
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("half", "is cut off"),
+        ("nearly whole", "is cut off"),
+        ("last page lost", "not marked as the end"),
+        ("page lost", "pages before byte [0-9]+ are missing"),
+        ("bytes lost", "is damaged"),
+        ("zeros inside", "is damaged"),
+        ("one bit", "the checksum of its page at byte [0-9]+ is wrong"),
+        ("two files", "several streams one after the other"),
+        ("half of a page behind", "is cut off"),
+    ],
+)
+def test_an_ogg_file_that_is_not_whole_is_refused(tmp_path: Path, suffix: str, fault: str, message: str) -> None:
+    path = write(tmp_path / f"a{suffix}", speech(4.0))
+    path.write_bytes(with_fault(path.read_bytes(), fault))
+    for read in (read_recording, read_audio):
+        with pytest.raises(RowError, match=message) as refused:
+            read(path)
+        assert refused.value.reason == "unreadable_audio"
+
+
+@pytest.mark.parametrize("suffix", OGG)
+def test_a_tag_behind_an_ogg_file_is_accepted(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"a{suffix}", speech(1.0))
+    path.write_bytes(path.read_bytes() + b"TAG" + bytes(125))
+    assert read_recording(path).samples == RATE
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_long_files_are_read_to_their_end(tmp_path: Path, suffix: str) -> None:
+    """In several blocks, of which only the last is short."""
+    path = write(tmp_path / f"a{suffix}", np.tile(speech(2.0), 20))
+    assert read_recording(path).samples == len(read_audio(path)[0]) == 40 * RATE
+
+
+def test_a_short_block_before_the_last_is_a_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.wav", np.tile(speech(2.0), 10))
+    whole = soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda file, size, **options: whole(file, size // 2, **options))
+    with pytest.raises(RowError, match="parts of it are missing"):
+        read_recording(path)
+
+
+def mp3(path: Path, seconds: float, mode: str = "VARIABLE") -> bytes:
+    """A whole MP3, with its Xing header."""
+    write(path, speech(seconds), bitrate_mode=mode, compression_level=0.5)
+    return path.read_bytes()
+
+
+def without_xing(content: bytes) -> bytes:
+    """Without its first frame, as what comes from a stream or from a tool that cuts: the Xing header is in it."""
+    return content[content.index(content[:2], 4) :]
+
+
+def in_wav(content: bytes, samples: int) -> bytes:
+    """MP3 frames in a WAV container."""
+    form = struct.pack("<HHIIHHHHIHHH", 0x55, 1, RATE, len(content) * RATE // samples, 1, 0, 12, 1, 2, 576, 1, 1393)
+    chunks = b"fmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(content)) + content
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
+
+
+@pytest.mark.parametrize("seconds", [0.5, 4.2])
+@pytest.mark.parametrize("xing", [True, False])
+def test_an_mp3_in_a_wav_is_read(tmp_path: Path, seconds: float, xing: bool) -> None:
+    content = mp3(tmp_path / "a.mp3", seconds, "CONSTANT")
+    path = tmp_path / "a.wav"
+    path.write_bytes(in_wav(content if xing else without_xing(content), round(seconds * RATE)))
+    assert seconds * RATE <= read_recording(path).samples <= seconds * RATE + 4 * 576
+
+
+@pytest.mark.parametrize("part", [0.5, 0.9])
+def test_half_of_an_mp3_in_a_wav_is_refused(tmp_path: Path, part: float) -> None:
+    whole = in_wav(without_xing(mp3(tmp_path / "a.mp3", 4.0, "CONSTANT")), 4 * RATE)
+    (tmp_path / "a.wav").write_bytes(whole[: round(part * len(whole))])
+    with pytest.raises(RowError, match="is cut off"):
+        read_recording(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("kind", ["no Xing header", "in a WAV", "two files"])
+def test_an_mp3_of_which_only_a_part_would_be_read_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.mp3"
+    content = mp3(path, 8.0)
+    bare = without_xing(content)
+    path.write_bytes({"no Xing header": bare, "in a WAV": in_wav(bare, 8 * RATE), "two files": content * 2}[kind])
+    with pytest.raises(RowError, match=r"holds [0-9]+ samples, but its header leads to [0-9]+"):
+        read_recording(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (bytes(4000), "holds only zeros"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
+        (b"/annex/objects/SHA256E-s1--0.wav\n", "git annex get"),
+        (b"\n<!DOCTYPE html><html><title>404</title></html>", "file but a web page; "),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "file but an XML file; "),
+        (b'{"error": "not found"}', "file but a JSON file; "),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41", "an MP4 or QuickTime file"),
+        (b"\x1aE\xdf\xa3\x9fB\x86\x81\x01", "a Matroska or WebM file"),
+        (b"RIFF\x24\0\0\0AVI LIST", "an AVI video"),
+        (b"G" + bytes(187) + b"G" + bytes(187), "an MPEG video"),
+        (b"\xff\xf1\x50\x80\x2e\x7f\xfc", "an AAC file"),
+        (b"FORM\0\0\1\0AIFFCOMM", "an AIFF file"),
+        (b"PK\3\4\x14\0", "an archive"),
+        (b"Hello there.", "it is not a wav, flac, mp3, ogg or opus file"),
+    ],
+)
+def test_what_lies_in_place_of_a_recording_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(content)
+    with pytest.raises(RowError, match=message) as refused:
+        read_recording(path)
+    assert refused.value.reason == "unreadable_audio"
+
+
 @pytest.mark.parametrize("name", ["a\0b.wav", "x" * 300 + ".wav", "/dev/zero"])
 def test_impossible_paths_are_missing_files(tmp_path: Path, name: str) -> None:
     with pytest.raises(RowError) as refused:
@@ -151,7 +292,7 @@ def test_impossible_paths_are_missing_files(tmp_path: Path, name: str) -> None:
 
 def test_headerless_audio_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.raw"
-    path.write_bytes(bytes(4000))
+    path.write_bytes(bytes(range(1, 200)) * 20)
     with pytest.raises(RowError, match="cannot be read as audio"):
         read_recording(path)
 

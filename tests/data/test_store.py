@@ -259,6 +259,22 @@ def test_a_damaged_index(copied: Path, old: str, new: str, message: str) -> None
         CodeStore.open(copied)
 
 
+def test_a_shard_that_is_listed_twice_is_refused(copied: Path) -> None:
+    index = json.loads((copied / "store.json").read_text())
+    index["shards"].append(index["shards"][0])
+    (copied / "store.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"lists train-.*\.parquet twice"):
+        CodeStore.open(copied)
+
+
+def test_an_index_whose_rows_are_not_those_of_its_shards_is_refused(copied: Path) -> None:
+    index = json.loads((copied / "store.json").read_text())
+    index["info"]["rows"]["train"] += 1
+    (copied / "store.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="is damaged"):
+        CodeStore.open(copied)
+
+
 def test_other_files_do_not_belong_to_it(copied: Path) -> None:
     (copied / "train-00099-000000000000.parquet").write_bytes(shard(copied).read_bytes())
     assert len(CodeStore.open(copied)) == 151

@@ -1,6 +1,7 @@
 """The doctor as a whole: a healthy setup passes, what is named is examined, and the command says how it went."""
 
 import json
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from doctor_world import failed, messages_of
 
 from higgstune import BaseSpec
 from higgstune.diagnostics.examine import doctor
-from higgstune.diagnostics.machine import check_disk, check_versions
+from higgstune.diagnostics.without_libraries import check_disk, check_versions
 from higgstune.errors import ConfigError
 
 
@@ -51,6 +52,31 @@ def test_wrong_versions_and_a_full_disk_are_found() -> None:
     for part in ("Python 3.10.1", "transformers 4.57.0", "peft is not installed"):
         assert part in finding.message
     assert [check_disk(free).status for free in (10**7, 10**9, 10**12)] == ["failed", "warning", "ok"]
+
+
+def test_without_libraries_the_rest_is_examined(world: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "higgstune.diagnostics.examine", None)
+    code, out, _ = command("doctor", "--adapter", world / "adapter", "--data", world / "data", "--json")
+    assert code == 1
+    report = json.loads(out)
+    found = {(finding["check"], finding["status"]): finding for finding in report["findings"]}
+    assert "the libraries cannot be imported" in found["environment", "failed"]["message"]
+    assert "its files are whole" in found["data", "ok"]["message"]
+    assert "are whole" in found["adapter", "ok"]["message"]
+    assert ("checkpoint", "skipped") in found
+    assert "Traceback" not in out
+    code, out, _ = command("doctor", "--data", world / "nowhere", "--json")
+    assert ("data", "failed") in {(finding["check"], finding["status"]) for finding in json.loads(out)["findings"]}
+
+
+def test_an_import_that_fails_in_a_check_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ImportError("cannot import name 'HiggsAudioV2Config'")
+
+    monkeypatch.setattr("higgstune.diagnostics.examine.check_environment", broken)
+    [finding] = doctor().findings
+    assert (finding.status, "HiggsAudioV2Config" in finding.message) == ("failed", True)
+    assert "pip install" in finding.advice
 
 
 def test_a_device_that_does_not_exist_is_the_callers_mistake() -> None:

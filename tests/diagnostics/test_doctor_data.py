@@ -125,6 +125,7 @@ def test_a_missing_or_empty_store_is_found(world: Path, tmp_path: Path) -> None:
     store = shutil.copytree(world / "data", tmp_path / "data")
     index = json.loads((store / "store.json").read_text())
     index["shards"] = [shard for shard in index["shards"] if shard["split"] == "validation"]
+    index["info"]["rows"]["train"] = 0
     (store / "store.json").write_text(json.dumps(index))
     assert "nothing to train on" in messages_of(examined(world, data=store), "data")
 

@@ -3,11 +3,13 @@
 import json
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from recordings import speech, write
@@ -149,6 +151,22 @@ def test_an_asr_without_text_and_a_command_that_fails_are_errors(judge: str, tmp
     program.chmod(0o755)
     with pytest.raises(ConfigError, match="cannot run: Exec format error"):
         ExternalSpeakerJudge([str(program)]).similarities(clips, clips)
+
+
+def test_a_command_that_hangs_ends_with_its_children(
+    tmp_path: Path, clips: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("higgstune.evaluation.judges.command._START", 1.0)
+    monkeypatch.setattr("higgstune.evaluation.judges.command._EACH", 0.0)
+    script = tmp_path / "judge.sh"
+    script.write_text(f"sleep 600 &\necho $! > {tmp_path / 'child'}\nwait\n")
+    asr = load_judges(f"sh {script}").asr
+    assert asr is not None
+    with pytest.raises(WorkError, match="did not answer within 1 s"):
+        asr.transcribe(clips)
+    child = int((tmp_path / "child").read_text())
+    with suppress(psutil.NoSuchProcess):
+        assert psutil.Process(child).status() == psutil.STATUS_ZOMBIE or not psutil.pid_exists(child)
 
 
 def test_no_shell_reads_a_command(tmp_path: Path, clips: list[Path]) -> None:

@@ -170,6 +170,8 @@ def test_repetition_aware_sampling_limits_repeats_but_not_greedy_nor_the_end() -
 
     assert share_of_code_5(Sampling(top_p=0.5, repeat_window=0)) == 1.0
     assert share_of_code_5(Sampling(temperature=0)) == 1.0
+    assert share_of_code_5(Sampling(temperature=5e-324)) == 1.0
+    assert share_of_code_5(Sampling(top_p=5e-324, repeat_window=0)) == 1.0
     assert 0.4 < share_of_code_5(Sampling(top_p=0.5)) < 0.85  # drawn anew, from all codes
 
 

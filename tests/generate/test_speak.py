@@ -14,14 +14,16 @@ import pytest
 import soundfile
 from fake_codec import FakeCodec
 from foreign_adapters import save_foreign
+from full_disk import largest_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recordings import RATE, speech, write
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint, tiny_prompter
 from tiny_runs import DEMO_CODEC
 
 from higgstune.data.audio import write_wav
-from higgstune.errors import CheckpointError, ConfigError, DataError, InputError
+from higgstune.errors import CheckpointError, ConfigError, DataError, InputError, WorkError
 from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.families.higgs_v2.prompt import render
 from higgstune.families.sampling import Sampling
@@ -151,7 +153,11 @@ def test_seeds_repeat_and_differ() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "error"), [("", InputError), ("  \n ", InputError), ("say <|eot_id|> now", DataError)]
+    ("text", "error"),
+    [
+        *(("", DataError), ("  \n ", DataError), ("... !!!", DataError), ("\U0001f389", DataError)),
+        *(("[SPEAKER0]", DataError), ("say <|eot_id|> now", DataError)),
+    ],
 )
 def test_what_cannot_be_said_is_refused(text: str, error: type[Exception]) -> None:
     with pytest.raises(error):
@@ -190,11 +196,67 @@ def test_a_notebook_plays_a_clip() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"max_repeats": 0}]
+    "change",
+    [
+        {"temperature": -1},
+        {"temperature": float("inf")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"max_repeats": 0},
+    ],
 )
 def test_impossible_sampling_is_refused(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         Sampling(**change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("silent", "the clip is silent"),
+        ("antiphase", "the clip is silent"),
+        ("DC", "only a constant offset"),
+        ("short", "a clip needs 8"),
+        ("long", "45.0 s are over 30 s: cut it; five to ten"),
+        ("cut off", "is cut off"),
+        ("text", "not a wav"),
+        ("missing", "there is no file"),
+    ],
+)
+def test_a_reference_that_prepare_would_refuse_is_refused(tmp_path: Path, kind: str, message: str) -> None:
+    path, voice = tmp_path / "a.wav", speech(3.0)
+    made = {
+        "silent": 0 * voice,
+        "antiphase": np.stack([voice, -voice], axis=1),
+        "DC": 0 * voice + 0.4,
+        "short": voice[: RATE // 5],
+        "long": np.tile(voice, 15),
+        "cut off": voice,
+    }
+    if kind in made:
+        write(path, made[kind], subtype="FLOAT")
+    if kind == "cut off":
+        path.write_bytes(path.read_bytes()[:50_000])
+    if kind == "text":
+        path.write_text("Hello.")
+    with pytest.raises(DataError, match=message) as refused:
+        make_speaker().reference(path, "What is said.")
+    assert str(path) in str(refused.value)
+
+
+def test_a_reference_and_its_transcript_are_taken(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.wav", speech(1.0))
+    assert make_speaker().reference(path, "What is said").text == "What is said."
+    with pytest.raises(DataError, match="the transcript of the reference has no letter and no digit"):
+        make_speaker().reference(path, "!")
+
+
+def test_speech_that_the_disk_refuses_leaves_nothing(tmp_path: Path) -> None:
+    waveform = np.zeros(24_000, np.float32)
+    with pytest.raises(WorkError, match=r"x\.wav cannot be written: .*; nothing of it was kept"), largest_file(1000):
+        write_wav(tmp_path / "x.wav", waveform, 24_000)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wav_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:

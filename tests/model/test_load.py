@@ -20,6 +20,7 @@ from higgstune.environment import choose_device, choose_dtype
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.model.load import load_model, load_model_and_tokenizers
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 DEMO_CODEC = Path(higgstune.__file__).parent / "demo" / "assets" / "codec"
 
 
@@ -174,6 +175,8 @@ def pickle_only(folder: Path) -> None:
         (lambda f: (f / "model.safetensors").unlink(), "weights are missing"),
         (lambda f: truncate(f / "model.safetensors"), "truncated"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x"), "truncated or not a safetensors"),
+        (lambda f: (f / "model.safetensors").write_bytes(POINTER), r"a pointer of Git LFS: .*git lfs pull"),
+        (lambda f: (f / "config.json").write_bytes(POINTER), r"a pointer of Git LFS: .*git lfs pull"),
         (pickle_only, "pickled"),
         (drop_text_head, r"text_lm_head\.weight"),
         (drop_layer, "do not fill the model"),

@@ -26,7 +26,7 @@ from higgstune.inputs import find_adapter
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model
 from higgstune.training.run import train
-from higgstune.training.run_dir import RunState
+from higgstune.training.run_dir import RunFolder, RunState
 from higgstune.training.verify import probe_logits, verify_in_fresh_process, write_probe
 
 pytestmark = pytest.mark.processes
@@ -118,6 +118,15 @@ def test_a_run_that_never_began_does_not_claim_its_folder(world: Path, tmp_path:
     with pytest.raises(CheckpointError, match="nowhere"):
         train(recipe(world, model=wrong), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_resuming_an_empty_folder_starts_a_run_and_says_so(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    RunFolder(tmp_path / "run", recipe(world), is_main=True, processes=1).check(resume=False)
+    assert caplog.messages == []
+    RunFolder(tmp_path / "run", recipe(world), is_main=True, processes=1).check(resume=True)
+    assert caplog.messages == [f"{tmp_path / 'run'} holds no run to resume: a new one starts there"]
 
 
 def test_a_run_is_resumed_only_on_request_and_with_its_recipe(

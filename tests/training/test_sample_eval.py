@@ -154,7 +154,10 @@ def test_killed_it_resumes_to_the_same_choice(world: Path, chosen: Path, tmp_pat
     made, out = samples_recipe(world, stages=2, **EARLIEST), tmp_path / "run"
     killed = Together(tmp_path / "killed", 1, train_with_signal, made, out, signal.SIGKILL, at, nth)
     assert killed.exit_codes() == [-signal.SIGKILL], killed.log()
+    left = sorted(out.glob("stage*"))[-1] / "samples" / "01.wav.999999999.tmp"  # as of a process that is gone
+    left.write_bytes(b"RIFF")
     Together(tmp_path / "resumed", 1, train_unproven, made, out, True).succeeded()
+    assert not left.exists()
     assert_identical(out, chosen)
     found, expected = (
         json.loads((run / "run.json").read_text())["stages"]["stage1"]["chosen"] for run in (out, chosen)

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from higgstune.cli.options import MODEL, AsrOption, DeviceOption, JsonOption, RevisionOption, SpeakerOption, path
-from higgstune.cli.output import Bar, announced, errors, measures_summary, print_result
+from higgstune.cli.output import Bar, announced, errors, measures_summary, print_result, print_table
 from higgstune.errors import ConfigError, WorkError, not_usable_code
 from higgstune.files import check_folder
 from higgstune.inputs import BaseSpec
@@ -34,21 +33,26 @@ def doctor(
 
     Exits with 1 when a check failed. Nothing is changed.
     """
-    with announced("loading libraries", as_json):
-        from higgstune.diagnostics.examine import doctor as run
+    try:
+        with announced("loading libraries", as_json, any_version=True):
+            from higgstune.diagnostics.examine import doctor as run
+    except (ImportError, AttributeError, RuntimeError, OSError) as error:  # libraries that do not fit, or are broken
+        from higgstune.diagnostics.without_libraries import examine_without_libraries
 
-    report = run(
-        # Not by `base_spec`: a wrong name is a finding, too.
-        BaseSpec(model, revision, codec, device=None if device == "auto" else device),
-        adapter=adapter,
-        data=data,
-        recipe=recipe,
-        progress=lambda what: errors.print(f"examining {what}", highlight=False),
-    )
+        report = examine_without_libraries(error, adapter=adapter, data=data, recipe=recipe)
+    else:
+        report = run(
+            # Not by `base_spec`: a wrong name is a finding, too.
+            BaseSpec(model, revision, codec, device=None if device == "auto" else device),
+            adapter=adapter,
+            data=data,
+            recipe=recipe,
+            progress=lambda what: errors.print(f"examining {what}"),
+        )
     if as_json:
         print_result(report.to_json(), as_json)
     else:
-        Console().print(report.table())
+        print_table(report.table())
         typer.echo(", ".join(f"{count} {status}" for status, count in report.summary.items()))
     if not report.passed:
         raise typer.Exit(1)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from higgstune.cli.options import DeviceOption, JsonOption, check_model, path, within
-from higgstune.cli.output import Bar, announced, errors, escape, print_result
+from higgstune.cli.output import Bar, announced, errors, print_result, print_table
 from higgstune.data.rejection import some_ids
+from higgstune.environment import check_versions
 from higgstune.errors import DataError
 from higgstune.hub import check_name
 from higgstune.inputs import check_source, check_store, check_store_place
@@ -138,7 +138,7 @@ def prepare(
 
         read = read_source(source, allow_outside=allow_outside, columns=columns)
         if not as_json:
-            errors.print(f"read as {escape(read.read_as)}", highlight=False, soft_wrap=True)
+            errors.print(f"read as {read.read_as}")
     with nullcontext() if source is None else announced("loading the codec", as_json):
         from higgstune.data.prepare import prepare as run
 
@@ -215,6 +215,7 @@ def inspect(
         raise typer.BadParameter("it is for --outliers", param_hint="--limit")
     if model is not None:
         check_model(model)
+    check_versions()
     from higgstune.diagnostics.inspect_row import inspect_row, label_table
 
     found = inspect_row(store, row, model=model, text_targets=text_targets, reference=reference, whisper=whisper)
@@ -236,7 +237,7 @@ def inspect(
     table = Table("position", *(f"k={k}" for k in range(len(found.audio_labels[0][1]))), title="audio labels")
     for entries in label_table(found):
         table.add_row(*map(str, entries))
-    Console().print(table)
+    print_table(table)
 
 
 def _check_limits(limits: Sequence[str] | None) -> None:

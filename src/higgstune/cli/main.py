@@ -2,17 +2,19 @@
 
 import atexit
 import gc
+import io
 import logging
 import os
 import signal
 import sys
+import traceback
 from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
 
 from higgstune.cli import checkup, data, evaluation, export, speech, training
-from higgstune.cli.output import errors, escape, mute_libraries
+from higgstune.cli.output import mute_libraries, print_error
 from higgstune.errors import HiggstuneError, Interrupted
 
 # Verbs import what needs torch themselves, once the command line is checked: `--help` and typing errors cost nothing.
@@ -37,6 +39,10 @@ for _verb, _example in (
 ):
     app.command(epilog=f"Example: higgstune {_example}")(_verb)
 
+_TRACEBACK = "HIGGSTUNE_TRACEBACK"  # an environment variable
+_SHOWN = 500  # characters of an unexpected error
+_NO_MEMORY = "can't allocate memory"  # of PyTorch on a CPU, whose error is a plain RuntimeError
+
 # The base of typer's errors for a wrong command line, by its place: its name differs between versions.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -59,23 +65,36 @@ def main() -> NoReturn:
     """Run a verb; exit 0 when done, 1 when the work failed, 2 for wrong input, 3 for a run that is not usable."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     mute_libraries()
+    for stream in (sys.stdout, sys.stderr):  # names that are not UTF-8 are printed with escapes, which JSON reads, too
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _stop)
     atexit.register(gc.freeze)  # the interpreter would take a second to visit all that torch has made, one by one
     try:
         code = app(prog_name="higgstune", standalone_mode=False)
-    except (HiggstuneError, OSError, _USAGE_ERROR) as error:
+    except Exception as error:  # noqa: BLE001  (whatever it is, the user gets one line that says what to do)
+        if isinstance(error.__cause__, KeyboardInterrupt):  # which some versions of typer turn into an error
+            sys.exit(128 + signal.SIGINT)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that ends the others must not cut the message off
         _report_to_launcher(error)
         rank = os.environ.get("RANK")
-        who = "" if rank is None else f" in process {rank}"
-        errors.print(f"[bold red]error{who}:[/] {escape(_message(error))}", highlight=False, soft_wrap=True)
+        if os.environ.get(_TRACEBACK):
+            traceback.print_exception(error)
+        print_error(_message(error), "" if rank is None else f" in process {rank}")
         sys.exit(getattr(error, "exit_code", 1))
     sys.exit(code or 0)
 
 
 def _message(error: Exception) -> str:
-    if not isinstance(error, _USAGE_ERROR):
+    if isinstance(error, HiggstuneError | OSError):
         return str(error)
+    if not isinstance(error, _USAGE_ERROR):
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")[:_SHOWN]
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in said:
+            return f"there is not enough memory ({said}): close other programs, or use a machine with more"
+        if isinstance(error, ImportError):
+            return f"{said}; a library is missing or broken: higgstune doctor shows which"
+        return f"{said}; this is a fault of Higgstune: {_TRACEBACK}=1 before the command shows where; please report it"
     text = error.format_message().replace("Value error, ", "").rstrip(".")  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)
     return f"{text}; see {context.command_path if context else 'higgstune'} --help"

@@ -179,7 +179,10 @@ QualityOption = Annotated[
 TemperatureOption = Annotated[
     float,
     typer.Option(
-        metavar="T", callback=within(0), help="Lower is steadier and duller; 0 is greedy.", rich_help_panel=SAMPLING
+        metavar="T",
+        callback=within(0, 100),
+        help="Lower is steadier and duller; 0 is greedy.",
+        rich_help_panel=SAMPLING,
     ),
 ]
 SeedOption = Annotated[

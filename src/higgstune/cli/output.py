@@ -12,10 +12,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from higgstune.environment import check_versions
 from higgstune.imports import collector_paused
 
-errors = Console(stderr=True)
+# Plain text: a message quotes what users and strangers wrote, and `[/x]` in it is not markup. No line is broken.
+errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+_MIN_WIDTH = 60  # characters; on a narrower terminal the lines are broken by the terminal, and not cut
+_ANY_WIDTH = 100_000
 # Warnings that no user can act on, by their logger: how each begins.
 _NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # of a hub's kernels
@@ -37,10 +42,15 @@ def _without(beginning: str) -> Callable[[logging.LogRecord], bool]:
 
 
 @contextmanager
-def announced(what: str, as_json: bool = False) -> Iterator[None]:
-    """Say on stderr what a verb begins with, and quiet transformers. The verb imports what is large inside of this."""
+def announced(what: str, as_json: bool = False, *, any_version: bool = False) -> Iterator[None]:
+    """Say on stderr what a verb begins with, and quiet transformers. The verb imports what is large inside of this.
+
+    Raises WorkError, before anything is imported, for versions that do not fit unless `any_version`.
+    """
+    if not any_version:
+        check_versions()
     if not as_json and os.environ.get("RANK", "0") == "0":
-        errors.print(f"{what} ...", highlight=False)
+        errors.print(f"{what} ...")
     with collector_paused():
         from transformers.utils.logging import disable_progress_bar
 
@@ -63,7 +73,12 @@ class Bar:
 
     def __enter__(self) -> Callable[[str, int, int], None]:
         if self.live:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             self.progress = Progress(*columns, console=errors)
             self.progress.start()
         return self._show
@@ -79,7 +94,7 @@ class Bar:
             self.progress.update(self.tasks[what], completed=done, total=total)
         elif (tenth := 10 * done // max(1, total)) != self.tenths.get(what, 0):
             self.tenths[what] = tenth
-            errors.print(f"{what} {done}/{total}", highlight=False)
+            errors.print(f"{what} {done}/{total}")
 
 
 def print_result(values: dict[str, Any], as_json: bool) -> None:
@@ -99,9 +114,18 @@ def _plain(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def escape(text: str) -> str:
-    """Text in which rich takes no bracket for markup."""
-    return text.replace("[", r"\[")
+def print_table(table: Table) -> None:
+    """Print a table on stdout with all that is in it: as wide as it is or, on a terminal, with long words broken."""
+    for column in table.columns:
+        column.overflow = "fold"
+    console = Console(markup=False)
+    console.width = max(console.width, _MIN_WIDTH) if sys.stdout.isatty() else _ANY_WIDTH
+    console.print(table)
+
+
+def print_error(text: str, who: str = "") -> None:
+    """Print the one line that a failed command ends with, on stderr."""
+    errors.print(Text.assemble((f"error{who}:", "bold red"), f" {text}"))
 
 
 def print_measures(evaluations: dict[str, Any], differences: dict[str, Any]) -> None:
@@ -117,11 +141,11 @@ def print_measures(evaluations: dict[str, Any], differences: dict[str, Any]) -> 
                 found = differences.get(metric.name)
                 columns += ["", ""] if found is None else [shown(metric, found.value), f"{found.p:.3f}"]
             table.add_row(metric.label, *columns)
-    Console().print(table)
+    print_table(table)
     missing = list(evaluations.values())[-1].not_measured  # the first are recordings, which lack recordings
     for reason in dict.fromkeys(missing.values()):
         names = ", ".join(name for name, why in missing.items() if why == reason)
-        errors.print(f"not measured: {names}: {escape(reason)}", highlight=False, soft_wrap=True)
+        errors.print(f"not measured: {names}: {reason}")
 
 
 def stage_summary(stage: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """The verb `speak`."""
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -23,17 +24,28 @@ from higgstune.cli.options import (
     path,
     within,
 )
-from higgstune.cli.output import Bar, announced, errors, escape, print_result
-from higgstune.errors import ConfigError
+from higgstune.cli.output import Bar, announced, errors, print_result
+from higgstune.errors import ConfigError, DataError, WorkError
+from higgstune.files import check_folder
 from higgstune.inputs import check_wav_name, is_unusable_run
+
+_FRAME_RATE = 25.0  # frames a second of the codecs so far; the one that is loaded checks a reference by its own
 
 
 def speak(
     text: Annotated[str | None, typer.Argument(help="What to say.")] = None,
-    out: Annotated[Path, typer.Option(parser=path, metavar="FILE", help="A .wav file; with --file, a folder.")] = Path(
-        "speech.wav"
-    ),
-    file: Annotated[Path | None, typer.Option(parser=path, metavar="FILE", help="Text file, one clip a line.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=path, metavar="FILE", help="A .wav file (speech.wav); with --file, a folder (speech)."),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path,
+            metavar="FILE",
+            help="Text file, one clip a line. Lines that cannot be spoken are named, and the exit code is 1.",
+        ),
+    ] = None,
     adapter: Annotated[
         Path | None, typer.Option(parser=path, metavar="FOLDER", help="An adapter, or a run.", rich_help_panel=VOICE)
     ] = None,
@@ -69,7 +81,7 @@ def speak(
         float | None,
         typer.Option(
             metavar="SECONDS",
-            callback=within(0, above=True),
+            callback=within(0, 3600, above=True),
             help="Longest piece; default: from the text's length.",
             rich_help_panel=SAMPLING,
         ),
@@ -89,29 +101,31 @@ def speak(
     as_json: JsonOption = False,
 ) -> None:
     """Speak a text, or each line of a file."""
+    from higgstune.data.clips import read_reference, spoken_text
+    from higgstune.data.messages import DEFAULT_SCENE, check_control_tokens
+
     if text is not None and file is None:
-        texts, files = [text], [out]
+        clips, refused = _one_clip(text, out or Path("speech.wav"))
     elif file is not None and text is None:
-        texts = _lines(file)
-        files = [out / f"{number:04d}.wav" for number in range(1, len(texts) + 1)]
+        clips, refused = _clips_of_lines(file, out or Path("speech"))
     else:
         raise ConfigError("give either a text or --file")
-    for name in files:
-        check_wav_name(name)
     if adapter is None and model is None:
         raise ConfigError("name a base (--model) or an adapter (--adapter)")
     base = base_spec(model, revision=revision, codec=codec, device=device, quantize=quantize)
-    if text is not None and not text.strip():
-        raise ConfigError("the text to speak is empty")
     if reference is None and reference_text is not None:
         raise ConfigError("--reference-text needs the recording in which it is said: --reference")
-    if reference is not None and not reference.is_file():
-        raise ConfigError(f"--reference {reference} does not exist")
+    if reference is not None:
+        read_reference(reference, _FRAME_RATE)
+    if reference_text:
+        spoken_text(reference_text, "--reference-text")
+    check_control_tokens(scene or "", "--scene")
     folder = None if adapter is None else named_adapter(adapter, base)
     if adapter is not None and is_unusable_run(adapter):
-        errors.print(f"warning: the run {escape(str(adapter))} is not usable; its report says why", soft_wrap=True)
+        errors.print(f"warning: the run {adapter} is not usable; its report says why")
+    for reason in refused:
+        errors.print(f"not spoken: {reason}")
     with announced("loading the model", as_json):
-        from higgstune.data.messages import DEFAULT_SCENE
         from higgstune.families.sampling import Sampling
         from higgstune.generate.speaker import Request, Speaker, check_transcript, trained_place, warn_of_duration
         from higgstune.model.load import load_base
@@ -121,24 +135,67 @@ def speak(
     speaker = Speaker(load_base(base, folder), folder, whisper=whisper)
     voice = None if reference is None else speaker.reference(reference, reference_text or "")
     scene = DEFAULT_SCENE if scene is None else scene or None
-    requests = [Request(text, voice, scene, seed + index) for index, text in enumerate(texts)]
+    requests = [Request(clip.text, voice, scene, seed + clip.place) for clip in clips]
     spoken = speaker.speak_all(
         requests, sampling=Sampling(temperature, top_k, top_p), max_seconds=max_seconds, batch_size=batch_size
     )
     with Bar() as bar:
-        for done, (name, speech) in enumerate(zip(files, spoken, strict=True), 1):
-            speech.save(name)  # at once: a long list that is stopped keeps them
+        for done, (clip, speech) in enumerate(zip(clips, spoken, strict=True), 1):
+            speech.save(clip.out)  # at once: a long list that is stopped keeps them
             warn_of_duration(speech)
-            bar("speaking", done, len(texts))
-    print_result({"files": [str(path) for path in files]}, as_json)
+            bar("speaking", done, len(clips))
+    print_result({"files": [str(clip.out) for clip in clips], **({"not_spoken": refused} if refused else {})}, as_json)
+    if refused:
+        raise WorkError(f"{len(refused)} of {len(refused) + len(clips)} lines of {file} were not spoken: correct them")
 
 
-def _lines(file: Path) -> list[str]:
+class _Clip(NamedTuple):
+    place: int  # among the lines, from 0: its seed and its file's name follow from it
+    text: str
+    out: Path
+
+
+def _one_clip(text: str, out: Path) -> tuple[list[_Clip], list[str]]:
+    """As `_clips_of_lines`, for one text. Raises InputError for a text or a file name that cannot be."""
+    from higgstune.data.clips import spoken_text  # imports pydantic and soundfile, in 0.1 s
+
+    check_wav_name(out)
+    if not text.strip():
+        raise ConfigError("the text to speak is empty")
+    spoken_text(text, "the text to speak")
+    return [_Clip(0, text, out)], []
+
+
+def _clips_of_lines(file: Path, out: Path) -> tuple[list[_Clip], list[str]]:
+    """The lines of a file that can be spoken into the folder `out`, and why others cannot; blank ones are skipped.
+
+    Raises ConfigError for a file that cannot be read or has none, and for an `out` that is not a folder.
+    """
+    from higgstune.data.clips import spoken_text
+
+    if out.suffix.lower() == ".wav" and not out.is_dir():
+        raise ConfigError(f"--out {out}: with --file it is a folder, of a clip for each line: name it without .wav")
+    check_folder(out)
+    clips, refused = [], []
+    for place, (number, line) in enumerate(_lines(file)):
+        try:
+            spoken_text(line, f"line {number} of {file}")
+            clips.append(_Clip(place, line, out / f"{place + 1:04d}.wav"))
+        except DataError as error:
+            refused.append(str(error))
+    if not clips:
+        raise ConfigError(f"--file {file} has no line that can be spoken" + (f": {refused[0]}" if refused else ""))
+    return clips, refused
+
+
+def _lines(file: Path) -> list[tuple[int, str]]:
+    """The lines that are not blank, with their numbers from 1 as in an editor."""
+    from higgstune.data.source import decode
+
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"--file {file} cannot be read: {reason}") from error
-    if not any(lines):
-        raise ConfigError(f"--file {file} has no text")
-    return [line for line in lines if line]
+        text = decode(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"--file {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--file {file} is neither UTF-8 nor UTF-16 (byte {error.start}): convert it") from error
+    return [(n, line.strip()) for n, line in enumerate(re.split("\r\n|\r|\n", text), 1) if line.strip()]

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from higgstune.cli.options import JsonOption, PlannedDeviceOption, path
-from higgstune.cli.output import Bar, announced, print_result, stage_summary
+from higgstune.cli.output import Bar, announced, print_result, print_table, stage_summary
 from higgstune.errors import ConfigError, not_usable_code
+from higgstune.files import check_folder
 from higgstune.hub import check_name
 from higgstune.inputs import check_store
 
@@ -40,6 +40,7 @@ def train(
 ) -> None:
     """Train the stages of a recipe, and verify that each saved adapter is what was trained."""
     from higgstune.config.recipe import load_recipe
+    from higgstune.config.trackers import check_installed
 
     loaded = load_recipe(recipe, overrides or [])
     if not plan and (memory is not None or device is not None):
@@ -51,6 +52,8 @@ def train(
     if out is None or plan:
         _show_plan(loaded, memory, device, as_json)
         return
+    check_installed(loaded.report_to)
+    check_folder(out)
     with announced("loading the model", as_json):
         import torch.distributed
 
@@ -86,7 +89,7 @@ def _show_plan(recipe: "Recipe", memory: str | None, device: str | None, as_json
         table = Table("", *(f"{stage.name} ({stage.kind})" for stage in found.plan.stages))
         for row in found.rows():
             table.add_row(*row)
-        Console().print(table)
+        print_table(table)
         typer.echo(found.verdict())
     if found.fits is False:
         raise typer.Exit(1)

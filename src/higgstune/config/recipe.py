@@ -1,7 +1,6 @@
 """The recipe: one strict configuration tree from YAML, saved resolved beside what it made."""
 
 import copy
-import difflib
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from higgstune.batch.packing import PackSize
 from higgstune.config.expression import Expression, is_command
+from higgstune.config.keys import suggest_key
+from higgstune.config.trackers import read_trackers
 from higgstune.config.yaml import MAX_BYTES, parse_yaml
 from higgstune.data.messages import ReferencePlace
 from higgstune.errors import ConfigError
 from higgstune.families import DEFAULT_FAMILY, family_info
 from higgstune.families.base import TextTargets
+from higgstune.families.sampling import MAX_TEMPERATURE
 from higgstune.files import write_file
 from higgstune.inputs import Quantize
 
@@ -25,6 +27,7 @@ Compile = bool | Literal["auto"]
 AttentionTraining = Literal["lora", "full"]
 
 _BATCH_TOKENS = 4096  # about two minutes of speech with its text
+_MAX_RANK = 1 << 13  # more than any layer of a base has
 _FILES_OF_A_RUN = ("recipe.yaml", "run.json")
 _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # no names of files on Windows
 _SHOWN_PROBLEMS = 20
@@ -37,7 +40,7 @@ class _Strict(BaseModel):
 class Lora(_Strict):
     """The shape of the adapter; the same in all stages of a run."""
 
-    r: int = Field(16, ge=1, description="rank")
+    r: int = Field(16, ge=1, le=_MAX_RANK, description="rank")
     alpha: float = Field(32.0, gt=0, description="scaling: alpha / r (alpha / sqrt(r) with rslora)")
     dropout: float = Field(0.0, ge=0, lt=1)
     rslora: bool = False
@@ -106,7 +109,7 @@ class EvaluationSettings(_Strict):
         None, description="a file of sentences, meta.lst or a built-in language; validation rows where not given"
     )
     seed: int = Field(0, ge=0, lt=1 << 32, description="of what is spoken, the same at each validation")
-    temperature: float = Field(1.0, ge=0, description="of what is spoken; 0 is greedy")
+    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="of what is spoken; 0 is greedy")
     asr: str | None = Field(None, description="judge of what is said: a Whisper checkpoint, or a command")
     speaker_judge: str | None = Field(None, description="judge of whose voice it is: a WavLM checkpoint, or a command")
     quality_judge: str | None = Field(None, description="judge of naturalness: distillmos, or a command")
@@ -236,7 +239,14 @@ class Recipe(_Strict):
     eval_steps: int = Field(200, ge=1, description="optimizer steps between validations")
     save_steps: int = Field(200, ge=1, description="optimizer steps between checkpoints")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept in each stage")
-    report_to: tuple[str, ...] = Field(("tensorboard",), description="as in transformers: tensorboard, wandb, ...")
+    report_to: tuple[str, ...] = Field(
+        ("tensorboard",), description="as in transformers: tensorboard, wandb, ...; none, or all that are installed"
+    )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _known_trackers(cls, value: Any) -> Any:
+        return read_trackers(value)
 
     @field_validator("gradient_checkpointing", "compile", mode="before")
     @classmethod
@@ -384,7 +394,8 @@ def _place(node: Any, key: str, what: str) -> str | int:
     if not isinstance(node, list):
         raise ConfigError(f"{what}: {key!r} stands inside a plain value")
     if not (key.isdecimal() and len(key) < 10 and int(key) < len(node)):
-        raise ConfigError(f"{what}: {key!r} is not an index of a list of {len(node)} entries; they count from 0")
+        hint = f": write stages.0.{key}" if key in Stage.model_fields else ""
+        raise ConfigError(f"{what}: {key!r} is not an index of a list of {len(node)} entries; they count from 0{hint}")
     return int(key)
 
 
@@ -392,17 +403,13 @@ def _explain(location: tuple[int | str, ...], kind: str, message: str) -> str:
     path = ".".join(str(part) for part in location)
     if kind != "extra_forbidden":
         return f"{path or 'recipe'}: {message.removeprefix('Value error, ')}"
-    known = _known_keys(location[:-1])
-    near = difflib.get_close_matches(str(location[-1])[:100], known, n=1, cutoff=0.0)
-    return f"{path}: unknown key; the nearest one is {near[0]} (of {', '.join(known)})"
+    return f"{path}: unknown key; {suggest_key(location, _KEYS)}"
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    node: type[BaseModel] = Recipe
-    children: dict[str, type[BaseModel]] = {
-        "model": ModelSettings, "data": DataSettings, "lora": Lora, "stages": Stage,
-        "evaluation": EvaluationSettings, "replay": Replay,
-    }  # fmt: skip
-    for part in location:
-        node = children.get(str(part), node)
-    return list(node.model_fields)
+_KEYS = {
+    section: tuple(model.model_fields)
+    for section, model in (
+        *(("", Recipe), ("stages.{}", Stage), ("model", ModelSettings), ("data", DataSettings)),
+        *(("data.replay", Replay), ("lora", Lora), ("evaluation", EvaluationSettings)),
+    )
+}

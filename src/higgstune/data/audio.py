@@ -14,7 +14,10 @@ import numpy as np
 import soundfile
 import soxr
 
+from higgstune.data import mpeg, ogg
 from higgstune.data.rejection import RowError
+from higgstune.data.signatures import HEAD, find_other_kind
+from higgstune.files import NOTHING_KEPT, temporary_beside, writing
 from higgstune.inputs import check_wav_name
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus")
@@ -24,10 +27,9 @@ _MAX_CHANNELS = 64
 _MAX_SAMPLES = 1 << 34  # four days at 48 kHz
 _MAX_IN_MEMORY = 3600 * 48_000  # samples of one clip
 _MAX_DENSITY = 200  # samples a byte: Opus at 6 kbit/s has 64, only silence has more
-# libsndfile reads forty formats, by their first bytes and not by the file's name; it gets only these.
-_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"ID3")
 _CORRECTED_WAV = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)  # in libsndfile's log
 _UNKNOWN_BYTES = 0x7FFFF000  # the length that a program leaves in a WAV that it writes into a pipe
+_WAV = ("WAV", "WAVEX")
 # The part of the claimed length that makes a file complete: recorders round that of a WAV, encoders estimate an MP3's.
 _COMPLETE = {"FLAC": 1.0, "WAV": 0.99, "WAVEX": 0.99}
 _BLOCK = 1 << 16  # frames
@@ -59,7 +61,7 @@ def read_recording(path: str | Path, observe: Observer | None = None) -> Recordi
     Raises RowError for a file that cannot be decoded to its end.
     """
     digest, samples, peak, projector = hashlib.sha256(), 0, 0.0, _Projector()
-    with _opened(path) as file:
+    with _opened(path, whole=True) as file:
         for block in _blocks(file, observe=observe):
             digest.update(block.tobytes())
             projector.add(block)
@@ -81,11 +83,12 @@ def read_audio(
     """A file, or its part from `start` to `end` in seconds -> (waveform [samples] float32 mono, rate in Hz).
 
     Channels are averaged; `observe` gets them as they are. Raises RowError for a file that cannot be read, a part that
-    lies outside of it, or more than `max_seconds` of audio (nothing of that size is read into memory first).
+    lies outside of it, or more than `max_seconds` of audio (nothing of that size is read into memory first). Whether
+    the file is whole is checked where all of it is read.
     """
     if not all(value is None or 0 <= value < 1e9 for value in (start, end)):
         raise RowError("segment_outside", f"{path}: the part from {start} to {end} s is impossible")
-    with _opened(path) as file:
+    with _opened(path, whole=start is None and end is None) as file:
         rate = file.samplerate
         first = 0 if start is None else round(start * rate)
         wanted = None if end is None else round(end * rate) - first
@@ -102,6 +105,8 @@ def read_audio(
             total += len(block)
             if total > limit:
                 raise RowError("too_long", f"{path}: longer than {limit / rate:g} s")
+        if start is None and end is None:
+            _check_complete(file, total)
     return np.concatenate([np.empty(0, np.float32), *blocks]), rate
 
 
@@ -135,11 +140,14 @@ def is_file(path: str | Path) -> bool:
         return False
 
 
-def _opened(path: str | Path) -> soundfile.SoundFile:
-    """An open audio file. Raises RowError where it is missing, of another format, or claims an impossible size."""
+def _opened(path: str | Path, *, whole: bool) -> soundfile.SoundFile:
+    """An open audio file. Raises RowError where it is missing, of another format, or claims an impossible size.
+
+    With `whole`, also for an Ogg file that is not.
+    """
     if not is_file(path):
         raise RowError("missing_audio", f"{path}: there is no such file")
-    size = _check_head(path)
+    size = _check_head(path, whole=whole)
     try:
         file = soundfile.SoundFile(str(path))
     except (soundfile.SoundFileError, TypeError, ValueError, OSError) as error:  # .raw needs more arguments
@@ -161,22 +169,28 @@ def _opened(path: str | Path) -> soundfile.SoundFile:
     )
 
 
-def _check_head(path: str | Path) -> int:
-    """The file's size in bytes. Raises RowError for another format, and for an RF64 that is cut off.
+def _check_head(path: str | Path, *, whole: bool) -> int:
+    """The file's size in bytes. Raises RowError for another format, and for an RF64 (or a `whole` Ogg) that is cut off.
 
-    libsndfile reports the length that a header claims for every format but RF64.
+    libsndfile reports the length that a header claims for every format but these.
     """
+    damage = None
     try:
         with open(path, "rb") as file:
-            size, head = os.fstat(file.fileno()).st_size, file.read(36)
+            size, head = os.fstat(file.fileno()).st_size, file.read(HEAD)
+            if whole and head.startswith(b"OggS"):
+                file.seek(0)
+                damage = ogg.find_damage(file)
     except OSError as error:
         raise RowError("unreadable_audio", f"{path} cannot be read: {error.strerror}") from error
-    is_mpeg = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
-    if not is_mpeg and not head.startswith(_MAGIC):
+    if (other := find_other_kind(head)) is not None:
+        raise RowError("unreadable_audio", f"{path} {other}")
+    if damage is not None:
         raise RowError(
-            "unreadable_audio", f"{path} cannot be read as audio: it is not a wav, flac, mp3, ogg or opus file"
+            "unreadable_audio",
+            f"{path} {damage}; copy it again or, if all of it plays, convert it: ffmpeg -i {Path(path).name} x.flac",
         )
-    if head.startswith(b"RF64") and head[12:16] == b"ds64" and len(head) == 36:
+    if head.startswith(b"RF64") and head[12:16] == b"ds64" and len(head) >= 36:
         (claimed,) = struct.unpack_from("<Q", head, 28)
         if _COMPLETE["WAV"] * claimed > size:
             raise RowError("unreadable_audio", f"{path} is cut off after {size} of {claimed} bytes")
@@ -184,8 +198,21 @@ def _check_head(path: str | Path) -> int:
 
 
 def _check_complete(file: soundfile.SoundFile, samples: int) -> None:
-    """Raise RowError for a file that ends before the length in its header, as an interrupted copy does."""
+    """Raise RowError for a file that ends before the length in its header, as an interrupted copy does, or behind it.
+
+    The length of an MP3 in a WAV is only a guess, so it counts up to that of its frames; the WAV has its size in bytes.
+    """
     claimed = file.frames
+    if file.subtype.startswith("MPEG"):
+        with open(file.name, "rb") as content:
+            held = mpeg.count_samples(content)
+        if held > samples + mpeg.MAX_PADDING:
+            raise RowError(
+                "unreadable_audio",
+                f"{file.name} holds {held} samples, but its header leads to {samples} of them (a variable bit rate "
+                "without a Xing header, or files joined end to end): convert it to flac, for example with ffmpeg",
+            )
+        claimed = min(claimed, held) if file.format in _WAV else claimed
     if corrected := _CORRECTED_WAV.search(file.extra_info):
         written, found = int(corrected[1]), max(int(corrected[2]), 1)
         claimed = 0 if written >= _UNKNOWN_BYTES else claimed * written // found
@@ -196,8 +223,11 @@ def _check_complete(file: soundfile.SoundFile, samples: int) -> None:
 def _blocks(
     file: soundfile.SoundFile, frames: int | None = None, observe: Observer | None = None
 ) -> Iterator[np.ndarray]:
-    """[samples] float32 mono, block by block, to the end or for so many frames."""
-    left = frames
+    """[samples] float32 mono, block by block, to the end or for so many frames.
+
+    Raises RowError for a file with a hole: libsndfile reads up to it, and then what is behind it twice.
+    """
+    left, was_short = frames, False
     while left is None or left > 0:
         size = _BLOCK if left is None else min(_BLOCK, left)
         try:
@@ -206,6 +236,9 @@ def _blocks(
             raise RowError("unreadable_audio", f"{file.name} is damaged: {_reason(error)}") from error
         if not len(block):
             return
+        if was_short:
+            raise RowError("unreadable_audio", f"{file.name} is damaged: parts of it are missing; copy it again")
+        was_short = len(block) < size
         left = None if left is None else left - len(block)
         if observe is not None:
             observe(block, file.samplerate)
@@ -264,14 +297,18 @@ class _Projector:
 def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
     """[samples] float32 in [-1, 1] -> a 16-bit WAV file, under a temporary name first; folders are created.
 
-    Raises InputError when the name does not end in .wav.
+    Raises InputError when the name does not end in .wav; WorkError where the disk refuses, which leaves nothing of it.
     """
     path = Path(path)
     check_wav_name(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(wav_bytes(waveform, sample_rate))
-    os.replace(temporary, path)
+    temporary = temporary_beside(path)
+    with writing(path, NOTHING_KEPT):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(wav_bytes(waveform, sample_rate))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def wav_bytes(waveform: np.ndarray, sample_rate: int) -> bytes:

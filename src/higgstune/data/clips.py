@@ -22,6 +22,7 @@ from higgstune.data.source import SourceRow
 from higgstune.data.text import is_speakable, normalize_text, spoken_length
 
 MIN_FRAMES = 8  # of a clip that is encoded
+MAX_REFERENCE = 30.0  # seconds, as of a clip that is not allowed to be long
 SILENCE_PEAK = 10 ** (-60 / 20)  # -60 dBFS
 _MAX_PEAK = 4.0  # a lossy codec overshoots a little; 16-bit integers stored as floats do not
 _MAX_RATE = 60.0  # characters a second: the fastest talkers reach half of it
@@ -37,6 +38,7 @@ class Limits:
     frame_rate: float  # frames per second of the codec
     max_seconds: float
     allow_long: bool = False
+    advice: str = "cut it, or allow long clips (--allow-long)"  # for one that is too long
 
     @property
     def longest(self) -> float:
@@ -49,9 +51,7 @@ class Limits:
         if frames < MIN_FRAMES - _ROUNDING:
             raise RowError("too_short", f"{seconds:.2f} s are {int(frames)} frames: a clip needs {MIN_FRAMES}")
         if seconds > self.longest + _ROUNDING:
-            raise RowError(
-                "too_long", f"{seconds:.1f} s are over {self.longest:g} s: cut it, or allow long clips (--allow-long)"
-            )
+            raise RowError("too_long", f"{seconds:.1f} s are over {self.longest:g} s: {self.advice}")
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,21 @@ def _check_sound(peak: float, measures: Measures | None) -> Measures:
     return measures
 
 
+def read_reference(path: str | Path, frame_rate: float) -> tuple[np.ndarray, int]:
+    """A recording to imitate, checked as `prepare` checks a clip -> (waveform [samples] float32 mono, rate in Hz).
+
+    `frame_rate` is the codec's, in frames a second. Raises RowError, with the reason, for one that is not fit for it.
+    """
+    limits = Limits(frame_rate, MAX_REFERENCE, advice="cut it; five to ten clear seconds are a good length")
+    try:
+        waveform, rate = ClipReader(limits).read(Path(path), Segment()).read()
+        if peak_of(waveform - waveform.mean()) < SILENCE_PEAK:
+            raise RowError("silent", "it holds only a constant offset (DC): the clip is silent")
+    except RowError as error:
+        raise RowError(error.reason, f"the reference {path} cannot be used: {error}") from error
+    return waveform, rate
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A row that is fit for the store, as far as it can be judged without the other rows."""
@@ -206,11 +221,11 @@ class Checker:
         return candidate
 
     def _utterance(self, row: SourceRow, utterance: Utterance) -> Candidate:
-        text = _spoken(utterance.text or "", "text")
+        text = spoken_text(utterance.text or "", "text")
         check_control_tokens(utterance.scene or "", "scene")
         reference = reference_text = None
         if utterance.reference_text:
-            reference_text = _spoken(utterance.reference_text, "reference_text")
+            reference_text = spoken_text(utterance.reference_text, "reference_text")
         target = self._clips.read(row.path(utterance.audio or ""), Segment(utterance.start, utterance.end))
         _check_rate(text, target.seconds)
         if utterance.reference_audio:
@@ -253,7 +268,8 @@ def _check_rate(text: str, seconds: float) -> None:
         )
 
 
-def _spoken(text: str, where: str) -> str:
+def spoken_text(text: str, where: str) -> str:
+    """A text as it is spoken, normalised. Raises RowError that names `where` for one that cannot be."""
     check_control_tokens(text, where)
     text = normalize_text(text)
     if not is_speakable(text):

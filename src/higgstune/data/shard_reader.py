@@ -127,6 +127,14 @@ def read_index(folder: Path) -> StoreIndex:
         raise DataError(f"{path} names {foreign[0]}, which is not a shard of a store: prepare the store again")
     if odd := [shard.name for shard in shards if not shard.name.startswith(f"{shard.split}-")]:
         raise DataError(f"{path} has {odd[0]} in another split than its name: prepare the store again")
+    names = [shard.name for shard in shards]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path} lists {twice} twice: prepare the store again")
+    held = {split: sum(shard.rows for shard in shards if shard.split == split) for split in SPLITS}
+    claimed = {split: index.info.rows.get(split, 0) for split in SPLITS}
+    if claimed != held:
+        raise DataError(f"{path} is damaged (it has {claimed} rows, its shards {held}): prepare the store again")
     return index
 
 

@@ -21,7 +21,7 @@ from higgstune.diagnostics import generation, loss, prompt
 from higgstune.diagnostics import machine as memory
 from higgstune.diagnostics.machine import check_environment
 from higgstune.diagnostics.report import Finding, Report, sorted_report
-from higgstune.environment import choose_device, choose_dtype
+from higgstune.environment import INSTALL, choose_device, choose_dtype
 from higgstune.errors import CheckpointError, ConfigError, HiggstuneError
 from higgstune.families import check_family, family_in, load_family, read_layout
 from higgstune.families.base import Family, Layout, Prompter, Spec
@@ -76,7 +76,7 @@ Progress = Callable[[str], None]
 # Damaged files and incompatible libraries raise these within a check. They become findings, not tracebacks.
 _CHECK_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError),
-    *(SafetensorError, TemplateError),
+    *(ImportError, SafetensorError, TemplateError),
 )
 _ADVICE = {
     "recipe": "correct it; recipes/ has examples",
@@ -178,7 +178,8 @@ class _Examination:
             self.findings.append(Finding(check, "failed", str(error), _ADVICE.get(check, _REPORT_IT)))
         except _CHECK_ERRORS as error:
             text = f"the check crashed: {type(error).__name__}: {error}"
-            self.findings.append(Finding(check, "failed", text, _REPORT_IT))
+            advice = INSTALL if isinstance(error, ImportError) else _REPORT_IT
+            self.findings.append(Finding(check, "failed", text, advice))
         if provides is not None:
             self.unavailable[provides] = f"the check of the {check} failed"
 

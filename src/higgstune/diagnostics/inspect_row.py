@@ -61,7 +61,7 @@ def inspect_row(
         if value not in get_args(known):
             raise ConfigError(f"{what} is {value!r}: use one of {', '.join(get_args(known))}")
     opened = CodeStore.open(store)
-    index = int(row) if re.fullmatch(r"-?[0-9]+", str(row)) else opened.index_of(str(row))
+    index = int(row) if re.fullmatch(r"-?[0-9]{1,18}", str(row)) else opened.index_of(str(row))
     if not 0 <= index < len(opened):
         raise ConfigError(f"--row {row}: {store} has the rows 0 to {len(opened) - 1}")
     name = model or opened.info.settings.get("model") or ModelSettings.model_fields["checkpoint"].default

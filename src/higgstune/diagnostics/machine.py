@@ -1,22 +1,16 @@
 """Checks of the machine: versions, device, disk, and the memory for training or speaking."""
 
-import platform
-import shutil
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from torch import nn
 
 from higgstune import torchaudio_compat
 from higgstune.config.recipe import Recipe
 from higgstune.diagnostics.report import Finding
+from higgstune.diagnostics.without_libraries import ENVIRONMENT, check_disk, check_versions
 from higgstune.families.base import Conditioning, Family, Spec
 from higgstune.files import format_bytes
 from higgstune.planning.dry_run import ADAPTER, GRADIENTS, OPTIMIZER, WEIGHTS
@@ -24,54 +18,14 @@ from higgstune.planning.survey import free_memory, machine_for
 
 __all__ = ["CHECK", "Plan", "check_memory", "free_memory", "speaking_plan", "training_plan"]
 CHECK = "memory"
-ENVIRONMENT = "environment"
 LOW_HEADROOM = 0.1  # of the free memory
-LOW_DISK = 5e9  # bytes, about the size of two checkpoints with their optimizer and a store
-_NO_DISK = 2e8
 _PROMPT = 100  # tokens before the target
 _SECONDS = 30.0  # of the clip
-_SHOWN = ("torch", "transformers", "peft")
 
 
 def check_environment() -> list[Finding]:
     """Check versions, device, torchaudio and free disk space."""
-    return [check_versions(), check_device(), check_torchaudio(), check_disk(shutil.disk_usage(Path.cwd()).free)]
-
-
-def check_versions(
-    requirements: Sequence[str] | None = None,
-    python: str | None = None,
-    installed: Callable[[str], str] = metadata.version,
-) -> Finding:
-    """Check Python and all dependencies against the version ranges of the package."""
-    found = python or platform.python_version()
-    try:
-        wanted_python = metadata.metadata("higgstune")["Requires-Python"]
-        declared = metadata.requires("higgstune") if requirements is None else requirements
-    except metadata.PackageNotFoundError:
-        return Finding(
-            ENVIRONMENT, "warning", "higgstune is not installed, so its requirements are unknown", "pip install it"
-        )
-    problems = [] if found in SpecifierSet(wanted_python) else [f"Python {found}, needs {wanted_python}"]
-    for requirement in map(Requirement, declared or ()):
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            problems += _wrong_version(requirement, installed)
-    if problems:
-        return Finding(
-            ENVIRONMENT, "failed", "; ".join(problems), "install the required versions: pip install --upgrade higgstune"
-        )
-    versions = ", ".join(f"{name} {installed(name)}" for name in _SHOWN)
-    return Finding(ENVIRONMENT, "ok", f"Python {found}, {versions}: as required")
-
-
-def _wrong_version(requirement: Requirement, installed: Callable[[str], str]) -> list[str]:
-    try:
-        found = installed(requirement.name)
-    except metadata.PackageNotFoundError:
-        return [f"{requirement.name} is not installed, needs {requirement.specifier}"]
-    if requirement.specifier.contains(found, prereleases=True):
-        return []
-    return [f"{requirement.name} {found}, needs {requirement.specifier}"]
+    return [check_versions(), check_device(), check_torchaudio(), check_disk()]
 
 
 def check_device() -> Finding:
@@ -103,17 +57,6 @@ def check_torchaudio() -> Finding:
     stand_in = origin is not None and origin.origin == torchaudio_compat.__name__
     what = "a stand-in (torchaudio does not load here)" if stand_in else "torchaudio"
     return Finding(ENVIRONMENT, "ok", f"the codec resamples with {what}")
-
-
-def check_disk(free: int, folder: Path | None = None) -> Finding:
-    """Check the free bytes of the disk that runs are written to."""
-    text = f"{format_bytes(free)} are free on the disk of {folder or Path.cwd()}"
-    advice = "free some space, or work on another disk: checkpoints and stores are written to the working directory"
-    if free < _NO_DISK:
-        return Finding(ENVIRONMENT, "failed", text, advice)
-    if free < LOW_DISK:
-        return Finding(ENVIRONMENT, "warning", text, advice)
-    return Finding(ENVIRONMENT, "ok", text)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import numpy as np
 
 from higgstune.batch.dataset import Features
 from higgstune.codec import Codec
-from higgstune.data.audio import write_wav
+from higgstune.data.audio import read_audio, write_wav
 from higgstune.data.messages import DEFAULT_SCENE
 from higgstune.data.store import CodeStore, Row, SplitView
 from higgstune.errors import DataError
 from higgstune.evaluation.clips import VOICES_FOLDER, Clip
 from higgstune.evaluation.test_sets import Sentence
 from higgstune.families.sampling import Sampling
-from higgstune.files import write_file
+from higgstune.files import remove_left, write_file
 from higgstune.generate.speaker import Request, Speaker, Voice
 from higgstune.progress import Progress
 
@@ -167,6 +167,7 @@ def synthesize_items(
     voice and sampling.
     """
     places = [folder / _SPEECH / f"{_key(item.request, system, sampling)}.json" for item in items]
+    remove_left((folder / _SPEECH).glob("*.tmp"))
     missing = [index for index, place in enumerate(places) if _read_note(place) is None]
     for first in range(0, len(missing), batch_size):
         batch = missing[first : first + batch_size]
@@ -202,7 +203,7 @@ def _item_from_row(row: Row, speaker: Speaker, folder: Path, seed: int, features
         if speaker.uses_whisper and features is not None and row.reference_sha256 is not None:
             voice = replace(voice, whisper_features=features.read(row.reference_sha256))
         elif speaker.uses_whisper:
-            voice = speaker.reference(reference, voice.text)
+            voice = speaker.voice(*read_audio(reference), voice.text)
     own = _seed(seed, row.text)
     scene = DEFAULT_SCENE if row.scene is None else row.scene
     clip = Clip(

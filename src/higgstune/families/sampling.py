@@ -9,6 +9,9 @@ from higgstune.errors import ConfigError
 if TYPE_CHECKING:  # settings are checked before PyTorch is imported
     from torch import Tensor
 
+MAX_TEMPERATURE = 100.0  # all codes are equally likely long before
+_GREEDY = 1e-4  # below this, scores divided by the temperature would overflow
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -27,7 +30,7 @@ class Sampling:
     def __post_init__(self) -> None:
         """Raises ConfigError for a value out of range."""
         for name, value, holds in (
-            ("temperature", self.temperature, self.temperature >= 0),
+            ("temperature", self.temperature, 0 <= self.temperature <= MAX_TEMPERATURE),
             ("top_k", self.top_k, self.top_k >= 0),
             ("top_p", self.top_p, 0 < self.top_p <= 1),
             ("repeat_window", self.repeat_window, self.repeat_window >= 0),
@@ -35,6 +38,11 @@ class Sampling:
         ):
             if not holds:
                 raise ConfigError(f"{name} cannot be {value}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest code is taken, as of no temperature at all."""
+        return self.temperature < _GREEDY
 
 
 def filtered(scores: "Tensor", sampling: Sampling) -> "Tensor":
@@ -45,5 +53,7 @@ def filtered(scores: "Tensor", sampling: Sampling) -> "Tensor":
     if sampling.top_p < 1:
         ordered, order = scores.sort(dim=-1, descending=True)
         before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-        scores = scores.masked_fill((before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p), -math.inf)
+        dropped = before >= sampling.top_p
+        dropped[..., 0] = False  # the likeliest stays, however small top_p is
+        scores = scores.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
     return scores

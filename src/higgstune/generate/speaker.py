@@ -2,7 +2,6 @@
 
 import base64
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +13,10 @@ from torch import Tensor
 from higgstune.checkpoint_files import folder_card
 from higgstune.codec.base import WhisperFeatures
 from higgstune.codec.whisper_encoder import WhisperTower, load_whisper
-from higgstune.data.audio import read_audio, resample, wav_bytes, write_wav
+from higgstune.data.audio import MAX_SECONDS, resample, wav_bytes, write_wav
+from higgstune.data.clips import read_reference, spoken_text
 from higgstune.data.messages import DEFAULT_SCENE, ReferencePlace, speech_messages
+from higgstune.data.rejection import shown
 from higgstune.data.text import normalize_text
 from higgstune.errors import CheckpointError, InputError
 from higgstune.families.base import Audio, Example, WhisperSpec
@@ -144,10 +145,17 @@ class Speaker:
     def reference(self, path: str | Path, text: str = "") -> Voice:
         """A recording and its transcript, as a voice to imitate; a reference in the scene needs no transcript.
 
-        Raises DataError if it cannot be read, CheckpointError if the model's Whisper checkpoint is missing or not the
-        one of training.
+        Raises DataError for a recording or transcript that `prepare` would refuse as well, CheckpointError as `voice`.
         """
-        waveform, rate = read_audio(path)
+        if text:
+            spoken_text(text, "the transcript of the reference")
+        return self.voice(*read_reference(path, self.codec.frame_rate), text)
+
+    def voice(self, waveform: np.ndarray, rate: int, text: str = "") -> Voice:
+        """A voice from a waveform [samples] float32 at `rate` Hz, which is not checked, and its transcript.
+
+        Raises CheckpointError if the model's Whisper checkpoint is missing or not the one of training.
+        """
         features = None
         if self._whisper_spec is not None and self.uses_whisper:
             tower = self._tower(self._whisper_spec)
@@ -190,8 +198,8 @@ class Speaker:
 
         `reference` is a recording to imitate, which needs its transcript in `reference_text` unless the model was
         trained with references in the scene, or a voice that was read before (see `reference`). The rest as
-        `speak_all`. Raises InputError for an empty text or a missing transcript, DataError for a recording that
-        cannot be read or control tokens in the text, CheckpointError as `reference`.
+        `speak_all`. Raises InputError for a missing transcript, DataError as `reference` and `speak_all`,
+        CheckpointError as `reference`.
         """
         if reference_text and (reference is None or isinstance(reference, Voice)):
             raise InputError("reference_text has no effect: it goes with the path of a recording in `reference`")
@@ -215,11 +223,11 @@ class Speaker:
         """Speak texts in their order, each in its own voice, `batch_size` at a time when the first of them is due.
 
         Long texts are split into pieces; the prompt of each piece has the one before as context. `max_seconds` caps
-        every piece, instead of the cap from the text's length. `sync_logits`: see `generate`. Raises InputError for an
-        empty text, DataError for control tokens in a text.
+        every piece, instead of the cap from the text's length. `sync_logits`: see `generate`. Raises DataError for a
+        text without a letter and a digit, or with control tokens, before any is spoken.
         """
-        if max_seconds is not None and not 0 < max_seconds < math.inf:
-            raise InputError(f"max_seconds is {max_seconds}: it must be above 0 and finite")
+        if max_seconds is not None and not 0 < max_seconds <= MAX_SECONDS:
+            raise InputError(f"max_seconds is {max_seconds}: it must be above 0 and at most {MAX_SECONDS:g}")
         clips = [_Clip(request, max_seconds) for request in requests]
         for first in range(0, len(clips), batch_size):
             batch = clips[first : first + batch_size]
@@ -275,12 +283,10 @@ class _Clip:
 
     def __init__(self, request: Request, max_seconds: float | None) -> None:
         self.request = request
-        self.text = normalize_text(request.text)
+        self.text = spoken_text(request.text, f"the text {shown(request.text)}")
         self.max_seconds = max_seconds
         self.pieces = split_text(self.text)
         self.spoken: list[Generated] = []
-        if not self.pieces:
-            raise InputError("the text to speak is empty")
 
     @property
     def done(self) -> bool:

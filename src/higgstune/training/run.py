@@ -13,6 +13,7 @@ from accelerate import PartialState
 
 from higgstune.batch.dataset import RowExamples
 from higgstune.config.recipe import Recipe, Stage, load_recipe
+from higgstune.config.trackers import check_installed
 from higgstune.data.store import CodeStore
 from higgstune.environment import choose_device, choose_dtype, versions
 from higgstune.errors import CheckpointError, ConfigError, DataError, HiggstuneError, WorkError
@@ -20,6 +21,7 @@ from higgstune.evaluation.items import only_language
 from higgstune.evaluation.judges import check_languages, load_judges
 from higgstune.evaluation.judges.base import Judges
 from higgstune.evaluation.report.run_report import write_run_report
+from higgstune.files import check_folder
 from higgstune.inputs import find_adapter
 from higgstune.model.adapter_folder import (
     adapter_card,
@@ -58,6 +60,8 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, resume: bool = False)
     # 1. Check the recipe, join the other processes, and check the run folder.
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    check_installed(recipe.report_to)
+    check_folder(Path(out))
     device = choose_device(_device(recipe.model.device))
     processes = Processes(cpu=device.type == "cpu")
     if processes.count > 1 and device.type == "cuda":

@@ -172,6 +172,8 @@ class RunFolder:
         if not (self.folder / RUN_STATE).exists():
             if self.folder.is_dir() and any(not p.name.startswith(_OURS) for p in self.folder.iterdir()):
                 raise ConfigError(f"{self.folder} exists and is not a run: give another --out")
+            if resume:
+                _LOG.warning("%s holds no run to resume: a new one starts there", self.folder)
             return
         self._hold()
         self.state = RunState.read(self.folder)

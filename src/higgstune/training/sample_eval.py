@@ -37,7 +37,7 @@ from higgstune.evaluation.judges.cache import cached
 from higgstune.evaluation.score import score
 from higgstune.evaluation.test_sets import Sentence, read_sentences
 from higgstune.families.sampling import Sampling
-from higgstune.files import write_file
+from higgstune.files import remove_left, write_file
 from higgstune.generate.speaker import Speaker, Speech
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.distributed import Processes
@@ -193,6 +193,8 @@ class SampleEvaluation:
         self.writer = writer
         texts = texts_to_speak(settings, store)
         rule = rule_of(settings, texts, store, judges) if processes.is_main else None
+        if processes.is_main:
+            remove_left(folder.rglob("*.tmp"))
         if not processes.is_main:  # until the first one has decoded and saved the recordings, for all
             processes.wait()
         self.items = self._items(texts, store, features)

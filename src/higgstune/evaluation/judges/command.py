@@ -14,9 +14,11 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,10 +73,7 @@ class _Command:
         if not files:
             return []
         try:
-            done = subprocess.run(
-                [*self.words, *arguments, *files], capture_output=True, encoding="utf-8", errors="replace",
-                stdin=subprocess.DEVNULL, check=False, timeout=_START + _EACH * len(files),
-            )  # fmt: skip
+            done = _run([*self.words, *arguments, *files], timeout=_START + _EACH * len(files))
         except subprocess.TimeoutExpired as error:
             raise WorkError(f"the {self.role} {self.name} did not answer within {error.timeout:.0f} s") from error
         except OSError as error:
@@ -188,6 +187,31 @@ class ExternalQualityJudge:
         audible = _audible(files)
         found = self._command.scores(self._command.rows([], _absolute(audible))) or {self.name: []}
         return {model: _for_all(files, audible, numbers, WORST) for model, numbers in found.items()}
+
+
+def _run(words: Sequence[str], timeout: float) -> "subprocess.CompletedProcess[str]":
+    """As `subprocess.run`, in a process group of its own: all of it is ended when the time is over, or at a signal.
+
+    Otherwise a program behind a shell script would keep its memory, perhaps on a GPU. Raises TimeoutExpired, OSError.
+    """
+    with subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+        errors="replace", start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            _end_group(process)
+            raise
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def _end_group(process: "subprocess.Popen[str]") -> None:
+    if not hasattr(os, "killpg"):  # Windows
+        process.kill()
+        return
+    with suppress(ProcessLookupError):  # all have ended meanwhile
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _named(words: Sequence[str]) -> str:

@@ -66,7 +66,7 @@ class RowSampler:
         at_least_one = torch.arange(self.num_codebooks) <= row_index - 2
         may_end = at_least_one if self.frames is None else torch.zeros_like(at_least_one)
         scores[~may_end, self.eos_id] = -torch.inf
-        if self.sampling.temperature == 0:
+        if self.sampling.greedy:
             return scores.argmax(dim=-1).tolist()
         drawn = self._multinomial(filtered(scores / self.sampling.temperature, self.sampling))
         repeated = self._repeated(drawn)
