@@ -29,7 +29,7 @@ def read_trackers(value: Any) -> Any:
     for name in names:
         if name in ("none", "all"):
             raise ValueError(f"{name} stands alone, not beside other trackers")
-        if name not in _LIBRARIES:
+        if not isinstance(name, str) or name not in _LIBRARIES:
             raise ValueError(f"there is no tracker {name!r}; {did_you_mean(str(name), _LIBRARIES)}")
     return tuple(names)
 

@@ -173,8 +173,6 @@ def read_reference(path: str | Path, frame_rate: float) -> tuple[np.ndarray, int
     limits = Limits(frame_rate, MAX_REFERENCE, advice="cut it; five to ten clear seconds are a good length")
     try:
         waveform, rate = ClipReader(limits).read(Path(path), Segment()).read()
-        if peak_of(waveform - waveform.mean()) < SILENCE_PEAK:
-            raise RowError("silent", "it holds only a constant offset (DC): the clip is silent")
     except RowError as error:
         raise RowError(error.reason, f"the reference {path} cannot be used: {error}") from error
     return waveform, rate

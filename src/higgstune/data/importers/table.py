@@ -17,6 +17,7 @@ from higgstune.errors import DataError
 SEPARATORS = {"|": "|", "\t": "TAB", ";": ";", ",": ","}
 _QUOTED = ",;"  # separators of tables in which a cell may stand in quotes
 _HINT = "write one clip a line: id|text or id|text|normalised text, or a header such as file_name,text,speaker"
+_GPT_SOVITS = "audio,speaker,language,text"  # the columns of a .list
 _BLANK = ("", "nan", "null", "none", "n/a", "<na>")  # a missing value, as pandas and others write it
 _MAX_QUOTED_LINES = 50  # that one quoted cell may span
 
@@ -98,6 +99,8 @@ def _read(
     if sum(len(line.cells) > 1 for line in rows) <= len(rows) / 2:
         raise DataError(f"{path} is not a table of clips: no line has several cells; {_HINT}")
     width = _width(path, rows, separator)
+    if columns is None and path.suffix.lower() == ".list" and width == _GPT_SOVITS.count(",") + 1:
+        columns = _GPT_SOVITS
     rows = _split(lines, separator, width, recordings)
     whole = [[cell.strip() for cell in line.cells] for line in rows if len(line.cells) == width and not line.problem]
     try:
