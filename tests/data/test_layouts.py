@@ -451,3 +451,96 @@ def test_a_data_set_at_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         read_source("hf:name")
     with pytest.raises(DataError, match="cannot be read"):
         read_source("hf:owner/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("1|yes|Anna Smith\n2|no|Ben Jones\n3|yes|Cid Black\n", "could be the text or a name"),
+        ("1|Hello|anna\n2|Hello|ben\n3|Bye|cid\n4|Bye|dan\n", "could be the text or a name"),
+        ("1|Hello there my friend, how are you?|Hello there\n2|We went home.|We went\n", "several columns could be"),
+        ("1|3.52\n2|4.1\n", "the text would be a number"),
+        ("1|txt/1.txt\n2|txt/2.txt\n", "the text would be a path"),
+        ("1|ni3 hao3 peng2 you3\n2|jin1 tian1 xia4 yu3\n", "looks like phonemes"),
+        ("file_name,text\n1.wav,HH AH0 L OW1\n2.wav,W ER1 L D\n", "looks like phonemes"),
+        ("file_name,start_ms,end_ms,text\n1.wav,0,100,Hello.\n", "look like times"),
+    ],
+)
+def test_what_is_not_certainly_a_transcript_is_refused(tmp_path: Path, table: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_source(make(tmp_path, WAVS, {"metadata.csv": table}))
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ("1|Jeg bor på en lille ø ved søen.\n2|Hun købte æbler.\n", {"text": "Jeg bor på en lille ø ved søen."}),
+        ("1|Θέλω να πάω στη θάλασσα.\n2|Καλημέρα.\n", {"text": "Θέλω να πάω στη θάλασσα."}),
+        ("1|Hello there.|male\n2|We went.|female\n3|Rain.|male\n", {"text": "Hello there."}),
+        ("1|Hello there.|22050\n2|We went.|22050\n3|Rain.|22050\n", {"text": "Hello there."}),
+        ("1|Hello there.|eng\n2|We went.|eng\n3|Rain.|eng\n", {"text": "Hello there.", "language": "eng"}),
+        (
+            "1|太郎|やあ元気\n2|花子|今日は雨\n3|太郎|明日行く\n4|花子|おはよう\n",
+            {"text": "やあ元気", "speaker": "太郎"},
+        ),
+        ('"1.wav"\t"Hello there"\n"2.wav"\t"We went"\n', {"text": "Hello there"}),
+        ('1.wav\t"Hello there,\nmy friend."\n2.wav\tWe went\n', {"text": "Hello there,\nmy friend."}),
+        ("sep=;\nfile_name;text\n1.wav;Hello there\n", {"text": "Hello there"}),
+        ("1|hello there\r2|we went\r", {"text": "hello there"}),
+        ("file,onset,offset,text\n1.wav,0.1,0.3,Hello\n", {"text": "Hello", "start": 0.1, "end": 0.3}),
+    ],
+)
+def test_labels_languages_and_lines_are_what_they_are(tmp_path: Path, table: str, expected: Row) -> None:
+    first = read(read_source(make(tmp_path, WAVS, {"metadata.csv": table})))[0]
+    assert first == {"audio": "wavs/1.wav", **expected}
+
+
+def test_no_recording_is_taken_for_another_rows(tmp_path: Path) -> None:
+    table = "file_name,text\nanna/1.wav,Other words.\n1.wav,Hello there.\n"
+    assert read(read_source(make(tmp_path / "a", ("1.wav",), {"metadata.csv": table}))) == [
+        "missing_audio",
+        {"audio": "1.wav", "text": "Hello there."},
+    ]
+    table = "1|Hello there.\n2|We went.\n"
+    source = read_source(make(tmp_path / "b", ("wav/1.wav", "clips/1.mp3", "wav/2.wav"), {"metadata.csv": table}))
+    assert read(source) == ["missing_audio", {"audio": "wav/2.wav", "text": "We went."}]
+
+
+def test_no_text_is_taken_for_another_recordings(tmp_path: Path) -> None:
+    source = make(tmp_path / "a", ("anna/1.wav", "ben/1.wav"), {"ben/1.txt": "Ben's words."})
+    assert read(read_source(source)) == ["no_transcript", {"audio": "ben/1.wav", "text": "Ben's words."}]
+    source = make(tmp_path / "b", ("wav/anna/1.wav", "wav/ben/1.wav"), {"txt/anna/1.txt": "Anna's words."})
+    assert read(read_source(source)) == [{"audio": "wav/anna/1.wav", "text": "Anna's words."}, "no_transcript"]
+    source = make(tmp_path / "c", ("1.wav",), {"1.txt": "Hello.", "durations.csv": "1.wav,3.2\n"})
+    assert read(read_source(source)) == [{"audio": "1.wav", "text": "Hello."}]
+
+
+def test_whisperxs_speakers_are_those_of_their_file(tmp_path: Path) -> None:
+    segments = [{"start": 0, "end": 0.2, "text": "One.", "speaker": "SPEAKER_00"}]
+    files: dict[str, str | bytes] = {f"{name}.json": json.dumps({"segments": segments}) for name in "ab"}
+    rows = read(read_source(make(tmp_path, ("a.wav", "b.wav"), files)))
+    assert [row["speaker"] for row in rows if isinstance(row, dict)] == ["a SPEAKER_00", "b SPEAKER_00"]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "list.csv", "text", "train"])
+def test_a_link_to_a_list_outside_is_not_followed(tmp_path: Path, name: str) -> None:
+    outside = make(tmp_path / "outside", ("1.wav",), {"list.csv": "file_name,text\n1.wav,A secret.\n"})
+    (outside / "metadata.csv").write_bytes((outside / "list.csv").read_bytes())
+    inside = make(tmp_path / "in", ("1.wav",), {"wav.scp": "1 1.wav\n"} if name == "text" else {})
+    (inside / name).symlink_to(outside if name == "train" else outside / "list.csv")
+    with pytest.raises(RowError, match="--allow-outside"):
+        read_source(inside)
+
+
+def test_a_fault_of_a_row_refuses_the_row(tmp_path: Path) -> None:
+    table = "file_name,start,end,text\n1.wav,0.4,0.1,Hello.\n2.wav,nan,1,Two.\n3.wav,0,0.2,Three.\n"
+    found = read(read_source(make(tmp_path / "a", WAVS, {"metadata.csv": table})))
+    assert found[:2] == ["bad_row", "bad_row"]
+    assert isinstance(found[2], dict)
+    row = '{"audio": "wavs/1.wav", "text": "Hello.", "start": 1' + "0" * 400 + ', "duration": 1}\n'
+    assert read(read_source(make(tmp_path / "b", WAVS, {"rows.jsonl": row}))) == ["bad_row"]
+    files: dict[str, str | bytes] = {"wav.scp": "u1 a.wav\n", "text": "u1 K\xe4se\nu1 again\n".encode("latin-1")}
+    assert read(read_source(make(tmp_path / "c", ("a.wav",), files))) == ["bad_row", "duplicate_id"]
+    table = "file_name,text,speaker\n1.wav,nan,anna\n2.wav,Two.,nan\n"
+    found = read(read_source(make(tmp_path / "d", WAVS, {"metadata.csv": table})))
+    assert found == ["empty_text", {"audio": "wavs/2.wav", "text": "Two."}]

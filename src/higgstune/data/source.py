@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,8 +134,14 @@ def without_audio_suffix(name: str) -> str:
     return path.with_suffix("").as_posix() if path.suffix.lower() in AUDIO_SUFFIXES else name
 
 
+def nfc(name: str) -> str:
+    """A name in Unicode NFC: a Mac writes the same name in another form than a text does."""
+    return unicodedata.normalize("NFC", name)
+
+
 def audio_files(folder: Path, allow_outside: bool) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Recordings, and the names beside each by stem and lower-case suffix. Folders are visited once; hidden ones not.
+    """Recordings, and the names beside each by NFC stem and lower-case suffix. Folders are visited once; hidden ones
+    are not.
 
     A link to a folder outside is not visited unless `allow_outside`, and is yielded as if it were a recording.
     """
@@ -150,7 +157,7 @@ def audio_files(folder: Path, allow_outside: bool) -> Iterator[tuple[Path, dict[
             yield Path(root), {}
             folders.clear()
             continue
-        siblings = {os.path.splitext(name)[0] + os.path.splitext(name)[1].lower(): name for name in names}
+        siblings = {nfc(os.path.splitext(name)[0]) + os.path.splitext(name)[1].lower(): name for name in names}
         for name in sorted(names):
             suffix = os.path.splitext(name)[1].lower()
             if suffix in AUDIO_SUFFIXES + FOREIGN_SUFFIXES and not name.startswith("."):

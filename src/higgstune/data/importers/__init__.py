@@ -19,7 +19,7 @@ from higgstune.data.importers.records import is_record_list, read_records, recor
 from higgstune.data.importers.table import looks_like_table, read_table
 from higgstune.data.importers.transcripts import plain_row
 from higgstune.data.rejection import RowError
-from higgstune.data.source import FOREIGN_SUFFIXES, Source, SourceRow, path_within
+from higgstune.data.source import FOREIGN_SUFFIXES, Source, SourceRow, audio_files, path_within
 from higgstune.errors import ConfigError, DataError
 from higgstune.inputs import HUB_PREFIX, INDEX_NAME, check_source, unknown_kind
 
@@ -84,7 +84,7 @@ def _read_folder(folder: Path, allow_outside: bool, columns: str | None) -> Sour
     if len({path.parent for path in inside}) < len(inside):
         raise DataError(f"{inside[0].parent} has two lists of its clips: name the one to read instead of the folder")
     if inside and all(path.parent.name.lower() in _SPLITS for path in inside):
-        return _read_splits(inside, allow_outside, columns)
+        return _read_splits(folder, inside, allow_outside, columns)
     if inside:
         raise DataError(f"there is a {inside[0].name} in {inside[0].parent}: name that folder")
     if not has_audio(folder, allow_outside=allow_outside):
@@ -142,7 +142,7 @@ def _are_objects(data: Any) -> bool:
     return isinstance(data, list) and bool(data) and all(isinstance(item, dict) for item in data)
 
 
-def _read_splits(files: list[Path], allow_outside: bool, columns: str | None) -> Source:
+def _read_splits(folder: Path, files: list[Path], allow_outside: bool, columns: str | None) -> Source:
     """The rows of a folder per split, as `datasets` writes them. Ids and places name the split."""
     sources = {path.parent.name: _read_file(path, allow_outside, columns) for path in files}
     rows = [
@@ -154,6 +154,9 @@ def _read_splits(files: list[Path], allow_outside: bool, columns: str | None) ->
     def notes() -> Iterator[str]:
         for split, source in sources.items():
             yield from (f"{split}: {note}" for note in source.notes())
+        names = (path.relative_to(folder).parts[0] for path, _ in audio_files(folder, allow_outside))
+        if others := sum(name not in sources for name in names):
+            yield f"recordings outside of these splits: {others}"
         yield f"names of splits ({', '.join(sources)}): recordings are held out by their hash"
 
     return Source(rows, f"a folder per split ({', '.join(sources)}): {next(iter(sources.values())).read_as}", notes)

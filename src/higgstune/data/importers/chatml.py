@@ -12,7 +12,7 @@ from typing import Any
 from higgstune.data.importers.transcripts import read_transcript
 from higgstune.data.manifest import Utterance, parse_utterance
 from higgstune.data.rejection import RowError, shown
-from higgstune.data.source import SourceRow, read_whole
+from higgstune.data.source import SourceRow, decode, read_whole
 from higgstune.errors import DataError
 
 _CHATML_KEYS = ("messages", "start_index", "speaker", "misc", "id", "language")
@@ -34,7 +34,7 @@ def load_json(path: Path) -> Any:
     """Decode a JSON file. Raises DataError, with the place, where it is broken."""
     content = read_whole(path)
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return json.loads(decode(content))
     except RecursionError as error:
         raise DataError(f"{path} is nested too deeply to be a data set") from error
     except ValueError as error:

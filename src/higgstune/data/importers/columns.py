@@ -80,6 +80,7 @@ _LANGUAGES = frozenset(_LANGUAGE_NAMES.split())
 _GENDERS_AND_SPLITS = "male female m f man woman boy girl train training val valid validation dev test eval"
 _OTHER_LABELS = frozenset(_GENDERS_AND_SPLITS.split())
 _MAX_SPEAKER_NUMBER = 9_999  # above it, whole numbers are rates, lengths or times
+_RATES = ("8000", "11025", "16000", "22050", "24000", "32000", "44100", "48000")  # Hz
 _MAX_LABEL = 30  # characters
 _SIMILAR = 0.5  # share of words in common, above which a column is another spelling of a text
 _WHOLE = 0.8  # of the letters of a text, which its other spelling has at least
@@ -172,6 +173,11 @@ def by_name(names: Sequence[str], columns: str | None = None, *, messages: bool 
     return Reading(tuple(roles), tuple(names))
 
 
+def is_known(name: str) -> bool:
+    """Whether a name is one of a column that can be used."""
+    return any(_plain(name) in known for known in _NAMES.values())
+
+
 def is_header(names: Sequence[str]) -> bool:
     """Whether any of some cells is the name of a recording's, a text's or a speaker's column."""
     known = {*_NAMES["audio"], *_NAMES["text"], *_NAMES["speaker"]}
@@ -223,7 +229,7 @@ def _roles(rows: Sequence[Sequence[str]], rest: dict[int, list[str]]) -> dict[in
     labels = those("label") + numbers
     if len(labels) > 1:
         raise _undecided(rows, "several columns could be the speaker")
-    phonemes = [index for index in texts if _share(rest[index], is_phonemes) > _MOST]
+    phonemes = [index for index in texts if _share(rest[index], is_phonemes) >= _MOST]
     if len(texts) > len(phonemes):
         texts = [index for index in texts if index not in phonemes]
     roles = dict.fromkeys(rest, UNUSED) | dict.fromkeys(labels, "speaker") | dict.fromkeys(languages[:1], "language")
@@ -242,6 +248,8 @@ def _kind(column: Sequence[str]) -> str:
     """What a column may be: text, label, language, numbers (whole ones that do not repeat), or unused."""
     filled = [cell for cell in column if cell]
     repeats = len(set(filled)) < len(filled)
+    if any(cell in _RATES for cell in filled) and all(map(_is_number, filled)):
+        return "unused"
     if all(map(_is_number, filled)):
         whole = filled and all(cell.isdecimal() and int(cell) <= _MAX_SPEAKER_NUMBER for cell in filled)
         return "unused" if not whole else "label" if repeats else "numbers"
@@ -263,7 +271,7 @@ def _is_language(cell: str) -> bool:
 def not_words(column: Sequence[str]) -> str | None:
     """Why a column is not of transcripts: it holds phonemes, numbers or paths; None where it may be."""
     filled = [cell for cell in column if cell]
-    if filled and _share(filled, is_phonemes) > _MOST:
+    if filled and _share(filled, is_phonemes) >= _MOST:
         return "the only text looks like phonemes, which the model does not read"
     if filled and all(_is_number(cell) or cell in ("True", "False") for cell in filled):
         return "the text would be a number in each row"
@@ -284,7 +292,7 @@ def is_phonemes(text: str) -> bool:
     """Whether a text is written in the IPA, or in names of sounds with spaces between."""
     if len(_IPA.findall(text)) >= max(1, len(text) // 20):
         return True
-    words = [word for word in text.split() if word.isascii()]
+    words = [word for word in text.strip("{} ").split() if word.isascii()]
     sounds = sum(_SOUND.fullmatch(word) is not None for word in words)
     has_tones = any(word[-1].isdigit() and word[0].isalpha() for word in words)
     return sounds > len(words) * 0.8 and (has_tones or len(words) > _FEW_SOUNDS) and len(words) >= len(text.split()) / 3

@@ -2,7 +2,6 @@
 
 import os
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import islice
@@ -20,6 +19,7 @@ from higgstune.data.source import (
     SourceRow,
     audio_files,
     decode_lines,
+    nfc,
     path_within,
     read_whole,
 )
@@ -52,11 +52,9 @@ def has_transcripts(folder: Path) -> bool:
 
 def transcript_names(path: Path, siblings: dict[str, str]) -> Iterator[str]:
     """The transcripts beside a recording, the preferred one first."""
-    named = {unicodedata.normalize("NFC", key): name for key, name in siblings.items()}
-    stem = unicodedata.normalize("NFC", path.stem)
     for ending in TRANSCRIPTS:
-        key = unicodedata.normalize("NFC", path.name) + ".txt" if ending == ".wav.txt" else stem + ending
-        if (name := named.get(key)) is not None:
+        key = nfc(path.name) + ".txt" if ending == ".wav.txt" else nfc(path.stem) + ending
+        if (name := siblings.get(key)) is not None:
             yield name
 
 
@@ -85,7 +83,7 @@ class _Folder:
         """The rows, in the order of their paths."""
         for path, siblings in audio_files(self._folder, self._allow_outside):
             location = path.relative_to(self._folder).as_posix()
-            is_second = path.stem.endswith("_mic2") and f"{path.stem[:-1]}1{path.suffix.lower()}" in siblings
+            is_second = path.stem.endswith("_mic2") and f"{nfc(path.stem[:-1])}1{path.suffix.lower()}" in siblings
             if is_second and next(transcript_names(path, siblings), None) is None:
                 self._second_microphone += 1
                 continue
@@ -126,7 +124,7 @@ class _Folder:
             raise RowError("bad_row", "the name of the file or of its folder is not UTF-8: rename it")
         real = path_within(self._folder, location, self._allow_outside)
         names = list(transcript_names(path, siblings))
-        json_name = siblings.get(path.stem + ".json")
+        json_name = siblings.get(nfc(path.stem) + ".json")
         self._used.update(path.parent / name for name in names)
         self._second_texts += max(0, len(names) + (json_name is not None) - 1)
         if real.suffix.lower() in FOREIGN_SUFFIXES:
@@ -160,7 +158,7 @@ class _Folder:
             speaker = elsewhere[0].parent.name if by_speaker else None
             self._named_speakers |= by_speaker
             return [Utterance(audio=location, text=read_transcript(transcript), speaker=speaker)]
-        subtitles = [s for s in (".srt", ".vtt", ".ass", ".textgrid", ".eaf") if path.stem + s in siblings]
+        subtitles = [s for s in (".srt", ".vtt", ".ass", ".textgrid", ".eaf") if nfc(path.stem) + s in siblings]
         hint = f" (its {subtitles[0]} is not read: write the words of the clip into a .txt)" if subtitles else ""
         raise RowError("no_transcript", f"there is no {path.stem}.txt or .lab file beside it{hint}")
 

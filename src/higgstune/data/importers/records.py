@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from higgstune.data.importers.columns import UNUSED, Reading, by_name
+from higgstune.data.importers.columns import UNUSED, Reading, by_name, is_known
 from higgstune.data.importers.recordings import Recordings
 from higgstune.data.manifest import Utterance, parse_utterance, read_json_lines
 from higgstune.data.messages import audio_parts
@@ -166,7 +166,7 @@ def _values(
 ) -> dict[str, Any]:
     unused = {name for name, role in zip(reading.names, reading.roles, strict=True) if role == UNUSED}
     for key in unused.intersection(record) if check_spelling else ():
-        if near := get_close_matches(str(key)[:100], _KEYS, n=1, cutoff=0.8):
+        if not is_known(key) and (near := get_close_matches(str(key)[:100], _KEYS, n=1, cutoff=0.8)):
             raise RowError("bad_row", f"the key {shown(key)} is unknown; did you mean {near[0]!r}?")
     values = _renamed(record, reading)
     duration = values.pop("duration", None)

@@ -18,6 +18,7 @@ SEPARATORS = {"|": "|", "\t": "TAB", ";": ";", ",": ","}
 _QUOTED = ",;"  # separators of tables in which a cell may stand in quotes
 _HINT = "write one clip a line: id|text or id|text|normalised text, or a header such as file_name,text,speaker"
 _GPT_SOVITS = "audio,speaker,language,text"  # the columns of a .list
+_TIMES = ("start", "end", "duration")
 _BLANK = ("", "nan", "null", "none", "n/a", "<na>")  # a missing value, as pandas and others write it
 _MAX_QUOTED_LINES = 50  # that one quoted cell may span
 
@@ -49,9 +50,10 @@ def read_table(path: Path, *, allow_outside: bool = False, columns: str | None =
     separator, reading, rows = _read(path, lines, recordings, columns)
     if not rows:
         raise DataError(f"{path} has a header but no rows: {_HINT}")
-    words = reading.roles.index("text")
-    if columns is None and (problem := not_words([line.cells[words] for line in rows if len(line.cells) > words])):
-        raise DataError(f"{path}, read as {reading}: {problem}; say with --columns what the columns are")
+    for role in {"text", "normalised"}.intersection(reading.roles) if columns is None else ():
+        words = reading.roles.index(role)
+        if problem := not_words([line.cells[words] for line in rows if len(line.cells) > words]):
+            raise DataError(f"{path}, read as {reading}: {problem}; say with --columns what the columns are")
     index = reading.roles.index("audio")
     recordings.expect(line.cells[index].strip() for line in rows if len(line.cells) > index and not line.problem)
     found = [
@@ -144,7 +146,8 @@ def _split(
         if not line.strip(" \r\n"):
             continue
         cells, problem = _cells(line, separator)
-        if problem is None and not (width and len(cells) < width and '"' in line):
+        is_open = any(cell.strip().startswith('"') and cell.count('"') % 2 for cell in cells)
+        if problem is None and not (width and is_open):
             found.append(_Line(number, cells))
             continue
         for last in range(index, min(index + _MAX_QUOTED_LINES, len(lines))):
@@ -220,7 +223,7 @@ def _utterance(line: _Line, reading: Reading, recordings: Recordings, separator:
     values = reading.values([cell.strip() for cell in _fitted(line, reading, separator, raw)])
     if broken := [name for name, value in values.items() if not is_unicode(value)]:
         raise RowError("bad_row", f"the column {broken[0]} is not UTF-8: convert the table")
-    values = {name: value for name, value in values.items() if value.lower() not in _BLANK}
+    values = {name: value for name, value in values.items() if name in _TIMES or value.lower() not in _BLANK}
     if not values.get("audio"):
         raise RowError("bad_row", "the line names no recording")
     if not (values.get("normalised") or values.get("text")):
@@ -244,7 +247,7 @@ def _utterance(line: _Line, reading: Reading, recordings: Recordings, separator:
 def _segment(values: dict[str, str]) -> tuple[float | None, float | None]:
     """Start and end in seconds. A duration is one of a segment only beside a start."""
     try:
-        start, end, duration = (float(cell) if (cell := values.get(n)) else None for n in ("start", "end", "duration"))
+        start, end, duration = (float(cell) if (cell := values.get(n)) else None for n in _TIMES)
     except ValueError as error:
         raise RowError("bad_row", f"a time is not a number of seconds: {error}") from error
     if end is None and start is not None and duration is not None:

@@ -13,6 +13,7 @@ from higgstune.data.source import decode
 
 _MAX_TRANSCRIPT = 1 << 20  # bytes: an hour of speech is 60 kB
 _TIME = r"\d+(?:\.\d+)?"
+_CLOCK = r"[\d:]*\d\.\d+s?"
 # What a text file holds that is not a transcript: its name, and a pattern of all of it.
 _FORMATS = (
     ("WebVTT subtitles", re.compile(r"\s*WEBVTT\b")),
@@ -20,9 +21,13 @@ _FORMATS = (
     ("SubStation subtitles", re.compile(r"\s*\[Script Info\]")),
     ("song lyrics with times (LRC)", re.compile(r"\s*(?:\[\w+:[^\]\n]*\]\s*)*\[\d+:\d\d(?:[.:]\d+)?\]")),
     ("Audacity labels", re.compile(rf"\s*(?:{_TIME}\t{_TIME}(?:\t[^\n]*)?(?:\n\\\t[^\n]*)?(?:\n|$)\s*)+\Z")),
-    ("labels with times", re.compile(r"\s*(?:\[?\d+\.\d+s?(?: +| +-> +)\d+\.\d+s?\]? +\S[^\n]*(?:\n|$)\s*)+\Z")),
+    (
+        "labels with times",
+        re.compile(r"\s*(?:\[?[\d:]*\d\.\d+s?(?: +| +-+> +)[\d:]*\d\.\d+s?\]? +\S[^\n]*(?:\n|$)\s*)+\Z"),
+    ),
     ("a speaker and times", re.compile(r"\s*(?:Speaker \d+|[^\n:]{1,30})?\s*\d{1,2}:\d\d(?::\d\d)?\s*\n")),
     ("the words of LRS with times", re.compile(r"\s*Text:[^\n]*\n\s*Conf:")),
+    ("phonemes (ARPAbet)", re.compile(r"(?=.*[A-Z][012])\s*(?:[A-Z]{1,2}[012]?\s+){2,}[A-Z]{1,2}[012]?\s*\Z")),
     ("a path", re.compile(r"\s*\S*[/\\]\S+\.\w{2,5}\s*\Z")),
     ("phones, one a line", re.compile(r"\s*(?:[A-Za-z@]{1,3}[012]?\s*\n\s*){3,}[A-Za-z@]{0,3}[012]?\s*\Z")),
     ("HTK labels", re.compile(r"\s*(?:\d+ +\d{4,} +\S[^\n]*(?:\n|$)\s*)+\Z")),
