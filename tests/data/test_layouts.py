@@ -430,12 +430,20 @@ def test_a_refused_folder_says_what_it_holds(tmp_path: Path) -> None:
         read_source(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves files open
 def test_a_data_set_at_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Streamed by `datasets` from a local folder of the same name: the recordings' bytes are decoded here."""
     datasets = pytest.importorskip("datasets")
     make(tmp_path, ("1.wav",), {})
-    features = datasets.Features({"audio": datasets.Audio(decode=False), "sentence": datasets.Value("string")})
-    content = [{"audio": {"bytes": (tmp_path / "1.wav").read_bytes(), "path": "1.wav"}, "sentence": "Hello one."}]
+    features = datasets.Features(
+        {
+            "audio": datasets.Audio(decode=False),
+            "sentence": datasets.Value("string"),
+            "speaker": datasets.ClassLabel(names=["anna", "ben"]),
+        }
+    )
+    sound = {"bytes": (tmp_path / "1.wav").read_bytes(), "path": "1.wav"}
+    content = [{"audio": sound, "sentence": "Hello one.", "speaker": 1}]
     (tmp_path / "owner" / "name").mkdir(parents=True)
     table = pyarrow.Table.from_pylist(content, schema=features.arrow_schema)
     pyarrow.parquet.write_table(table, tmp_path / "owner" / "name" / "train.parquet")
@@ -443,14 +451,16 @@ def test_a_data_set_at_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     [row] = read_source("hf:owner/name")
     assert isinstance(row.content, Utterance)
-    assert (row.content.text, row.path(row.content.audio or "").read_bytes()) == (
-        "Hello one.",
-        (tmp_path / "1.wav").read_bytes(),
-    )
+    assert (row.content.text, row.content.speaker) == ("Hello one.", "ben")
+    assert row.path(row.content.audio or "").read_bytes() == sound["bytes"]
+    folder = make(tmp_path / "owner" / "files", ("1.wav",), {"metadata.csv": "file_name,text\n1.wav,Hello.\n"})
+    with pytest.raises(DataError, match=r"hf download --repo-type dataset owner/files"):
+        read_source("hf:owner/files")
+    assert read(read_source(folder)) == [{"audio": "1.wav", "text": "Hello."}]
     with pytest.raises(ConfigError, match="is not the name of a data set"):
         read_source("hf:name")
     with pytest.raises(DataError, match="cannot be read"):
-        read_source("hf:owner/nowhere")
+        read_source("hf:owner/name:nowhere")
 
 
 @pytest.mark.parametrize(

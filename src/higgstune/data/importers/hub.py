@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from higgstune.data.importers.records import records_source
-from higgstune.data.rejection import RowError, shown
 from higgstune.data.source import Source
 from higgstune.errors import ConfigError, DataError
 from higgstune.inputs import HUB_PREFIX
@@ -41,10 +40,19 @@ def read_hub(source: str, *, columns: str | None = None) -> Source:
         features = rows.features
         for key in (key for key, kind in features.items() if _is_audio(kind)):  # the bytes: decoding is ours
             rows = rows.cast_column(key, datasets.Audio(decode=False))
-        records = [(f"{source}:{number}", _record(row, features, folder)) for number, row in enumerate(rows)]
-    except (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError) as error:
+        records = [(f"{source}:{number}", _record(row, features, folder, name)) for number, row in enumerate(rows)]
+    except ImportError as error:  # of an audio library, where the data set is a folder of files
+        raise DataError(f"{_as_folder(name)} [{error}]") from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"the data set {name} cannot be read (split {split}): {error}") from error
     return records_source(folder / source.removeprefix(HUB_PREFIX).replace("/", "--"), records, columns=columns)
+
+
+def _as_folder(name: str) -> str:
+    return (
+        f"the data set {name} holds its recordings as files, not in its rows: download it "
+        f"(`hf download --repo-type dataset {name} --local-dir FOLDER`) and name the folder"
+    )
 
 
 def _is_audio(kind: Any) -> bool:
@@ -54,15 +62,16 @@ def _is_audio(kind: Any) -> bool:
     return isinstance(kind, datasets.Audio) or (isinstance(kind, dict) and {"bytes", "path"} <= kind.keys())
 
 
-def _record(row: dict[str, Any], features: Any, folder: Path) -> dict[str, Any] | RowError:
-    """A row as an object: a recording is the name of its file below `folder`, and a class its name."""
+def _record(row: dict[str, Any], features: Any, folder: Path, name: str) -> dict[str, Any]:
+    """A row as an object: a recording is the name of its file below `folder`, and a class its name.
+
+    Raises DataError for a recording that the data set `name` does not hold.
+    """
     record: dict[str, Any] = {}
     for key, value in row.items():
         if _is_audio(features[key]) and value is not None:
-            if value["bytes"] is None:  # a path is one of its author's machine, and never read here
-                return RowError(
-                    "missing_audio", f"the data set does not hold the recording in {shown(key)}, but a path"
-                )
+            if value["bytes"] is None:  # its path is of another machine, or at the hub, and never read here
+                raise DataError(_as_folder(name))
             record[key] = _written(value["bytes"], folder)
         else:
             named = hasattr(features[key], "int2str") and isinstance(value, int) and value >= 0
