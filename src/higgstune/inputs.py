@@ -115,6 +115,10 @@ def find_adapter(path: str | Path) -> Path:
             return folder / place
         raise CheckpointError(f"the run {folder} has no finished stage yet: `higgstune train` it to its end")
     hint = "; it is a checkpoint: name it with --model" if (folder / "config.json").exists() else ""
+    if inside := sorted(folder.glob(f"*/{ADAPTER_CONFIG}")):
+        hint = f"; there is one in {inside[-1].parent}: name that folder"
+    if (folder / "adapters.safetensors").exists():
+        hint = "; it is an adapter of MLX, which is not read: convert it to peft's layout"
     raise CheckpointError(f"{folder} is neither an adapter ({ADAPTER_CONFIG}) nor a run ({RUN_STATE}){hint}")
 
 

@@ -297,13 +297,18 @@ def test_headerless_audio_is_refused(tmp_path: Path) -> None:
         read_recording(path)
 
 
-def test_a_wav_written_into_a_pipe_is_read(tmp_path: Path) -> None:
-    """ffmpeg leaves the largest size in the header when it cannot go back to it."""
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 2_000_000_000])
+def test_a_wav_written_into_a_pipe_is_read(tmp_path: Path, size: int) -> None:
+    """Programs leave a placeholder in the header when they cannot go back to it."""
     path = write(tmp_path / "a.wav", speech(1.0))
     data = bytearray(path.read_bytes())
-    data[4:8] = data[40:44] = b"\xff" * 4
+    data[4:8] = data[40:44] = size.to_bytes(4, "little")
     path.write_bytes(data)
     assert read_recording(path).samples == RATE
+    data[40:44] = b"\0" * 4
+    path.write_bytes(data)
+    with pytest.raises(RowError, match="says that it is empty, though more follows"):
+        read_recording(path)
 
 
 def test_long_audio_is_not_read_into_memory(tmp_path: Path) -> None:

@@ -168,3 +168,15 @@ def test_real_speech(tmp_path: Path) -> None:
         row.recording_sha256 for row in store.rows("validation")
     }
     assert run(SPEECH / "ljspeech", tmp_path / "out", speaker="lj", **options).encoded == 0
+
+
+def test_marks_and_prefixes_that_would_be_read_aloud_are_warned_of(tmp_path: Path) -> None:
+    source = recordings(tmp_path / "in", 6)
+    for number, path in enumerate(sorted(source.glob("*.txt"))):
+        mark = "[inaudible]" if number == 2 else "[Laughter]"
+        path.write_text(f"Speaker 0: number {number} {mark}")
+    marks, prefix = run(source, tmp_path / "out").warnings[-2:]
+    assert marks == "texts with marks that a voice reads aloud, such as [inaudible]: 1 (002)"
+    assert prefix == "every text begins with 'Speaker 0:', which is trained on as words"
+    texts = [row["text"] for row in CodeStore.open(tmp_path / "out").metadata.to_pylist()]
+    assert sum("<SE>[Laughter]</SE>" in text for text in texts) == 5

@@ -143,3 +143,12 @@ def test_it_is_one_line() -> None:
     assert text.startswith("not usable: its validation audio loss, 6.933, is that of chance")
     assert ". Warning: the warm-up of 100 steps" in text
     assert str(verdict(7.5, 5.0)) == "usable"
+
+
+def test_losses_above_chance_in_training_and_validation_are_not_usable() -> None:
+    validations = log(5.0, 18.0)
+    found = verdict(5.0, 18.0, history=[*validations, {"step": 9, "audio_loss": 20.0}])
+    assert found.outcome == "not usable"
+    assert "20.000 in training and 18.000 in validation, are above chance" in str(found)
+    memorised = [*validations, {"step": 9, "audio_loss": 0.5}]
+    assert verdict(5.0, 18.0, history=memorised).outcome == "usable"

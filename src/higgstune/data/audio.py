@@ -28,8 +28,10 @@ _MAX_SAMPLES = 1 << 34  # four days at 48 kHz
 _MAX_IN_MEMORY = 3600 * 48_000  # samples of one clip
 _MAX_DENSITY = 200  # samples a byte: Opus at 6 kbit/s has 64, only silence has more
 _CORRECTED_WAV = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)  # in libsndfile's log
+_PLACEHOLDER_BYTES = 2_000_000_000  # another one
 _UNKNOWN_BYTES = 0x7FFFF000  # the length that a program leaves in a WAV that it writes into a pipe
 _WAV = ("WAV", "WAVEX")
+_MAX_EMPTY = 1000  # bytes of a file without samples
 # The part of the claimed length that makes a file complete: recorders round that of a WAV, encoders estimate an MP3's.
 _COMPLETE = {"FLAC": 1.0, "WAV": 0.99, "WAVEX": 0.99}
 _BLOCK = 1 << 16  # frames
@@ -215,7 +217,14 @@ def _check_complete(file: soundfile.SoundFile, samples: int) -> None:
         claimed = min(claimed, held) if file.format in _WAV else claimed
     if corrected := _CORRECTED_WAV.search(file.extra_info):
         written, found = int(corrected[1]), max(int(corrected[2]), 1)
-        claimed = 0 if written >= _UNKNOWN_BYTES else claimed * written // found
+        unknown = written >= _UNKNOWN_BYTES or written == _PLACEHOLDER_BYTES
+        claimed = 0 if unknown else claimed * written // found
+    if not samples and os.path.getsize(file.name) > _MAX_EMPTY:
+        raise RowError(
+            "unreadable_audio",
+            f"the header of {file.name} says that it is empty, though more follows: write it again, for example with "
+            "ffmpeg",
+        )
     if samples < _COMPLETE.get(file.format, 0.95) * claimed:
         raise RowError("unreadable_audio", f"{file.name} is cut off after {samples} of {claimed} samples")
 

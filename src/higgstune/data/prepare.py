@@ -247,7 +247,7 @@ class Preparation:
                 text = "".join(rejection.to_json() + "\n" for rejection in rejections)
                 write_file(self._out / REJECTED_NAME, text)
             if not merger.entries:
-                raise DataError(nothing_usable(rejections, self._out / REJECTED_NAME))
+                raise DataError(nothing_usable(rejections, self._out / REJECTED_NAME, list(source.notes())))
             pairing = self._write(merger.entries, encoder, source.read_as)
             unfinished = not rows and len(journal) > 0  # of an interrupted run, which resumes with its source
         if not unfinished:

@@ -11,11 +11,13 @@ from higgstune.data.manifest import Utterance
 from higgstune.data.measures import parse_limits
 from higgstune.data.merge import Pairing
 from higgstune.data.outliers import Outlier
-from higgstune.data.rejection import Rejection, count_reasons, shown
+from higgstune.data.rejection import Rejection, count_reasons, shown, some_ids
 from higgstune.data.shard_reader import SPLITS
+from higgstune.data.text import find_marks
 from higgstune.errors import ConfigError
 
 References = Literal["none", "same_speaker"]
+_FEW = 3  # rows, whose texts may begin alike by chance
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,13 @@ def example(row: Utterance | None) -> str:
     return ", ".join(f"{name} {shown(value)}" for name, value in values.items())
 
 
-def nothing_usable(rejections: list[Rejection], path: Path) -> str:
+def nothing_usable(rejections: list[Rejection], path: Path, passed_over: Iterable[str]) -> str:
+    """The error for a source of which nothing is left; `passed_over` is what else it holds."""
     first = rejections[0]
+    others = f"; not used: {', '.join(passed_over)}" if passed_over else ""
     return (
         f"no row can be used: {count_reasons(rejections)}; all are in {path}, first {first.location}: {first.message}"
+        f"{others}"
     )
 
 
@@ -104,6 +109,13 @@ def find_warnings(entries: list[Entry], pairing: Pairing, options: PrepareOption
     warnings = []
     if options.validation_fraction > 0 and not rows_by_split(entries)["validation"]:
         warnings.append("the store has no validation row: all rows share one recording, or were stored before")
+    if marked := {entry.id: marks for entry in entries if (marks := find_marks(entry.text))}:
+        example = next(iter(marked.values()))[0]
+        warnings.append(f"texts with marks that a voice reads aloud, such as {example}: {some_ids(list(marked))}")
+    before, colon, _ = entries[0].text.partition(":")
+    beginning = before + colon if colon else before[:1]
+    if len(entries) >= _FEW and not beginning[-1:].isalnum() and all(e.text.startswith(beginning) for e in entries):
+        warnings.append(f"every text begins with {beginning!r}, which is trained on as words")
     if pairing.without_speaker:
         warnings.append(f"rows that name no speaker, and so have no reference: {pairing.without_speaker} (set speaker)")
     if pairing.one_clip_speakers:

@@ -34,6 +34,15 @@ _SOUND_TAGS = {
     "[cheering]": "<SE>[Cheering]</SE>",
     "[cough]": "<SE>[Cough]</SE>",
 }
+_SOUND_TAGS |= dict.fromkeys(("[laughs]", "[laughing]", "[laughter]"), _SOUND_TAGS["[laugh]"])
+_SOUND_TAGS |= dict.fromkeys(("[coughs]", "[coughing]"), _SOUND_TAGS["[cough]"])
+_SOUND_TAG = re.compile(r"(?<!<SE>)(?<!<SE_[se]>)(?:" + "|".join(map(re.escape, _SOUND_TAGS)) + ")", re.IGNORECASE)
+# Marks of transcribers, which a voice would read aloud.
+_MARK = re.compile(
+    r"(?<!<SE>)(?<!<SE_[se]>)\[(?!SPEAKER\d)[^\]\n]{1,30}\]|\{[^}\n]{1,30}\}|\*[A-Za-z ]{2,30}\*|%\w+"
+    r"|\((?:unintelligible|inaudible|noise|laugh\w*|cough\w*|sneez\w*|sigh\w*|yawn\w*|breath\w*|pause|music|applause)\)",
+    re.IGNORECASE,
+)
 
 _REPLACED = {
     "，": ", ",
@@ -90,14 +99,19 @@ def clean_text(text: str) -> str:
     text = _composed("".join(map(_printable, text)))
     lines = (" ".join(line.split()) for line in text.split("\n"))
     text = "\n".join(line for line in lines if line)
-    for tag, sound in _SOUND_TAGS.items():
-        text = text.replace(tag, sound)
+    if "[" in text:
+        text = _SOUND_TAG.sub(lambda found: _SOUND_TAGS[found[0].lower()], text)
     return text
 
 
 def is_speakable(text: str) -> bool:
     """Whether a text has a letter or a digit to speak, apart from speaker tags such as [SPEAKER0]."""
     return any(character.isalnum() for character in _SPEAKER_TAG.sub("", text))
+
+
+def find_marks(text: str) -> list[str]:
+    """What looks like a transcriber's mark in a normalised text, such as `[inaudible]` and `*sighs*`, in order."""
+    return _MARK.findall(text)
 
 
 def spoken_length(text: str) -> int:

@@ -128,8 +128,11 @@ def _reasons(found: Evidence, loss: float | None) -> Iterator[str]:
     """Why the adapter is not usable."""
     if loss is not None and not math.isfinite(loss):
         yield "its validation audio loss is not a number"
+    trained = next((float(e["audio_loss"]) for e in reversed(found.history) if "audio_loss" in e), None)
     if _is_chance(loss, found.chance):
         yield f"its validation audio loss, {loss:.3f}, is that of chance, {found.chance:.3f}"
+    elif loss is not None and trained is not None and min(loss, trained) > found.chance:
+        yield f"its audio losses, {trained:.3f} in training and {loss:.3f} in validation, are above chance"
     if not found.changes_base:
         yield "the adapter hardly changes the base's logits"
     if found.idle:

@@ -14,6 +14,7 @@ from higgstune.families import higgs_v2
 from higgstune.families.base import Family, FamilyInfo, Layout, Prompter, base_of
 from higgstune.hub import local_folder
 from higgstune.imports import collector_paused
+from higgstune.inputs import ADAPTER_CONFIG, RUN_STATE
 
 DEFAULT_FAMILY = higgs_v2.INFO.name  # of artefacts that name none
 _KNOWN: dict[str, FamilyInfo] = {}
@@ -79,6 +80,9 @@ def family_in(folder: Path) -> tuple[FamilyInfo, str, dict[str, Any]]:
 def check_checkpoint(name_or_path: str | Path) -> None:
     """Raise CheckpointError for a checkpoint that, by its name or by its config.json on this disk, no family loads."""
     if (folder := local_folder(name_or_path, what="checkpoint")) is not None:
+        is_adapter = any((folder / name).exists() for name in (ADAPTER_CONFIG, RUN_STATE))
+        if is_adapter and not (folder / "config.json").exists():
+            raise CheckpointError(f"{folder} is an adapter or a run, not a checkpoint: name it with --adapter")
         family_in(folder)
 
 

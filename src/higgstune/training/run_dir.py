@@ -181,7 +181,7 @@ class RunFolder:
             adapter = self.folder / str(self.state.adapter)
             raise ConfigError(
                 f"the run {self.folder} is finished and is not overwritten: its adapter is {adapter}; give another "
-                "--out to train again"
+                f"--out to train again, with --set init_adapter={self.folder} to start from it"
             )
         if not resume:
             how = "resume it with --resume, or " if self.state.status == "running" else f"it is {self.state.status}: "

@@ -71,7 +71,10 @@ class Recordings:
             raise RowError(
                 "unsupported_format", f"the format of {foreign[0]} is not supported: convert it to flac or wav"
             )
-        raise RowError("missing_audio", f"there is no recording {shown(name)} in {self._folder}, nor below it")
+        raise RowError(
+            "missing_audio",
+            f"there is no recording {shown(name)} in {self._folder}, nor below it: put the list above its recordings",
+        )
 
     def _hits(self, name: str, folders: Sequence[str]) -> list[str]:
         """The recordings of exactly this name: as it is written, else with a known suffix or in one of the folders."""
@@ -96,7 +99,8 @@ class Recordings:
 
         Either path must be the end of the other. `a/1.wav` is never `b/1.wav`, which may be another voice.
         """
-        *parents, last = _folded(name.replace("\\", "/").strip(_DIRECTION_MARKS)).split("/")
+        parts = _folded(name.replace("\\", "/").strip(_DIRECTION_MARKS)).split("/")
+        *parents, last = [part for part in parts if part] or [""]
         fits: dict[str, int] = {}
         for path in self._by_stem[_stem(last)]:
             *folders, file = _folded(path).split("/")

@@ -176,6 +176,8 @@ def _values(
     if audios is not None and values.get("messages") is not None:
         values["messages"] = _with_audios(values["messages"], audios)
     for key in ("audio", "reference_audio"):
+        if isinstance(values.get(key), list) and len(values[key]) == 1:
+            [values[key]] = values[key]
         if isinstance(values.get(key), str) and values[key]:
             values[key] = recordings.find(values[key], _FOLDERS)
     return values

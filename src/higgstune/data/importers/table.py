@@ -16,7 +16,10 @@ from higgstune.errors import DataError
 
 SEPARATORS = {"|": "|", "\t": "TAB", ";": ";", ",": ","}
 _QUOTED = ",;"  # separators of tables in which a cell may stand in quotes
-_HINT = "write one clip a line: id|text or id|text|normalised text, or a header such as file_name,text,speaker"
+_HINT = (
+    "write one clip a line: id|text or id|text|normalised text, or a header such as file_name,text,speaker; or say "
+    "with --columns what each column is"
+)
 _GPT_SOVITS = "audio,speaker,language,text"  # the columns of a .list
 _TIMES = ("start", "end", "duration")
 _BLANK = ("", "nan", "null", "none", "n/a", "<na>")  # a missing value, as pandas and others write it
