@@ -145,10 +145,12 @@ def test_it_is_one_line() -> None:
     assert str(verdict(7.5, 5.0)) == "usable"
 
 
-def test_losses_above_chance_in_training_and_validation_are_not_usable() -> None:
+def test_losses_above_chance_and_the_bases_in_training_and_validation_are_not_usable() -> None:
     validations = log(5.0, 18.0)
     found = verdict(5.0, 18.0, history=[*validations, {"step": 9, "audio_loss": 20.0}])
     assert found.outcome == "not usable"
-    assert "20.000 in training and 18.000 in validation, are above chance" in str(found)
+    assert "20.000 in training and 18.000 in validation, are above chance, and far above the base's" in str(found)
+    learning = [*log(20.0, 18.0), {"step": 9, "audio_loss": 18.0}]
+    assert verdict(20.0, 18.0, history=learning).outcome == "usable"
     memorised = [*validations, {"step": 9, "audio_loss": 0.5}]
     assert verdict(5.0, 18.0, history=memorised).outcome == "usable"

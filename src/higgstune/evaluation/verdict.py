@@ -70,7 +70,7 @@ def chance_of(classes: int) -> float:
 def judge(found: Evidence) -> Verdict:
     """The verdict on a stage. Without validation rows nothing shows that it is usable, though faults may show."""
     loss, base_loss = (_at(history, step) for history, step in ((found.history, found.step), (found.base_history, 0)))
-    reasons = list(_reasons(found, loss))
+    reasons = list(_reasons(found, loss, base_loss))
     advice = _advice(found, loss) if reasons else ""
     outcome: Outcome = "not usable" if reasons else "usable"
     if not reasons and loss is None:
@@ -124,15 +124,16 @@ def _is_chance(loss: float | None, chance: float) -> bool:
     return loss is not None and abs(loss - chance) <= NEAR_CHANCE * chance
 
 
-def _reasons(found: Evidence, loss: float | None) -> Iterator[str]:
+def _reasons(found: Evidence, loss: float | None, base_loss: float | None) -> Iterator[str]:
     """Why the adapter is not usable."""
     if loss is not None and not math.isfinite(loss):
         yield "its validation audio loss is not a number"
     trained = next((float(e["audio_loss"]) for e in reversed(found.history) if "audio_loss" in e), None)
     if _is_chance(loss, found.chance):
         yield f"its validation audio loss, {loss:.3f}, is that of chance, {found.chance:.3f}"
-    elif loss is not None and trained is not None and min(loss, trained) > found.chance:
-        yield f"its audio losses, {trained:.3f} in training and {loss:.3f} in validation, are above chance"
+    elif loss and trained and base_loss and min(loss, trained) > found.chance and loss > GREW * base_loss:
+        losses = f"{trained:.3f} in training and {loss:.3f} in validation"
+        yield f"its audio losses, {losses}, are above chance, and far above the base's"
     if not found.changes_base:
         yield "the adapter hardly changes the base's logits"
     if found.idle:
