@@ -17,6 +17,7 @@ from tiny_runs import DEMO_CODEC, make_recordings, recipe
 
 import higgstune
 from higgstune.config.recipe import Recipe, Stage, parse_recipe
+from higgstune.evaluation import verdict
 from higgstune.training import run, stage
 from higgstune.training.run import train
 from higgstune.training.verify import Verification
@@ -60,11 +61,12 @@ class Unplanned:
 
 
 def train_unproven(made: Recipe, out: Path, resume: bool = False) -> None:
-    """What has tests of its own is left out: its plan, its proof and its report."""
+    """What has tests of its own is left out: its plan, its proof, its report, and that random weights are at chance."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "verify_in_fresh_process", proven)
         patch.setattr(run, "RunMemory", Unplanned)
         patch.setattr(run, "write_run_report", lambda folder: folder)
+        patch.setattr(verdict, "NEAR_CHANCE", -1.0)
         train(made, out, resume=resume)
 
 

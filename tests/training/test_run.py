@@ -246,7 +246,9 @@ def test_a_stage_that_is_not_usable_is_the_last(
     state = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (state["status"], state["adapter"], list(state["stages"])) == ("not usable", "lazy/adapter", ["lazy"])
     assert "lazy: not usable" in (tmp_path / "run" / "report.html").read_text()
-    assert load(tmp_path / "run", device="cpu").speak("Hello.", max_seconds=0.2).seconds > 0
+    spoken = ["--out", tmp_path / "a.wav", "--max-seconds", 0.2, "--device", "cpu"]
+    code, _, err = command("speak", "Hello.", "--adapter", tmp_path / "run", *spoken)
+    assert (code, "is not usable; its report says why" in err) == (0, True)
 
     # Resumed, it says so again, and trains nothing.
     monkeypatch.setattr("higgstune.training.run.train_stage", None)
