@@ -14,6 +14,7 @@ from higgstune.data.importers import read_source
 from higgstune.data.manifest import Utterance
 from higgstune.data.rejection import RowError
 from higgstune.data.source import Source
+from higgstune.data.text import spoken_length
 from higgstune.errors import ConfigError, DataError
 
 WAVS = ("wavs/1.wav", "wavs/2.wav", "wavs/3.wav")
@@ -40,7 +41,7 @@ def read(source: Source) -> list[Row | str]:
 
 
 def one(**values: Any) -> Row:
-    return {"audio": "wavs/1.wav", "text": "Hello one.", **values}
+    return {"audio": "wavs/1.wav", "text": "Hello one."} | values
 
 
 def lines(*rows: Any) -> str:
@@ -414,7 +415,7 @@ def test_what_is_passed_over_is_counted(tmp_path: Path) -> None:
     assert len(read(source)) == 2
     assert list(source.notes()) == [
         "texts without a recording: 1",
-        "files of other kinds: 2 (.raw 1, .pdf 1)",
+        "files of other kinds: 2 (.pdf 1, .raw 1)",
         "names of sub-folders (anna, ben), which are not taken for speakers: prepare each with --speaker",
     ]
 
@@ -556,3 +557,47 @@ def test_a_fault_of_a_row_refuses_the_row(tmp_path: Path) -> None:
     table = "file_name,text,speaker\n1.wav,nan,anna\n2.wav,Two.,nan\n"
     found = read(read_source(make(tmp_path / "d", WAVS, {"metadata.csv": table})))
     assert found == ["empty_text", {"audio": "wavs/2.wav", "text": "Two."}]
+
+
+def test_columns_by_place_decide_over_a_header(tmp_path: Path) -> None:
+    folder = make(tmp_path, WAVS, {"metadata.csv": "path,text,speaker\n1.wav,anna,Hello one.\n"})
+    assert read(read_source(folder, columns="audio,speaker,text")) == [one(speaker="anna")]
+    with pytest.raises(ConfigError, match="these are 2 columns, and the table has 3"):
+        read_source(folder, columns="audio,text")
+    rows = make(tmp_path / "b", WAVS, {"rows.jsonl": lines({"audio": "wavs/1.wav", "text": "Hello."})})
+    with pytest.raises(ConfigError, match="keys have no order"):
+        read_source(rows / "rows.jsonl", columns="audio,text")
+
+
+def test_names_in_another_form_and_hidden_folders(tmp_path: Path) -> None:
+    name = "é"
+    composed, decomposed = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    source = make(tmp_path / "a", (f"wav/{decomposed}.wav",), {f"txt/{composed}.txt": "Hello."})
+    assert read(read_source(source)) == [{"audio": f"wav/{decomposed}.wav", "text": "Hello."}]
+    source = make(tmp_path / "b", ("1.wav",), {".old/1.txt": "Old words.", ".git/x.bin": ""})
+    found = read_source(source)
+    assert read(found) == ["no_transcript"]
+    assert list(found.notes()) == []
+
+
+def test_one_odd_file_does_not_refuse_the_others(tmp_path: Path) -> None:
+    files: dict[str, str | bytes] = {"a.txt": "A.", "config.json": '{"endpoint": 1}'}
+    files["b.json"] = '{"text": "B.", "start_ms": 3}'
+    source = make(tmp_path / "a", ("a.wav", "b.wav"), files)
+    (source / "README").symlink_to("/etc/hosts")
+    assert read(read_source(source)) == [{"audio": "a.wav", "text": "A."}, "no_transcript"]
+    files = {f"{name}.json": json.dumps({"id": name, "text": "Hi."}) for name in "12"}
+    assert len(read(read_source(make(tmp_path / "b", ("1.WAV", "2.WAV"), files)))) == 2
+
+
+@pytest.mark.parametrize("text", ["So\nit\nis" + "\n" * 50_000 + "!", " " * 50_000 + "a", "<SE>a" * 20_000])
+def test_long_texts_take_no_longer_than_their_length(tmp_path: Path, text: str) -> None:
+    assert len(read(read_source(make(tmp_path, ("a.wav",), {"a.txt": text})))) == 1
+    assert spoken_length(text) >= 0
+
+
+@pytest.mark.parametrize("text", ["No\nI\ndo\nso", "1.5 2.5 liters", "Call me at 12:30\nor later", "Null"])
+def test_short_and_odd_transcripts_are_words(tmp_path: Path, text: str) -> None:
+    assert read(read_source(make(tmp_path / "a", ("a.wav",), {"a.txt": text}))) == [{"audio": "a.wav", "text": text}]
+    table = f'file_name,text\n1.wav,"{text}"\n2.wav,Two.\n'
+    assert read(read_source(make(tmp_path / "b", WAVS, {"metadata.csv": table})))[0] == one(text=text)

@@ -3,7 +3,7 @@
 import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,9 +14,6 @@ from higgstune.data.rejection import some_ids
 from higgstune.errors import DataError
 from higgstune.hub import check_name
 from higgstune.inputs import check_source, check_store, check_store_place
-
-if TYPE_CHECKING:
-    pass
 
 _LABELS, _LIMITS, _MODEL = "Labels of all rows", "Which clips", "Model"
 

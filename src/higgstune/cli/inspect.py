@@ -57,6 +57,10 @@ def inspect(
     check_store(store)
     check_limits(limit)
     if outliers:
+        if row != "0" or model is not None or whisper is not None:
+            raise typer.BadParameter(
+                "it lists all rows: leave out --row, --model and --whisper", param_hint="--outliers"
+            )
         from higgstune.data.outliers import store_outliers
 
         _print_outliers(store_outliers(store, limit), store, as_json)

@@ -86,11 +86,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 RunArgument = Annotated[
     Path, typer.Argument(parser=path, metavar="RUN", help="Folder of a run (its last finished stage) or of an adapter.")
 ]
-StoreOption = Annotated[
-    Path | None,
-    typer.Option(parser=path, metavar="FOLDER", help="Code store with rows and voices; default: the one of training."),
-]
-
 # Model
 BaseOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="Base, if not where the adapter says.", rich_help_panel=MODEL)

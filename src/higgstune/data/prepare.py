@@ -53,6 +53,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Refused = dict[int, RowError]  # by the row's number
 _NO_SOURCE = Source((), "")
+_USUAL = PrepareOptions(0.05, "none", 30.0, False, 0)  # the defaults of `prepare`
 
 
 def prepare(
@@ -105,11 +106,6 @@ def prepare(
     Raises DataError for a source or store that cannot be used, or when no row is left; ConfigError for an
     option; CheckpointError for a codec; WorkError where the disk refuses.
     """
-    if source is None:
-        of_source = {"model": model, "codec": codec, "whisper": whisper, "speaker": speaker, "language": language}
-        if given := [name for name, value in {**of_source, "scene": scene}.items() if value is not None]:
-            raise ConfigError(f"{given[0]} has no effect without a source")
-        return _change(Path(out), drop, restore, limits, progress or silent)
     for_model = None if model is None else str(model)
     whisper = str(whisper) if isinstance(whisper, Path) else whisper
     whisper_name = whisper if whisper is None or isinstance(whisper, str) else whisper.checkpoint
@@ -119,10 +115,19 @@ def prepare(
         limits=tuple(limits),
     )
     options.check()
+    if source is None:
+        others = {"codec": codec, "speaker": speaker, "language": language, "scene": scene}
+        of_source = {**asdict(replace(options, limits=())), **others}
+        usual = {**asdict(_USUAL), **dict.fromkeys(others)}
+        if given := [name for name, value in of_source.items() if value != usual[name]]:
+            raise ConfigError(f"{given[0]} has no effect without a source")
+        return _change(Path(out), drop, restore, limits, progress or silent)
     out, read = Path(out), source
     if not isinstance(read, Source):
         check_store_place(read, out)
         read = read_source(read, allow_outside=allow_outside, columns=columns)
+    if not list(read):
+        raise DataError(f"the source has no row ({read.read_as})")
     read = replace(read, rows=[_with_labels(row, speaker, language, scene) for row in read])
     model_type = _model_type(model, at_hub=codec is None)
     name, codec = _load_codec(codec, model, device)

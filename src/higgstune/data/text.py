@@ -16,7 +16,7 @@ _CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]+\|>")
 _SPEAKER_TAG = re.compile(r"\[SPEAKER\d+\]")
 # The end of a sentence or a clause in any script by Unicode's property, a quote, or a sound tag.
 _SENTENCE_END = regex.compile(r"(?:\p{Terminal_Punctuation}|\p{Sentence_Terminal}|[\"']|</SE(?:_[se])?>)\Z")
-_SOUND = re.compile(r"<SE\w*>.*?</SE\w*>")
+_SOUND = re.compile(r"<SE\w*>[^<]*</SE\w*>")
 _DIGIT_LENGTH = 4  # letters of a digit's name in English; other alphabets are near
 _ZEROS = re.compile(r"0{2,}")
 _ZEROS_WORD = "x" * 7  # a run of zeros is one word: hundred, million

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from higgstune.data.audio import AUDIO_SUFFIXES, is_file
+from higgstune.data.audio import AUDIO_SUFFIXES
 from higgstune.data.importers.chatml import is_trainer_json, load_json, read_trainer_json
 from higgstune.data.importers.columns import by_name
 from higgstune.data.importers.folder import has_audio, has_transcripts, read_folder
@@ -19,7 +19,7 @@ from higgstune.data.importers.records import is_record_list, read_records, recor
 from higgstune.data.importers.table import looks_like_table, read_table
 from higgstune.data.importers.transcripts import plain_row
 from higgstune.data.rejection import RowError
-from higgstune.data.source import FOREIGN_SUFFIXES, Source, SourceRow, audio_files, path_within
+from higgstune.data.source import FOREIGN_SUFFIXES, Source, SourceRow, audio_files, nfc, path_within
 from higgstune.errors import ConfigError, DataError
 from higgstune.inputs import HUB_PREFIX, INDEX_NAME, check_source, unknown_kind
 
@@ -70,12 +70,13 @@ def _read_folder(folder: Path, allow_outside: bool, columns: str | None) -> Sour
     if metadata.is_file() and is_trainer_json(load_json(metadata)):
         found.append(metadata)
     if not found and not has_transcripts(folder):  # next to texts, another table holds something else
-        found = [path for path in sorted(folder.iterdir()) if _lists_clips(path, allow_outside)]
+        names = {nfc(path.stem).casefold() for path in folder.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES}
+        found = [path for path in sorted(folder.iterdir()) if _lists_clips(path, names, allow_outside)]
     for path in found:
         path_within(folder, path.name, allow_outside)  # it may be a link
     if len(found) > 1:
-        names = " and ".join(path.name for path in found)
-        raise DataError(f"{folder} has {names}: name the one to read instead of the folder")
+        shown = " and ".join(path.name for path in found[:_SHOWN])
+        raise DataError(f"{folder} has {shown}: name the one to read instead of the folder")
     if found:
         return _read_file(found[0], allow_outside, columns)
     inside = [path for path in sorted(folder.glob("*/metadata.*")) if path.name in _USUAL]
@@ -92,17 +93,16 @@ def _read_folder(folder: Path, allow_outside: bool, columns: str | None) -> Sour
     return _without_columns(read_folder(folder, allow_outside=allow_outside), columns)
 
 
-def _lists_clips(path: Path, allow_outside: bool) -> bool:
-    """Whether a file of a folder of clips is a table or a manifest of them, and no transcript."""
+def _lists_clips(path: Path, recordings: set[str], allow_outside: bool) -> bool:
+    """Whether a file is a table or a manifest of clips, and not the text of one of the recordings beside it."""
     suffix = path.suffix.lower()
-    if not path.is_file() or path.name.startswith("."):
+    may_be = suffix in (*_JSON_LINES, *_TABLES, ".json") and (suffix != ".txt" or _LISTS.fullmatch(path.name))
+    if not may_be or path.name.startswith(".") or not path.is_file():
         return False
-    path_within(path.parent, path.name, allow_outside)
+    path_within(path.parent, path.name, allow_outside)  # it may be a link
     if suffix == ".json":
-        beside = (path.with_suffix(audio) for audio in AUDIO_SUFFIXES)
-        return not any(map(is_file, beside)) and is_record_list(path)
-    may_be_table = suffix in _TABLES and (suffix != ".txt" or _LISTS.fullmatch(path.name) is not None)
-    return suffix in _JSON_LINES or (may_be_table and looks_like_table(path))
+        return nfc(path.stem).casefold() not in recordings and is_record_list(path)
+    return suffix in _JSON_LINES or looks_like_table(path)
 
 
 def _read_file(path: Path, allow_outside: bool, columns: str | None) -> Source:

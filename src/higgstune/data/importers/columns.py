@@ -85,7 +85,7 @@ _MAX_LABEL = 30  # characters
 _SIMILAR = 0.5  # share of words in common, above which a column is another spelling of a text
 _WHOLE = 0.8  # of the letters of a text, which its other spelling has at least
 _MOST = 0.5  # share of the rows
-_TIMES = re.compile("^(?:start|begin|end|onset)")
+_TIMES = re.compile("(?:start|begin|end|onset)(?:time.*|ms.*|msec.*|s|secs?|seconds?)?")
 _FEW = 3  # rows below which values that do not repeat say nothing
 
 
@@ -152,6 +152,13 @@ def by_name(names: Sequence[str], columns: str | None = None, *, messages: bool 
                 raise ConfigError(f"--columns: there is no column {shown(missing[0])}; there are {', '.join(names)}")
             role_of = {name: role for role, name in pairs}
             return Reading(tuple(role_of.get(name, UNUSED) for name in names), tuple(names))
+        if messages:
+            raise ConfigError(f"--columns {columns}: keys have no order, so name them, such as audio=path,text=words")
+        if not is_header(names):
+            return None
+        if len(pairs) != len(names):
+            raise ConfigError(f"--columns {columns}: these are {len(pairs)} columns, and the table has {len(names)}")
+        return Reading(tuple(role for role, _ in pairs), tuple(names))
     plain = [_plain(name) for name in names]
     roles = [UNUSED] * len(names)
     for role, known in _NAMES.items():
@@ -161,7 +168,7 @@ def by_name(names: Sequence[str], columns: str | None = None, *, messages: bool 
             if name in plain and roles[plain.index(name)] == UNUSED:
                 roles[plain.index(name)] = role
                 break
-    if not {"start", "end"} & set(roles) and any(_TIMES.search(name) for name in plain):
+    if not {"start", "end"} & set(roles) and any(map(_TIMES.fullmatch, plain)):
         raise DataError(
             f"columns {', '.join(map(str, names))}: some look like times of a part of a recording, but not in seconds "
             "as start and end; say with --columns what is used"

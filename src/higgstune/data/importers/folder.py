@@ -29,7 +29,6 @@ TRANSCRIPTS = (".normalized.txt", ".txt", ".lab", ".original.txt", ".wav.txt")
 _LISTS = ".trans.txt"  # of LibriSpeech: one for the clips of a folder, with the id before each text
 _LOOKED_AT = 100  # recordings
 _MICROPHONE = re.compile(r"_mic[12]$")  # VCTK has two recordings of each text
-_KNOWN_BESIDE = (".json", *TRANSCRIPTS)
 
 
 def read_folder(folder: Path, *, allow_outside: bool = False) -> Source:
@@ -74,10 +73,16 @@ class _Folder:
         self._folders: set[str] = set()  # of the first level, with recordings
         self._named_speakers = False
         self._second_texts = 0
-        self._by_name = self._transcripts()
+        self._by_name: defaultdict[str, list[Path]] = defaultdict(list)
+        self._by_place: defaultdict[tuple[str, str], list[Path]] = defaultdict(list)  # name, and that of its folder
+        self._list_names: dict[Path, list[str]] = {}
+        for path in _files(folder):
+            if path.suffix.lower() in (".txt", ".lab"):
+                self._by_name[nfc(path.stem)].append(path)
+                self._by_place[nfc(path.stem), path.parent.name].append(path)
         self._recordings: defaultdict[str, set[Path]] = defaultdict(set)  # folders with a recording of a name
         for path, _ in audio_files(folder, allow_outside):
-            self._recordings[_MICROPHONE.sub("", path.stem)].add(path.parent)
+            self._recordings[_name(path)].add(path.parent)
 
     def rows(self) -> Iterator[SourceRow]:
         """The rows, in the order of their paths."""
@@ -107,12 +112,8 @@ class _Folder:
             yield f"second texts of a recording, whose first one is used: {self._second_texts}"
         if texts := sum(path not in self._used for paths in self._by_name.values() for path in paths):
             yield f"texts without a recording: {texts}"
-        other: Counter[str] = Counter()
-        for _root, _folders, names in os.walk(self._folder):
-            suffixes = (os.path.splitext(name)[1].lower() for name in names if not name.startswith("."))
-            other.update(
-                s for s in suffixes if s not in (*AUDIO_SUFFIXES, *FOREIGN_SUFFIXES, ".txt", ".lab", ".json", "")
-            )
+        known = (*AUDIO_SUFFIXES, *FOREIGN_SUFFIXES, ".txt", ".lab", ".json", "")
+        other = Counter(suffix for path in _files(self._folder) if (suffix := path.suffix.lower()) not in known)
         if other:
             yield f"files of other kinds: {other.total()} ({', '.join(f'{k} {n}' for k, n in other.most_common(5))})"
         if len(self._folders) > 1 and not self._named_speakers:
@@ -166,34 +167,28 @@ class _Folder:
         """The texts in other folders that can only be this recording's: the only one of its name, or, among several,
         the one in a folder of the same name (`wav/anna/1.wav`, `txt/anna/1.txt`).
         """
-        stem = _MICROPHONE.sub("", path.stem)
-        texts = [text for text in self._by_name.get(stem, []) if text.parent != path.parent]
-        owned = self._recordings[stem]
-        free = [text for text in texts if text.parent not in owned]
-        return free if len(owned) == 1 and len(texts) == 1 else [t for t in free if t.parent.name == path.parent.name]
+        name = _name(path)
+        owners = self._recordings[name]
+        texts = self._by_name[name] if len(owners) == 1 else self._by_place[name, path.parent.name]
+        free = [text for text in texts if text.parent not in owners]
+        if len(owners) == 1 and len(free) > 1:
+            free = [text for text in free if text.parent.name == path.parent.name]
+        return free
 
     def _listed(self, path: Path, siblings: dict[str, str]) -> str | None:
         """The text of a clip in LibriSpeech's list of its folder."""
-        for name in siblings.values():
-            if name.lower().endswith(_LISTS):
-                listed = (path.parent / name).relative_to(self._folder).as_posix()
-                place = path_within(self._folder, listed, self._allow_outside)
-                if place not in self._lists:
-                    lines = (line.partition(" ") for line in decode_lines(read_whole(place)))
-                    self._lists[place] = {key: text for key, _, text in lines}
-                self._used.add(path.parent / name)
-                if path.stem in self._lists[place]:
-                    return self._lists[place][path.stem]
+        if path.parent not in self._list_names:
+            self._list_names[path.parent] = [name for name in siblings.values() if name.lower().endswith(_LISTS)]
+        for name in self._list_names[path.parent]:
+            listed = (path.parent / name).relative_to(self._folder).as_posix()
+            place = path_within(self._folder, listed, self._allow_outside)
+            if place not in self._lists:
+                lines = (line.partition(" ") for line in decode_lines(read_whole(place)))
+                self._lists[place] = {nfc(key): text for key, _, text in lines}
+            self._used.add(path.parent / name)
+            if nfc(path.stem) in self._lists[place]:
+                return self._lists[place][nfc(path.stem)]
         return None
-
-    def _transcripts(self) -> dict[str, list[Path]]:
-        """Every text file below the folder that could be a transcript, by its name without suffix."""
-        found: defaultdict[str, list[Path]] = defaultdict(list)
-        for root, _folders, names in os.walk(self._folder):
-            for name in names:
-                if name.lower().endswith((".txt", ".lab")) and not name.startswith("."):
-                    found[os.path.splitext(name)[0]].append(Path(root, name))
-        return found
 
     def _speaker(self, location: str) -> str | None:
         """The speaker in the names of LibriSpeech, LibriTTS and VCTK; other sub-folders have no meaning."""
@@ -202,3 +197,15 @@ class _Folder:
         if found is not None and folders and folders[-1] == found[2]:
             return found[1]  # 84/121123/84-121123-0000.flac
         return None
+
+
+def _name(recording: Path) -> str:
+    """What its transcript is called: VCTK has one for both microphones."""
+    return _MICROPHONE.sub("", nfc(recording.stem))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder but hidden ones."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))

@@ -102,14 +102,13 @@ class Recordings:
         parts = _folded(name.replace("\\", "/").strip(_DIRECTION_MARKS)).split("/")
         *parents, last = [part for part in parts if part] or [""]
         fits: dict[str, int] = {}
-        for path in self._by_stem[_stem(last)]:
-            *folders, file = _folded(path).split("/")
+        # Of a name with folders, those in a folder of that name, or at the top.
+        places = ("", parents[-1]) if parents else sorted(self._by_place[_stem(last)])
+        for path, folders, file in (found for place in places for found in self._by_place[_stem(last)][place]):
             if path in self._exactly or not path.lower().endswith(suffixes):
                 continue
             if _stem(last) != last and _stem(file) == file:
                 continue
-            if folders and folders[0] in _FOLDERS:  # on another machine, it may have had any name
-                del folders[0]
             common = _common_end(folders, parents)
             if common in (len(folders), len(parents)):
                 fits[path] = common
@@ -122,10 +121,15 @@ class Recordings:
         return frozenset(path.relative_to(self._folder).as_posix() for path in found)
 
     @cached_property
-    def _by_stem(self) -> defaultdict[str, list[str]]:
-        found: defaultdict[str, list[str]] = defaultdict(list)
+    def _by_place(self) -> defaultdict[str, defaultdict[str, list[tuple[str, list[str], str]]]]:
+        """By folded stem and folder: each recording, its folded folders and its folded name."""
+        found: defaultdict[str, defaultdict[str, list[tuple[str, list[str], str]]]]
+        found = defaultdict(lambda: defaultdict(list))
         for path in self._all:
-            found[_stem(_folded(path).split("/")[-1])].append(path)
+            *folders, file = _folded(path).split("/")
+            if folders and folders[0] in _FOLDERS:  # on another machine, it may have had any name
+                del folders[0]
+            found[_stem(file)][folders[-1] if folders else ""].append((path, folders, file))
         return found
 
 

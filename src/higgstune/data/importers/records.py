@@ -103,7 +103,10 @@ def is_record_list(path: Path) -> bool:
     except (ValueError, RecursionError):
         return False
     first = data[0] if isinstance(data, list) and data else data
-    return isinstance(first, dict) and by_name(list(first), messages=True) is not None
+    try:
+        return isinstance(first, dict) and by_name(list(first), messages=True) is not None
+    except DataError:  # such as times that are not certain
+        return False
 
 
 def sidecar_rows(content: bytes, location: str, name: str) -> list[Utterance]:
@@ -129,7 +132,11 @@ def sidecar_rows(content: bytes, location: str, name: str) -> list[Utterance]:
             for segment in found
             for speaker in [_name(segment.get("speaker"))]
         ]  # fmt: skip
-    if isinstance(data, dict) and (reading := by_name(["audio", *(key for key in data if key != "audio")])) is not None:
+    try:
+        reading = by_name(["audio", *(key for key in data if key != "audio")]) if isinstance(data, dict) else None
+    except DataError as error:
+        raise RowError("no_transcript", f"{name}: {error}") from error
+    if reading is not None:
         values = _renamed(data, reading, skip=("audio", "id", "duration"))
         return [parse_utterance({**values, "audio": location})]
     raise RowError("no_transcript", f"{name} has neither a text nor segments")

@@ -80,7 +80,7 @@ def looks_like_table(path: Path) -> bool:
     lines = decode_lines(read_whole(path))
     first = next((line for line in lines if line.strip()), "")
     cells = [cell.strip() for cell in re.split(r"[|\t;,]", first)]
-    return len(cells) > 1 and (by_name(cells) is not None or Recordings(path.parent, False).has(cells[0]))
+    return len(cells) > 1 and (is_header(cells) or Recordings(path.parent, False).has(cells[0]))
 
 
 def _read(
@@ -226,7 +226,7 @@ def _utterance(line: _Line, reading: Reading, recordings: Recordings, separator:
     values = reading.values([cell.strip() for cell in _fitted(line, reading, separator, raw)])
     if broken := [name for name, value in values.items() if not is_unicode(value)]:
         raise RowError("bad_row", f"the column {broken[0]} is not UTF-8: convert the table")
-    values = {name: value for name, value in values.items() if name in _TIMES or value.lower() not in _BLANK}
+    values = {name: value for name, value in values.items() if value.lower() not in _blanks(name)}
     if not values.get("audio"):
         raise RowError("bad_row", "the line names no recording")
     if not (values.get("normalised") or values.get("text")):
@@ -245,6 +245,11 @@ def _utterance(line: _Line, reading: Reading, recordings: Recordings, separator:
         "end": end,
     }
     return parse_utterance(row)
+
+
+def _blanks(role: str) -> tuple[str, ...]:
+    """What stands for a missing value: in a text, "Null" is a word, and in a time an error."""
+    return _BLANK[:1] if role in _TIMES else _BLANK[:2] if role in ("text", "normalised") else _BLANK
 
 
 def _segment(values: dict[str, str]) -> tuple[float | None, float | None]:

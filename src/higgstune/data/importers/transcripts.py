@@ -14,32 +14,35 @@ from higgstune.data.source import decode
 _MAX_TRANSCRIPT = 1 << 20  # bytes: an hour of speech is 60 kB
 _TIME = r"\d+(?:\.\d+)?"
 _CLOCK = r"[\d:]*\d\.\d+s?"
-# What a text file holds that is not a transcript: its name, and a pattern of all of it.
-_FORMATS = (
-    ("WebVTT subtitles", re.compile(r"\s*WEBVTT\b")),
-    ("subtitles with times", re.compile(r"(?s).*\d\d:\d\d[.,:]\d.*-->")),
-    ("SubStation subtitles", re.compile(r"\s*\[Script Info\]")),
-    ("song lyrics with times (LRC)", re.compile(r"\s*(?:\[\w+:[^\]\n]*\]\s*)*\[\d+:\d\d(?:[.:]\d+)?\]")),
-    ("Audacity labels", re.compile(rf"\s*(?:{_TIME}\t{_TIME}(?:\t[^\n]*)?(?:\n\\\t[^\n]*)?(?:\n|$)\s*)+\Z")),
-    (
-        "labels with times",
-        re.compile(r"\s*(?:\[?[\d:]*\d\.\d+s?(?: +| +-+> +)[\d:]*\d\.\d+s?\]? +\S[^\n]*(?:\n|$)\s*)+\Z"),
-    ),
-    ("a speaker and times", re.compile(r"\s*(?:Speaker \d+|[^\n:]{1,30})?\s*\d{1,2}:\d\d(?::\d\d)?\s*\n")),
-    ("the words of LRS with times", re.compile(r"\s*Text:[^\n]*\n\s*Conf:")),
-    ("phonemes (ARPAbet)", re.compile(r"(?=.*[A-Z][012])\s*(?:[A-Z]{1,2}[012]?\s+){2,}[A-Z]{1,2}[012]?\s*\Z")),
-    ("a path", re.compile(r"\s*\S*[/\\]\S+\.\w{2,5}\s*\Z")),
-    ("phones, one a line", re.compile(r"\s*(?:[A-Za-z@]{1,3}[012]?\s*\n\s*){3,}[A-Za-z@]{0,3}[012]?\s*\Z")),
-    ("HTK labels", re.compile(r"\s*(?:\d+ +\d{4,} +\S[^\n]*(?:\n|$)\s*)+\Z")),
-    ("a Praat TextGrid", re.compile(r'\s*File type\s*=\s*"ooTextFile')),
-    ("a table of phones (CTM, MFA)", re.compile(r"\s*(?:\S+ +\d +\d+\.\d+ +\d+\.\d+ +\S+[^\n]*(?:\n|$)\s*)+\Z")),
-    ("rich text (RTF)", re.compile(r"\s*\{\\rtf")),
-    ("LaTeX", re.compile(r"\s*\\documentclass")),
-    ("a PDF", re.compile(r"\s*%PDF-")),
-    ("JSON", re.compile(r'(?s)\s*(?:\{\s*"|\[\s*[{"\[]).*[}\]]\s*\Z')),
-    ("markup (XML, HTML or SSML)", re.compile(r"(?i)\s*<(?:\?xml|!doctype|html|speak|tt|p|div|body|span)\b")),
+# What a text file holds that is not a transcript: its name, and how it begins.
+_BEGINNINGS = (
+    ("WebVTT subtitles", re.compile(r"WEBVTT\b")),
+    ("SubStation subtitles", re.compile(r"\[Script Info\]")),
+    ("a speaker and times", re.compile(r"(?:Speaker \d+)?\s*\d{1,2}:\d\d(?::\d\d)?\n")),
+    ("the words of LRS with times", re.compile(r"Text:[^\n]*\nConf:")),
+    ("a Praat TextGrid", re.compile(r'File type\s*=\s*"ooTextFile')),
+    ("rich text (RTF)", re.compile(r"\{\\rtf")),
+    ("LaTeX", re.compile(r"\\documentclass")),
+    ("a PDF", re.compile(r"%PDF-")),
+    ("JSON", re.compile(r'(?s)(?:\{\s*"|\[\s*[{"\[]).*[}\]]\Z')),
+    ("markup (XML, HTML or SSML)", re.compile(r"(?i)<(?:\?xml|!doctype|html|speak|tt|p|div|body|span)\b")),
     ("a pointer of Git LFS in place of the file", re.compile(r"version https://git-lfs")),
 )
+# The same, and what each of its lines is, of which there are so many at least.
+_LINES = (
+    ("song lyrics with times (LRC)", 1, re.compile(r"\[\d+:\d\d(?:[.:]\d+)?\].*|\[[a-z]+:.*\]")),
+    ("Audacity labels", 1, re.compile(rf"{_TIME}\t{_TIME}(?:\t.*)?|\\\t.*")),
+    ("labels with times", 1, re.compile(rf"\[{_CLOCK} (?:-+> )?{_CLOCK}\] .+|{_CLOCK} -+> {_CLOCK} .+")),
+    ("labels with times", 2, re.compile(rf"{_CLOCK} +{_CLOCK} +.+")),
+    ("HTK labels", 1, re.compile(r"\d+ +\d{4,} +.+")),
+    ("a table of phones (CTM, MFA)", 1, re.compile(r"\S+ +\d +\d+\.\d+ +\d+\.\d+ +.+")),
+    ("phones, one a line", 4, re.compile(r"sil|sp|pau|[A-Za-z]{1,2}[012@]|[A-Z]{1,2}|[a-z]{1,2}")),
+)
+_SUBTITLE = re.compile(r"\d\d:\d\d[.,:]\d.*-->")
+_SILENCE = ("sil", "sp", "pau")
+_ARPABET = re.compile(r"[A-Z]{1,2}[012]?")
+_PATH = re.compile(r"\S*[/\\]\S+\.\w{2,5}")
+_MAX_PATH = 500  # characters
 _SOUND_TAG = r"/?SE(?:_[se])?"  # of the model
 _TAG = re.compile(rf"<(?!{_SOUND_TAG}>|\|)/?[A-Za-z][A-Za-z0-9:_-]*(?:\s[^<>]*)?/?>")
 _ENTITY = re.compile(r"&(?:#\d+|#x[0-9a-fA-F]+|[A-Za-z][A-Za-z0-9]*);")
@@ -71,10 +74,22 @@ def read_transcript(path: Path) -> str:
 
 
 def _format(text: str) -> str | None:
-    """What a text is in place of a transcript; None where it may be one."""
-    found = next((name for name, pattern in _FORMATS if pattern.match(text)), None)
-    marks = len(_STRESS.findall(text))
-    return "phonemes (IPA)" if found is None and marks and marks >= len(text) // 30 else found
+    """What a text is in place of a transcript; None where it may be one. Takes time in proportion to its length."""
+    lines = [line for line in map(str.strip, text.split("\n")) if line]
+    whole = "\n".join(lines)
+    found = next((name for name, pattern in _BEGINNINGS if pattern.match(whole)), None)
+    found = found or next((n for n, least, p in _LINES if len(lines) >= least and all(map(p.fullmatch, lines))), None)
+    if found == "phones, one a line" and not any(line in _SILENCE or line[-1] in "012@" for line in lines):
+        found = None  # short words
+    if found is None and "-->" in whole and any(map(_SUBTITLE.search, lines)):
+        found = "subtitles with times"
+    words = whole[:_MAX_PATH].split()
+    if found is None and len(words) > 2 and all(map(_ARPABET.fullmatch, words)) and any(w[-1] in "012" for w in words):
+        found = "phonemes (ARPAbet)"
+    if found is None and len(whole) < _MAX_PATH and _PATH.fullmatch(whole):
+        found = "a path"
+    marks = len(_STRESS.findall(whole))
+    return "phonemes (IPA)" if found is None and marks and marks >= len(whole) // 30 else found
 
 
 def plain_row(row: Utterance) -> Utterance:
