@@ -170,6 +170,7 @@ WRONG = (
     (("speak", "--file", "dots.txt", "--model", "x/y"), "no line that can be spoken: line 2 of dots.txt has no letter"),
     (("speak", "--file", "latin.txt", "--model", "x/y"), "neither UTF-8 nor UTF-16 (byte 3)"),
     (("speak", "... !!!", "--model", "x/y"), "the text to speak has no letter and no digit: there is nothing to speak"),
+    (("speak", "<b>Hello</b>", "--model", "x/y"), "the text to speak: the text has the tag '<b>'"),
     (("speak", "\U0001f389", "--model", "x/y"), "the text to speak has no letter and no digit"),
     (("speak", "a <|eot_id|>", "--model", "x/y"), "the text to speak holds the control token <|eot_id|>"),
     (("speak", "Hello.", "--model", "x/y", "--scene", "<|eot_id|>"), "--scene holds the control token"),

@@ -1,5 +1,6 @@
 """Adapters of other trainers: known names are mapped, everything else is refused with the module named."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from tiny_checkpoint import save_tiny_checkpoint
 
 from higgstune.config.recipe import Lora
 from higgstune.errors import CheckpointError
+from higgstune.exporting.source import open_source
 from higgstune.families.higgs_v2.family import FAMILY
-from higgstune.model.adapter_tensors import copy_for_peft, plain_key
+from higgstune.inputs import BaseSpec
+from higgstune.model.adapter_tensors import copy_for_peft, is_zero, plain_key
 from higgstune.model.adapters import adapter_state, continue_lora, load_adapter
 from higgstune.model.load import load_model
 from higgstune.peft_compat import PeftModel
@@ -91,6 +94,8 @@ def test_names_in_the_configuration_are_mapped_too(base: Path, in_full: Path, tm
     layers = [f"layers.{index}.self_attn.{name}_proj" for index in (0, 1) for name in "qv"]
     changed = renamed(in_full, tmp_path / "a", original, modules_to_save=theirs, target_modules=layers)
     same_state(base, changed, in_full)
+    both = ["audio_decoder_proj", "embed_tokens", "audio_codebook_embeddings"]  # a module that this base has not
+    same_state(base, renamed(in_full, tmp_path / "d", original, modules_to_save=both, target_modules=layers), in_full)
     outer = renamed(in_full, tmp_path / "b", str, modules_to_save=["lm_head", "embed_tokens", "embed_audio_tokens"])
     same_state(base, outer, in_full)  # a table inside of a module of the same name, which peft takes twice
     wrapped = [f"module.model.{name}" for name in layers]
@@ -102,17 +107,27 @@ def test_names_in_the_configuration_are_mapped_too(base: Path, in_full: Path, tm
     [
         ("module.base_model.model.audio_lm_head.modules_to_save.default.weight", "audio_lm_head.weight"),
         ("base_model.model.audio_lm_head.modules_to_save.weight", "audio_lm_head.weight"),
-        ("base_model.model.layers.0.mlp.up_proj.lora_magnitude_vector.default.weight", None),
-        ("base_model.model.audio_tower.layers.0.self_attn.q_proj.lora_A.weight", None),
+        (
+            "base_model.model.layers.0.mlp.up_proj.lora_magnitude_vector.default.weight",
+            "model.layers.0.mlp.up_proj.lora_magnitude_vector",
+        ),
+        (  # a layer of another part of the original model, not one of its own
+            "base_model.model.audio_tower.layers.0.self_attn.q_proj.lora_A.weight",
+            "audio_tower.layers.0.self_attn.q_proj.lora_A.weight",
+        ),
     ],
 )
-def test_single_names(key: str, expected: str | None) -> None:
-    found = plain_key(key, FAMILY)
-    if "magnitude" in key:
-        expected = "model.layers.0.mlp.up_proj.lora_magnitude_vector"
-    if "tower" in key:  # a layer of another part of the original model, not one of its own
-        expected = "audio_tower.layers.0.self_attn.q_proj.lora_A.weight"
-    assert found == f"base_model.model.{expected}"
+def test_single_names(key: str, expected: str) -> None:
+    assert plain_key(key, FAMILY) == f"base_model.model.{expected}"
+
+
+def test_an_adapter_of_zeros_is_known_by_its_tensors(base: Path, plain: Path, in_full: Path, tmp_path: Path) -> None:
+    silent = shutil.copytree(plain, tmp_path / "zero")
+    weights = load_file(silent / "adapter_model.safetensors")
+    save_file({k: v * 0 if "lora_B" in k else v for k, v in weights.items()}, silent / "adapter_model.safetensors")
+    assert [is_zero(folder) for folder in (silent, plain, in_full)] == [True, False, False]
+    with pytest.raises(CheckpointError, match="all of its LoRA is zero: export another one"):
+        open_source(silent, BaseSpec(base))
 
 
 def test_dora_keeps_its_directions(base: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from higgstune.data.audio import MAX_SECONDS, Recording, audio_hash, is_file, peak_of, read_audio, read_recording
+from higgstune.data.importers.transcripts import plain_text
 from higgstune.data.manifest import Utterance
 from higgstune.data.measures import Kept, Measures
 from higgstune.data.messages import Message, audio_parts, check_control_tokens, is_target, target_text
@@ -269,7 +270,10 @@ def _check_rate(text: str, seconds: float) -> None:
 def spoken_text(text: str, where: str) -> str:
     """A text as it is spoken, normalised. Raises RowError that names `where` for one that cannot be."""
     check_control_tokens(text, where)
-    text = normalize_text(text)
+    try:
+        text = normalize_text(plain_text(text))
+    except RowError as error:
+        raise RowError(error.reason, f"{where}: {error}") from error
     if not is_speakable(text):
         raise RowError("empty_text", f"{where} has no letter and no digit: there is nothing to speak")
     return text

@@ -23,6 +23,7 @@ from higgstune.model.adapter_folder import (
     other_adapter_in,
     recorded_base,
 )
+from higgstune.model.adapter_tensors import is_zero
 from higgstune.model.load import naming_where_recorded
 
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
@@ -59,6 +60,8 @@ def open_source(run: str | Path, base: BaseSpec = BaseSpec()) -> Source:
         raise ConfigError("export reads the base as it is stored: its BaseSpec has no dtype and no quantize")
     adapter = find_adapter(run)
     check_adapter_files(adapter)
+    if is_zero(adapter):
+        raise CheckpointError(f"the adapter {adapter} changes nothing, as all of its LoRA is zero: export another one")
     card = adapter_card(adapter)
     recorded = adapter if base.checkpoint is None else None
     base = recorded_base(base, adapter, card)

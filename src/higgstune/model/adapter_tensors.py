@@ -68,6 +68,14 @@ def read_adapter(folder: Path) -> "dict[str, Tensor]":
     return found
 
 
+def is_zero(folder: Path) -> bool:
+    """Whether all LoRA of an adapter's folder is zero, and nothing was trained in full. Raises CheckpointError."""
+    weights = read_adapter(folder)
+    changing = {module_of(key) for key, value in weights.items() if ".lora_A" in key and value.any()}
+    changing &= {module_of(key) for key, value in weights.items() if ".lora_B" in key and value.any()}
+    return not changing and all(".lora_" in key for key in weights)
+
+
 def checked_weights(folder: Path, model: Any, *, checksum: bool = True) -> "dict[str, Tensor]":
     """The adapter's tensors, after all checks of its files, its base and its values. Raises CheckpointError."""
     check_adapter_files(folder, checksum=checksum)
@@ -95,13 +103,13 @@ def fitted_config(
     in_full = trained_in_full(weights, family)
     _check_modules(weights, model, folder)
     for name, spellings in entries.items():
-        if not any(_names(spellings, module) for module in in_full):
+        if not any(_names(spellings, module, family) for module in in_full):
             raise CheckpointError(
                 f"the adapter {folder} does not fit this base: {ADAPTER_CONFIG} names {name} in {_IN_FULL}, of which "
                 f"{ADAPTER_WEIGHTS} has no tensor; remove it there if it was not trained"
             )
     for module in in_full:
-        if not any(_names(spellings, module) for spellings in entries.values()):
+        if not any(_names(spellings, module, family) for spellings in entries.values()):
             raise CheckpointError(
                 f"the adapter {folder} does not fit this base: it has weights of {module}, which {_IN_FULL} in "
                 f"{ADAPTER_CONFIG} does not name; name it there if it was trained in full"
@@ -159,9 +167,12 @@ def _plain_entry(name: str, family: Family) -> str:
     return family.plain_name(f"{kept}.").removesuffix(".") or kept
 
 
-def _names(spellings: Iterable[str], module: str) -> bool:
-    """Whether an entry of `modules_to_save` means a module or one around it: peft compares ends, not whole names."""
-    return any(f"{spelling}." in f"{module}." for spelling in spellings)
+def _names(spellings: Iterable[str], module: str, family: Family) -> bool:
+    """Whether an entry of `modules_to_save` means a module or one around it, which the base here may not have: peft
+    compares ends, not whole names.
+    """
+    inside = any(f"{spelling}." in f"{module}." for spelling in spellings)
+    return inside or any(family.plain_name(f"{spelling}.{module}") == module for spelling in spellings)
 
 
 def _check_modules(weights: "Mapping[str, Tensor]", model: "nn.Module", folder: Path) -> None:

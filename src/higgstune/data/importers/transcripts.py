@@ -100,12 +100,13 @@ def plain_row(row: Utterance) -> Utterance:
     changed: dict[str, Any] = {}
     for name in ("text", "reference_text"):
         text = getattr(row, name)
-        if text is not None and (plain := _plain(text)) != text:
+        if text is not None and (plain := plain_text(text)) != text:
             changed[name] = plain
     return row.model_copy(update=changed) if changed else row
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
+    """A text with entities and written-out line ends decoded. Raises RowError for one that is not only words."""
     if not is_unicode(text):
         raise RowError("bad_row", "the text is not UTF-8: convert its file")
     if found := _CONTROL.search(text):
