@@ -139,8 +139,11 @@ def test_peft_is_what_plain_peft_loads(world: Path, tmp_path: Path) -> None:
 
 def test_an_adapter_that_does_nothing_is_not_passed_on(world: Path, tmp_path: Path) -> None:
     nothing = make_adapter(world, tmp_path / "adapter", strength=0)
-    with pytest.raises(VerificationError, match="hardly changes the base"):
+    with pytest.raises(CheckpointError, match="changes nothing, as all of its LoRA is zero"):
         export(nothing, tmp_path / "out", format="peft", base=CPU)
+    hardly = make_adapter(world, tmp_path / "hardly", strength=1e-9)
+    with pytest.raises(VerificationError, match="hardly changes the base"):
+        export(hardly, tmp_path / "out", format="peft", base=CPU)
     assert nothing_is_left(tmp_path / "out")
 
 

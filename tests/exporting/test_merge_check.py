@@ -72,7 +72,7 @@ def test_an_adapter_that_rounding_drowns_is_refused(world: Path, tmp_path: Path)
     assert export(weak, tmp_path / "exact", dtype="float32", base=CPU).check.from_base > 1e-3
     with pytest.raises(VerificationError, match="--dtype float32"):
         export(weak, tmp_path / "rounded", dtype="bfloat16", base=CPU)
-    nothing = make_adapter(world, tmp_path / "nothing", strength=0)
+    nothing = make_adapter(world, tmp_path / "nothing", strength=1e-9)
     with pytest.raises(VerificationError, match="hardly differs"):
         export(nothing, tmp_path / "none", base=CPU)
     broken = make_adapter(world, tmp_path / "broken", strength=float("nan"))
