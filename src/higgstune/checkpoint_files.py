@@ -21,7 +21,7 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # weights that may run code when
 FOLDER_CARD = "higgstune.json"  # notes of Higgstune about a folder that it wrote
 MERGED = "merged"  # key of the card: which adapter is in these weights
 FILES = "files"  # key of the card: {path from the folder: sha256}
-_POINTER = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"  # how a file begins whose content was not fetched
 _PULL = "its content was not fetched; run `git lfs pull` where it was cloned, or download it again"
 _MAX_JSON = 64 << 20  # bytes; the index of the largest checkpoint has a few MB
 _MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
@@ -52,7 +52,7 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
     if len(content) > _MAX_JSON:
         raise CheckpointError(f"{path} is larger than {_MAX_JSON >> 20} MB, which no such file is: download it again")
-    if content.startswith(_POINTER):
+    if content.startswith(LFS_POINTER):
         raise CheckpointError(f"{path} is a pointer of Git LFS: {_PULL}")
     try:
         value = json.loads(content.decode("utf-8"))
@@ -90,7 +90,7 @@ def safetensors_keys(path: Path) -> set[str]:
             length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else -1
             written = file.read(length) if 0 < length <= min(size - 8, _MAX_HEADER) else b""
             file.seek(0)
-            is_pointer = file.read(len(_POINTER)) == _POINTER
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: copy or download the checkpoint again") from error
     except OSError as error:

@@ -275,6 +275,11 @@ def test_a_layout(
     assert not (tmp_path / "pwned").exists()
 
 
+def test_a_command_of_kaldi_is_refused_as_one(tmp_path: Path) -> None:
+    [row] = read_source(make(tmp_path, (), {"wav.scp": "u1 touch pwned |\n", "text": "u1 hello\n"}))
+    assert "wav.scp has a command for 'u1', which is not run" in str(row.content)
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -524,6 +529,8 @@ def test_no_text_is_taken_for_another_recordings(tmp_path: Path) -> None:
     assert read(read_source(source)) == ["no_transcript", {"audio": "ben/1.wav", "text": "Ben's words."}]
     source = make(tmp_path / "b", ("wav/anna/1.wav", "wav/ben/1.wav"), {"txt/anna/1.txt": "Anna's words."})
     assert read(read_source(source)) == [{"audio": "wav/anna/1.wav", "text": "Anna's words."}, "no_transcript"]
+    source = make(tmp_path / "d", ("a/x/1.wav", "b/x/1.wav"), {"b/x/1.txt": "Hers."})
+    assert read(read_source(source)) == ["no_transcript", {"audio": "b/x/1.wav", "text": "Hers."}]
     source = make(tmp_path / "c", ("1.wav",), {"1.txt": "Hello.", "durations.csv": "1.wav,3.2\n"})
     assert read(read_source(source)) == [{"audio": "1.wav", "text": "Hello."}]
 

@@ -178,5 +178,8 @@ def test_marks_and_prefixes_that_would_be_read_aloud_are_warned_of(tmp_path: Pat
     marks, prefix = run(source, tmp_path / "out").warnings[-2:]
     assert marks == "texts with marks that a voice reads aloud, such as [inaudible]: 1 (002)"
     assert prefix == "every text begins with 'Speaker 0:', which is trained on as words"
+    for path in source.glob("*.txt"):
+        path.write_text(f"Plain words {path.stem}")
+    assert not [warning for warning in run(source, tmp_path / "plain").warnings if "begins with" in warning]
     texts = [row["text"] for row in CodeStore.open(tmp_path / "out").metadata.to_pylist()]
     assert sum("<SE>[Laughter]</SE>" in text for text in texts) == 5

@@ -45,7 +45,7 @@ def loaded(base: Path, adapter: Path, dtype: str = "float32") -> PeftModel:
     return load_adapter(load_model(base, device="cpu", dtype=dtype), adapter)
 
 
-def same_state(base: Path, found: Path, expected: Path) -> None:
+def assert_same_state(base: Path, found: Path, expected: Path) -> None:
     a, b = (adapter_state(loaded(base, folder)) for folder in (found, expected))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -86,20 +86,22 @@ def test_names_of_other_trainers_are_mapped(
     base: Path, plain: Path, in_full: Path, tmp_path: Path, change: Callable[[str], str]
 ) -> None:
     for name, adapter in {"plain": plain, "in full": in_full}.items():
-        same_state(base, renamed(adapter, tmp_path / name, change), adapter)
+        assert_same_state(base, renamed(adapter, tmp_path / name, change), adapter)
 
 
 def test_names_in_the_configuration_are_mapped_too(base: Path, in_full: Path, tmp_path: Path) -> None:
     theirs = ["audio_decoder_proj.audio_lm_head", "text_lm_head", "embed_tokens", "audio_codebook_embeddings"]
     layers = [f"layers.{index}.self_attn.{name}_proj" for index in (0, 1) for name in "qv"]
     changed = renamed(in_full, tmp_path / "a", original, modules_to_save=theirs, target_modules=layers)
-    same_state(base, changed, in_full)
+    assert_same_state(base, changed, in_full)
     both = ["audio_decoder_proj", "embed_tokens", "audio_codebook_embeddings"]  # a module that this base has not
-    same_state(base, renamed(in_full, tmp_path / "d", original, modules_to_save=both, target_modules=layers), in_full)
+    assert_same_state(
+        base, renamed(in_full, tmp_path / "d", original, modules_to_save=both, target_modules=layers), in_full
+    )
     outer = renamed(in_full, tmp_path / "b", str, modules_to_save=["lm_head", "embed_tokens", "embed_audio_tokens"])
-    same_state(base, outer, in_full)  # a table inside of a module of the same name, which peft takes twice
+    assert_same_state(base, outer, in_full)  # a table inside of a module of the same name, which peft takes twice
     wrapped = [f"module.model.{name}" for name in layers]
-    same_state(base, renamed(in_full, tmp_path / "c", str, target_modules=wrapped), in_full)
+    assert_same_state(base, renamed(in_full, tmp_path / "c", str, target_modules=wrapped), in_full)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_an_adapter_of_zeros_is_known_by_its_tensors(base: Path, plain: Path, in
 def test_dora_keeps_its_directions(base: Path, tmp_path: Path) -> None:
     adapter = save_foreign(base, tmp_path / "dora", use_dora=True)
     named = renamed(adapter, tmp_path / "named", lambda key: key.replace("vector", "vector.default.weight"))
-    same_state(base, named, adapter)
+    assert_same_state(base, named, adapter)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

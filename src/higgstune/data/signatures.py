@@ -2,6 +2,8 @@
 
 import re
 
+from higgstune.checkpoint_files import LFS_POINTER
+
 HEAD = 512  # bytes that show what a file is
 # libsndfile reads forty formats; it gets only these. An MPEG frame whose layer is 0 is AAC.
 _READ = re.compile(rb"RIFF|RIFX|RF64|fLaC|OggS|ID3|\xff[\xe2-\xe7\xea-\xef\xf2-\xf7\xfa-\xff]")
@@ -12,7 +14,7 @@ _REPLACE = "put the recording in its place"
 _OTHERS = [
     (re.compile(pattern, re.DOTALL | re.IGNORECASE), what, advice)
     for pattern, what, advice in (
-        (rb"version https://git-lfs", "a pointer of Git LFS", _FETCH),
+        (LFS_POINTER, "a pointer of Git LFS", _FETCH),
         (rb"(\.\./)*(\.git)?/annex/objects/", "a pointer of git-annex", "fetch the recording with `git annex get`"),
         (rb"(\xef\xbb\xbf)?\s*(<!--.*)?<(!doctype html|html|head|body)\b", "a web page", _DOWNLOAD),
         (rb"(\xef\xbb\xbf)?\s*<(\?xml|error)\b", "an XML file", _DOWNLOAD),

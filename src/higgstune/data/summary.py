@@ -114,7 +114,8 @@ def find_warnings(entries: list[Entry], pairing: Pairing, options: PrepareOption
         warnings.append(f"texts with marks that a voice reads aloud, such as {example}: {some_ids(list(marked))}")
     before, colon, _ = entries[0].text.partition(":")
     beginning = before + colon if colon else before[:1]
-    if len(entries) >= _FEW and not beginning[-1:].isalnum() and all(e.text.startswith(beginning) for e in entries):
+    is_word = not beginning or beginning[-1].isalnum()
+    if len(entries) >= _FEW and not is_word and all(entry.text.startswith(beginning) for entry in entries):
         warnings.append(f"every text begins with {beginning!r}, which is trained on as words")
     if pairing.without_speaker:
         warnings.append(f"rows that name no speaker, and so have no reference: {pairing.without_speaker} (set speaker)")

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from higgstune.checkpoint_files import LFS_POINTER
 from higgstune.data.audio import is_file
 from higgstune.data.manifest import Utterance
 from higgstune.data.messages import is_unicode
@@ -26,7 +27,7 @@ _BEGINNINGS = (
     ("a PDF", re.compile(r"%PDF-")),
     ("JSON", re.compile(r'(?s)(?:\{\s*"|\[\s*[{"\[]).*[}\]]\Z')),
     ("markup (XML, HTML or SSML)", re.compile(r"(?i)<(?:\?xml|!doctype|html|speak|tt|p|div|body|span)\b")),
-    ("a pointer of Git LFS in place of the file", re.compile(r"version https://git-lfs")),
+    ("a pointer of Git LFS in place of the file", re.compile(LFS_POINTER.decode())),
 )
 # The same, and what each of its lines is, of which there are so many at least.
 _LINES = (
