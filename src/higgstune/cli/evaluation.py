@@ -60,7 +60,7 @@ def evaluate(
     asr: AsrOption = None,
     speaker_judge: SpeakerOption = "auto",
     quality_judge: QualityOption = None,
-    temperature: TemperatureOption = 1.0,
+    temperature: TemperatureOption = None,
     seed: SeedOption = 0,
     model: BaseOption = None,
     codec: CodecOption = None,
@@ -87,7 +87,6 @@ def evaluate(
     with announced("loading models and judges", as_json):
         from higgstune.evaluation.evaluate import evaluate as run
         from higgstune.evaluation.report.run_report import write_target_report
-        from higgstune.families.sampling import Sampling
 
     with Bar() as bar:
         result = run(
@@ -100,7 +99,7 @@ def evaluate(
             asr=asr,
             speaker_judge=speaker_judge,
             quality_judge=quality_judge,
-            sampling=Sampling(temperature),
+            temperature=temperature,
             seed=seed,
             limit=limit,
             language=language,
@@ -144,7 +143,7 @@ def compare(
         str | None,
         typer.Option(metavar="RULE", help='Rank by this, such as "similarity - wer".', rich_help_panel=_BEST),
     ] = None,
-    temperature: TemperatureOption = 1.0,
+    temperature: TemperatureOption = None,
     seed: SeedOption = 0,
     whisper: WhisperOption = None,
     device: DeviceOption = "auto",
@@ -162,7 +161,6 @@ def compare(
     check_rules(gates, rank, judge_specs(asr, speaker_judge, quality_judge))
     with announced("loading models and judges", as_json):
         from higgstune.evaluation.compare import compare as run
-        from higgstune.families.sampling import Sampling
 
     with Bar() as bar:
         result = run(
@@ -175,7 +173,7 @@ def compare(
             asr=asr,
             speaker_judge=speaker_judge,
             quality_judge=quality_judge,
-            sampling=Sampling(temperature),
+            temperature=temperature,
             seed=seed,
             limit=limit,
             language=language,

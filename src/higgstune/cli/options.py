@@ -172,11 +172,11 @@ QualityOption = Annotated[
 
 # Sampling
 TemperatureOption = Annotated[
-    float,
+    float | None,
     typer.Option(
         metavar="T",
         callback=within(0, 100),
-        help="Lower is steadier and duller; 0 is greedy.",
+        help="Lower is steadier and duller; 0 is greedy. Default: as the adapter or its base recommends.",
         rich_help_panel=SAMPLING,
     ),
 ]

@@ -60,22 +60,22 @@ def speak(
         str | None,
         typer.Option(metavar="TEXT", help='Description of the scene; "" for none.', rich_help_panel=VOICE),
     ] = None,
-    temperature: TemperatureOption = 1.0,
+    temperature: TemperatureOption = None,
     top_p: Annotated[
-        float,
+        float | None,
         typer.Option(
             metavar="P",
             callback=within(0, 1, above=True),
             help="Draw from the likeliest codes that make up this probability; 1 is off.",
             rich_help_panel=SAMPLING,
         ),
-    ] = 0.95,
+    ] = None,
     top_k: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="N", callback=within(0), help="Draw from the N likeliest codes; 0 is off.", rich_help_panel=SAMPLING
         ),
-    ] = 50,
+    ] = None,
     seed: SeedOption = 0,
     max_seconds: Annotated[
         float | None,
@@ -126,7 +126,6 @@ def speak(
     for reason in refused:
         errors.print(f"not spoken: {reason}")
     with announced("loading the model", as_json):
-        from higgstune.families.sampling import Sampling
         from higgstune.generate.speaker import Request, Speaker, check_transcript, trained_place, warn_of_duration
         from higgstune.model.load import load_base
 
@@ -136,9 +135,8 @@ def speak(
     voice = None if reference is None else speaker.reference(reference, reference_text or "")
     scene = DEFAULT_SCENE if scene is None else scene or None
     requests = [Request(clip.text, voice, scene, seed + clip.place) for clip in clips]
-    spoken = speaker.speak_all(
-        requests, sampling=Sampling(temperature, top_k, top_p), max_seconds=max_seconds, batch_size=batch_size
-    )
+    sampling = speaker.sampling.with_(temperature=temperature, top_k=top_k, top_p=top_p)
+    spoken = speaker.speak_all(requests, sampling=sampling, max_seconds=max_seconds, batch_size=batch_size)
     with Bar() as bar:
         for done, (clip, speech) in enumerate(zip(clips, spoken, strict=True), 1):
             speech.save(clip.out)  # at once: a long list that is stopped keeps them

@@ -109,7 +109,9 @@ class EvaluationSettings(_Strict):
         None, description="a file of sentences, meta.lst or a built-in language; validation rows where not given"
     )
     seed: int = Field(0, ge=0, lt=1 << 32, description="of what is spoken, the same at each validation")
-    temperature: float = Field(1.0, ge=0, le=MAX_TEMPERATURE, description="of what is spoken; 0 is greedy")
+    temperature: float | None = Field(
+        None, ge=0, le=MAX_TEMPERATURE, description="of what is spoken; 0 is greedy; default: what the base recommends"
+    )
     asr: str | None = Field(None, description="judge of what is said: a Whisper checkpoint, or a command")
     speaker_judge: str | None = Field(None, description="judge of whose voice it is: a WavLM checkpoint, or a command")
     quality_judge: str | None = Field(None, description="judge of naturalness: distillmos, or a command")

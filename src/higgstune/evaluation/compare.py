@@ -20,7 +20,6 @@ from higgstune.evaluation.report.players import Item, Section, badness, take_of
 from higgstune.evaluation.report.run_report import evaluations_of, facts_of
 from higgstune.evaluation.score import compare as differences_of
 from higgstune.evaluation.test_sets import VALIDATION
-from higgstune.families.sampling import Sampling
 from higgstune.files import write_file
 from higgstune.inputs import ADAPTER, BASE, CLIPS, RUN_STATE, BaseSpec, find_adapter, kind_of
 from higgstune.metrics import METRICS, SIGNIFICANT, Difference, Evaluation
@@ -100,7 +99,7 @@ def compare(
     asr: str | None = None,
     speaker_judge: str | None = AUTO,
     quality_judge: str | None = None,
-    sampling: Sampling | None = None,
+    temperature: float | None = None,
     seed: int = 0,
     limit: int | None = None,
     language: str | None = None,
@@ -136,7 +135,7 @@ def compare(
     for name, place, uses_whisper in zip(names, places, with_whisper, strict=True):
         found = evaluate(
             place, texts=texts, out=out / name, data=data, base=base, with_base=False,
-            whisper=whisper if uses_whisper else None, judges=judges, sampling=sampling, seed=seed, limit=limit,
+            whisper=whisper if uses_whisper else None, judges=judges, temperature=temperature, seed=seed, limit=limit,
             language=language, batch_size=batch_size, progress=_named_progress(name, progress),
         )  # fmt: skip
         systems[name] = _system(place, found)

@@ -35,7 +35,7 @@ from higgstune.evaluation.statistics import smallest_p
 from higgstune.evaluation.test_sets import VALIDATION, Sentence, read_sentences
 from higgstune.families.sampling import Sampling
 from higgstune.files import alone_in, write_file
-from higgstune.generate.speaker import Speaker
+from higgstune.generate.speaker import Speaker, trained_sampling
 from higgstune.inputs import ADAPTER, ADAPTER_CONFIG, BASE, CLIPS, RUN_STATE, BaseSpec, base_and_adapter, kind_of
 from higgstune.metrics import METRICS, SIGNIFICANT, Difference, Evaluation, verdict
 from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, base_fingerprint
@@ -164,7 +164,7 @@ def evaluate(
     speaker_judge: str | None = AUTO,
     quality_judge: str | None = None,
     judges: Judges | None = None,
-    sampling: Sampling | None = None,
+    temperature: float | None = None,
     seed: int = 0,
     limit: int | None = None,
     language: str | None = None,
@@ -178,8 +178,8 @@ def evaluate(
     `texts` and each entry of `guard` is `validation` (rows of the store that the adapter was trained on, or of `data`),
     built-in languages, a file of sentences or a `meta.lst` (see `read_sentences`). `limit` caps the texts of each set;
     without it, at most 100 rows of a store are spoken. `language` applies to sentences that name none; the default is
-    the store's language, if it has only one. Speech is kept in `out` and reused for the same adapter, text, voice and
-    seed; the judges' answers are kept as well.
+    the store's language, if it has only one. `temperature` takes the place of the adapter's or the base's. Speech is
+    kept in `out` and reused for the same adapter, text, voice and seed; the judges' answers are kept as well.
 
     `base` says how to load the base, and where it is if it has moved; the judges use its device, too. `with_base=False`
     leaves out its clips. `whisper` is the new place of the Whisper checkpoint that an adapter, or a base alone, was
@@ -206,8 +206,9 @@ def evaluate(
     _check_sets(names, judges, language)
     loaded = load_base(base, adapter)
     store = _open_store(data, adapter, needed=VALIDATION in names, codec_revision=loaded.audio_tokenizer.revision)
+    sampling = trained_sampling(adapter, loaded.folder).with_(temperature=temperature)
     settings = SpeechSettings(
-        sampling or Sampling(), seed, limit, _precision(loaded, base), str(loaded.model.device),
+        sampling, seed, limit, _precision(loaded, base), str(loaded.model.device),
         None if adapter is None else str(adapter), loaded.checkpoint, loaded.codec,
         None if store is None else str(store.folder), _is_as_trained(store, adapter),
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """Write a model as a checkpoint's folder in one of three layouts: weights, config, tokenizer, licences."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +15,17 @@ from higgstune.codec.whisper_encoder import WhisperTower
 from higgstune.errors import WorkError
 from higgstune.families import load_family
 from higgstune.families.base import Layout
+from higgstune.families.sampling import GENERATION_CONFIG, GENERATION_NAMES, Sampling, base_sampling
 from higgstune.files import new_folder
 
 LayoutName = Literal["native", "extended", "original"]
-_GENERATION_CONFIG = "generation_config.json"
 _CHAT_TEMPLATE = "chat_template.jinja"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # The other files of a checkpoint, which are copied from its base; any other file is not.
 _COMPANIONS = (
     "tokenizer.json", _TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", _CHAT_TEMPLATE, "chat_template.json", "preprocessor_config.json", "processor_config.json",
-    _GENERATION_CONFIG,
+    GENERATION_CONFIG,
 )  # fmt: skip
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
@@ -56,6 +57,16 @@ def write_checkpoint(
     export = load_family(base.family).export
     export.write(folder, model, layout, base=base, tokenizer=tokenizer, tower=tower)
     _copy_companions(base.folder, folder, export.chat_template())
+
+
+def write_sampling(folder: Path, sampling: Sampling) -> None:
+    """Let a checkpoint recommend `sampling`. Its generation_config.json is unchanged if it does so already."""
+    if base_sampling(folder) == sampling:
+        return
+    path = folder / GENERATION_CONFIG
+    values = read_json(path, "") if path.exists() else {}
+    kept = {name: value for name, value in values.items() if name not in GENERATION_NAMES}
+    path.write_text(json.dumps(kept | sampling.generation_config(), indent=2) + "\n", encoding="utf-8")
 
 
 def licence_files(folder: Path) -> list[Path]:

@@ -19,12 +19,13 @@ from higgstune.codec import DEFAULT_CODEC
 from higgstune.codec.whisper_encoder import load_whisper
 from higgstune.errors import CheckpointError, ConfigError, VerificationError
 from higgstune.exporting.card import AudioLoss, Written, describe, public_name
-from higgstune.exporting.layouts import LayoutName, copy_codec, write_checkpoint
+from higgstune.exporting.layouts import LayoutName, copy_codec, write_checkpoint, write_sampling
 from higgstune.exporting.options import Format
 from higgstune.exporting.source import Source, stored_dtype
 from higgstune.exporting.verify import ExportCheck, Logits, audio_loss, check_merged, held_out
 from higgstune.families import family_of
 from higgstune.files import NOTHING_KEPT, writing
+from higgstune.generate.speaker import trained_sampling
 from higgstune.hub import fetch
 from higgstune.model.adapter_folder import base_fingerprint, check_tokenizer, doubts_of_card
 from higgstune.model.adapters import load_adapter
@@ -154,6 +155,7 @@ def _write(
     tower = loaded.whisper if options.whisper is None else load_whisper(options.whisper)
     with writing(folder, NOTHING_KEPT):
         write_checkpoint(folder, merged, layout, base=source.layout, tokenizer=loaded.tokenizer, tower=tower)
+        write_sampling(folder, trained_sampling(source.adapter, folder))
         if codec is not None:
             copy_codec(codec, folder)
     show("writing", 1, 1)

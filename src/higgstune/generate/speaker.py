@@ -20,11 +20,17 @@ from higgstune.data.rejection import shown
 from higgstune.data.text import normalize_text
 from higgstune.errors import CheckpointError, InputError
 from higgstune.families.base import Audio, Example, WhisperSpec
-from higgstune.families.sampling import Sampling
+from higgstune.families.sampling import Sampling, base_sampling, read_sampling
 from higgstune.generate.chunks import FAR_OFF, expected_seconds, frame_cap, join, split_text
 from higgstune.generate.engine import Generated, generate
 from higgstune.inputs import BaseSpec, base_and_adapter
-from higgstune.model.adapter_folder import adapter_card, adapter_conditioning, check_merged_once, check_tokenizer
+from higgstune.model.adapter_folder import (
+    ADAPTER_CARD,
+    adapter_card,
+    adapter_conditioning,
+    check_merged_once,
+    check_tokenizer,
+)
 from higgstune.model.load import ModelAndTokenizers, load_base
 
 logger = logging.getLogger(__name__)
@@ -117,6 +123,7 @@ class Speaker:
             for doubt in doubts_of(adapter, model, loaded.folder):
                 logger.warning("%s", doubt)
         self.model = loaded.model if model is None else model
+        self.sampling = trained_sampling(adapter, loaded.folder)
         self.reference_place: ReferencePlace = reference_place or trained_place(adapter, loaded.folder)
         self._whisper_spec = loaded.family.extensions.of(self.model).whisper
         if adapter is not None:  # a base may use Whisper although the adapter was trained on codes
@@ -222,8 +229,9 @@ class Speaker:
     ) -> Iterator[Speech]:
         """Speak texts in their order, each in its own voice, `batch_size` at a time when the first of them is due.
 
-        Long texts are split into pieces; the prompt of each piece has the one before as context. `max_seconds` caps
-        every piece, instead of the cap from the text's length. `sync_logits`: see `generate`. Raises DataError for a
+        Long texts are split into pieces; the prompt of each piece has the one before as context. `sampling` takes the
+        place of what adapter and base recommend (`Speaker.sampling`). `max_seconds` caps every piece, instead of the
+        cap from the text's length. `sync_logits`: see `generate`. Raises DataError for a
         text without a letter and a digit, or with control tokens, before any is spoken.
         """
         if max_seconds is not None and not 0 < max_seconds <= MAX_SECONDS:
@@ -239,7 +247,7 @@ class Speaker:
                     prompts,
                     max_frames=caps,
                     seeds=[clip.request.seed for clip in pending],
-                    sampling=sampling,
+                    sampling=sampling or self.sampling,
                     sync_logits=sync_logits,
                 )
                 for clip, piece in zip(pending, spoken, strict=True):
@@ -336,6 +344,14 @@ def check_transcript(place: ReferencePlace, text: str) -> None:
             "a reference needs both the recording (--reference) and its transcript (--reference-text), unless the "
             "adapter was trained with references in the scene"
         )
+
+
+def trained_sampling(adapter: Path | None, base: Path | None) -> Sampling:
+    """The sampling that an adapter records, else what its base recommends. Raises CheckpointError."""
+    recorded = None if adapter is None else adapter_card(adapter).get("sampling")
+    if adapter is None or recorded is None:
+        return base_sampling(base)
+    return read_sampling(recorded, adapter / ADAPTER_CARD)
 
 
 def trained_place(adapter: Path | None, checkpoint: Path | None) -> ReferencePlace:

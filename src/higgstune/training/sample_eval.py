@@ -36,7 +36,6 @@ from higgstune.evaluation.judges.base import Judges
 from higgstune.evaluation.judges.cache import cached
 from higgstune.evaluation.score import score
 from higgstune.evaluation.test_sets import Sentence, read_sentences
-from higgstune.families.sampling import Sampling
 from higgstune.files import remove_left, write_file
 from higgstune.generate.speaker import Speaker, Speech
 from higgstune.model.load import ModelAndTokenizers
@@ -224,7 +223,7 @@ class SampleEvaluation:
         mine = every if self.together else every[self.processes.rank :: self.processes.count]
         spoken = speaker.speak_all(
             [self.items[index].request for index in mine],
-            sampling=Sampling(temperature=self.settings.temperature),
+            sampling=speaker.sampling.with_(temperature=self.settings.temperature),
             sync_logits=self.processes.broadcast if self.together else None,
         )
         found: dict[int, Speech] = {}

@@ -13,6 +13,7 @@ from higgstune.config.recipe import Recipe
 from higgstune.data.shard_reader import SPLITS
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import portable_name
+from higgstune.families.sampling import base_sampling
 from higgstune.files import sync_files, sync_folder
 from higgstune.model.adapter_folder import write_card
 from higgstune.model.base_identity import IDENTITY
@@ -67,5 +68,6 @@ def adapter_card_of(
             **{f"{split}_rows": store.info.rows[split] for split in SPLITS},
             **{f"{split}_hours": store.info.hours[split] for split in SPLITS},
         },
+        "sampling": base_sampling(loaded.folder).with_(temperature=recipe.evaluation.temperature).generation_config(),
         "recipe": recipe.model_dump(mode="json"),
     }
