@@ -89,6 +89,21 @@ def test_names_of_other_trainers_are_mapped(
         assert_same_state(base, renamed(adapter, tmp_path / name, change), adapter)
 
 
+def test_the_bases_own_copies_beside_trained_ones_are_left_out(base: Path, in_full: Path, tmp_path: Path) -> None:
+    found = renamed(in_full, tmp_path / "a", lambda k: k.replace("_lm_head.", "_lm_head.modules_to_save.default."))
+    weights = load_file(found / "adapter_model.safetensors")
+    own = {k.replace("modules_to_save.default", "original_module"): v * 0 for k, v in weights.items() if "_head." in k}
+    assert len(own) == len(HEADS)
+    save_file(weights | own, found / "adapter_model.safetensors")
+    assert_same_state(base, found, in_full)
+    alone = shutil.copytree(found, tmp_path / "alone")
+    save_file(
+        {k: v for k, v in (weights | own).items() if ".modules_to_save." not in k}, alone / "adapter_model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match="original_module"):
+        loaded(base, alone)
+
+
 def test_names_in_the_configuration_are_mapped_too(base: Path, in_full: Path, tmp_path: Path) -> None:
     theirs = ["audio_decoder_proj.audio_lm_head", "text_lm_head", "embed_tokens", "audio_codebook_embeddings"]
     layers = [f"layers.{index}.self_attn.{name}_proj" for index in (0, 1) for name in "qv"]

@@ -53,11 +53,19 @@ def module_of(key: str) -> str:
 
 
 def read_adapter(folder: Path) -> "dict[str, Tensor]":
-    """The tensors of an adapter's folder under the names of its base. Raises CheckpointError."""
+    """The tensors of an adapter's folder under the names of its base. Raises CheckpointError.
+
+    peft's `original_module` beside a trained copy is the base's own, and left out.
+    """
     family = load_family(family_info(adapter_card(folder).get("family")))
     found: dict[str, Tensor] = {}
     sources: dict[str, str] = {}
-    for key, value in read_tensors(folder / ADAPTER_WEIGHTS).items():
+    tensors = read_tensors(folder / ADAPTER_WEIGHTS)
+    copied = {key.partition(f".{_IN_FULL}.")[0] for key in tensors if f".{_IN_FULL}." in key}
+    for key, value in tensors.items():
+        module, of_base, _ = key.partition(".original_module.")
+        if of_base and module in copied:
+            continue
         name = plain_key(key, family)
         if name in found:
             raise CheckpointError(

@@ -154,15 +154,21 @@ def doubts_of(folder: Path, model: PeftModel, base: Path | None) -> list[str]:
     """
     found = doubts_of_card(folder, base)
     if is_idle(model):
-        found.append(f"the adapter {folder} changes nothing, as all of its LoRA is zero: this is the voice of the base")
+        found.append(
+            f"the adapter {folder} changes nothing, as all of its LoRA is zero and what it trained in full equals the "
+            "base: this is the voice of the base"
+        )
     return found
 
 
 def is_idle(model: PeftModel) -> bool:
-    """Whether an adapter cannot change any output: A or B of each LoRA is zero, and nothing was trained in full."""
+    """Whether an adapter cannot change any output: A or B of each LoRA is zero, and what was trained in full equals the
+    base's.
+    """
     layers = [part for part in model.modules() if isinstance(part, LoraLayer)]
-    in_full = any(isinstance(part, ModulesToSaveWrapper) for part in model.modules())
-    if in_full or any(part.lora_magnitude_vector for part in layers):  # with DoRA, lengths may differ from the base's
+    if any(part.lora_magnitude_vector for part in layers):  # with DoRA, lengths may differ from the base's
+        return False
+    if any(_differs_from_original(part) for part in model.modules() if isinstance(part, ModulesToSaveWrapper)):
         return False
     pairs: list[tuple[Any, Any]] = [(part.lora_A[name], part.lora_B[name]) for part in layers for name in part.lora_A]
     return not any(bool(a.weight.any()) and bool(b.weight.any()) for a, b in pairs)
