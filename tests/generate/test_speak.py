@@ -250,6 +250,8 @@ def test_a_reference_and_its_transcript_are_taken(tmp_path: Path) -> None:
     assert make_speaker().reference(path, "What is said").text == "What is said."
     with pytest.raises(DataError, match="the transcript of the reference has no letter and no digit"):
         make_speaker().reference(path, "!")
+    with pytest.raises(DataError, match=r"a\.wav cannot be used: .* nobody speaks so fast"):
+        make_speaker().reference(path, "This is the transcript of another recording, and a much longer one. " * 2)
 
 
 def test_speech_that_the_disk_refuses_leaves_nothing(tmp_path: Path) -> None:
@@ -286,6 +288,15 @@ def test_doubts_about_an_adapter_are_said_once(tmp_path: Path, caplog: pytest.Lo
     weights = load_file(plain / "adapter_model.safetensors")
     save_file({k: v * 0 if "lora_B" in k else v for k, v in weights.items()}, zero / "adapter_model.safetensors")
     assert ["changes nothing" in text for text in said(zero)] == [False, True]
+    head = save_foreign(base, tmp_path / "head", in_full=["audio_lm_head"])
+    assert not any("changes nothing" in text for text in said(head))
+    own = load_file(base / "model.safetensors")["audio_lm_head.weight"].float()
+    weights = load_file(head / "adapter_model.safetensors")
+    [trained] = [name for name in weights if "audio_lm_head" in name]
+    as_base = shutil.copytree(head, tmp_path / "as_base")
+    idle = {k: own if k == trained else v * 0 if "lora_B" in k else v for k, v in weights.items()}
+    save_file(idle, as_base / "adapter_model.safetensors")
+    assert any("what it trained in full equals the base" in text for text in said(as_base))
     (base / "higgstune.json").write_text(json.dumps({"merged": {"adapter_sha256": "0" * 64, "fingerprint": "x"}}))
     assert ["contain another adapter" in text for text in said(plain)] == [False, True]
     checksum = hashlib.sha256((plain / "adapter_model.safetensors").read_bytes()).hexdigest()

@@ -116,7 +116,7 @@ def speak(
     if reference is None and reference_text is not None:
         raise ConfigError("--reference-text needs the recording in which it is said: --reference")
     if reference is not None:
-        read_reference(reference, _FRAME_RATE)
+        read_reference(reference, _FRAME_RATE, reference_text or "")
     if reference_text:
         spoken_text(reference_text, "--reference-text")
     check_control_tokens(scene or "", "--scene")

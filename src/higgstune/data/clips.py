@@ -166,14 +166,16 @@ def _check_sound(peak: float, measures: Measures | None) -> Measures:
     return measures
 
 
-def read_reference(path: str | Path, frame_rate: float) -> tuple[np.ndarray, int]:
+def read_reference(path: str | Path, frame_rate: float, text: str = "") -> tuple[np.ndarray, int]:
     """A recording to imitate, checked as `prepare` checks a clip -> (waveform [samples] float32 mono, rate in Hz).
 
-    `frame_rate` is the codec's, in frames a second. Raises RowError, with the reason, for one that is not fit for it.
+    `frame_rate` is the codec's, in frames a second; `text` is the transcript, if there is one. Raises RowError, with
+    the reason, for one that is not fit for it.
     """
     limits = Limits(frame_rate, MAX_REFERENCE, advice="cut it; five to ten clear seconds are a good length")
     try:
         waveform, rate = ClipReader(limits).read(Path(path), Segment()).read()
+        _check_rate(normalize_text(text), len(waveform) / rate)
     except RowError as error:
         raise RowError(error.reason, f"the reference {path} cannot be used: {error}") from error
     return waveform, rate

@@ -156,7 +156,7 @@ class Speaker:
         """
         if text:
             spoken_text(text, "the transcript of the reference")
-        return self.voice(*read_reference(path, self.codec.frame_rate), text)
+        return self.voice(*read_reference(path, self.codec.frame_rate, text), text)
 
     def voice(self, waveform: np.ndarray, rate: int, text: str = "") -> Voice:
         """A voice from a waveform [samples] float32 at `rate` Hz, which is not checked, and its transcript.
