@@ -17,7 +17,7 @@ from higgstune.evaluation.report.measures import (
     metric_rows,
     value_text,
 )
-from higgstune.evaluation.report.players import Item, Section, Take, has_transcripts, section_view
+from higgstune.evaluation.report.players import Item, Section, Take, has_transcripts, item_view, section_view
 from higgstune.evaluation.verdict import Verdict
 from higgstune.files import write_file
 from higgstune.metrics import NOT_MEASURED
@@ -82,11 +82,13 @@ class RunReport:
     environment: Mapping[str, str] = field(default_factory=dict)  # versions, device
     commands: Sequence[tuple[str, str]] = ()  # purpose and command
     timings: Mapping[str, float] = field(default_factory=dict)  # seconds
+    showcase: Item | None = None  # one text, before and after, to hear first
 
 
 def write_report(report: RunReport, path: Path) -> None:
     """Write the page. Raises DataError for a clip that cannot be read, WorkError if the disk refuses."""
     sections = [section_view(section, f"clips{i}") for i, section in enumerate(report.sections)]
+    showcase = None if report.showcase is None else item_view(report.showcase, ("before", "after"), "showcase")
     template = pages().get_template("report.html.jinja")
     page = template.render(
         report=report,
@@ -98,6 +100,7 @@ def write_report(report: RunReport, path: Path) -> None:
         changes=None if report.guard is None else change_rows(report.guard),
         candidates=_candidates(report.choice),
         sections=sections,
+        showcase=showcase,
         has_transcripts=has_transcripts(report.sections),
         losses=losses_figure(report.histories),
         codebooks=codebooks_figure(report.histories),

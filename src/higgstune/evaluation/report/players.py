@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import soundfile
 import soxr
 
@@ -21,6 +22,7 @@ from higgstune.metrics import ClipRow
 
 _MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _MAX_TRANSCRIPT_WORDS = 80  # an ASR that loops fills pages
+_WAVE_BARS, _WAVE_HEIGHT = 110, 40
 _MIN_RIGHT = 0.3  # share of words; below it nothing is marked as right
 # Scripts without spaces are compared by character.
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
@@ -69,7 +71,7 @@ class Piece:
 
 def section_view(section: Section, prefix: str) -> dict[str, Any]:
     """A section for the template; `prefix` makes the ids of its players unique in the page."""
-    items = [_item_view(item, section.columns, f"{prefix}-{i}") for i, item in enumerate(section.items)]
+    items = [item_view(item, section.columns, f"{prefix}-{i}") for i, item in enumerate(section.items)]
     shown, folded = items[: section.open_at_first], items[section.open_at_first :]
     return {"title": section.title, "note": section.note, "id": prefix, "items": shown, "folded": folded}
 
@@ -122,10 +124,18 @@ def error_rate(row: ClipRow) -> float | None:
 
 
 def audio_url(file: Path) -> tuple[str, float]:
-    """A clip as an MP3 data URL, which every browser plays and which keeps a page small, and its length in seconds.
+    """A clip as a data URL, and its length in seconds. Raises DataError for a file that cannot be read."""
+    clip = _audio(file)
+    return clip.url, clip.seconds
 
-    Raises DataError for a file that cannot be read.
-    """
+
+class _Audio(NamedTuple):
+    url: str  # MP3, which every browser plays and which keeps a page small
+    seconds: float
+    wave: str  # an SVG path of 2 * _WAVE_BARS by _WAVE_HEIGHT
+
+
+def _audio(file: Path) -> _Audio:
     try:
         waveform, rate = soundfile.read(file, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
@@ -135,7 +145,16 @@ def audio_url(file: Path) -> tuple[str, float]:
         mono, rate = soxr.resample(mono, rate, 24_000), 24_000
     buffer = io.BytesIO()
     soundfile.write(buffer, mono, rate, format="MP3")
-    return "data:audio/mpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), seconds
+    return _Audio("data:audio/mpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), seconds, _wave(mono))
+
+
+def _wave(waveform: np.ndarray) -> str:
+    """Vertical bars as high as the loudest sample of each stretch, the loudest of all in full height."""
+    peaks = [float(np.abs(part).max(initial=0)) for part in np.array_split(waveform, _WAVE_BARS)]
+    loudest = max([*peaks, 1e-6])
+    middle = _WAVE_HEIGHT // 2
+    heights = [max(0.5, middle * peak / loudest) for peak in peaks]
+    return "".join(f"M{2 * i + 1} {middle - height:.1f}v{2 * height:.1f}" for i, height in enumerate(heights))
 
 
 def marked(text: str, transcript: str, *, at_most: int) -> list[Piece]:
@@ -159,18 +178,20 @@ def marked(text: str, transcript: str, *, at_most: int) -> list[Piece]:
     return pieces
 
 
-def _item_view(item: Item, columns: Sequence[str], prefix: str) -> dict[str, Any]:
+def item_view(item: Item, columns: Sequence[str], prefix: str) -> dict[str, Any]:
+    """A text with its clips for the template; `prefix` makes the ids of its players unique in the page."""
     takes = [
         None if take is None else {"column": column, "id": f"{prefix}-{i}", **_take_view(item.text, take)}
         for i, (column, take) in enumerate(zip(columns, item.takes, strict=True))
     ]
-    return {"item": item, "columns": columns, "takes": takes}
+    longest = max((take["seconds"] for take in takes if take is not None), default=0.0)
+    return {"item": item, "columns": columns, "takes": takes, "longest": longest or 1.0}
 
 
 def _take_view(text: str, take: Take) -> dict[str, Any]:
-    url, seconds = audio_url(take.file)
+    audio = _audio(take.file)
     pieces = None if take.transcript is None else marked(text, take.transcript, at_most=_MAX_TRANSCRIPT_WORDS)
-    return {"url": url, "seconds": seconds, "pieces": pieces, "notes": take.notes}
+    return {**audio._asdict(), "pieces": pieces, "notes": take.notes}
 
 
 def _shortened(
