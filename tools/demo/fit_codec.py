@@ -1,7 +1,7 @@
 """Fit the demo's codec to synthesised speech, and encode a corpus with it.
 
     python fit_codec.py fit OUT hibari_folder:30 rms_folder:15     folder of `make_voices.py corpus`, minutes
-    python fit_codec.py encode CODEC CORPUS_FOLDER OUT.parquet     columns id, text, speaker, codes
+    python fit_codec.py encode CODEC CORPUS_FOLDER OUT.parquet     columns id, text, speaker, codes, words, sounds
 
 Needs higgstune and scikit-learn.
 """
@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,12 +27,14 @@ SCHEMA = pa.schema(
         ("text", pa.string()),
         ("speaker", pa.string()),
         ("codes", pa.list_(pa.list_(pa.uint16(), 8))),
+        ("words", pa.list_(pa.list_(pa.float32()))),
+        ("sounds", pa.list_(pa.string())),
     ]
 )
 ROWS_PER_GROUP = 500
 
 
-def read_corpus(folder: Path) -> Iterator[tuple[dict[str, str], np.ndarray]]:
+def read_corpus(folder: Path) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """Each row of `metadata.jsonl` with its clip, [samples] float32 at 24 kHz."""
     for line in (folder / "metadata.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -62,8 +65,8 @@ def encode(codec_folder: Path, corpus: Path, out: Path) -> None:
     rows: list[dict[str, object]] = []
     with pq.ParquetWriter(out, schema) as writer:
         for row, waveform in read_corpus(corpus):
-            codes = codec.encode(waveform).tolist()
-            rows.append({"id": row["id"], "text": row["text"], "speaker": row["speaker"], "codes": codes})
+            kept = {name: row[name] for name in ("id", "text", "speaker", "words", "sounds")}
+            rows.append(kept | {"codes": codec.encode(waveform).tolist()})
             if len(rows) == ROWS_PER_GROUP:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
                 rows = []

@@ -1,10 +1,11 @@
-"""A codec that is fitted in a minute: log-mel, PCA, residual k-means; decoded by Griffin-Lim.
+"""A codec that is fitted in a minute: log-mel, PCA, residual k-means; decoded by a small network or by Griffin-Lim.
 
     waveform -> Spectrum.mel -> log -> PCA -> residual vector quantisation -> codes
-    codes -> PCA inverse -> exp -> Spectrum.invert -> waveform
+    codes -> PCA inverse -> SourceFilterDecoder, or exp -> Spectrum.invert -> waveform
 
-It has the geometry of the Higgs codec (24 kHz, 25 frames a second, 8 codebooks of 1024) and needs no neural weights, so
-the whole path from a recording to a voice runs anywhere. It is intelligible and sounds rough.
+It has the geometry of the Higgs codec (24 kHz, 25 frames a second, 8 codebooks of 1024), so the whole path from a
+recording to a voice runs anywhere. A folder with `decoder.safetensors` decodes by that network; a codec that was only
+fitted decodes by Griffin-Lim, which is intelligible and sounds rough.
 """
 
 import hashlib
@@ -19,7 +20,9 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from higgstune.codec import source_filter
 from higgstune.codec.base import checked_codes, whole_frames
+from higgstune.codec.source_filter import SourceFilterDecoder
 from higgstune.errors import CheckpointError, DataError
 
 MODEL_TYPE = "higgstune_mel_codec"
@@ -137,12 +140,16 @@ class MelCodecConfig:
 class MelCodec:
     """Implements `Codec`: frames of `mels_per_frame` log-mel columns, PCA, residual vector quantisation."""
 
-    def __init__(self, config: MelCodecConfig, tensors: dict[str, np.ndarray]) -> None:
+    def __init__(
+        self, config: MelCodecConfig, tensors: dict[str, np.ndarray], decoder: SourceFilterDecoder | None = None
+    ) -> None:
         """`tensors`: mean [values], basis [components, values], codebooks [codebooks, codes, components].
 
-        The values of a frame are those of its `mels_per_frame` columns, one after the other.
+        The values of a frame are those of its `mels_per_frame` columns, one after the other. Without a `decoder`,
+        Griffin-Lim decodes.
         """
         self.config = config
+        self.decoder = decoder
         # As they will be stored: float16, so that a codec just fitted and the same one read back give equal codes; in C
         # order, because safetensors ignores strides.
         self._stored = {name: tensor.astype(np.float16, order="C") for name, tensor in tensors.items()}
@@ -179,14 +186,19 @@ class MelCodec:
 
         Raises DataError for other shapes, and for codes that no codebook has, such as stream BOS and EOS.
         """
-        checked = checked_codes(codes, self.num_codebooks, self.codebook_size)
-        if len(checked) == 0:
+        log_mel = self.log_mel(codes)
+        if len(log_mel) == 0:
             return np.zeros(0, dtype=np.float32)
-        vectors = np.sum([codebook[checked[:, k]] for k, codebook in enumerate(self._codebooks)], axis=0)
-        log_mel = (vectors @ self._basis + self._mean).reshape(-1, self.config.num_mels)
+        if self.decoder is not None:
+            return np.clip(self.decoder(log_mel), -1, 1)
         mel = np.maximum(np.exp(log_mel) - self.config.floor, 0)
-        waveform = self._spectrum.invert(mel, self.config.iterations, self.config.momentum)
-        return np.clip(waveform, -1, 1)
+        return np.clip(self._spectrum.invert(mel, self.config.iterations, self.config.momentum), -1, 1)
+
+    def log_mel(self, codes: np.ndarray) -> np.ndarray:
+        """[frames, num_codebooks] -> [frames * mels_per_frame, num_mels], natural log. Raises DataError as `decode`."""
+        checked = checked_codes(codes, self.num_codebooks, self.codebook_size)
+        vectors = np.sum([codebook[checked[:, k]] for k, codebook in enumerate(self._codebooks)], axis=0)
+        return (vectors @ self._basis + self._mean).reshape(-1, self.config.num_mels)
 
     def features(self, waveform: np.ndarray) -> np.ndarray:
         """[samples] -> [frames, values] log magnitudes. Raises DataError."""
@@ -211,7 +223,7 @@ class MelCodec:
         return cls(config, _fit_tensors([analysis.features(w) for w in waveforms], config, seed))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`, which is created if needed."""
+        """Write `config.json` and `model.safetensors`, without a decoder, into `folder`, which is created if needed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"model_type": MODEL_TYPE, **asdict(self.config)}, indent=2)
@@ -223,7 +235,9 @@ class MelCodec:
         """Read a folder that `save_pretrained` wrote. Raises CheckpointError."""
         folder = Path(folder)
         config = _read_config(folder / CONFIG)
-        return cls(config, _read_tensors(folder / WEIGHTS, config))
+        weights = folder / source_filter.WEIGHTS
+        decoder = SourceFilterDecoder.from_pretrained(weights, config.num_mels) if weights.exists() else None
+        return cls(config, _read_tensors(folder / WEIGHTS, config), decoder)
 
     def _digest(self) -> str:
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
