@@ -23,6 +23,7 @@ from with_parent import with_parent
 
 import higgstune
 from higgstune.cli.main import app
+from higgstune.config.shipped import shipped_recipes
 from higgstune.data.manifest import Utterance, read_manifest
 from higgstune.data.messages import speech_messages
 
@@ -77,7 +78,6 @@ def type_in(clone: Path, command: Command, capsys: pytest.CaptureFixture[str]) -
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder: like a clone, with a base, and recordings with their texts beside them."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "unified_lora_training.py").symlink_to(ROOT / "unified_lora_training.py")
     shutil.copytree(ASSETS / "base", tmp_path / "base")
     shutil.copytree(ASSETS / "codec", tmp_path / "base" / "codec")
@@ -146,7 +146,7 @@ def test_two_stages_with_plain_flags(clone: Path, type_in: Callable[[str], str])
 def other_commands() -> list[tuple[str, str]]:
     """File and line of each `higgstune` command in docs and recipes."""
     found = []
-    for path in [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]:
+    for path in [*sorted((ROOT / "docs").glob("*.md")), *shipped_recipes().values()]:
         text = path.read_text(encoding="utf-8").replace("\\\n#", " ")
         for line in re.findall(r"^(?:    |#   )(?:torchrun \S+ \d+ -m )?(higgstune .*)$", text, re.MULTILINE):
             found.append((path.name, line))

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # What is checked. Left out for good: dev/LOG.md, which is history, and this file.
 CLEAN = (
     "README.md", "CHANGELOG.md", "SECURITY.md", "unified_lora_training.py",
-    "bench", "docs", "fuzz", "recipes", "src", "tests", "tools",
+    "bench", "docs", "fuzz", "src", "tests", "tools",
 )  # fmt: skip
 LEFT_OUT = ("tests/test_words.py",)
 

@@ -3,7 +3,7 @@
 import higgstune as hg
 
 hg.prepare("recordings/", "data/voice", speaker="anna")
-recipe = hg.Recipe.load("voice.yaml").with_({"stages.0.epochs": 2})
+recipe = hg.Recipe.load("voice").with_({"stages.0.epochs": 2})
 run = hg.train(recipe, "runs/voice")
 voice = hg.load(run.folder, device="cuda")
 clip = voice.speak("Good morning", reference="a.wav", reference_text="What is said in it.")

@@ -25,7 +25,7 @@ from higgstune.cli.output import mute_libraries, print_table
 from higgstune.environment import check_versions
 from higgstune.errors import CheckpointError, Interrupted, WorkError
 
-VERBS = ("prepare", "inspect", "train", "speak", "evaluate", "compare", "export", "doctor", "demo")
+VERBS = ("prepare", "inspect", "recipe", "train", "speak", "evaluate", "compare", "export", "doctor", "demo")
 
 RECIPE = "data: {store: store}\nmodel: {checkpoint: x/y}\nstages: [{name: a, kind: full, epochs: 1}]\n"
 

@@ -20,10 +20,11 @@ from higgstune.config.recipe import (
     parse_recipe,
     save_recipe,
 )
+from higgstune.config.shipped import shipped_recipes
 from higgstune.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+SHIPPED = list(shipped_recipes().values())
 DEMO = ROOT / "src" / "higgstune" / "demo" / "assets" / "recipe.yaml"
 
 
@@ -67,7 +68,7 @@ def test_a_recipe_for_the_released_checkpoint_fits_a_card_of_24_gb(path: Path) -
 
 
 def test_a_new_language_has_a_text_stage_before_the_full_one() -> None:
-    recipe = load_recipe(ROOT / "recipes" / "new_language.yaml")
+    recipe = load_recipe("new_language")
     assert [stage.kind for stage in recipe.stages] == ["text", "full"]
 
 

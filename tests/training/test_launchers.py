@@ -286,7 +286,7 @@ def test_the_script_for_slurm_stops_training_and_queues_it_again(
         "SLURM_CPUS_PER_TASK": "32",
     }  # fmt: skip
     job = subprocess.Popen(
-        with_parent(["bash", CLUSTER / "slurm.sh", "recipes/voice.yaml", "runs/my voice"]), cwd=tmp_path,
+        with_parent(["bash", CLUSTER / "slurm.sh", "voice", "runs/my voice"]), cwd=tmp_path,
         env=os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ENDS": ends},
     )  # fmt: skip
     try:
@@ -305,5 +305,5 @@ def test_the_script_for_slurm_stops_training_and_queues_it_again(
     parsed = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.rdzv_endpoint) == ("2", "8", "node7:29500")
     assert parsed.module
-    assert parsed.training_script_args == ["train", "recipes/voice.yaml", "--out", "runs/my voice", "--resume"]
+    assert parsed.training_script_args == ["train", "voice", "--out", "runs/my voice", "--resume"]
     assert_a_verb_takes(parsed.training_script_args)

@@ -20,7 +20,7 @@ def doctor(
     ] = None,
     data: Annotated[Path | None, typer.Option(parser=path, metavar="FOLDER", help="A code store.")] = None,
     recipe: Annotated[
-        Path | None, typer.Option(parser=path, metavar="FILE", help="Recipe to plan; it names the others.")
+        Path | None, typer.Option(parser=path, metavar="RECIPE", help="Recipe to plan; it names the others.")
     ] = None,
     codec: Annotated[
         str | None, typer.Option(metavar="NAME", help="Another codec: folder or hub id.", rich_help_panel=MODEL)

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from higgstune.cli import checkup, data, evaluation, export, inspect, speech, training
+from higgstune.cli import checkup, data, evaluation, export, inspect, recipe, speech, training
 from higgstune.cli.output import mute_libraries, print_error
 from higgstune.errors import HiggstuneError, Interrupted
 
@@ -28,8 +28,9 @@ app = typer.Typer(
 )
 for _verb, _example in (
     (data.prepare, "prepare recordings/ --out data/voice --speaker anna"),
-    (inspect.inspect, "inspect data/voice --row 0"),
-    (training.train, "train recipes/voice.yaml --out runs/voice --set data.store=data/voice"),
+    (inspect.inspect, "inspect data/voice"),
+    (recipe.recipe, "recipe voice"),
+    (training.train, "train voice --out runs/voice --set data.store=data/voice"),
     (speech.speak, 'speak "Hello there." --adapter runs/voice --out hello.wav'),
     (evaluation.evaluate, "evaluate runs/voice --set validation --asr large-v3"),
     (evaluation.compare, "compare runs/one runs/two --out comparison --asr large-v3"),

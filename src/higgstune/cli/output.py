@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,6 +113,11 @@ def _plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_plain, value)) or "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_next(*command: str, before: str = "") -> None:
+    """Print the command that people type next, with words that lead to it."""
+    typer.echo(f"next: {before} {shlex.join(command)}" if before else f"next: {shlex.join(command)}")
 
 
 def print_table(table: Table) -> None:

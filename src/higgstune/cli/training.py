@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(parser=path, help="Recipe in YAML; see recipes/.")],
+    recipe: Annotated[Path, typer.Argument(parser=path, help="A recipe in YAML, or the name of a shipped one: voice.")],
     out: Annotated[Path | None, typer.Option(parser=path, metavar="FOLDER", help="Folder of the run.")] = None,
     overrides: Annotated[
         list[str] | None,

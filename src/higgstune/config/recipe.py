@@ -13,9 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from higgstune.batch.packing import PackSize
 from higgstune.config.expression import Expression, is_command
 from higgstune.config.keys import suggest_key
+from higgstune.config.shipped import recipe_file, shipped_recipes
 from higgstune.config.trackers import read_trackers
 from higgstune.config.yaml import MAX_BYTES, parse_yaml
 from higgstune.data.messages import ReferencePlace
+from higgstune.data.rejection import did_you_mean
 from higgstune.errors import ConfigError
 from higgstune.families import DEFAULT_FAMILY, family_info
 from higgstune.families.base import TextTargets
@@ -286,7 +288,10 @@ class Recipe(_Strict):
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
-        """A recipe from a YAML file. Raises ConfigError with the path of every wrong field (see `load_recipe`)."""
+        """A recipe from a YAML file, or a shipped one by its name, such as `voice` (see `load_recipe`).
+
+        Raises ConfigError with the path of every wrong field.
+        """
         return load_recipe(path)
 
     def with_(self, changes: Mapping[str, object]) -> "Recipe":
@@ -327,16 +332,19 @@ def _family_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, commands: bool = False) -> Recipe:
     """A recipe from YAML, with `key.path=value` overrides (list entries by number: `stages.0.max_steps=50`).
 
+    `path` is a file, or the name of a recipe that ships with the package (see `recipe_file`).
     A recipe may come from anybody, so judges in the file itself may be commands to run only with `commands`; those of
     overrides may always.
     Paths in the recipe are as seen from the working directory; ${VARIABLES} are not expanded.
     Raises ConfigError with the path of every wrong field.
     """
     try:
-        with open(path, "rb") as file:
+        with open(recipe_file(path), "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # a null byte in the path
-        raise ConfigError(f"the recipe {path} cannot be read: {getattr(error, 'strerror', error)}") from error
+        shipped = "" if Path(path).suffix else f"; {did_you_mean(str(path), shipped_recipes())}"
+        reason = getattr(error, "strerror", error)
+        raise ConfigError(f"the recipe {path} cannot be read: {reason}{shipped}") from error
     tree = parse_yaml(content, where=f"the recipe {path}")
     if not isinstance(tree, dict):
         raise ConfigError(f"the recipe {path} must be a mapping with model, data, lora and stages")

@@ -79,7 +79,7 @@ _CHECK_ERRORS = (
     *(ImportError, SafetensorError, TemplateError),
 )
 _ADVICE = {
-    "recipe": "correct it; recipes/ has examples",
+    "recipe": "correct it; `higgstune recipe` writes an example",
     "checkpoint": "name a folder or a hub id with --model; if it is damaged, copy or download it again",
     "codec": "name the checkpoint's codec with --codec; if it is damaged, copy or download it again",
     "data": "name a store of `higgstune prepare` with --data; if it is damaged, prepare it again",
