@@ -39,6 +39,7 @@ PATTERN = re.compile(rf"(?<![a-z])(?:{'|'.join(OLD_WORDS).replace(' ', '[ _-]')}
 # Phrases in which a word has its plain meaning -> why they may stay.
 ALLOWED_PHRASES = {
     r"listen to": "a person plays a file",
+    r"--listen\b": "an option of `inspect`",
     r"listening test": "the field's term for people who rate speech",
     r"\b(there|it) (is|are|was) no\b": "nothing is there; no noun is denied to be another",
     r"\b(is|are) no (longer|more|less|fewer)\b": "a comparison",

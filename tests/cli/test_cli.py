@@ -88,13 +88,13 @@ def test_from_recordings_to_speech(world: Path, command: Command) -> None:
     assert sum(summary["refused"].values()) == 1
     assert "broken.wav" in (store / "rejected.jsonl").read_text()
 
-    code, out, _ = command("inspect", store, "--row", 0, "--json")
+    code, out, _ = command("inspect", store, "--row", 0, "--tokens", "--json")
     row = json.loads(out)
     assert code == 0
     assert row["prompt"].endswith("<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>")
     assert row["audio_label_entries"] == 8 * (row["frames"] + 1)
     assert row["audio_rows"] == row["frames"] + 9
-    code, out, _ = command("inspect", store, "--row", row["id"])
+    code, out, _ = command("inspect", store, "--row", row["id"], "--tokens")
     assert code == 0
     assert row["prompt"] in out
     assert "1025" in out
@@ -154,7 +154,11 @@ WRONG = (
     (("inspect", "store", "--limit", "snr < 3"), "it is for --outliers"),
     (("inspect", "nowhere"), "nowhere is not a code store"),
     (("inspect", r"x\[/foo]"), r"x\[/foo] is not a code store"),
-    (("inspect", "store", "--model", LONG), "too long"),
+    (("inspect", "store", "--row", "0", "--tokens", "--model", LONG), "too long"),
+    (("inspect", "store", "--row", "0", "--model", "x/y"), "it is for --tokens"),
+    (("inspect", "store", "--tokens"), "name a row with --row"),
+    (("inspect", "store", "--outliers", "--row", "0"), "--outliers lists all rows"),
+    (("inspect", "store", "--row", "0", "--listen", "x.mp3"), "speech is written as .wav"),
     (("speak",), "a text or --file"),
     (("speak", "Hello."), "--adapter"),
     (("speak", "Hello.", "--model", "/no/where"), "/no/where"),

@@ -44,7 +44,13 @@ ROWS: list[tuple[str, int, tuple[str, ...]]] = [
     ("train recipe.yaml", 2, HEAVY),
     ("evaluate nowhere/at/all", 2, HEAVY),
     ("export nowhere --out x", 2, HEAVY),
-    ("inspect data --model base", 0, ("torch", "peft", "scipy", "higgstune.diagnostics.examine", *TRAINING)),
+    ("inspect data", 0, ("torch", "transformers", "peft", *TRAINING, *OTHER_VERBS)),
+    ("inspect data --row 0", 0, ("torch", "transformers", "peft", "scipy", *TRAINING, *OTHER_VERBS)),
+    (
+        "inspect data --row 0 --tokens --model base",
+        0,
+        ("torch", "peft", "scipy", "higgstune.diagnostics.examine", *TRAINING),
+    ),
     ("speak Hello. --model base --max-seconds 0.2 --json", 0, ("peft", *TRAINING, *OTHER_VERBS)),
 ]
 

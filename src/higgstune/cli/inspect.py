@@ -1,4 +1,4 @@
-"""The verb `inspect`: a row of a code store as the model sees it, or all rows that stand out."""
+"""The verb `inspect`: a code store as a whole, one of its rows, or all rows that stand out."""
 
 import dataclasses
 from collections import defaultdict
@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
 
 from higgstune.cli.options import JsonOption, check_model, path
-from higgstune.cli.output import print_result, print_table
+from higgstune.cli.output import announced, print_result
+from higgstune.cli.store_views import print_row, print_store, print_tokens
 from higgstune.environment import check_versions
-from higgstune.inputs import check_store
+from higgstune.hub import check_name
+from higgstune.inputs import check_store, check_wav_name
 
 if TYPE_CHECKING:
     from higgstune.data.outliers import Outlier, OutlierReport
 
-STORED = "Rows of the store"
+STORED, _TOKENS = "Rows of the store", "As the model sees it"
 
 LimitOption = Annotated[
     list[str] | None,
@@ -31,17 +32,18 @@ LimitOption = Annotated[
 
 def inspect(
     store: Annotated[Path, typer.Argument(parser=path, help="Folder of the code store.")],
-    row: Annotated[str, typer.Option(metavar="ROW", help="Number (train rows first) or id of the row.")] = "0",
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Checkpoint whose tokenizer reads the text.")
+    row: Annotated[
+        str | None, typer.Option(metavar="ROW", help="Show this clip: its number (train rows first) or its id.")
     ] = None,
-    text_targets: Annotated[
-        Literal["transcript", "assistant", "none"], typer.Option(help="Which text has labels.")
-    ] = "transcript",
-    reference: Annotated[
-        Literal["turn", "scene"], typer.Option(help="Place of the reference, as data.reference of a recipe.")
-    ] = "turn",
-    whisper: Annotated[str | None, typer.Option(metavar="NAME", help="As model.whisper of a recipe.")] = None,
+    wav: Annotated[
+        Path | None,
+        typer.Option(
+            "--listen", parser=path, metavar="FILE", help="Write the clip as .wav, decoded by the store's codec."
+        ),
+    ] = None,
+    codec: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The store's codec, if it has moved: folder or hub id.")
+    ] = None,
     outliers: Annotated[
         bool,
         typer.Option(
@@ -51,47 +53,91 @@ def inspect(
         ),
     ] = False,
     limit: LimitOption = None,
+    tokens: Annotated[
+        bool,
+        typer.Option(
+            "--tokens", help="Show the row as the model sees it: prompt, tokens, labels.", rich_help_panel=_TOKENS
+        ),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Checkpoint whose tokenizer reads the text.", rich_help_panel=_TOKENS),
+    ] = None,
+    text_targets: Annotated[
+        Literal["transcript", "assistant", "none"],
+        typer.Option(help="Which text has labels.", rich_help_panel=_TOKENS),
+    ] = "transcript",
+    reference: Annotated[
+        Literal["turn", "scene"],
+        typer.Option(help="Place of the reference, as data.reference of a recipe.", rich_help_panel=_TOKENS),
+    ] = "turn",
+    whisper: Annotated[
+        str | None, typer.Option(metavar="NAME", help="As model.whisper of a recipe.", rich_help_panel=_TOKENS)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show one row as the model sees it: prompt, tokens, frames, labels. Or all rows that stand out."""
+    """Show what a code store holds: hours, speakers, lengths, texts, refusals. With --row, one of its clips."""
+    of_tokens = {
+        "--model": model is not None,
+        "--whisper": whisper is not None,
+        "--text-targets": text_targets != "transcript",
+        "--reference": reference != "turn",
+    }
+    of_row = {"--row": row is not None, "--tokens": tokens, "--listen": wav is not None}
+    _refuse(outliers, of_row | of_tokens, "--outliers lists all rows")
+    _refuse(not outliers, {"--limit": bool(limit)}, "it is for --outliers")
+    _refuse(row is None, {"--tokens": tokens, "--listen": wav is not None}, "name a row with --row")
+    _refuse(not tokens, of_tokens, "it is for --tokens")
+    _refuse(wav is None, {"--codec": codec is not None}, "it is for --listen")
+    _refuse(tokens, {"--listen": wav is not None}, "leave out --tokens")
     check_store(store)
     check_limits(limit)
     if outliers:
-        if row != "0" or model is not None or whisper is not None:
-            raise typer.BadParameter(
-                "it lists all rows: leave out --row, --model and --whisper", param_hint="--outliers"
-            )
         from higgstune.data.outliers import store_outliers
 
         _print_outliers(store_outliers(store, limit), store, as_json)
-        return
-    if limit:
-        raise typer.BadParameter("it is for --outliers", param_hint="--limit")
-    if model is not None:
-        check_model(model)
-    check_versions()
-    from higgstune.diagnostics.inspect_row import inspect_row, label_table
+    elif row is None:
+        from higgstune.data.overview import store_overview
 
-    found = inspect_row(store, row, model=model, text_targets=text_targets, reference=reference, whisper=whisper)
+        overview = store_overview(store)
+        print_result(dataclasses.asdict(overview), as_json) if as_json else print_store(overview, store)
+    elif tokens:
+        if model is not None:
+            check_model(model)
+        check_versions()
+        from higgstune.diagnostics.inspect_row import inspect_row
+
+        found = inspect_row(store, row, model=model, text_targets=text_targets, reference=reference, whisper=whisper)
+        print_result(dataclasses.asdict(found), as_json) if as_json else print_tokens(found)
+    else:
+        _show_row(store, row, wav, codec, as_json)
+
+
+def _refuse(applies: bool, given: dict[str, bool], reason: str) -> None:
+    """Raise typer.BadParameter for the first option that was given where `applies` holds."""
+    for option, is_given in given.items():
+        if applies and is_given:
+            raise typer.BadParameter(reason, param_hint=option)
+
+
+def _show_row(store: Path, row: str, wav: Path | None, codec: str | None, as_json: bool) -> None:
+    if wav is not None:
+        check_wav_name(wav)
+    if codec is not None:
+        check_name(codec, what="codec")
+    from higgstune.data.overview import row_overview
+
+    found = row_overview(store, row)
+    if wav is not None:
+        with announced("loading the codec", as_json):
+            from higgstune.data.audio import write_wav
+            from higgstune.data.overview import row_waveform
+
+        write_wav(wav, *row_waveform(store, row, codec))
     if as_json:
-        print_result(dataclasses.asdict(found), as_json)
-        return
-    typer.echo(f"{found.id} ({found.split}): {found.seconds:.2f} s, {found.frames} frames\n")
-    typer.echo(found.prompt + "\n")
-    typer.echo(
-        f"{found.tokens} tokens: {found.text_tokens} of text, {found.audio_rows} audio frames, "
-        f"{found.feature_positions} Whisper features; "
-        f"{len(found.text_labels)} text labels, {found.audio_label_entries} audio label entries\n"
-    )
-    typer.echo(
-        "text labels (position token): " + " ".join(f"{p} {token!r}" for p, _, token in found.text_labels) + "\n"
-    )
-    measures = "not measured" if found.measures is None else dataclasses.asdict(found.measures)
-    print_result({"measures": measures}, as_json)
-    table = Table("position", *(f"k={k}" for k in range(len(found.audio_labels[0][1]))), title="audio labels")
-    for entries in label_table(found):
-        table.add_row(*map(str, entries))
-    print_table(table)
+        print_result(dataclasses.asdict(found) | ({} if wav is None else {"file": str(wav)}), as_json)
+    else:
+        print_row(found, store, wav)
 
 
 def _print_outliers(report: "OutlierReport", store: Path, as_json: bool) -> None:

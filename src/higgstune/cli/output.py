@@ -115,6 +115,16 @@ def _plain(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def many(count: int, noun: str) -> str:
+    """`1 clip`, `2 clips`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def counted_reasons(counts: dict[str, int]) -> str:
+    """Counts of refused rows by reason, in words: `2 no transcript, 1 too short`."""
+    return ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.items()) or "none"
+
+
 def print_next(*command: str, before: str = "") -> None:
     """Print the command that people type next, with words that lead to it."""
     typer.echo(f"next: {before} {shlex.join(command)}" if before else f"next: {shlex.join(command)}")

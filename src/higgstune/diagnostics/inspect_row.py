@@ -1,6 +1,5 @@
-"""One row as a training example: the verb `inspect`."""
+"""One row as a training example: `inspect --tokens`."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +11,7 @@ from higgstune.config.recipe import ModelSettings
 from higgstune.data.entry import stored_measures
 from higgstune.data.measures import Measures
 from higgstune.data.messages import ReferencePlace
+from higgstune.data.overview import row_index
 from higgstune.data.store import CodeStore, Row
 from higgstune.data.whisper_features import FeatureStore
 from higgstune.errors import CheckpointError, ConfigError, DataError
@@ -61,9 +61,7 @@ def inspect_row(
         if value not in get_args(known):
             raise ConfigError(f"{what} is {value!r}: use one of {', '.join(get_args(known))}")
     opened = CodeStore.open(store)
-    index = int(row) if re.fullmatch(r"-?[0-9]{1,18}", str(row)) else opened.index_of(str(row))
-    if not 0 <= index < len(opened):
-        raise ConfigError(f"--row {row}: {store} has the rows 0 to {len(opened) - 1}")
+    index = row_index(opened, row)
     name = model or opened.info.settings.get("model") or ModelSettings.model_fields["checkpoint"].default
     try:
         prompter = load_prompter(name)

@@ -14,7 +14,7 @@ from higgstune.planning.plan import Planner, RunPlan, StagePlan
 from higgstune.planning.speed import Speed, measure
 from higgstune.planning.suggestions import Option, options, summary
 from higgstune.planning.survey import machine_for, parse_memory, row_examples
-from higgstune.progress import Progress, silent
+from higgstune.progress import Progress, duration, silent
 
 _ROWS = {
     "weights": "weights of the base", "adapter": "adapter", "gradients": "gradients at the peak",
@@ -66,7 +66,10 @@ class PlanReport:
         yield "an epoch", *(f"{stage.packs} packs, {stage.steps_per_epoch} steps" for stage in stages)
         yield "steps in all", *(str(stage.steps) for stage in stages)
         yield "tokens/s, about", *(_known(self.tokens_per_second[stage.name], "{:.0f}") for stage in stages)
-        yield "time of the steps", *(_duration(self.seconds[stage.name]) for stage in stages)
+        yield (
+            "time of the steps",
+            *("unknown" if s is None else duration(s) for s in (self.seconds[stage.name] for stage in stages)),
+        )
 
     def verdict(self) -> str:
         """Whether it fits, in words, with options where it does not."""
@@ -127,11 +130,3 @@ def _time(speed: Speed | None, stage: Stage, planned: StagePlan) -> tuple[float 
 
 def _known(value: float | None, form: str) -> str:
     return "unknown" if value is None else form.format(value)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
