@@ -115,7 +115,7 @@ def test_limits_are_exact(tmp_path: Path) -> None:
 
 def test_long_clips_where_they_are_allowed(tmp_path: Path) -> None:
     clip(tmp_path / "in", "a.wav", 1, seconds=31.0)
-    with pytest.raises(DataError, match="too_long"):
+    with pytest.raises(DataError, match="1 too long"):
         run(tmp_path / "in", tmp_path / "out")
     assert rejected(tmp_path / "out")[0]["reason"] == "too_long"
     assert run(tmp_path / "in", tmp_path / "out", allow_long=True).refused == {}
@@ -183,7 +183,7 @@ def test_a_store_with_older_texts_is_refused(tmp_path: Path) -> None:
 def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path) -> None:
     manifest(tmp_path / "in", {"audio": "none.wav", "text": "Hello."}, "broken")
     with pytest.raises(
-        DataError, match=r"'missing_audio': 1, 'bad_row': 1.*rejected\.jsonl, first manifest.jsonl:1: there is no"
+        DataError, match=r"1 missing audio, 1 bad row.*rejected\.jsonl, first manifest.jsonl:1: there is no"
     ):
         run(tmp_path / "in", tmp_path / "out")
     assert len(rejected(tmp_path / "out")) == 2

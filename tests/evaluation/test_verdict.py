@@ -154,3 +154,14 @@ def test_losses_above_chance_and_the_bases_in_training_and_validation_are_not_us
     assert verdict(20.0, 18.0, history=learning).outcome == "usable"
     memorised = [*validations, {"step": 9, "audio_loss": 0.5}]
     assert verdict(5.0, 18.0, history=memorised).outcome == "usable"
+
+
+def test_what_to_try_is_given_as_settings() -> None:
+    """The command line makes a command of them."""
+    assert verdict(6.0, 5.0).change == ()
+    assert verdict(4.0, CHANCE).change == ("stages.0.learning_rate=0.0001",)
+    assert verdict(9.0, 8.0, changes_base=False).change == ("stages.0.max_steps=20",)
+    epochs = stage(max_steps=None, epochs=2)
+    assert verdict(9.0, 8.0, changes_base=False, stage=epochs).change == (
+        "stages.0.epochs=null", "stages.0.max_steps=20",
+    )  # fmt: skip

@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from higgstune.cli.options import MODEL, AsrOption, DeviceOption, JsonOption, RevisionOption, SpeakerOption, path
-from higgstune.cli.output import Bar, announced, errors, measures_summary, print_result, print_table
+from higgstune.cli.output import Bar, announced, errors, measures_summary, print_next, print_result, print_table
 from higgstune.errors import ConfigError, WorkError, not_usable_code
 from higgstune.files import check_folder
 from higgstune.inputs import BaseSpec
+from higgstune.progress import duration
 
 
 def doctor(
@@ -86,8 +87,10 @@ def demo(
         figures = {row.name: measures_summary(row.error_rate, row.similarity) for row in rows}
         bars = result.measurement.bars if result.measurement else []
         verdicts = {bar.name: f"{bar.value:.3f} ({bar.condition}) {'holds' if bar.holds else 'BROKEN'}" for bar in bars}
-        places = {"seconds": round(result.seconds), "open": str(result.report)}
-        print_result({**figures, **verdicts, **places, "verdict": result.verdict}, as_json)
+        places = {"time": duration(result.seconds), "report": str(result.report)}
+        print_result({**figures, **verdicts, "verdict": result.verdict, **places}, as_json)
+        if not is_unusable(result.verdict):
+            print_next("higgstune", "speak", "Good morning.", "--adapter", str(out), "--out", "morning.wav")
     if result.measurement is not None and not result.measurement.passed:
         broken = [bar.name for bar in result.measurement.bars if not bar.holds]
         raise WorkError(f"the demo's result is not good enough: {', '.join(broken)}; see {result.report}")

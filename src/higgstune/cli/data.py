@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from higgstune.cli.inspect import STORED, LimitOption, by_kind, check_limits, counted
+from higgstune.cli.endings import print_prepared
+from higgstune.cli.inspect import STORED, LimitOption, check_limits
 from higgstune.cli.options import DeviceOption, JsonOption, check_model, path, within
 from higgstune.cli.output import Bar, announced, errors, print_result
-from higgstune.data.rejection import some_ids
 from higgstune.errors import DataError
 from higgstune.hub import check_name
 from higgstune.inputs import check_source, check_store, check_store_place
@@ -148,18 +148,10 @@ def prepare(
             restore=restored,
             progress=bar,
         )
-    values = dataclasses.asdict(summary)
     if as_json:
-        print_result(values, as_json)
-        return
-    values |= {name: some_ids(values[name]) for name in ("not_measured", "stale", "not_in_source")}
-    print_result(values | {"outliers": counted(summary.outliers)}, as_json)
-    for kind, found in by_kind(summary.outliers).items():
-        typer.echo(f"  {kind}: {some_ids([outlier.id for outlier in found])}")
-    if summary.outliers:
-        typer.echo(f"outliers, with their values and texts: higgstune inspect {out} --outliers")
-    if summary.refused:
-        typer.echo(f"refused rows, with their reasons: {out / 'rejected.jsonl'}")
+        print_result(dataclasses.asdict(summary), as_json)
+    else:
+        print_prepared(summary, out, model, codec)
 
 
 def _read_ids(file: Path | None) -> list[str]:

@@ -26,10 +26,10 @@ from higgstune.cli.options import (
     base_spec,
     path,
 )
-from higgstune.cli.output import Bar, announced, command_line, print_measures, print_result
+from higgstune.cli.output import Bar, announced, command_line, print_measures, print_next, print_result
 from higgstune.errors import ConfigError
 from higgstune.files import check_folder
-from higgstune.inputs import CLIPS, BaseSpec, check_store, kind_of
+from higgstune.inputs import CLIPS, BaseSpec, check_store, is_unusable_run, kind_of
 
 _VALIDATION = "validation"
 _BEST = "Which is best"
@@ -114,7 +114,10 @@ def evaluate(
         print_measures(result.texts.systems, result.texts.differences)
         compared = [("against the base", result.texts)] if result.texts.differences else []
         compared += [(f"guard {guarded.name}", guarded) for guarded in result.guard]
-        print_result({**{what: found.conclusion for what, found in compared}, "open": str(report)}, as_json)
+        conclusions = {what: found.conclusion for what, found in compared}
+        print_result({**conclusions, "report": str(report)}, as_json)
+        if result.adapter is not None and not is_unusable_run(target):
+            print_next("higgstune", "export", str(target), "--out", f"models/{target.resolve().name}")
 
 
 def compare(
@@ -187,7 +190,7 @@ def compare(
     else:
         last = list(result.differences)[-1]
         print_measures(result.evaluations, result.differences[last] if len(result.differences) == 1 else {})
-        print_result({"best": result.conclusion, "open": str(result.page)}, as_json)
+        print_result({"best": result.conclusion, "report": str(result.page)}, as_json)
 
 
 def _check(targets: Sequence[Path], sets: Sequence[str], data: Path | None, out: Path | None, base: BaseSpec) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from higgstune.cli.endings import print_exported
 from higgstune.cli.options import (
     MODEL,
     BaseOption,
@@ -90,8 +91,5 @@ def export(
         )
     if as_json:
         print_result(dataclasses.asdict(result), as_json)
-        return
-    print_result({"folder": result.folder, "format": result.format, "check": result.check.summary}, as_json)
-    if result.dropped and result.loss is not None:
-        losses = f"{result.loss.without_modules:.3f} without them, {result.loss.with_modules:.3f} with them"
-        typer.echo(f"left out: {', '.join(result.dropped)}; audio loss {losses}")
+    else:
+        print_exported(result)

@@ -120,11 +120,6 @@ def many(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def counted_reasons(counts: dict[str, int]) -> str:
-    """Counts of refused rows by reason, in words: `2 no transcript, 1 too short`."""
-    return ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.items()) or "none"
-
-
 def print_next(*command: str, before: str = "") -> None:
     """Print the command that people type next, with words that lead to it."""
     typer.echo(f"next: {before} {shlex.join(command)}" if before else f"next: {shlex.join(command)}")
@@ -162,18 +157,6 @@ def print_measures(evaluations: dict[str, Any], differences: dict[str, Any]) -> 
     for reason in dict.fromkeys(missing.values()):
         names = ", ".join(name for name, why in missing.items() if why == reason)
         errors.print(f"not measured: {names}: {reason}")
-
-
-def stage_summary(stage: dict[str, Any]) -> str:
-    """The result of a run's stage in one line; `--json` has all of it."""
-    parts = [f"{stage['kind']}, {stage['steps']} steps"]
-    if stage.get("compiled"):
-        parts.append("layers compiled")
-    if stage.get("stopped_early"):
-        parts.append("stopped early: no better validation within evaluation.patience")
-    if chosen := stage.get("chosen"):
-        parts.append(f"ends with step {chosen['step']}: {chosen['rule']}")
-    return "; ".join(parts)
 
 
 def measures_summary(error_rate: float | None, similarity: dict[str, float]) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from higgstune.cli.endings import warn_of_unusable
 from higgstune.cli.options import (
     DEVICE,
     MODEL,
@@ -27,7 +28,7 @@ from higgstune.cli.options import (
 from higgstune.cli.output import Bar, announced, errors, print_result
 from higgstune.errors import ConfigError, DataError, WorkError
 from higgstune.files import check_folder
-from higgstune.inputs import check_wav_name, is_unusable_run
+from higgstune.inputs import check_wav_name
 
 _FRAME_RATE = 25.0  # frames a second of the codecs so far; the one that is loaded checks a reference by its own
 
@@ -121,8 +122,8 @@ def speak(
         spoken_text(reference_text, "--reference-text")
     check_control_tokens(scene or "", "--scene")
     folder = None if adapter is None else named_adapter(adapter, base)
-    if adapter is not None and is_unusable_run(adapter):
-        errors.print(f"warning: the run {adapter} is not usable; its report says why")
+    if adapter is not None:
+        warn_of_unusable(adapter)
     for reason in refused:
         errors.print(f"not spoken: {reason}")
     with announced("loading the model", as_json):

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import typer
 from rich.table import Table
 
-from higgstune.cli.output import counted_reasons, many, print_next, print_table
+from higgstune.cli.output import many, print_next, print_table
+from higgstune.data.rejection import reasons_in_words
 from higgstune.progress import duration
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def print_store(found: "StoreOverview", store: Path) -> None:
     for name, text in found.texts.items():
         typer.echo(f"  {name}: {_shortened(text)}")
     if found.refused:
-        typer.echo(f"refused from the last source: {counted_reasons(found.refused)} (all in {store}/rejected.jsonl)")
+        typer.echo(f"refused from the last source: {reasons_in_words(found.refused)} (all in {store}/rejected.jsonl)")
         for place, reason in found.first_refused:
             typer.echo(f"  {place}: {reason}")
     stand_out = ", ".join(f"{kind} ({count})" for kind, count in found.outliers.items())

@@ -1,15 +1,17 @@
 """The verb `train`, which also plans a run."""
 
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from higgstune.cli.endings import print_trained
 from higgstune.cli.options import JsonOption, PlannedDeviceOption, path
-from higgstune.cli.output import Bar, announced, print_result, print_table, stage_summary
+from higgstune.cli.output import Bar, announced, print_result, print_table
 from higgstune.errors import ConfigError, not_usable_code
 from higgstune.files import check_folder
 from higgstune.hub import check_name
@@ -17,6 +19,7 @@ from higgstune.inputs import check_store
 
 if TYPE_CHECKING:
     from higgstune.config.recipe import Recipe
+    from higgstune.training.run_dir import RunResult
 
 
 def train(
@@ -59,21 +62,27 @@ def train(
 
         from higgstune.training.run import train as run
 
+    started = time.monotonic()
     result = run(loaded, out, resume=resume)
+    seconds = time.monotonic() - started
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if os.environ.get("RANK", "0") == "0":
+        if as_json:
+            print_result(_as_json(result) | {"seconds": round(seconds, 1)}, as_json)
+        else:
+            print_trained(result, seconds, recipe, overrides or [])
+    if not result.usable:
+        raise typer.Exit(not_usable_code())
+
+
+def _as_json(result: "RunResult") -> dict[str, Any]:
     stages = {
         name: {key: value for key, value in stage.as_json().items() if key != "history"}
         for name, stage in result.stages.items()
     }
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    if os.environ.get("RANK", "0") == "0":
-        summaries = {f"stage {name}": stage_summary(stage) for name, stage in stages.items()}
-        shown = {"stages": stages} if as_json else summaries
-        verdict = asdict(result.verdict) if as_json and result.verdict is not None else result.verdict
-        places = {"run": str(result.folder), "adapter": str(result.adapter)}
-        print_result({**places, **shown, "verdict": verdict}, as_json)
-    if not result.usable:
-        raise typer.Exit(not_usable_code())
+    verdict = None if result.verdict is None else asdict(result.verdict)
+    return {"run": str(result.folder), "adapter": str(result.adapter), "stages": stages, "verdict": verdict}
 
 
 def _show_plan(recipe: "Recipe", memory: str | None, device: str | None, as_json: bool) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
@@ -75,6 +75,11 @@ def some_ids(ids: Sequence[str], limit: int = 5) -> str:
 def count_reasons(rejections: Iterable[Rejection]) -> dict[str, int]:
     """The number of refused rows by reason, the most frequent first."""
     return dict(Counter(rejection.reason for rejection in rejections).most_common())
+
+
+def reasons_in_words(counts: Mapping[str, int]) -> str:
+    """Counts of refused rows by reason: `2 no transcript, 1 too short`."""
+    return ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.items())
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from higgstune.data.manifest import Utterance
 from higgstune.data.measures import parse_limits
 from higgstune.data.merge import Pairing
 from higgstune.data.outliers import Outlier
-from higgstune.data.rejection import Rejection, count_reasons, shown, some_ids
+from higgstune.data.rejection import Rejection, count_reasons, reasons_in_words, shown, some_ids
 from higgstune.data.shard_reader import SPLITS
 from higgstune.data.text import find_marks
 from higgstune.errors import ConfigError
@@ -85,10 +85,8 @@ def nothing_usable(rejections: list[Rejection], path: Path, passed_over: Iterabl
     """The error for a source of which nothing is left; `passed_over` is what else it holds."""
     first = rejections[0]
     others = f"; not used: {', '.join(passed_over)}" if passed_over else ""
-    return (
-        f"no row can be used: {count_reasons(rejections)}; all are in {path}, first {first.location}: {first.message}"
-        f"{others}"
-    )
+    reasons = reasons_in_words(count_reasons(rejections))
+    return f"no row can be used: {reasons}; all are in {path}, first {first.location}: {first.message}{others}"
 
 
 def rows_by_split(entries: Iterable[Entry]) -> dict[str, int]:

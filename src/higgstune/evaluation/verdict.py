@@ -35,6 +35,7 @@ class Verdict:
     loss: float | None = None  # at the step that the stage ends with
     base_loss: float | None = None  # before the first step of the run
     chance: float | None = None  # of a model that takes all codes for equally likely
+    change: tuple[str, ...] = ()  # what to try, as `--set` takes it; empty where no setting is the cause
 
     def __str__(self) -> str:
         text = f"{self.outcome}: {'; '.join(self.reasons)}" if self.reasons else self.outcome
@@ -71,11 +72,11 @@ def judge(found: Evidence) -> Verdict:
     """The verdict on a stage. Without validation rows nothing shows that it is usable, though faults may show."""
     loss, base_loss = (_at(history, step) for history, step in ((found.history, found.step), (found.base_history, 0)))
     reasons = list(_reasons(found, loss, base_loss))
-    advice = _advice(found, loss) if reasons else ""
+    advice, change = _advice(found, loss) if reasons else ("", ())
     outcome: Outcome = "not usable" if reasons else "usable"
     if not reasons and loss is None:
         outcome, reasons = "no verdict", ["without validation rows nothing shows whether it has learned or memorised"]
-    return Verdict(outcome, reasons, advice, list(_warnings(found)), loss, base_loss, found.chance)
+    return Verdict(outcome, reasons, advice, list(_warnings(found)), loss, base_loss, found.chance, change)
 
 
 def has_grown(history: History, stage: Stage) -> bool:
@@ -170,34 +171,39 @@ def _why_above(found: Evidence, base: float) -> str:
     return "it memorised its clips; more of them, fewer steps or a lower learning rate help"
 
 
-def _advice(found: Evidence, loss: float | None) -> str:
-    """The likeliest cause of a result that is not usable, and what to try."""
+def _advice(found: Evidence, loss: float | None) -> tuple[str, tuple[str, ...]]:
+    """The likeliest cause of a result that is not usable, and what to try, in words and as settings."""
     losses = list(validation_losses(found.history).values())
     start = losses[0] if losses else None
-    lower = f"try {found.path}.learning_rate={_lower(found.stage.learning_rate)}"
+    rate = f"{found.path}.learning_rate={_lower(found.stage.learning_rate)}"
+    lower, longer = f"try {rate}", (f"{found.path}.max_steps={2 * found.planned_steps}",)
+    if found.stage.epochs is not None:
+        longer = (f"{found.path}.epochs=null", *longer)
     rose = start is not None and max(losses) > GREW * start
     if rose or (loss is not None and not math.isfinite(loss)):
-        return f"The likeliest cause is a learning rate that is too high: {lower}"
+        return f"The likeliest cause is a learning rate that is too high: {lower}", (rate,)
     if is_warmup_too_long(found.warmup_steps, found.planned_steps):
-        return f"The likeliest cause is a warm-up that takes all steps: lower {found.path}.warmup_steps"
+        cause = f"The likeliest cause is a warm-up that takes all steps: lower {found.path}.warmup_steps"
+        return cause, (f"{found.path}.warmup_steps=0.05",)
     if not found.changes_base:
-        return "The likeliest cause is too little training: try more steps or a higher learning rate"
+        return "The likeliest cause is too little training: try more steps or a higher learning rate", longer
     if found.idle:
         return (
             "The likeliest cause is a learning rate that is too high, now or in what it started from, or a loss "
             f"weight of 0 that leaves them without a gradient: {lower}, or a stage of another kind"
-        )
+        ), (rate,)
     if _is_chance(start, found.chance):
         return (
             "The likeliest cause is a base that does not know such audio, as the loss was at chance before: compare "
             "base, codec and store with `higgstune doctor`"
-        )
+        ), ()
     if start is not None and loss is not None and loss > start:
-        return f"The likeliest cause is that it memorised its clips: try fewer steps or more clips, or {lower[4:]}"
+        cause = f"The likeliest cause is that it memorised its clips: try fewer steps or more clips, or {rate}"
+        return cause, (rate,)
     return (
         "The likeliest cause is too little training, or transcripts that do not match their recordings: try more "
         "steps, and check the data with `higgstune doctor`"
-    )
+    ), longer
 
 
 def _lower(rate: float) -> str:

@@ -140,11 +140,15 @@ class ExportCheck:
     @property
     def summary(self) -> str:
         """In one line, for people."""
-        kind = "largest" if self.dtype == "float32" else "mean"
-        merged = (
-            f"{self.from_adapter:.2e} from base + adapter (at most {self.tolerance:.0e}), " if self.tolerance else ""
+        kind = "at most" if self.dtype == "float32" else "on average"
+        base = f"by {self.from_base:.2g} from the base's"
+        clips = f"on {self.clips} {self.origin}"
+        if not self.tolerance:
+            return f"its logits differ {base}, {kind}, {clips}"
+        return (
+            f"loaded from disk, it gives the outputs of base + adapter: logits differ {kind} by "
+            f"{self.from_adapter:.2g} ({self.tolerance:g} is allowed), and {base}, {clips}"
         )
-        return f"{merged}{self.from_base:.2e} from the base ({kind} difference of a logit, {self.clips} {self.origin})"
 
 
 def check_merged(merged: Logits, adapted: Logits, base: Logits, *, dtype: str, held_out: HeldOut) -> ExportCheck:
