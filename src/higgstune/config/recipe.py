@@ -389,11 +389,21 @@ def _set(tree: Any, key: str, value: object, *, what: str) -> None:
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
+        if isinstance(node, list):
+            _check_not_a_name(node, parent, key, what)
         place = _place(node, parent, what)
         # A copy: an alias makes one object stand in several places. Nothing: a section that was left empty (`lora:`).
         node[place] = {} if node[place] is None else copy.copy(node[place])
         node = node[place]
     node[_place(node, last, what)] = value
+
+
+def _check_not_a_name(entries: list[Any], name: str, key: str, what: str) -> None:
+    """Raise ConfigError where an entry of a list, a stage, is named instead of numbered."""
+    for number, entry in enumerate(entries):
+        if isinstance(entry, dict) and entry.get("name") == name and not name.isdecimal():
+            right = key.replace(f".{name}", f".{number}", 1)
+            raise ConfigError(f"{what}: entries of a list are named by their number, from 0: write {right}")
 
 
 def _place(node: Any, key: str, what: str) -> str | int:
