@@ -19,8 +19,10 @@ Quantize = Literal["4bit"]
 INDEX_NAME = "store.json"  # of a code store
 ADAPTER_CONFIG = "adapter_config.json"
 RUN_STATE = "run.json"
+CLIPS_FILE = "clips.jsonl"  # of a folder of clips
 BASE, ADAPTER, CLIPS = "base", "adapter", "clips"  # kinds of what is evaluated
 HUB_PREFIX = "hf:"  # of a data set at the hub
+_SHOWN = 10  # of several folders
 _SOURCE_FILES = (".jsonl", ".ndjson", ".csv", ".tsv", ".list", ".txt", ".json")
 _UNDERSTOOD = """What is understood:
 - a folder of recordings (wav, flac, mp3, ogg, opus), each with a .txt, .lab or .json of the same name
@@ -98,12 +100,29 @@ def check_wav_name(path: Path) -> None:
         raise InputError(f"{path}: {path.parent} is a file, not a folder")
 
 
-def find_adapter(path: str | Path) -> Path:
-    """The adapter folder that a user means: of a run's folder, the adapter of its last finished stage.
+def find_run(path: str | Path) -> Path:
+    """The run's or adapter's folder that a user means: the given one, or the only one in a direct sub-folder of it.
 
-    Raises CheckpointError when there is none.
+    What holds neither is returned as it is. Raises CheckpointError for a folder with several.
     """
     folder = Path(path).expanduser()
+    if any((folder / name).exists() for name in (ADAPTER_CONFIG, RUN_STATE, "config.json", CLIPS_FILE)):
+        return folder
+    inside = sorted({found.parent for name in (ADAPTER_CONFIG, RUN_STATE) for found in folder.glob(f"*/{name}")})
+    if len(inside) > 1:
+        raise CheckpointError(
+            f"{folder} holds several runs or adapters: name one of {', '.join(map(str, inside[:_SHOWN]))}"
+            + (f" and {len(inside) - _SHOWN} more" if len(inside) > _SHOWN else "")
+        )
+    return inside[0] if inside else folder
+
+
+def find_adapter(path: str | Path) -> Path:
+    """The adapter folder that a user means (see `find_run`): of a run, the adapter of its last finished stage.
+
+    Raises CheckpointError when there is none, or several.
+    """
+    folder = find_run(path)
     if (folder / ADAPTER_CONFIG).exists():
         return folder
     if (folder / RUN_STATE).exists():
@@ -115,23 +134,23 @@ def find_adapter(path: str | Path) -> Path:
             return folder / place
         raise CheckpointError(f"the run {folder} has no finished stage yet: `higgstune train` it to its end")
     hint = "; it is a checkpoint: name it with --model" if (folder / "config.json").exists() else ""
-    if inside := sorted(folder.glob(f"*/{ADAPTER_CONFIG}")):
-        hint = f"; there is one in {inside[-1].parent}: name that folder"
     if (folder / "adapters.safetensors").exists():
         hint = "; it is an adapter of MLX, which is not read: convert it to peft's layout"
     raise CheckpointError(f"{folder} is neither an adapter ({ADAPTER_CONFIG}) nor a run ({RUN_STATE}){hint}")
 
 
 def is_unusable_run(path: Path) -> bool:
-    """Whether a path is the folder of a run that ended with an adapter that is not usable."""
+    """Whether a path names a run that ended with an adapter that is not usable."""
+    path = find_run(path)
     return (path / RUN_STATE).exists() and read_json(path / RUN_STATE, "").get("status") == "not usable"
 
 
 def kind_of(target: Path) -> str:
     """Whether something to evaluate is an adapter (or its run), a base, or a folder of clips.
 
-    What is not a folder is a base at the hub.
+    What is not a folder is a base at the hub. Raises CheckpointError for a folder with several runs.
     """
+    target = find_run(target)
     if (target / ADAPTER_CONFIG).exists() or (target / RUN_STATE).exists():
         return ADAPTER
     return BASE if not target.is_dir() or (target / "config.json").exists() else CLIPS

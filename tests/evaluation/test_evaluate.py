@@ -327,15 +327,28 @@ def test_a_second_evaluation_of_a_folder_is_kept_away(world: Path, run: Path) ->
 def test_errors_name_the_target_that_was_probably_meant(
     world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"name .*run$"):
-        evaluate(run.parent)
-    with pytest.raises(ConfigError, match=r"contains one: name .*adapter"):
-        evaluate(run / "voice")
+    both = tmp_path / "both"
+    for name in ("one", "two"):
+        shutil.copytree(run, both / name)
+    with pytest.raises(CheckpointError, match=r"both holds several runs or adapters: name one of .*one, .*two$"):
+        evaluate(both)
     card = run / "voice" / "adapter" / "higgstune.json"
     card.write_text(card.read_text().replace(str(world / "data"), "data"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="the store data that the adapter was trained on does not exist, seen from"):
         evaluate(run, base=CPU)
+
+
+def test_a_store_is_found_from_another_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe names it by a relative path, the card by an absolute one."""
+    card = run / "voice" / "adapter" / "higgstune.json"
+    content = json.loads(card.read_text())
+    content["recipe"]["data"]["store"] = "data"
+    card.write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    found = evaluate(run, base=CPU, limit=1, with_base=False)
+    assert found.settings is not None
+    assert found.settings.store == content["data"]["store"]
 
 
 def test_options_that_mean_nothing_for_clips_are_refused(tmp_path: Path, command: Command) -> None:

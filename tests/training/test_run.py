@@ -344,6 +344,7 @@ def test_a_store_of_another_codec_is_refused(world: Path, tmp_path: Path) -> Non
 
 def test_an_adapter_speaks_from_its_folder_alone(finished: Path, tmp_path: Path) -> None:
     assert find_adapter(finished) == finished / "stage2" / "adapter"
+    assert find_adapter(finished / "stage1") == finished / "stage1" / "adapter"
     clip = load(finished, device="cpu").speak("Hello there.", max_seconds=0.4)
     waveform, rate = soundfile.read(clip.save(tmp_path / "new" / "x.wav"))
     assert rate == clip.sample_rate == 24_000

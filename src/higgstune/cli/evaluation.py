@@ -29,7 +29,7 @@ from higgstune.cli.options import (
 from higgstune.cli.output import Bar, announced, command_line, print_measures, print_next, print_result
 from higgstune.errors import ConfigError
 from higgstune.files import check_folder
-from higgstune.inputs import CLIPS, BaseSpec, check_store, is_unusable_run, kind_of
+from higgstune.inputs import CLIPS, BaseSpec, check_store, find_run, is_unusable_run, kind_of
 
 _VALIDATION = "validation"
 _BEST = "Which is best"
@@ -73,6 +73,7 @@ def evaluate(
 
     A repeated command reuses what was spoken and judged before.
     """
+    target = find_run(target)
     if kind_of(target) == CLIPS and (texts != _VALIDATION or guard or limit is not None or data is not None):
         raise ConfigError(
             f"{target} is a folder of clips, which are measured as they are: no --set, --guard, --limit, --data"

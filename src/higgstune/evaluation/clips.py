@@ -19,13 +19,12 @@ from higgstune.data.audio import AUDIO_SUFFIXES
 from higgstune.data.importers.folder import read_folder
 from higgstune.data.rejection import RowError
 from higgstune.data.source import is_within
-from higgstune.errors import ConfigError, DataError
+from higgstune.errors import DataError
 from higgstune.families import check_checkpoint
 from higgstune.files import write_file
-from higgstune.inputs import ADAPTER, ADAPTER_CONFIG, BASE, RUN_STATE, BaseSpec, find_adapter, kind_of
+from higgstune.inputs import ADAPTER, BASE, CLIPS_FILE, BaseSpec, find_adapter, kind_of
 from higgstune.model.adapter_folder import adapter_card, recorded_base
 
-CLIPS_FILE = "clips.jsonl"
 VOICES_FOLDER = "voices"
 SAMPLES = "samples"  # folder of a stage, with the clips that were spoken during training
 _PATHS = ("file", "reference", "recording")
@@ -55,14 +54,10 @@ _CLIP = TypeAdapter(Clip)
 def read_clips(folder: str | Path) -> list[Clip]:
     """The clips of a folder: from its `clips.jsonl` or, without one, from audio files with a .txt beside each.
 
-    Raises DataError for a wrong row, for a file that is missing or outside the folder, and if there is no clip;
-    ConfigError for a folder of runs.
+    Raises DataError for a wrong row, for a file that is missing or outside the folder, and if there is no clip.
     """
     folder = Path(folder)
     index = folder / CLIPS_FILE
-    for inside in (RUN_STATE, ADAPTER_CONFIG):
-        if not index.exists() and (found := sorted(folder.glob(f"*/{inside}"))):
-            raise ConfigError(f"{folder} is neither a run nor an adapter, but contains one: name {found[0].parent}")
     if index.is_file():
         try:
             lines = index.read_text(encoding="utf-8-sig").split("\n")
@@ -82,7 +77,7 @@ def read_clips(folder: str | Path) -> list[Clip]:
 def check_target(target: Path, base: BaseSpec) -> None:
     """Refuse, from small files, what cannot be evaluated: an unfinished run, a base that does not exist, no clips.
 
-    Raises CheckpointError, DataError, ConfigError.
+    Raises CheckpointError, DataError.
     """
     kind = kind_of(target)
     if kind == ADAPTER:

@@ -21,9 +21,9 @@ from higgstune.evaluation.report.run_report import evaluations_of, facts_of
 from higgstune.evaluation.score import compare as differences_of
 from higgstune.evaluation.test_sets import VALIDATION
 from higgstune.files import write_file
-from higgstune.inputs import ADAPTER, BASE, CLIPS, RUN_STATE, BaseSpec, find_adapter, kind_of
+from higgstune.inputs import ADAPTER, BASE, CLIPS, RUN_STATE, BaseSpec, find_adapter, find_run, kind_of
 from higgstune.metrics import METRICS, SIGNIFICANT, Difference, Evaluation
-from higgstune.model.adapter_folder import adapter_card, adapter_conditioning
+from higgstune.model.adapter_folder import adapter_card, adapter_conditioning, stores_of_card
 from higgstune.progress import Progress
 
 _MAX_TEXTS = 40  # with players
@@ -117,8 +117,8 @@ def compare(
 
     Raises as `evaluate`, and DataError if systems did not speak the same texts.
     """
-    places = [Path(target) for target in targets]
-    names = system_names(places)
+    names = system_names([Path(target) for target in targets])
+    places = [find_run(target) for target in targets]
     check_rules(gates, rank, judge_specs(asr, speaker_judge, quality_judge))
     with_whisper = [_uses_whisper(place) for place in places]
     if whisper is not None and not any(with_whisper):
@@ -167,10 +167,8 @@ def _store_of(places: Sequence[Path]) -> str | None:
         if (place / RUN_STATE).is_file():
             state = read_json(place / RUN_STATE, "")
             if "adapter" in state:
-                store: str | None = (
-                    adapter_card(place / state["adapter"]).get("recipe", {}).get("data", {}).get("store")
-                )
-                return store
+                stores = stores_of_card(adapter_card(place / state["adapter"]))
+                return next((str(store) for store in stores if store.exists()), str(stores[0]) if stores else None)
     return None
 
 

@@ -36,9 +36,19 @@ from higgstune.evaluation.test_sets import VALIDATION, Sentence, read_sentences
 from higgstune.families.sampling import Sampling
 from higgstune.files import alone_in, write_file
 from higgstune.generate.speaker import Speaker, trained_sampling
-from higgstune.inputs import ADAPTER, ADAPTER_CONFIG, BASE, CLIPS, RUN_STATE, BaseSpec, base_and_adapter, kind_of
+from higgstune.inputs import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    BASE,
+    CLIPS,
+    RUN_STATE,
+    BaseSpec,
+    base_and_adapter,
+    find_run,
+    kind_of,
+)
 from higgstune.metrics import METRICS, SIGNIFICANT, Difference, Evaluation, verdict
-from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, base_fingerprint
+from higgstune.model.adapter_folder import ADAPTER_WEIGHTS, adapter_card, base_fingerprint, stores_of_card
 from higgstune.model.load import ModelAndTokenizers, load_base
 from higgstune.progress import Progress, silent
 
@@ -193,7 +203,7 @@ def evaluate(
         raise ConfigError(f"limit is {limit}: it must be at least 1")
     if guard and not with_base:
         raise ConfigError("guard needs the base to compare with: leave out --no-base")
-    target = Path(target)
+    target = find_run(target)
     show = progress or silent
     kind = kind_of(target)
     base, adapter = (base, None) if kind == CLIPS else base_and_adapter(target, base)
@@ -356,15 +366,16 @@ def _open_store(
 ) -> CodeStore | None:
     """The store whose rows and voices are used: `data`, or the one that the adapter was trained on."""
     card = {} if adapter is None else adapter_card(adapter)
-    place = data or card.get("recipe", {}).get("data", {}).get("store")
-    if place is None or (data is None and not needed and not Path(place).exists()):
-        if needed:
+    places = [Path(data)] if data is not None else stores_of_card(card)
+    place = next((place for place in places if data is not None or place.exists()), None)
+    if place is None:
+        if not needed:
+            return None
+        if not places:
             raise DataError("validation rows come from a store: name it with --data, or other texts with --set")
-        return None
-    if data is None and not Path(place).exists():
         raise DataError(
-            f"the store {place} that the adapter was trained on does not exist, seen from {Path.cwd()}: name it with "
-            "--data"
+            f"the store {' or '.join(map(str, places))} that the adapter was trained on does not exist, seen from "
+            f"{Path.cwd()}: name it with --data"
         )
     store = CodeStore.open(place)
     if store.info.codec_revision != codec_revision:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from higgstune.exporting.source import Source
 from higgstune.families import check_family
 from higgstune.inputs import INDEX_NAME
 from higgstune.kernels import IGNORE
-from higgstune.model.adapter_folder import adapter_conditioning
+from higgstune.model.adapter_folder import adapter_conditioning, stores_of_card
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.verify import MARGIN, difference
 from higgstune.training.verify import TOLERANCE as RELOAD_TOLERANCE
@@ -47,23 +46,19 @@ def held_out(
 
     Raises DataError when the store was encoded by another codec, or when there is neither store nor probe.
     """
-    recorded = _recorded_store(source.card)
+    places = stores_of_card(source.card)
+    recorded = next((place for place in places if (place / INDEX_NAME).exists()), None)
     if data is not None:
         return _from_store(Path(data), source, loaded, with_whisper)
-    if recorded is not None and (recorded / INDEX_NAME).exists():
+    if recorded is not None:
         return _from_store(recorded, source, loaded, with_whisper)
     probe = source.run / "verify" / "probe.safetensors"
     if probe.exists():
         return _from_probe(probe)
+    store = places[0] if places else "that the adapter was trained on"
     raise DataError(
-        f"no clips to compare on: neither the store {recorded or 'that the adapter was trained on'} nor {probe} "
-        "exists; name a prepared store with --data"
+        f"no clips to compare on: neither the store {store} nor {probe} exists; name a prepared store with --data"
     )
-
-
-def _recorded_store(card: dict[str, Any]) -> Path | None:
-    store = card.get("data", {}).get("store") or card.get("recipe", {}).get("data", {}).get("store")
-    return Path(store).expanduser() if store else None
 
 
 def _from_store(folder: Path, source: Source, loaded: ModelAndTokenizers, with_whisper: bool) -> HeldOut:

@@ -117,6 +117,12 @@ def recorded_base(base: BaseSpec, adapter: Path, card: Mapping[str, Any]) -> Bas
     return found.filled(codec=codec)
 
 
+def stores_of_card(card: Mapping[str, Any]) -> list[Path]:
+    """Where the store that an adapter was trained on may be: where it was, and where its recipe names it from here."""
+    named = (card.get("data", {}).get("store"), card.get("recipe", {}).get("data", {}).get("store"))
+    return list(dict.fromkeys(Path(name).expanduser() for name in named if name))
+
+
 def _has_codec(base: BaseSpec) -> bool:
     """Whether a base brings its codec; false for a missing base, which is refused where it is loaded."""
     try:

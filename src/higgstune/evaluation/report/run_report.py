@@ -12,7 +12,7 @@ from higgstune.config.expression import STEP
 from higgstune.data.shard_reader import read_index
 from higgstune.environment import versions
 from higgstune.errors import DataError
-from higgstune.evaluation.clips import CLIPS_FILE, SAMPLES, Clip, read_clips
+from higgstune.evaluation.clips import SAMPLES, Clip, read_clips
 from higgstune.evaluation.evaluate import FOLDER, EvaluationResult, SetResult
 from higgstune.evaluation.report.measures import changes_of
 from higgstune.evaluation.report.page import (
@@ -28,7 +28,7 @@ from higgstune.evaluation.report.page import (
 )
 from higgstune.evaluation.report.players import badness, complaints, take_of
 from higgstune.evaluation.verdict import Verdict
-from higgstune.inputs import ADAPTER, BASE, RUN_STATE
+from higgstune.inputs import ADAPTER, BASE, CLIPS_FILE, RUN_STATE
 from higgstune.metrics import METRICS, ClipRow, Confusion, Evaluation, shown
 from higgstune.model.adapter_folder import adapter_card
 
