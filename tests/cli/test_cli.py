@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -59,6 +60,9 @@ def test_help_fits_80_columns_and_shows_no_ranges(command: Command, monkeypatch:
     _, out, _ = command(verb, "--help")
     assert max(map(len, out.splitlines())) <= 80
     assert "<=" not in out.replace('"wer <= 0.1"', "")  # but for an example of a rule
+    assert "<bool>" not in out
+    options = re.findall(r"^│[ *]*(--[\w-]+)(.*)│$", out, re.MULTILINE)
+    assert all(re.search(r"[a-z]{2}", rest) for _, rest in options), "an option is not explained"
     assert len(out.splitlines()) < 65
 
 
@@ -160,6 +164,11 @@ WRONG = (
     (("inspect", "store", "--outliers", "--row", "0"), "--outliers lists all rows"),
     (("inspect", "store", "--row", "0", "--listen", "x.mp3"), "speech is written as .wav"),
     (("speak",), "a text or --file"),
+    (("speak", "--nosuch"), "No such option: --nosuch"),
+    (("speak", "Hello.", "--seed", "x"), "--seed"),
+    (("speak", "Hello.", "--top-p"), "--top-p"),
+    (("speak", "Hello.", "--quantize", "8bit"), "'8bit' is not one of '4bit'"),
+    (("inspect",), "Missing argument"),
     (("speak", "Hello."), "--adapter"),
     (("speak", "Hello.", "--model", "/no/where"), "/no/where"),
     (("speak", "Hello.", "--adapter", "/no/where"), "neither an adapter"),

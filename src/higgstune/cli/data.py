@@ -15,7 +15,7 @@ from higgstune.errors import DataError
 from higgstune.hub import check_name
 from higgstune.inputs import check_source, check_store, check_store_place
 
-_LABELS, _LIMITS, _MODEL = "Labels of all rows", "Which clips", "Model"
+_LABELS, _REFERENCES, _LIMITS, _MODEL = "Labels of all rows", "References", "Which clips", "Model"
 
 
 def prepare(
@@ -30,11 +30,21 @@ def prepare(
     *,
     out: Annotated[Path, typer.Option(parser=path, metavar="FOLDER", help="Code store: a new one, or one to add to.")],
     references: Annotated[
-        Literal["none", "same_speaker"], typer.Option(help="same_speaker: pair each clip with another of its speaker.")
+        Literal["none", "same_speaker"],
+        typer.Option(
+            metavar="HOW",
+            help="none, or same_speaker: pair each clip with another of its speaker, to train cloning.",
+            rich_help_panel=_REFERENCES,
+        ),
     ] = "none",
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the pairing.")] = 0,
-    speaker: Annotated[str | None, typer.Option(metavar="NAME", rich_help_panel=_LABELS)] = None,
-    language: Annotated[str | None, typer.Option(metavar="CODE", help="Such as en.", rich_help_panel=_LABELS)] = None,
+    seed: Annotated[
+        int,
+        typer.Option(metavar="N", help="Draws the pairs: the same seed, the same pairs.", rich_help_panel=_REFERENCES),
+    ] = 0,
+    speaker: Annotated[str | None, typer.Option(metavar="NAME", help="Who speaks.", rich_help_panel=_LABELS)] = None,
+    language: Annotated[
+        str | None, typer.Option(metavar="CODE", help="Language of the texts, such as en.", rich_help_panel=_LABELS)
+    ] = None,
     scene: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Description of the scene.", rich_help_panel=_LABELS)
     ] = None,

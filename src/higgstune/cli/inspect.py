@@ -65,14 +65,23 @@ def inspect(
     ] = None,
     text_targets: Annotated[
         Literal["transcript", "assistant", "none"],
-        typer.Option(help="Which text has labels.", rich_help_panel=_TOKENS),
+        typer.Option(
+            metavar="WHICH",
+            help="Which text has labels: transcript, assistant or none.",
+            rich_help_panel=_TOKENS,
+        ),
     ] = "transcript",
     reference: Annotated[
         Literal["turn", "scene"],
-        typer.Option(help="Place of the reference, as data.reference of a recipe.", rich_help_panel=_TOKENS),
+        typer.Option(
+            metavar="PLACE",
+            help="Of the reference: turn or scene, as data.reference of a recipe.",
+            rich_help_panel=_TOKENS,
+        ),
     ] = "turn",
     whisper: Annotated[
-        str | None, typer.Option(metavar="NAME", help="As model.whisper of a recipe.", rich_help_panel=_TOKENS)
+        str | None,
+        typer.Option(metavar="NAME", help="Whisper checkpoint, as model.whisper of a recipe.", rich_help_panel=_TOKENS),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from higgstune.cli import checkup, data, evaluation, export, inspect, recipe, speech, training
+from higgstune.cli.options import Verb
 from higgstune.cli.output import mute_libraries, print_error
 from higgstune.errors import HiggstuneError, Interrupted
 
@@ -38,7 +39,7 @@ for _verb, _example in (
     (checkup.doctor, "doctor --adapter runs/voice --data data/voice"),
     (checkup.demo, "demo --out runs/demo"),
 ):
-    app.command(epilog=f"Example: higgstune {_example}")(_verb)
+    app.command(cls=Verb, epilog=f"Example: higgstune {_example}")(_verb)
 
 _TRACEBACK = "HIGGSTUNE_TRACEBACK"  # an environment variable
 _SHOWN = 500  # characters of an unexpected error

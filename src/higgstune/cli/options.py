@@ -5,13 +5,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from higgstune.environment import check_device_name
 from higgstune.hub import check_name, local_folder
 from higgstune.inputs import BaseSpec, Quantize, find_adapter
 
 TEXTS, VOICE, SAMPLING, JUDGES = "Texts", "Voice", "Sampling", "Judges"
-MODEL, DEVICE = "Model", "Device"
+MODEL, DEVICE, PLAN = "Model", "Device", "Plan a run"
+
+
+class Verb(TyperCommand):
+    """A command whose help names no type of a flag: the column takes the room of the explanations."""
+
+    def get_params(self, ctx: typer.Context) -> list[Any]:  # type: ignore[override]
+        """The options and arguments, with `--help`."""
+        found = list(super().get_params(ctx))
+        for parameter in found:
+            if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+                parameter.metavar = ""
+        return found
 
 
 def path(text: str) -> Path:
@@ -108,11 +121,16 @@ DeviceOption = Annotated[
 ]
 PlannedDeviceOption = Annotated[
     str | None,
-    typer.Option(metavar="NAME", callback=_device, help="With --plan: cpu or cuda, whether or not it is present."),
+    typer.Option(
+        metavar="NAME",
+        callback=_device,
+        help="Plan for cpu or cuda, whether or not it is present.",
+        rich_help_panel=PLAN,
+    ),
 ]
 QuantizeOption = Annotated[
     Quantize | None,
-    typer.Option(help="Load the base in 4 bits, for a small GPU.", rich_help_panel=DEVICE),
+    typer.Option(metavar="4bit", help="Load the base in 4 bits, for a small GPU.", rich_help_panel=DEVICE),
 ]
 
 # Texts
@@ -183,6 +201,9 @@ TemperatureOption = Annotated[
 SeedOption = Annotated[
     int,
     typer.Option(
-        metavar="N", callback=within(0, 2**62), help="The same seed repeats the same speech.", rich_help_panel=SAMPLING
+        metavar="N",
+        callback=within(0, 2**62),
+        help="Draws the codes: the same seed repeats the same speech.",
+        rich_help_panel=SAMPLING,
     ),
 ]

@@ -14,7 +14,9 @@ from higgstune.files import NOTHING_KEPT, check_folder, check_new, write_file, w
 
 
 def recipe(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A recipe; none lists them.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Which to write out; without it, all are listed.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(parser=path, metavar="FILE", help="File to write; default: NAME.yaml.")
     ] = None,

@@ -48,14 +48,17 @@ def speak(
         ),
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(parser=path, metavar="FOLDER", help="An adapter, or a run.", rich_help_panel=VOICE)
+        Path | None,
+        typer.Option(
+            parser=path, metavar="FOLDER", help="The voice: folder of a run or an adapter.", rich_help_panel=VOICE
+        ),
     ] = None,
     reference: Annotated[
         Path | None,
         typer.Option(parser=path, metavar="FILE", help="Recording of a voice to imitate.", rich_help_panel=VOICE),
     ] = None,
     reference_text: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What is said in it.", rich_help_panel=VOICE)
+        str | None, typer.Option(metavar="TEXT", help="What is said in that recording.", rich_help_panel=VOICE)
     ] = None,
     scene: Annotated[
         str | None,
@@ -67,14 +70,17 @@ def speak(
         typer.Option(
             metavar="P",
             callback=within(0, 1, above=True),
-            help="Draw from the likeliest codes that make up this probability; 1 is off.",
+            help="Draw only from the likeliest codes, which have this probability together: lower is safer; 1 is off.",
             rich_help_panel=SAMPLING,
         ),
     ] = None,
     top_k: Annotated[
         int | None,
         typer.Option(
-            metavar="N", callback=within(0), help="Draw from the N likeliest codes; 0 is off.", rich_help_panel=SAMPLING
+            metavar="N",
+            callback=within(0),
+            help="Draw only from the N likeliest codes; 0 is off.",
+            rich_help_panel=SAMPLING,
         ),
     ] = None,
     seed: SeedOption = 0,
@@ -83,7 +89,7 @@ def speak(
         typer.Option(
             metavar="SECONDS",
             callback=within(0, 3600, above=True),
-            help="Longest piece; default: from the text's length.",
+            help="Longest piece; default: by the length of the text.",
             rich_help_panel=SAMPLING,
         ),
     ] = None,

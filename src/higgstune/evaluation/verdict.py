@@ -176,7 +176,8 @@ def _advice(found: Evidence, loss: float | None) -> tuple[str, tuple[str, ...]]:
     losses = list(validation_losses(found.history).values())
     start = losses[0] if losses else None
     rate = f"{found.path}.learning_rate={_lower(found.stage.learning_rate)}"
-    lower, longer = f"try {rate}", (f"{found.path}.max_steps={2 * found.planned_steps}",)
+    lower = f"try {rate}"
+    longer: tuple[str, ...] = (f"{found.path}.max_steps={2 * found.planned_steps}",)
     if found.stage.epochs is not None:
         longer = (f"{found.path}.epochs=null", *longer)
     rose = start is not None and max(losses) > GREW * start
