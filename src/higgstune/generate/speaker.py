@@ -226,13 +226,15 @@ class Speaker:
         max_seconds: float | None = None,
         batch_size: int = 8,
         sync_logits: Callable[[Tensor], Tensor] | None = None,
+        warn: bool = True,
     ) -> Iterator[Speech]:
         """Speak texts in their order, each in its own voice, `batch_size` at a time when the first of them is due.
 
         Long texts are split into pieces; the prompt of each piece has the one before as context. `sampling` takes the
         place of what adapter and base recommend (`Speaker.sampling`). `max_seconds` caps every piece, instead of the
-        cap from the text's length. `sync_logits`: see `generate`. Raises DataError for a
-        text without a letter and a digit, or with control tokens, before any is spoken.
+        cap from the text's length. `sync_logits`: see `generate`. `warn` logs a warning for each piece that the
+        cap ends. Raises DataError for a text without a letter and a digit, or with control tokens, before any is
+        spoken.
         """
         if max_seconds is not None and not 0 < max_seconds <= MAX_SECONDS:
             raise InputError(f"max_seconds is {max_seconds}: it must be above 0 and at most {MAX_SECONDS:g}")
@@ -252,7 +254,7 @@ class Speaker:
                 )
                 for clip, piece in zip(pending, spoken, strict=True):
                     clip.spoken.append(piece)
-            yield from map(self._speech, batch)
+            yield from (self._speech(clip, warn) for clip in batch)
 
     def _prompt(self, clip: "_Clip") -> Example:
         reference, scene = clip.request.voice, clip.request.scene
@@ -275,9 +277,9 @@ class Speaker:
         rate = self.codec.frame_rate
         return frame_cap(text, rate) if max_seconds is None else max(1, round(max_seconds * rate))
 
-    def _speech(self, clip: "_Clip") -> Speech:
+    def _speech(self, clip: "_Clip", warn: bool) -> Speech:
         hit_cap = any(piece.hit_cap for piece in clip.spoken)
-        for text in (text for text, piece in zip(clip.pieces, clip.spoken, strict=True) if piece.hit_cap):
+        for text in (text for text, piece in zip(clip.pieces, clip.spoken, strict=True) if piece.hit_cap and warn):
             logger.warning(
                 "speech did not stop by itself and was cut at the frame cap, %.1f s: %r (%s)",
                 self._cap(text, clip.max_seconds) / self.codec.frame_rate, text, _ADVICE,

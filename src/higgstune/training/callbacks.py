@@ -134,6 +134,9 @@ _SHOWN = (
 )
 
 
+_SPEED_PERIOD = 600.0  # seconds of steps from which the time left is estimated: a validation is a long pause
+
+
 class ProgressReport(TrainerCallback):
     """Draws the progress of one stage on stderr."""
 
@@ -150,10 +153,17 @@ class ProgressReport(TrainerCallback):
         if state.is_world_process_zero and state.global_step:
             self.console.print(f"{self.stage} resumes after step {state.global_step}", highlight=False)
         if state.is_world_process_zero and sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Progress(*columns, TextColumn("{task.fields[numbers]}"), console=self.console)
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("steps,"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+            )
+            self.bar = Progress(*columns, console=self.console, speed_estimate_period=_SPEED_PERIOD)
             self.bar.start()
-            self.task = self.bar.add_task(self.stage, total=state.max_steps, completed=state.global_step, numbers="")
+            self.task = self.bar.add_task(self.stage, total=state.max_steps, completed=state.global_step)
 
     @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -170,16 +180,12 @@ class ProgressReport(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the newest numbers: beside the bar, or as a line."""
+        """Show the newest numbers as a line, on a terminal above the bar."""
         numbers = "  ".join(form.format(logs[key]) for key, form in _SHOWN if logs and key in logs)
         if not numbers or not state.is_world_process_zero:
             return
-        if self.bar is not None:
-            self.bar.update(self.task, numbers=numbers)
-        else:
-            self.console.print(
-                f"{self.stage} {state.global_step}/{state.max_steps}  {numbers}", highlight=False, soft_wrap=True
-            )
+        line = f"{self.stage} {state.global_step}/{state.max_steps}  {numbers}"
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     @override
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:

@@ -225,6 +225,7 @@ class SampleEvaluation:
             [self.items[index].request for index in mine],
             sampling=speaker.sampling.with_(temperature=self.settings.temperature),
             sync_logits=self.processes.broadcast if self.together else None,
+            warn=False,  # the same clips each time; their share is logged, and the verdict counts them
         )
         found: dict[int, Speech] = {}
         for share in self.processes.all_gather(dict(zip(mine, spoken, strict=True))):
