@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from higgstune.config.trackers import check_installed, read_trackers
+from higgstune.config.trackers import check_installed, missing_trackers, read_trackers
 from higgstune.errors import ConfigError
 
 
@@ -18,6 +18,10 @@ def test_a_tracker_without_its_library_is_refused_before_that_is_imported() -> N
     with pytest.raises(ConfigError, match="report_to names wandb, whose library wandb is not installed"):
         check_installed(("tensorboard", "wandb"))
     assert set(sys.modules) == before
+
+
+def test_missing_libraries_are_named() -> None:
+    assert missing_trackers(("tensorboard", "wandb")) == ["report_to names wandb, whose library wandb is not installed"]
 
 
 @pytest.mark.parametrize("value", [3, {"a": 1}, True])

@@ -11,6 +11,7 @@ from doctor_world import failed, messages_of
 
 from higgstune import BaseSpec
 from higgstune.diagnostics.examine import doctor
+from higgstune.diagnostics.report import Finding, sorted_report
 from higgstune.diagnostics.without_libraries import check_disk, check_versions
 from higgstune.errors import ConfigError
 
@@ -107,3 +108,24 @@ def test_the_command_prints_a_table_or_json_and_exits_as_it_should(
     assert "toaster" in err
     assert command("doctor", "--modle", "x")[0] == 2
     assert command("doctor")[0] == 0
+
+
+def test_without_a_terminal_nothing_is_cut_and_lines_stay_short() -> None:
+    message = "word " * 100 + "/a/very/long/path" * 20
+    report = sorted_report([Finding("data", "failed", message, "do this"), Finding("environment", "ok", "fine")])
+    lines = report.text().splitlines()
+    assert lines[0] == "ok       environment: fine"
+    assert lines[1].startswith("failed   data: word word")
+    assert lines[-1] == "         to do: do this"
+    assert "".join(lines).count("word") == 100
+    assert "/a/very/long/path" * 20 in report.text()
+    assert all(len(line) <= 110 for line in lines if "/a/very" not in line)
+
+
+def test_a_tracker_without_its_library_fails(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "data: {store: x}\nmodel: {checkpoint: nowhere/at/all}\nreport_to: wandb\n"
+        "stages: [{name: a, kind: full, epochs: 1}]\n"
+    )
+    report = doctor(recipe=tmp_path / "recipe.yaml")
+    assert "whose library wandb is not installed" in messages_of(report, "recipe", "failed")

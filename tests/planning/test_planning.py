@@ -305,8 +305,9 @@ def test_plan_on_the_command_line(
     assert sum(stage["memory"].values()) == stage["peak"] == found["peak"]
     assert stage["tokens_per_second"] > 0
     assert stage["seconds"] == pytest.approx(stage["steps"] * stage["tokens_per_pack"] / stage["tokens_per_second"])
-    code, out, err = command("train", path, "--plan", "--memory", "1MB")
+    code, out, err = command("train", path, "--plan", "--memory", "1MB", "--set", "report_to=wandb")
     assert code == 1
+    assert "warning: report_to names wandb, whose library wandb is not installed on this machine" in err
     assert "planning stages 1/1" in err
     assert "It does not fit" in out
     code, out, _ = command("train", path, "--plan", "--device", "cuda", "--memory", "16GB", "--json")

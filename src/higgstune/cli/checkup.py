@@ -1,6 +1,7 @@
 """The verbs `doctor` and `demo`: whether what is here works."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +54,10 @@ def doctor(
     if as_json:
         print_result(report.to_json(), as_json)
     else:
-        print_table(report.table())
+        if sys.stdout.isatty():
+            print_table(report.table())
+        else:
+            typer.echo(report.text())
         typer.echo(", ".join(f"{count} {status}" for status, count in report.summary.items()))
     if not report.passed:
         raise typer.Exit(1)

@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from higgstune.cli.endings import print_trained
-from higgstune.cli.options import JsonOption, PlannedDeviceOption, path
-from higgstune.cli.output import Bar, announced, print_result, print_table
+from higgstune.cli.options import PLAN, JsonOption, PlannedDeviceOption, path
+from higgstune.cli.output import Bar, announced, errors, print_result, print_table
 from higgstune.errors import ConfigError, not_usable_code
 from higgstune.files import check_folder
 from higgstune.hub import check_name
@@ -23,20 +23,35 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(parser=path, help="A recipe in YAML, or the name of a shipped one: voice.")],
-    out: Annotated[Path | None, typer.Option(parser=path, metavar="FOLDER", help="Folder of the run.")] = None,
+    recipe: Annotated[
+        Path, typer.Argument(parser=path, help="A recipe in YAML, or one that `higgstune recipe` lists: voice.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=path, metavar="FOLDER", help="Folder of the run: a new one, or with --resume an old one."),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Such as stages.0.learning_rate=5e-5; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a key of the recipe, such as stages.0.learning_rate=5e-5; may be repeated.",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
     plan: Annotated[
         bool,
-        typer.Option("--plan", help="Only print memory, steps and time; exit code 1 if the run does not fit."),
+        typer.Option(
+            "--plan",
+            help="Only print memory, steps and time; exit code 1 if the run does not fit.",
+            rich_help_panel=PLAN,
+        ),
     ] = False,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="With --plan: memory of the device, such as 16GB; default: what is free."),
+        typer.Option(
+            metavar="SIZE", help="Memory of the device, such as 16GB; default: what is free.", rich_help_panel=PLAN
+        ),
     ] = None,
     device: PlannedDeviceOption = None,
     as_json: JsonOption = False,
@@ -87,11 +102,14 @@ def _as_json(result: "RunResult") -> dict[str, Any]:
 
 def _show_plan(recipe: "Recipe", memory: str | None, device: str | None, as_json: bool) -> None:
     with announced("planning", as_json):
+        from higgstune.config.trackers import ADVICE, missing_trackers
         from higgstune.planning.report import plan
         from higgstune.progress import silent
 
     with Bar() as bar:
         found = plan(recipe, memory=memory, device=device, progress=silent if as_json else bar)
+    for problem in missing_trackers(recipe.report_to):  # a warning, as the plan may be for another machine
+        errors.print(f"warning: {problem} on this machine: {ADVICE}")
     if as_json:
         print_result(found.as_json(), as_json)
     else:

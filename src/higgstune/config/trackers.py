@@ -7,6 +7,7 @@ from typing import Any
 from higgstune.data.rejection import did_you_mean
 from higgstune.errors import ConfigError
 
+ADVICE = "install it, or leave the tracker out (report_to: none for no tracker)"
 _LIBRARIES = {  # by tracker
     "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow", "comet_ml": "comet_ml",
     "neptune": "neptune", "swanlab": "swanlab", "clearml": "clearml", "codecarbon": "codecarbon",
@@ -34,11 +35,16 @@ def read_trackers(value: Any) -> Any:
     return tuple(names)
 
 
+def missing_trackers(trackers: Sequence[str]) -> list[str]:
+    """What is wrong with trackers whose library is missing on this machine."""
+    return [
+        f"report_to names {name}, whose library {_LIBRARIES[name]} is not installed"
+        for name in trackers
+        if find_spec(_LIBRARIES[name]) is None
+    ]
+
+
 def check_installed(trackers: Sequence[str]) -> None:
     """Raise ConfigError for a tracker whose library is missing on this machine."""
-    for name in trackers:
-        if find_spec(_LIBRARIES[name]) is None:
-            raise ConfigError(
-                f"report_to names {name}, whose library {_LIBRARIES[name]} is not installed: install it, or leave the "
-                "tracker out (report_to: none for no tracker)"
-            )
+    for problem in missing_trackers(trackers):
+        raise ConfigError(f"{problem}: {ADVICE}")

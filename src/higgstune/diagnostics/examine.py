@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from higgstune.batch.dataset import PLAIN, Rendering
 from higgstune.codec import CODEC_FOLDER, Codec, checkpoint_codec, load_codec
 from higgstune.config.recipe import Recipe, load_recipe
+from higgstune.config.trackers import ADVICE, missing_trackers
 from higgstune.data.store import CodeStore, Row
 from higgstune.diagnostics import adapter as adapters
 from higgstune.diagnostics import checkpoint as checkpoints
@@ -206,6 +207,7 @@ class _Examination:
         self.rendering = Rendering(reference=recipe.data.reference)
         stages = ", ".join(f"{stage.name} ({stage.kind})" for stage in recipe.stages)
         found = [Finding("recipe", "ok", f"{self.names.recipe}: {stages}")]
+        found += [Finding("recipe", "failed", problem, ADVICE) for problem in missing_trackers(recipe.report_to)]
         if self.names.base.device is None:
             try:
                 choose_device(recipe.model.device)

@@ -1,8 +1,10 @@
 """The report of `doctor`: findings, their summary, and a table."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 from rich.table import Table
@@ -15,6 +17,7 @@ CHECKS = (
     *("environment", "recipe", "checkpoint", "rotary", "codec", "data"),
     *("prompt", "loss", "adapter", "generation", "memory"),
 )
+_INDENT = " " * 9  # below the longest status and a space
 _COLOURS: dict[Status, str] = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 
 
@@ -56,6 +59,17 @@ class Report:
             "summary": self.summary,
             "findings": [asdict(finding) for finding in self.findings],
         }
+
+    def text(self, width: int = 110) -> str:
+        """For a log: a paragraph a finding, in lines of up to `width` characters unless a word is longer."""
+        fill = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+        paragraphs = []
+        for finding in self.findings:
+            head = f"{finding.status:<8} {finding.check}: "
+            paragraphs.append(fill(finding.message, initial_indent=head, subsequent_indent=_INDENT))
+            if finding.advice:
+                paragraphs.append(fill(f"to do: {finding.advice}", initial_indent=_INDENT, subsequent_indent=_INDENT))
+        return "\n".join(paragraphs)
 
     def table(self) -> Table:
         """For a terminal."""
