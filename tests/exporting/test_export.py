@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 import yaml
 from commands import Command
@@ -29,6 +30,7 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 
 from higgstune import export
 from higgstune.errors import CheckpointError, ConfigError, VerificationError
+from higgstune.exporting.source import faults_of
 from higgstune.families import read_layout
 from higgstune.families.base import Conditioning
 from higgstune.families.higgs_v2.original import native_config, original_config, original_state, read_original
@@ -162,8 +164,36 @@ def test_they_can_be_dropped_for_native(world: Path, tmp_path: Path) -> None:
 
 
 def snippet(folder: Path) -> str:
-    """The Python in a card."""
-    return (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    """The last Python in a card, which loads the folder without Higgstune."""
+    return (folder / "README.md").read_text().split("```python\n")[-1].split("```")[0]
+
+
+@pytest.mark.parametrize("format", ["native", "boson", "peft"])
+def test_the_cards_python_makes_sound(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    """With fewer frames than its text would take: these weights are random, and do not stop by themselves."""
+    folder = export(world / "plain" / "adapter", tmp_path / "out", format=format, base=CPU).folder
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("higgstune.generate.speaker.frame_cap", lambda *_: 10)
+    exec(code.replace("THIS_FOLDER", str(folder)), {})
+    waveform, rate = soundfile.read(tmp_path / "morning.wav")
+    assert rate == 24_000
+    assert abs(waveform).max() > 0
+
+
+@pytest.mark.parametrize("format", ["native", "peft"])
+def test_a_run_that_is_not_usable_says_so(world: Path, tmp_path: Path, format: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(world / "plain" / "adapter", run / "voice" / "adapter")
+    state = {"status": "not usable", "adapter": "voice/adapter", "stages": {"voice": {"verdict": {"reasons": ["x_y"]}}}}
+    (run / "run.json").write_text(json.dumps(state))
+    result = export(run, tmp_path / "out", format=format, data=world / "data", base=CPU)
+    assert result.faults == ("x_y",)
+    assert "**The run that trained it ended as not usable**: " in (result.folder / "README.md").read_text()
+    (run / "run.json").write_text(json.dumps(state | {"status": "finished"}))
+    assert faults_of(run / "voice" / "adapter") == ()
 
 
 @pytest.mark.parametrize("format", ["native", "peft"])

@@ -161,7 +161,7 @@ def prepare(
     if as_json:
         print_result(dataclasses.asdict(summary), as_json)
     else:
-        print_prepared(summary, out, model, codec)
+        print_prepared(summary, out, model=model, codec=codec, whisper=whisper)
 
 
 def _read_ids(file: Path | None) -> list[str]:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 _SENTENCE = "Good morning, how are you?"
 
 
-def print_prepared(summary: "PrepareSummary", out: Path, model: Path | str | None, codec: str | None) -> None:
+def print_prepared(
+    summary: "PrepareSummary", out: Path, *, model: str | None, codec: str | None, whisper: str | None
+) -> None:
     """What a store holds now, and what a person should look at before training on it."""
     seconds = {split: 3600 * hours for split, hours in summary.hours.items()}
     rows = "; ".join(f"{split}: {many(n, 'clip')}, {duration(seconds[split])}" for split, n in summary.rows.items())
@@ -50,9 +52,9 @@ def print_prepared(summary: "PrepareSummary", out: Path, model: Path | str | Non
         typer.echo(f"rows that stand out: {some_ids(ids)}")
         print_next("higgstune", "inspect", str(out), "--outliers", before="to see why:")
     if summary.read_as:
-        named = {"data.store": out, "model.checkpoint": model, "model.codec": codec}
+        named = {"data.store": out, "model.checkpoint": model, "model.codec": codec, "model.whisper": whisper}
         settings = [word for key, value in named.items() if value for word in ("--set", f"{key}={value}")]
-        recipe = "whisper" if summary.whisper else "clone" if pairs.paired or pairs.explicit else "voice"
+        recipe = "whisper" if whisper else "clone" if pairs.paired or pairs.explicit else "voice"
         print_next("higgstune", "train", recipe, *settings, "--out", f"runs/{out.resolve().name}")
 
 
@@ -97,6 +99,8 @@ def print_exported(result: "ExportResult") -> None:
     """What was written, what it was compared with, and how to speak with it."""
     typer.echo(f"folder: {result.folder} ({result.format}{f', {result.dtype}' if result.dtype else ''})")
     typer.echo(f"check: {result.check.summary}")
+    if result.faults:
+        typer.echo(f"verdict of its run: not usable: {'; '.join(result.faults)}; the card says so, too")
     if result.dropped and result.loss is not None:
         losses = f"{result.loss.without_modules:.3f} without them, {result.loss.with_modules:.3f} with them"
         typer.echo(f"left out: {', '.join(result.dropped)}; audio loss {losses}")

@@ -25,6 +25,14 @@ _CONSENT = (
     "folder on answers for that, and writes here who consented, to what and when: *(to be filled in)*. Do not pass the "
     "model's speech off as a person's own words, and say that it is synthetic where people could take it for real."
 )
+_IN_PYTHON = """In Python:
+
+```python
+import higgstune as hg
+
+voice = hg.load("THIS_FOLDER")
+voice.speak("Good morning.").save("morning.wav")
+```"""
 _TRAINED_IN_4_BITS = (
     "It was trained on a base in 4 bits (QLoRA: nf4, double quantisation). The comparison below is of the same adapter "
     "on the unquantised base, which speaks slightly differently."
@@ -68,7 +76,7 @@ def model_card(source: Source, facts: CardFacts) -> str:
         f"# {_plain(facts.title)}",
         f"{_family(source).export.descriptions[facts.kind]}. Made with Higgstune {higgstune.__version__} from "
         f"`{_code(public_name(source.checkpoint))}`.",
-        *_notes(facts),
+        *_notes(source, facts),
         "## Speaking",
         _speaking(source, facts),
         "## Base model",
@@ -102,8 +110,10 @@ def _front_matter(source: Source, facts: CardFacts) -> str:
     return f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---\n\n"
 
 
-def _notes(facts: CardFacts) -> list[str]:
+def _notes(source: Source, facts: CardFacts) -> list[str]:
     notes = []
+    if source.faults:
+        notes.append(f"**The run that trained it ended as not usable**: {_plain('; '.join(source.faults))}.")
     if facts.conditioning:
         notes.append(f"It carries {' and '.join(facts.conditioning)} beside the native class.")
     if facts.dropped:
@@ -118,7 +128,7 @@ def _notes(facts: CardFacts) -> list[str]:
 
 def _speaking(source: Source, facts: CardFacts) -> str:
     own = "--adapter" if facts.kind == "peft" else "--model"
-    lines = [f'```sh\nhiggstune speak "Good morning." {own} THIS_FOLDER --out morning.wav\n```']
+    lines = [f'```sh\nhiggstune speak "Good morning." {own} THIS_FOLDER --out morning.wav\n```', _IN_PYTHON]
     if _recipe_of(source)["data"].get("reference") == "scene":
         lines.append(
             "It was trained with references in the scene"

@@ -30,6 +30,7 @@ class ExportResult:
     check: ExportCheck
     dropped: tuple[str, ...] = ()  # modules that were left out
     loss: AudioLoss | None = None  # with and without the modules that were left out
+    faults: tuple[str, ...] = ()  # why the run ended as not usable; empty where nothing says so
 
 
 def export(
@@ -78,10 +79,10 @@ def export(
         if format == "peft":
             check = _write_adapter(source, folder, out.name, data, base_bits)
             show("comparing", 1, 1)
-            return ExportResult(out, "peft", None, check)
+            return ExportResult(out, "peft", None, check, faults=source.faults)
         options = MergeOptions(format, drop_modules, dtype, base_bits, whisper)
         merged = merge_into(folder, out.name, source, options, data, show)
-    return ExportResult(out, merged.format, merged.dtype, merged.check, merged.dropped, merged.loss)
+    return ExportResult(out, merged.format, merged.dtype, merged.check, merged.dropped, merged.loss, source.faults)
 
 
 def _write_adapter(

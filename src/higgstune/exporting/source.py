@@ -8,12 +8,12 @@ from typing import Any
 
 from safetensors import safe_open
 
-from higgstune.checkpoint_files import sha256_of
+from higgstune.checkpoint_files import read_json, sha256_of
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.families import read_layout
 from higgstune.families.base import Layout
 from higgstune.hub import fetch
-from higgstune.inputs import BaseSpec, find_adapter
+from higgstune.inputs import RUN_STATE, BaseSpec, find_adapter
 from higgstune.model.adapter_folder import (
     ADAPTER_WEIGHTS,
     adapter_card,
@@ -38,6 +38,7 @@ class Source:
     weights_sha256: str
     base: BaseSpec  # as the user or the adapter names it
     layout: Layout  # of the base's folder
+    faults: tuple[str, ...] = ()  # why the run ended as not usable; empty where nothing says so
 
     @property
     def checkpoint(self) -> str:
@@ -48,6 +49,18 @@ class Source:
     def run(self) -> Path:
         """The folder of the stage that made the adapter, unless the adapter was moved."""
         return self.adapter.parent
+
+
+def faults_of(adapter: Path) -> tuple[str, ...]:
+    """Why the run that made an adapter ended as not usable with it; empty where nothing says so."""
+    run, stage = adapter.parent.parent, adapter.parent.name
+    if not (run / RUN_STATE).exists():
+        return ()
+    state = read_json(run / RUN_STATE, "")
+    if state.get("status") != "not usable" or state.get("adapter") != adapter.relative_to(run).as_posix():
+        return ()
+    verdict = state.get("stages", {}).get(stage, {}).get("verdict") or {}
+    return tuple(verdict.get("reasons") or ["its report says why"])
 
 
 def open_source(run: str | Path, base: BaseSpec = BaseSpec()) -> Source:
@@ -78,6 +91,7 @@ def open_source(run: str | Path, base: BaseSpec = BaseSpec()) -> Source:
         weights_sha256=sha256,
         base=base,
         layout=layout,
+        faults=faults_of(adapter),
     )
 
 

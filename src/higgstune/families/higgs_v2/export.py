@@ -81,7 +81,8 @@ class HiggsV2Export:
             return None
         adapter = "THIS_FOLDER" if kind == "peft" else None
         code = _loading_code(base if adapter else "THIS_FOLDER", adapter, dtype, bits)
-        return f"In Python:\n\n```python\n{code}\n```"
+        library = "peft" if adapter else "transformers"
+        return f"The model alone loads in {library}, without Higgstune:\n\n```python\n{code}\n```"
 
 
 def _loading_code(base: str, adapter: str | None, dtype: str, bits: int | None) -> str:
