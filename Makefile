@@ -4,6 +4,7 @@
 #   make test    all tests but those of `make proof`
 #   make proof   faults by the dozen, long runs, benches: by hand, for dev/LOG.md
 #   make lint    style, types and imports
+#   make docs    the site of docs/, in site/
 # The first one creates .venv and installs into it; PYTHON names the interpreter (make test PYTHON=python3.12).
 
 PYTHON ?= python3
@@ -26,7 +27,7 @@ BENCH_OPTIONS ?=
 PYTEST := $(BIN)/python -m pytest --numprocesses $(PYTEST_WORKERS) --maxprocesses 4 --dist loadfile \
 	--no-loadscope-reorder
 
-.PHONY: check test proof demo lint install
+.PHONY: check test proof demo docs lint install
 
 check: lint
 	$(PYTEST) -m "not processes and not proof"
@@ -42,6 +43,10 @@ proof: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/higgstune demo --out runs/demo
+
+docs: $(INSTALLED)
+	$(PIP) install --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/zensical build --strict --clean
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from report import BENCH, Row, finish, parser
 
-EXAMPLE = "python bench/endurance.py --json endurance.json --figure docs/figures/endurance.png"
+EXAMPLE = "python bench/endurance.py --json endurance.json --figure dev/figures/endurance.png"
 FIGURE = BENCH.parent / "docs" / "figures" / "endurance.png"
 CLIPS = 24
 _STEP = re.compile(r"^long (\d+)/\d+  ")

@@ -15,7 +15,7 @@ from higgstune.batch.loader import PackLoader
 from higgstune.batch.packing import PackSize, pack_indices
 from higgstune.data.store import CodeStore
 
-EXAMPLE = "python bench/growth.py --json growth.json --figure docs/figures/growth.png"
+EXAMPLE = "python bench/growth.py --json growth.json --figure dev/figures/growth.png"
 FIGURE = BENCH.parent / "docs" / "figures" / "growth.png"
 BATCH_TOKENS = 4096
 
@@ -141,7 +141,7 @@ def main() -> None:
     options = parser(__doc__ or "", EXAMPLE)
     options.add_argument("--only", choices=("training", "store"), help="one half of it")
     options.add_argument(
-        "--figure", type=Path, help="draw there (default: docs/figures/growth.png, and not with --quick)"
+        "--figure", type=Path, help="draw there (default: dev/figures/growth.png, and not with --quick)"
     )
     options.add_argument("--with", dest="earlier", type=Path, help="JSON of a run with --only, for its half")
     options.add_argument("--folder", type=Path, help="keep the stores there, and use those of an earlier run")

@@ -220,7 +220,7 @@ def test_launchers_take_the_commands_in_the_docs(line: str) -> None:
 
 
 def test_the_docs_name_the_keys_that_may_change_when_a_run_resumes() -> None:
-    text = (DOCS / "cluster.md").read_text(encoding="utf-8")
+    text = (DOCS / "training.md").read_text(encoding="utf-8")
     assert all(f"`{key}`" in text for key in FREE)
 
 

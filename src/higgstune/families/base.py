@@ -1,7 +1,7 @@
 """The interface of a model family: the protocols that its code implements, and the types that they share.
 
 Nothing outside `families/` names a model class, a special token, a module path or a number of codebooks. Other code
-calls the family, which is looked up once, by the `model_type` of a checkpoint: see `families`. docs/new_family.md
+calls the family, which is looked up once, by the `model_type` of a checkpoint: see `families`. dev/new_family.md
 explains how to add one.
 
 Letters in shapes: S tokens, A audio frames after the delay pattern, K codebooks, V classes of a codebook with its
