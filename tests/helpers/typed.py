@@ -11,11 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer.main
 from commands import Command, run_script
 
 import higgstune
-from higgstune.cli.main import app
 from higgstune.data.manifest import Utterance, read_manifest
 
 ROOT = Path(__file__).parent.parent.parent
@@ -48,14 +46,6 @@ ELSEWHERE = {
     "higgstune demo --out runs/demo",
 }  # fmt: skip
 
-# Commands that stand in for those of the docs until recipes go by name and `inspect` plays rows.
-STOPGAP = () if "recipe" in typer.main.get_group(app).commands else (
-    (r"(train|--recipe) (voice|clone|new_language|whisper)(?= |$)", r"\1 recipes/\2.yaml"),
-    (r"train voice\.yaml", "train recipes/voice.yaml"),
-    (r" --listen \S+", ""),
-    (r"^higgstune recipe.*", "higgstune inspect data/voice"),
-)  # fmt: skip
-
 
 def blocks(page: str) -> list[list[str]]:
     """The commands of each shell block of a page."""
@@ -71,20 +61,11 @@ def lines(page: str) -> list[str]:
 def words(line: str) -> list[str]:
     """A command of the docs as it is run here."""
     added = next(options for start, options in MAPPING.items() if re.match(start, line))
-    return shlex.split(f"{known(line)} {added}")
-
-
-def known(line: str) -> str:
-    """A command in words that this version knows."""
-    for old, new in STOPGAP:
-        line = re.sub(old, new, line)
-    return line
+    return shlex.split(f"{line} {added}")
 
 
 def unpack_clone(folder: Path) -> None:
     """Make `folder` the working folder of a reader: the script, a base, recordings with their texts beside them."""
-    if STOPGAP:
-        (folder / "recipes").symlink_to(ROOT / "recipes")
     (folder / "unified_lora_training.py").symlink_to(ROOT / "unified_lora_training.py")
     shutil.copytree(ASSETS / "base", folder / "base")
     shutil.copytree(ASSETS / "codec", folder / "base" / "codec")
