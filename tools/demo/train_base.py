@@ -1,10 +1,23 @@
-"""Train the miniature base checkpoint of the demo from scratch: one voice, the native architecture, 10 M parameters.
+"""Train the miniature base checkpoint of the demo from scratch: the native architecture with 11 M parameters.
 
-    python tools/demo/train_base.py --codes corpus/base.parquet --codec src/higgstune/demo/assets/codec \\
-        --out src/higgstune/demo/assets/base --minutes 42 --threads 1
+    python tools/demo/train_base.py corpus/*.parquet --codec src/higgstune/demo/assets/codec \\
+        --out src/higgstune/demo/assets/base --work corpus/base --steps 5000
 
-`--codes` is what `fit_codec.py` writes: text and codes [frames, 8] of the base voice. Progress goes to stdout as one
-JSON line a report; the checkpoint is written at every report, so that a stopped run leaves its last state.
+The parquet files are what `fit_codec.py encode` writes. Progress goes to stdout, a JSON line a report. At each report
+the checkpoint is written to `--out` and the state of the training to `--work`; the same command resumes from it.
+
+What makes a small model read within hours of CPU time, apart from the loss of the codes:
+
+- *Alignment.* Three attention heads learn to attend to the word that is spoken next, and to the one after it. The
+  synthesiser says when each word is spoken.
+- *Words as tokens.* Each word of the lexicon is one token, and its embedding is partly a linear map of its phonemes, so
+  that words share what they sound like. The map is folded into the table on disk.
+- *Weights.* Codebook 0 carries the words, so most of the loss is its; two others are drawn in a step.
+- *Corruption.* Some input codes are replaced by random ones, so that the model does not trust its own past too much.
+- *Voices.* The corpora of other voices, some of them shifted in pitch, are announced by a scene, or have no loss in
+  their first frames: so the model learns to continue in any voice, but begins in its own.
+- *Ends.* The first EOS of any codebook ends a clip. All codebooks but the first, whose codes are hard to predict, learn
+  to hold the score of EOS far below that of codes until the one before has ended; else it would often be the likeliest.
 
 The audio tables (embedding and head) are trained as linear maps of the codec's code vectors and written out as the
 plain tables that the native class has. A code that the base voice never uses so gets a sensible row, too; without
@@ -15,14 +28,19 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import (
     GenerationConfig,
@@ -31,13 +49,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from higgstune.batch.collate import Packed, count_tokens, pack
 from higgstune.data.messages import DEFAULT_SCENE, DEFAULT_SYSTEM, speech_messages
 from higgstune.families.base import Example
-from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.families.higgs_v2.prompt import native_chat_template
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
-from higgstune.kernels.loss import LossWeights, combine, label_counts
+from higgstune.kernels import IGNORE
+from higgstune.kernels.fused import feed_forward, rms_norm, rotate
 
 # The control tokens of the released checkpoint that a prompt can hold, in the order of their ids there.
 SPECIAL_TOKENS = [
@@ -45,24 +62,57 @@ SPECIAL_TOKENS = [
     "<|end_header_id|>", "<|eot_id|>", "<|audio_bos|>", "<|audio_eos|>", "<|audio_out_bos|>",
     "<|reserved_special_token_6|>", "<|AUDIO|>", "<|AUDIO_OUT|>",
 ]  # fmt: skip
-VOCABULARY = 512
-_EVERY_PROMPT = f"system user assistant\n\n{DEFAULT_SYSTEM}\n\n{DEFAULT_SCENE}"
-CONTEXT_SHARE = 0.15  # of the examples have an earlier turn, as references and long texts do
+BASE_VOICE = "hibari"
+SCENES = {
+    BASE_VOICE: DEFAULT_SCENE,
+    "slt": "A woman speaks in a quiet room.",
+    "awb": "A man from Scotland speaks in a quiet room.",
+    "kal16": "A robot speaks in a quiet room.",
+}
+SHIFTED_SCENE = "Another voice speaks in a quiet room."  # of `fit_codec.py encode --shift`
+MAX_VOCABULARY = 4096
+PRIMED_ROWS = 16  # audio frames without loss, of other voices in the default scene
+PRIMED_SHARE = 2 / 3  # of the clips of other voices
+END_MARGIN = 12.0  # nats below the codes
+CONTEXT_SHARE = 0.1  # of the examples have an earlier turn, as references and long texts do
+DIGIT_SHARE = 0.15  # of the sentences have digits for their numbers
+FRAMES_PER_SECOND = 25
+ALIGNED = ((1, 0, 0), (2, 0, 0), (2, 2, 1))  # layer, head, and how many words ahead it attends to
+FIRST_SHARE = 0.6  # of the audio loss is codebook 0's
+DRAWN = (0.0, 4, 3, 2, 1, 1, 1, 1)  # chances of the other codebooks, of which two are drawn
+NUMBER_WORDS = """one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety"""
+NUMBERS = dict(zip(NUMBER_WORDS.split(), map(str, [*range(1, 21), *range(30, 100, 10)]), strict=True))
 
 
-def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A small byte-level BPE over `texts`, with the control tokens of the released checkpoint."""
+def with_digits(text: str) -> str:
+    """The text with its number words as digits, where no word is capitalised or part of a larger number."""
+    words = text.split(" ")
+    plain = [word.strip(".,?") in NUMBERS for word in words]
+    for i, word in enumerate(words):
+        neighbours = plain[max(0, i - 1) : i] + plain[i + 1 : i + 2]
+        if plain[i] and not any(neighbours):
+            bare = word.strip(".,?")
+            words[i] = word.replace(bare, NUMBERS[bare])
+    return " ".join(words)
+
+
+def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a token for each word of `texts`, and the control tokens of the released checkpoint."""
+    prompts = "system user assistant\n\n" + " ".join([DEFAULT_SYSTEM, *SCENES.values()])
+    words = {word.strip(".,?") for text in [*texts, prompts] for word in text.split()}
+    # Each word equally often, inside a sentence and capitalised at its beginning: merging ends when each is one token.
+    forms = [f" {word}" for word in words] + [word[0].upper() + word[1:] for word in words if word[0].isalpha()]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=MAX_VOCABULARY,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The words of every prompt become one token each: a third of a short example's tokens.
-    tokenizer.train_from_iterator([*texts, *[_EVERY_PROMPT] * len(texts)], trainer)
+    tokenizer.train_from_iterator([*sorted(forms) * 2, prompts, prompts, "\n\n"], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|begin_of_text|>",
@@ -95,18 +145,17 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> HiggsAudioV2ForConditiona
     )
     model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=50, top_p=0.95, bos_token_id=config.bos_token_id,
+        do_sample=True, temperature=0.5, top_k=50, top_p=0.95, bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
     )  # fmt: skip
-    model.generation_config.ras_win_len = 7
-    model.generation_config.ras_win_max_num_repeat = 2
+    model.generation_config.ras_win_len = None
     return model
 
 
-class CodeGeometry(torch.nn.Module):
+class CodeGeometry(nn.Module):
     """A parametrization: maps [K, features, D] -> rows [K * (codes + 2), D], one for each code, BOS and EOS."""
 
-    def __init__(self, codebooks: torch.Tensor) -> None:
+    def __init__(self, codebooks: Tensor) -> None:
         """codebooks: the code vectors [K, codes, components]."""
         super().__init__()
         scaled = codebooks / codebooks.std(dim=1, keepdim=True)
@@ -115,139 +164,438 @@ class CodeGeometry(torch.nn.Module):
         features = torch.zeros(len(codebooks), codebooks.shape[1] + 2, vectors.shape[-1] + 2)
         features[:, :-2, :-2] = vectors
         features[:, -2, -2] = features[:, -1, -1] = 1.0
-        self.register_buffer("features", features)
+        self.register_buffer("features", features, persistent=False)
 
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+    def forward(self, maps: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             return (self.features @ maps).flatten(0, 1)
 
-    def right_inverse(self, rows: torch.Tensor) -> torch.Tensor:
+    def right_inverse(self, rows: Tensor) -> Tensor:
         return torch.linalg.pinv(self.features) @ rows.unflatten(0, self.features.shape[:2])
 
 
-def with_code_geometry(model: HiggsAudioV2ForConditionalGeneration, codec: Path) -> None:
-    """Let the audio tables of a fresh model be maps of the codec's code vectors."""
-    codebooks = load_file(codec / "model.safetensors")["codebooks"].float()
-    for module in (model.audio_lm_head, model.model.embed_audio_tokens.embed_audio_tokens):
-        parametrize.register_parametrization(module, "weight", CodeGeometry(codebooks))
-        torch.nn.init.normal_(module.parametrizations.weight.original, std=0.003)
+class Sounds(nn.Module):
+    """A parametrization of the text embeddings: [V, D] -> [V, D] with a linear map of each token's phonemes added."""
+
+    PLACES = 10
+
+    def __init__(self, sounds: Sequence[str], width: int) -> None:
+        """sounds: the phonemes of each token, empty where it is not a word."""
+        super().__init__()
+        alphabet = {c: i for i, c in enumerate(sorted({c for word in sounds for c in word}))}
+        features = torch.zeros(len(sounds), 2 * self.PLACES + 1, len(alphabet))
+        for token, word in enumerate(sounds):
+            for place, c in enumerate(word[: self.PLACES]):
+                features[token, place, alphabet[c]] = 1  # from the beginning
+            for place, c in enumerate(word[::-1][: self.PLACES]):
+                features[token, self.PLACES + place, alphabet[c]] = 1  # from the end
+            for c in word:
+                features[token, -1, alphabet[c]] = 1
+        self.register_buffer("features", features.flatten(1), persistent=False)
+        self.map = nn.Parameter(torch.randn(self.features.shape[1], width) * 0.01)
+
+    def forward(self, own: Tensor) -> Tensor:
+        return own + self.features @ self.map
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip of the corpus."""
+
+    text: str
+    voice: str
+    codes: np.ndarray  # [frames, K]
+    words: np.ndarray  # [words, 2] seconds; empty where unknown
+
+
+def read_corpus(paths: Sequence[Path]) -> tuple[list[Clip], dict[str, str]]:
+    """All clips, and the phonemes of each word as it is most often said."""
+    clips, said = [], defaultdict(Counter)
+    for path in paths:
+        for row in pq.read_table(path).to_pylist():
+            words = np.array(row["words"], dtype=np.float64).reshape(-1, 2)
+            clips.append(Clip(row["text"], row["speaker"], np.array(row["codes"], dtype=np.int64), words))
+            for word, sound in zip(row["text"].split(), row["sounds"] or [], strict=False):
+                said[word.strip(".,?").lower()]["".join(c for c in sound if c.isalpha())] += 1
+    return clips, {word: counts.most_common(1)[0][0] for word, counts in said.items()}
 
 
 class Corpus:
-    """Texts and codes of one voice."""
+    """Examples of the clips, each of which is made once."""
 
-    def __init__(self, path: Path, prompter: Prompter) -> None:
-        table = pq.read_table(path, columns=["text", "codes"])
-        self.texts = table["text"].to_pylist()
-        self.codes = [np.array(codes.as_py(), dtype=np.int64) for codes in table["codes"]]
+    def __init__(self, clips: Sequence[Clip], prompter: Prompter) -> None:
+        self.clips = clips
         self.prompter = prompter
+        self.made: dict[tuple[int, bool], tuple[Example, np.ndarray]] = {}
 
-    def example(self, index: int, context: int | None) -> Example:
-        turns = [] if context is None else [(self.texts[context], "context")]
-        messages = [*speech_messages(self.texts[index], context=turns), _TARGET]
-        codes = [self.codes[i] for i in ([] if context is None else [context]) + [index]]
-        return self.prompter.example(messages, codes, text_targets="transcript")
+    def example(self, index: int, context: int | None = None, digits: bool = False) -> tuple[Example, np.ndarray]:
+        """The example, and for each of its audio frames and each of ALIGNED the token to attend to, or IGNORE."""
+        if context is not None:
+            return self._make(index, context, digits)
+        key = (index, digits)
+        if key not in self.made:
+            self.made[key] = self._make(index, None, digits)
+        return self.made[key]
 
-    def batches(self, clips: range, tokens: int, generator: np.random.Generator) -> Iterator[list[Example]]:
-        """Endless batches of about `tokens` tokens, of clips of about equal lengths."""
+    def _make(self, index: int, context: int | None, digits: bool) -> tuple[Example, np.ndarray]:
+        clip = self.clips[index]
+        text = with_digits(clip.text) if digits else clip.text
+        turns = [] if context is None else [(self.clips[context].text, "context")]
+        primed = clip.voice != BASE_VOICE and (context is not None or index % 3 < 3 * PRIMED_SHARE)
+        scene = DEFAULT_SCENE if primed else SCENES.get(clip.voice, SHIFTED_SCENE)
+        messages = [*speech_messages(text, context=turns, scene=scene), _TARGET]
+        codes = [self.clips[i].codes for i in ([] if context is None else [context]) + [index]]
+        example = self.prompter.example(messages, codes, text_targets="transcript")
+        if primed and context is None:
+            example.audio_labels[:PRIMED_ROWS] = IGNORE
+        return example, self._alignment(example, text, clip)
+
+    def _alignment(self, example: Example, text: str, clip: Clip) -> np.ndarray:
+        """[audio frames, len(ALIGNED)]"""
+        encoded = self.prompter.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], np.array(encoded["offset_mapping"])
+        found = np.full((len(example.audio_input_ids), len({ahead for *_, ahead in ALIGNED})), IGNORE)
+        if len(clip.words) == 0:
+            return found
+        windows = np.lib.stride_tricks.sliding_window_view(example.input_ids, len(ids))
+        start = int(np.flatnonzero((windows == ids).all(axis=1))[-1])
+        starts = np.cumsum([0] + [len(word) + 1 for word in text.split(" ")])[:-1]
+        tokens = [start + int(np.flatnonzero(offsets[:, 1] > at)[0]) for at in starts]
+        tokens += [start + len(ids)] * 2  # after the last word the end of the turn
+        frames = len(clip.codes)
+        first = len(found) - (frames + self.prompter.ids.num_codebooks + 1)
+        # Frame r of the input comes before code r, which is spoken at (r + 0.5) / FRAMES_PER_SECOND.
+        now = np.searchsorted(clip.words[:, 1], (np.arange(frames + 1) + 0.5) / FRAMES_PER_SECOND)
+        for ahead in range(found.shape[1]):
+            found[first : first + frames + 1, ahead] = np.array(tokens)[np.minimum(now + ahead, len(clip.words))]
+        return found
+
+    def batches(self, indices: Sequence[int], tokens: int, seed: int) -> Iterator[list[tuple[int, int | None, bool]]]:
+        """Endless batches of about `tokens` tokens, each of one voice and of clips of about equal lengths."""
+        generator = np.random.default_rng(seed)
+        lengths = np.array([len(clip.codes) + 3 * len(clip.text.split()) // 2 + 20 for clip in self.clips])
         while True:
-            order = generator.permutation(np.array(clips))
-            for window in np.array_split(order, max(1, len(order) // 512)):
-                yield from self._window(window, tokens, generator)
+            voices = defaultdict(list)
+            for index in generator.permutation(np.array(indices)):
+                voices[self.clips[index].voice].append(int(index))
+            batches = []
+            for clips in voices.values():
+                for at in range(0, len(clips), 512):
+                    batches += _fill(sorted(clips[at : at + 512], key=lambda i: lengths[i]), lengths, tokens)
+            for number in generator.permutation(len(batches)):
+                batch = batches[number]
+                in_context = generator.random() < CONTEXT_SHARE
+                if in_context:  # a batch twice as long, so with half of the clips
+                    half = batch[: max(1, len(batch) // 2)]
+                    yield [(i, int(generator.choice(batch)), False) for i in half]
+                else:
+                    yield [(i, None, bool(generator.random() < DIGIT_SHARE)) for i in batch]
 
-    def _window(self, window: np.ndarray, tokens: int, generator: np.random.Generator) -> Iterator[list[Example]]:
-        contexts = [int(generator.choice(window)) if generator.random() < CONTEXT_SHARE else None for _ in window]
-        examples = [self.example(int(i), c) for i, c in zip(window, contexts, strict=True)]
-        examples.sort(key=len)
-        batches: list[list[Example]] = [[]]
-        for example in examples:
-            if (len(batches[-1]) + 1) * len(example) > tokens:
-                batches.append([])
-            batches[-1].append(example)
-        for index in generator.permutation(len(batches)):
-            if batches[index]:
-                yield batches[index]
+
+def _fill(clips: Sequence[int], lengths: np.ndarray, tokens: int) -> list[list[int]]:
+    batches: list[list[int]] = [[]]
+    for index in clips:
+        if (len(batches[-1]) + 1) * lengths[index] > tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return [batch for batch in batches if batch]
 
 
 _TARGET = {"role": "assistant", "content": [{"type": "audio", "url": "target"}]}
 
 
-def learning_rate(progress: float, peak: float) -> float:
-    """Warm-up over the first 3 %, then a cosine to 2 % of the peak; `progress` in 0..1."""
-    if progress < 0.03:
-        return peak * progress / 0.03
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+@dataclass(frozen=True)
+class Batch:
+    """B examples without the prefix that all begin with: N rows in all, text first, then the audio frames.
+
+    text_ids [T] begins with the S tokens of the prefix. `padded` [B, L] has the row of each position, and `rows` the
+    flat position in it of each row after the prefix.
+    """
+
+    prefix: int
+    text_ids: Tensor
+    audio_ids: Tensor  # [A, K]
+    positions: Tensor  # [N]
+    padded: Tensor
+    rows: Tensor
+    audio_rows: Tensor  # [M], rows that predict a frame
+    audio_targets: Tensor  # [M, K]
+    text_rows: Tensor
+    text_targets: Tensor
+    align_at: Tensor  # [J, 2]: example and query
+    align_to: Tensor  # [J, ahead]: keys
+
+
+def make_batch(examples: Sequence[tuple[Example, np.ndarray]]) -> Batch:
+    first = examples[0][0].input_ids
+    shared = min(int(example.audio_mask.argmax()) for example, _ in examples) - 1
+    for example, _ in examples[1:]:
+        same = example.input_ids[:shared] == first[:shared]
+        shared = shared if same.all() else int(same.argmin())
+    if len(examples) == 1:
+        shared = min(shared, 8)
+    length = max(len(example) for example, _ in examples) - shared
+    texts = [np.flatnonzero(~e.audio_mask[shared:]) for e, _ in examples]
+    frames = [np.flatnonzero(e.audio_mask[shared:]) for e, _ in examples]
+    text_flat = np.concatenate([b * length + at for b, at in enumerate(texts)])
+    audio_flat = np.concatenate([b * length + at for b, at in enumerate(frames)])
+    flat = np.concatenate([text_flat, audio_flat])
+    row_of = np.zeros(len(examples) * length, dtype=np.int64)
+    row_of[flat] = np.arange(len(flat)) + shared
+    gathered = defaultdict(list)
+    for b, ((example, alignment), at) in enumerate(zip(examples, frames, strict=True)):
+        labelled = (example.audio_labels != IGNORE).any(axis=1)
+        gathered["audio_rows"].append(row_of[b * length + at[labelled] - 1])
+        gathered["audio_targets"].append(example.audio_labels[labelled])
+        places = np.flatnonzero(example.text_labels != IGNORE)
+        places = places[places > shared]
+        gathered["text_rows"].append(row_of[b * length + places - 1 - shared])
+        gathered["text_targets"].append(example.text_labels[places])
+        known = alignment[:, 0] != IGNORE
+        gathered["align_at"].append(np.stack([np.full(known.sum(), b), at[known]], axis=1))
+        gathered["align_to"].append(alignment[known])
+    joined = {name: torch.from_numpy(np.concatenate(parts)) for name, parts in gathered.items()}
+    text_ids = np.concatenate(
+        [first[:shared], *[e.input_ids[shared:][at] for (e, _), at in zip(examples, texts, strict=True)]]
+    )
+    return Batch(
+        prefix=shared,
+        text_ids=torch.from_numpy(text_ids),
+        audio_ids=torch.from_numpy(np.concatenate([e.audio_input_ids for e, _ in examples])),
+        positions=torch.from_numpy(np.concatenate([np.arange(shared), flat % length + shared])),
+        padded=torch.from_numpy(row_of).view(len(examples), length),
+        rows=torch.from_numpy(flat),
+        **joined,
+    )
+
+
+def corrupted(audio_ids: Tensor, codes: int, share: float = 0.08) -> Tensor:
+    """Some whole frames and some single codes are replaced by random ones, but no BOS or EOS."""
+    replaced = (torch.rand(len(audio_ids), 1) < share) | (torch.rand(audio_ids.shape) < share)
+    return torch.where(replaced & (audio_ids < codes), torch.randint(codes, audio_ids.shape), audio_ids)
+
+
+def run_layers(model: HiggsAudioV2ForConditionalGeneration, batch: Batch, audio_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states [N, D], and the alignment loss. The same numbers as the model's own forward, in less time."""
+    inner = model.model
+    text = len(batch.text_ids)
+    hidden = torch.cat((inner.embed_tokens(batch.text_ids), inner.embed_audio_tokens(audio_ids)))
+    cos, sin = (part[0].chunk(2, -1)[0][:, None] for part in inner.rotary_emb(hidden, batch.positions[None]))
+    s, (b, length) = batch.prefix, batch.padded.shape
+    before = torch.ones(length, length, dtype=torch.bool).tril_()
+    mask = torch.cat((torch.ones(length, s, dtype=torch.bool), before), dim=1)
+    mask = torch.zeros(mask.shape).masked_fill_(~mask, -1e9)
+    prefix_mask = torch.zeros(s, s).masked_fill_(~torch.ones(s, s, dtype=torch.bool).tril_(), -1e9)
+    alignment = []
+
+    for number, layer in enumerate(inner.layers):
+        attention = layer.self_attn
+        normed = torch.cat(
+            (rms_norm(hidden[:text], layer.input_layernorm), rms_norm(hidden[text:], layer.audio_input_layernorm))
+        )
+        q, k, v = (
+            part(normed).unflatten(-1, (-1, attention.head_dim))
+            for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        q, k = rotate(q.float(), cos, sin) * attention.scaling, rotate(k.float(), cos, sin)
+        v = v.float()
+        with torch.autocast("cpu", enabled=False):
+            groups = q.shape[1] // k.shape[1]
+            of_prefix, _ = _attend(q[:s][None], k[:s][None], v[:s][None], groups, prefix_mask)
+            padded = [x.index_select(0, batch.padded.flatten()).unflatten(0, (b, length)) for x in (q, k, v)]
+            keys, values = (
+                torch.cat((x[:s].expand(b, *x[:s].shape), part), dim=1) for x, part in ((k, padded[1]), (v, padded[2]))
+            )
+            attended, scores = _attend(padded[0], keys, values, groups, mask)
+            attended = torch.cat((of_prefix[0], attended.flatten(0, 1).index_select(0, batch.rows)))
+            for at, head, ahead in ALIGNED:
+                if at == number and len(batch.align_at):
+                    rows = scores[batch.align_at[:, 0], head, batch.align_at[:, 1]]
+                    alignment.append(F.cross_entropy(rows, batch.align_to[:, ahead]))
+        hidden = hidden + attention.o_proj(attended.flatten(1))
+        of_text = feed_forward(rms_norm(hidden[:text], layer.post_attention_layernorm), layer.mlp)
+        of_audio = feed_forward(rms_norm(hidden[text:], layer.audio_post_attention_layernorm), layer.audio_mlp)
+        hidden = hidden + torch.cat((of_text, of_audio))
+    return rms_norm(hidden, inner.norm), torch.stack(alignment).mean() if alignment else torch.zeros(())
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, groups: int, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """q [B, L, H, d] scaled, k and v [B, S, G, d], mask [L, S] -> [B, L, H, d] and scores [B, H, L, S]."""
+    b, length, heads, d = q.shape
+    rows = q.transpose(1, 2).reshape(b, heads // groups, groups * length, d)
+    scores = (rows @ k.permute(0, 2, 3, 1)).view(b, heads, length, -1) + mask
+    weights = scores.softmax(-1).view(b, heads // groups, groups * length, -1)
+    return (weights @ v.transpose(1, 2)).view(b, heads, length, d).transpose(1, 2), scores
+
+
+def losses(model: Any, batch: Batch, *, every: bool, generator: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+    """The training loss of one batch, and its parts."""
+    config = model.config
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        codes = config.audio_stream_bos_id
+        hidden, alignment = run_layers(model, batch, corrupted(batch.audio_ids, codes))
+        rows = hidden.index_select(0, batch.audio_rows)
+        weight = model.audio_lm_head.weight.unflatten(0, (config.num_codebooks, -1))
+        others = range(1, config.num_codebooks)
+        if not every:
+            chances = np.array(DRAWN) / sum(DRAWN)
+            others = generator.choice(config.num_codebooks, size=2, replace=False, p=chances)
+        parts = [_head_loss(rows, weight[k], batch.audio_targets[:, k]) for k in (0, *others)]
+        early = torch.stack([_early_end(rows, weight[k], batch.audio_targets[:, k]) for k in others]).mean()
+        text = F.cross_entropy(model.text_lm_head(hidden[batch.text_rows]).float(), batch.text_targets)
+    audio = FIRST_SHARE * parts[0] + (1 - FIRST_SHARE) * torch.stack(parts[1:]).mean()
+    total = audio + 0.05 * text + 0.3 * alignment + 0.1 * early
+    shown = {"codebook_0": parts[0], "alignment": alignment, "text": text, "early": early}
+    return total, {name: float(part.detach()) for name, part in shown.items()}
+
+
+def _head_loss(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    known = targets != IGNORE
+    return F.cross_entropy((rows[known] @ weight.to(rows.dtype).T).float(), targets[known])
+
+
+def _early_end(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """By how much the score of EOS is less than END_MARGIN below those of the codes, where a code is right."""
+    eos = len(weight) - 1
+    known = (targets != IGNORE) & (targets != eos)
+    scores = (rows[known] @ weight.to(rows.dtype).T).float()
+    return F.relu(scores[:, eos] - scores[:, : eos - 1].logsumexp(-1) + END_MARGIN).mean()
+
+
+@torch.no_grad()
+def held_out_losses(model: Any, batch: Batch) -> tuple[list[float], float]:
+    """The loss of each codebook, and the alignment loss."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden, alignment = run_layers(model, batch, batch.audio_ids)
+        rows = hidden.index_select(0, batch.audio_rows)
+        weight = model.audio_lm_head.weight.unflatten(0, (model.config.num_codebooks, -1))
+        found = [float(_head_loss(rows, w, t)) for w, t in zip(weight, batch.audio_targets.T, strict=True)]
+    return found, float(alignment)
+
+
+def optimizers(model: Any, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for tables, heads and norms."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
+    groups = [
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98)),
+    ]
+
+
+def learning_rate(progress: float) -> float:
+    """Warm-up over the first 2 %, then a cosine to 2 % of the peak; `progress` in 0..1."""
+    if progress < 0.02:
+        return progress / 0.02
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--codes", type=Path, required=True)
+    parser.add_argument("codes", type=Path, nargs="+", help="parquet files of `fit_codec.py encode`")
     parser.add_argument("--codec", type=Path, required=True, help="folder of the codec that made the codes")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--tokens", type=int, default=3000)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the training's state")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--tokens", type=int, default=2400)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
 
-    texts = pq.read_table(args.codes, columns=["text"])["text"].to_pylist()
-    tokenizer = build_tokenizer(texts)
-    model = with_training_forward(build_model(tokenizer))
-    with_code_geometry(model, args.codec)
-    prompter = Prompter(tokenizer, SpecialIds.from_config(model.config))
-    corpus = Corpus(args.codes, prompter)
-    held_out = pack([corpus.example(i, None) for i in range(32)])
-    batches = corpus.batches(range(32, len(corpus.texts)), args.tokens, np.random.default_rng(args.seed))
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
-    )
-    weights = LossWeights(text=0.2, audio=1.0)
-    started, seen, step, reported = time.monotonic(), 0, 0, 0.0
-    while (progress := (time.monotonic() - started) / (60 * args.minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress, args.lr)
-        batch = pack(next(batches))
-        loss = losses(model, batch, weights)
-        optimizer.zero_grad()
+    clips, sounds = read_corpus(args.codes)
+    tokenizer = build_tokenizer([clip.text for clip in clips] + [with_digits(clip.text) for clip in clips])
+    model = build_model(tokenizer)
+    codebooks = load_file(args.codec / "model.safetensors")["codebooks"].float()
+    for module in (model.audio_lm_head, model.model.embed_audio_tokens.embed_audio_tokens):
+        parametrize.register_parametrization(module, "weight", CodeGeometry(codebooks))
+        nn.init.normal_(module.parametrizations.weight.original, std=0.003)
+    words = [tokenizer.decode([i]).strip().lower() for i in range(len(tokenizer))]
+    spoken = [sounds.get({v: k for k, v in NUMBERS.items()}.get(word, word), "") for word in words]
+    print(json.dumps({"tokens": len(tokenizer), "words with sounds": sum(map(bool, spoken))}), flush=True)
+    parametrize.register_parametrization(model.model.embed_tokens, "weight", Sounds(spoken, model.config.hidden_size))
+    corpus = Corpus(clips, Prompter(tokenizer, SpecialIds.from_config(model.config)))
+    own = [i for i, clip in enumerate(clips) if clip.voice == BASE_VOICE]
+    held_out = make_batch([corpus.example(i) for i in own[:48]])
+    swapped = make_batch([_swapped(corpus, own[i], own[(i + 1) % 48]) for i in range(48)])
+    hidden_away = set(own[:64])
+    batches = corpus.batches([i for i in range(len(clips)) if i not in hidden_away], args.tokens, args.seed)
+    found = optimizers(model, args.lr)
+    generator = np.random.default_rng(args.seed)
+    step, cpu, state = 0, 0.0, args.work / "state.pt"
+    args.work.mkdir(parents=True, exist_ok=True)
+    if state.exists():
+        saved = torch.load(state, weights_only=False)
+        model.load_state_dict(saved["model"])
+        for optimizer, values in zip(found, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        step, cpu = saved["step"], saved["cpu"]
+        generator.bit_generator.state = saved["numpy"]
+        torch.set_rng_state(saved["torch"])
+        for _ in range(step):
+            next(batches)
+    reported, started, means = time.process_time(), time.process_time() - cpu, Counter()
+    while step < args.steps:
+        progress = step / args.steps
+        for optimizer in found:
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * learning_rate(progress)
+        batch = make_batch([corpus.example(*chosen) for chosen in next(batches)])
+        loss, parts = losses(model, batch, every=progress > 0.75, generator=generator)
+        for optimizer in found:
+            optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step, seen = step + 1, seen + count_tokens(batch)
-        if time.monotonic() - reported > 60:
-            reported = time.monotonic()
-            report(model, tokenizer, args.out, held_out, step, seen, float(loss.detach()), progress)
-    report(model, tokenizer, args.out, held_out, step, seen, float(loss.detach()), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"step {step}: the gradient is not finite")
+        for optimizer in found:
+            optimizer.step()
+        step += 1
+        means.update({**parts, "n": 1, "rows": len(batch.positions)})
+        if time.process_time() - reported > 60 or step == args.steps:
+            reported = time.process_time()
+            cpu = reported - started
+            true, alignment = held_out_losses(model, held_out)
+            other, _ = held_out_losses(model, swapped)
+            line = {
+                "step": step, "cpu_minutes": round(cpu / 60, 1), "rows_a_step": round(means["rows"] / means["n"]),
+                "held_out": [round(x, 2) for x in true], "swap_gap": round(other[0] - true[0], 3),
+                "alignment": round(alignment, 3),
+                "train": {k: round(means[k] / means["n"], 3) for k in ("codebook_0", "alignment", "text", "early")},
+            }  # fmt: skip
+            means.clear()
+            print(json.dumps(line), flush=True)
+            save(model, tokenizer, args.out)
+            part = state.with_suffix(".part")
+            torch.save(
+                {
+                    "model": model.state_dict(), "optimizers": [o.state_dict() for o in found], "step": step,
+                    "cpu": cpu, "numpy": generator.bit_generator.state, "torch": torch.get_rng_state(),
+                },
+                part,
+            )  # fmt: skip
+            part.replace(state)
 
 
-def losses(model: torch.nn.Module, batch: Packed, weights: LossWeights) -> torch.Tensor:
-    """The training loss of one batch."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        sums = model(**batch)
-    return combine(sums, label_counts(batch, eos_id=model.config.audio_stream_eos_id), weights)
+def _swapped(corpus: Corpus, index: int, other: int) -> tuple[Example, np.ndarray]:
+    """The clip with another clip's text."""
+    clip = corpus.clips[index]
+    mixed = Clip(corpus.clips[other].text, clip.voice, clip.codes, np.zeros((0, 2)))
+    return Corpus([mixed], corpus.prompter).example(0)
 
 
 @torch.no_grad()
-def report(
-    model: HiggsAudioV2ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path, held_out: Packed,
-    step: int, seen: int, loss: float, progress: float,
-) -> None:  # fmt: skip
-    """Print one JSON line and write the checkpoint."""
-    sums = model(**held_out)
-    counts = label_counts(held_out, eos_id=model.config.audio_stream_eos_id)
-    per_codebook = (sums["audio_loss"] / counts["audio"]).tolist()
-    line = {
-        "progress": round(progress, 3), "step": step, "tokens": seen, "loss": round(loss, 4),
-        "held_out_audio": round(sum(per_codebook) / len(per_codebook), 4),
-        "held_out_codebooks": [round(x, 2) for x in per_codebook],
-    }  # fmt: skip
-    print(json.dumps(line), flush=True)
+def save(model: HiggsAudioV2ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write the checkpoint in bfloat16, with plain tables."""
     state = {key: value for key, value in model.state_dict().items() if "parametrizations" not in key}
     state["audio_lm_head.weight"] = model.audio_lm_head.weight
+    state["model.embed_tokens.weight"] = model.model.embed_tokens.weight
     state["model.embed_audio_tokens.embed_audio_tokens.weight"] = (
         model.model.embed_audio_tokens.embed_audio_tokens.weight
     )

@@ -82,7 +82,7 @@ class RunReport:
     environment: Mapping[str, str] = field(default_factory=dict)  # versions, device
     commands: Sequence[tuple[str, str]] = ()  # purpose and command
     timings: Mapping[str, float] = field(default_factory=dict)  # seconds
-    showcase: Item | None = None  # one text, before and after, to hear first
+    showcase: Item | None = None  # one text, before and after, at the head of the page
 
 
 def write_report(report: RunReport, path: Path) -> None:
