@@ -32,6 +32,8 @@ def type_lines(page: str, type_in: Callable[[str], str]) -> dict[str, str]:
         words = shlex.split(line)
         if "--out" in words and (words[1] in ("train", "export") or MINIATURE in line):
             shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
+        if words[1:2] == ["recipe"] and len(words) == 3:
+            Path(f"{words[2]}.yaml").unlink(missing_ok=True)
         said[line] = type_in(line)
     return said
 
