@@ -254,9 +254,12 @@ def test_a_stage_that_is_not_usable_is_the_last(
     monkeypatch.setattr("higgstune.training.run.train_stage", None)
     again = ["train", tmp_path / "run" / "recipe.yaml", "--out", tmp_path / "run", "--resume"]
     code, out, _ = command(*again)
-    assert (code, out.splitlines()[-1]) == (3, f"verdict: {verdict}")
+    *_, said, following = out.splitlines()
+    assert (code, said) == (3, f"verdict: {verdict}")
+    assert following.startswith("next: ")
+    assert "--set stages.0.warmup_steps=0.05" in following
     code, out, _ = command(*again, "--json")
-    assert (code, json.loads(out)["verdict"]) == (3, asdict(verdict))
+    assert (code, json.loads(out)["verdict"]) == (3, json.loads(json.dumps(asdict(verdict))))
     code, _, err = command(*again[:-1])
     assert (code, "it is not usable: give another --out" in err) == (2, True)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "voice")
