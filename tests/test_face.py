@@ -70,7 +70,7 @@ for home in sorted(set(higgstune._HOME.values())):
 
 @pytest.mark.processes
 def test_a_name_is_imported_when_it_is_used() -> None:
-    subprocess.run([sys.executable, "-c", EACH_FIRST], check=True)
+    assert subprocess.run([sys.executable, "-c", EACH_FIRST], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -103,7 +103,8 @@ def other_commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("file", "line"), other_commands())
 def test_a_command_in_docs_and_recipes_has_the_options_that_the_command_has(file: str, line: str) -> None:
     verb, *arguments = shlex.split(line)[1:]
-    typer.main.get_group(app).commands[verb].make_context(verb, arguments)
+    context = typer.main.get_group(app).commands[verb].make_context(verb, arguments)
+    assert context.info_name == verb  # an unknown option or a missing one raises
 
 
 def test_the_prompt_in_the_docs_is_the_one_that_is_rendered() -> None:

@@ -85,7 +85,9 @@ def test_train_ends_with_a_sentence_to_speak(capsys: pytest.CaptureFixture[str])
 
 def test_a_run_that_is_not_usable_ends_with_what_to_try(capsys: pytest.CaptureFixture[str]) -> None:
     verdict = Verdict("not usable", ["x"], "Try it.", change=("stages.0.learning_rate=1e-05",))
-    print_trained(run_of(Path("runs/voice"), verdict), 1.0, Path("voice"), ["data.store=data/a b"])
+    print_trained(
+        run_of(Path("runs/voice"), verdict), 1.0, Path("voice"), ["stages.0.learning_rate=1", "data.store=data/a b"]
+    )
     assert next_command(capsys.readouterr().out) == (
         "higgstune train voice --set 'data.store=data/a b' --set stages.0.learning_rate=1e-05 --out runs/voice-2"
     )

@@ -34,7 +34,9 @@ def test_a_base_recommends_by_its_generation_config(tmp_path: Path, values: dict
     assert base_sampling(tmp_path) == expected
 
 
-@pytest.mark.parametrize("values", [{"temperature": -1}, {"top_p": "much"}, {"top_k": [50]}])
+@pytest.mark.parametrize(
+    "values", [{"temperature": -1}, {"temperature": True}, {"top_p": "much"}, {"top_k": [50]}, {"top_k": 5.5}]
+)
 def test_values_out_of_range_are_refused_with_the_file_that_has_them(tmp_path: Path, values: dict[str, Any]) -> None:
     recommend(tmp_path, **values)
     with pytest.raises(CheckpointError, match=GENERATION_CONFIG):

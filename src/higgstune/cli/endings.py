@@ -73,8 +73,10 @@ def print_trained(result: "RunResult", seconds: float, recipe: Path, overrides: 
         wav = f"{result.folder.resolve().name}.wav"
         print_next("higgstune", "speak", _SENTENCE, "--adapter", str(result.folder), "--out", wav)
     elif verdict is not None and verdict.change:
-        changes = [word for change in (*overrides, *verdict.change) for word in ("--set", change)]
-        print_next("higgstune", "train", str(recipe), *changes, "--out", f"{result.folder}-2")
+        replaced = {change.partition("=")[0] for change in verdict.change}
+        kept = [setting for setting in overrides if setting.partition("=")[0] not in replaced]
+        settings = [word for setting in (*kept, *verdict.change) for word in ("--set", setting)]
+        print_next("higgstune", "train", str(recipe), *settings, "--out", f"{result.folder}-2")
     else:
         print_next("higgstune", "doctor", "--recipe", str(result.folder / "recipe.yaml"))
 

@@ -13,7 +13,7 @@ from higgstune.errors import CheckpointError, ConfigError
 from higgstune.families import read_layout
 from higgstune.families.base import Layout
 from higgstune.hub import fetch
-from higgstune.inputs import RUN_STATE, BaseSpec, find_adapter
+from higgstune.inputs import RUN_STATE, BaseSpec, find_adapter, is_unusable_run
 from higgstune.model.adapter_folder import (
     ADAPTER_WEIGHTS,
     adapter_card,
@@ -54,10 +54,10 @@ class Source:
 def faults_of(adapter: Path) -> tuple[str, ...]:
     """Why the run that made an adapter ended as not usable with it; empty where nothing says so."""
     run, stage = adapter.parent.parent, adapter.parent.name
-    if not (run / RUN_STATE).exists():
+    if not is_unusable_run(run):
         return ()
     state = read_json(run / RUN_STATE, "")
-    if state.get("status") != "not usable" or state.get("adapter") != adapter.relative_to(run).as_posix():
+    if state.get("adapter") != adapter.relative_to(run).as_posix():
         return ()
     verdict = state.get("stages", {}).get(stage, {}).get("verdict") or {}
     return tuple(verdict.get("reasons") or ["its report says why"])

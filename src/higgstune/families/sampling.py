@@ -88,9 +88,13 @@ def read_sampling(values: Mapping[str, Any], path: Path) -> Sampling:
         found["repeat_window"] = 0
     if values.get("do_sample") is False:
         found["temperature"] = 0.0
+    for name, value in found.items():
+        whole = name not in ("temperature", "top_p")
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            raise CheckpointError(f"{path}: {name} must be a {'whole ' if whole else ''}number, not {value!r}")
     try:
         return Sampling(**found)
-    except (ConfigError, TypeError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
