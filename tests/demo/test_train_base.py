@@ -22,7 +22,7 @@ TEXTS = ("Good morning, Anna.", "We saw seven birds near the river.", "The old c
 def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(TOOLS))
     found = runpy.run_path(str(TOOLS / "train_base.py"))
-    sys.modules.pop("miniature", None)
+    sys.modules.pop("checkpoint", None)
     return found
 
 

@@ -146,8 +146,11 @@ def test_an_adapter_without_records_is_merged_and_says_so(world: Path, tmp_path:
 
 
 def test_a_codec_that_has_moved_with_its_base_is_found(world: Path, tmp_path: Path) -> None:
+    for run in ("one", "other"):  # beside runs that are not the adapter's
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "run.json").write_text('{"status": "not usable"}')
     base = shutil.copytree(world / "base", tmp_path / "base")
-    adapter = copy_of(world / "plain" / "adapter", tmp_path / "adapter", codec="/gone/codec")
+    adapter = copy_of(world / "plain" / "adapter", tmp_path / "voices" / "adapter", codec="/gone/codec")
     result = export(adapter, tmp_path / "out", base=BaseSpec(base, device="cpu"))
     assert (result.folder / "codec" / "model.safetensors").exists()
 

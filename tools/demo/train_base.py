@@ -38,7 +38,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from miniature import BASE_VOICE, SCENES, SHIFTED_SCENE, CodeGeometry, Sounds, build_model, build_tokenizer, save
+from checkpoint import BASE_VOICE, SCENES, SHIFTED_SCENE, CodeGeometry, Sounds, build_model, build_tokenizer, save
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize

@@ -54,7 +54,7 @@ class Source:
 def faults_of(adapter: Path) -> tuple[str, ...]:
     """Why the run that made an adapter ended as not usable with it; empty where nothing says so."""
     run, stage = adapter.parent.parent, adapter.parent.name
-    if not is_unusable_run(run):
+    if not (run / RUN_STATE).exists() or not is_unusable_run(run):
         return ()
     state = read_json(run / RUN_STATE, "")
     if state.get("adapter") != adapter.relative_to(run).as_posix():
