@@ -2,9 +2,15 @@
 
 import gc
 import json
+import os
+import subprocess
+import sys
 import unicodedata
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
+from urllib.parse import parse_qs, urlparse
 
 import pyarrow.parquet
 import pytest
@@ -153,6 +159,21 @@ LAYOUTS: list[tuple[str, tuple[str, ...], dict[str, str | bytes], list[Row | str
         {"metadata.csv": "file_name;text\n1.wav;Hello; one\n".encode("utf-32-le")},
         [{"audio": "wavs/1.wav", "text": "Hello; one"}],
     ),
+    *(
+        (
+            f"JSON lines in {encoding}",
+            WAVS,
+            {"rows.jsonl": ('{"audio": "wavs/1.wav", "text": "Hello one."}\n').encode(encoding)},
+            [one()],
+        )
+        for encoding in ("utf-8-sig", "utf-16", "utf-16-be", "utf-32")
+    ),
+    (
+        "a list in UTF-16",
+        WAVS,
+        {"rows.json": '[{"audio": "wavs/1.wav", "text": "Hello one."}]'.encode("utf-16")},
+        [one()],
+    ),
     (
         "NeMo, as JSON lines named .json",
         WAVS,
@@ -278,6 +299,104 @@ def test_a_layout(
 def test_a_command_of_kaldi_is_refused_as_one(tmp_path: Path) -> None:
     [row] = read_source(make(tmp_path, (), {"wav.scp": "u1 touch pwned |\n", "text": "u1 hello\n"}))
     assert "wav.scp has a command for 'u1', which is not run" in str(row.content)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the hub's client needs of the hub for one data set, `owner/files`."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_GET(self) -> None:
+        address = urlparse(self.path)
+        if "/resolve/" in address.path:
+            self._file(address.path.split("/resolve/")[1].split("/", 1)[1])
+        elif "/tree/" in address.path:
+            below = Path(*Path(address.path.split("/tree/")[1]).parts[1:])
+            every = "recursive=true" in address.query.lower()
+            self._json([entry for entry in self._entries() if self._is_listed(Path(entry["path"]), below, every)])
+        elif address.path.startswith("/api/datasets/owner/files"):
+            siblings = [{"rfilename": name} for name in self.files]
+            self._json({"id": "owner/files", "sha": "0" * 40, "siblings": siblings})
+        else:
+            self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:  # paths-info
+        wanted = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+        self._json([entry for entry in self._entries() if entry["path"] in wanted])
+
+    def _entries(self) -> list[dict[str, Any]]:
+        folders = {parent.as_posix() for name in self.files for parent in Path(name).parents} - {"."}
+        found = [{"type": "directory", "path": name, "oid": name, "size": 0} for name in sorted(folders)]
+        return found + [
+            {"type": "file", "path": n, "oid": n, "size": len(content)} for n, content in self.files.items()
+        ]
+
+    @staticmethod
+    def _is_listed(path: Path, below: Path, every: bool) -> bool:
+        return path != below and (below in path.parents if every else path.parent == below)
+
+    def _json(self, found: Any) -> None:
+        self._answer(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+
+    def _file(self, name: str) -> None:
+        if name not in self.files:
+            self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return
+        content, headers = self.files[name], {"ETag": f'"{name.replace("/", "-")}"', "X-Repo-Commit": "0" * 40}
+        if (wanted := self.headers.get("Range")) is not None:
+            first, last = wanted.removeprefix("bytes=").split("-")
+            end = min(int(last or len(content)), len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{end}/{len(content)}"
+            self._answer(206, content[int(first) : end + 1], headers)
+        else:
+            self._answer(200, content, headers)
+
+    def _answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_data_set_at_the_hub_that_is_a_folder_of_files(tmp_path: Path) -> None:
+    """Downloaded by the hub's client from a hub on this machine, then read as any folder."""
+    pytest.importorskip("datasets")
+    folder = make(tmp_path / "files", ("train/1.wav", "test/2.wav"), {})
+    table = b"file_name,text\n%b.wav,Hello %b.\n"
+    for split, name in (("train", b"1"), ("test", b"2")):
+        (folder / split / "metadata.csv").write_bytes(table % (name, name))
+    Hub.files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    code = """
+from higgstune.data.importers import read_source
+from higgstune.errors import DataError
+for source in ("hf:owner/files", "hf:owner/files:test"):
+    print([(row.content.text, row.path(row.content.audio).is_file()) for row in read_source(source)])
+try:
+    read_source("hf:owner/files:nowhere")
+except DataError as error:
+    print(error)
+"""
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
+    env = os.environ | hub | {"HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "[('Hello 1.', True)]",
+        "[('Hello 2.', True)]",
+        "the data set owner/files has no folder nowhere: name one that it has, or none",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -460,11 +579,12 @@ def test_a_data_set_at_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(row.content, Utterance)
     assert (row.content.text, row.content.speaker) == ("Hello one.", "ben")
     assert row.path(row.content.audio or "").read_bytes() == sound["bytes"]
-    folder = make(tmp_path / "owner" / "files", ("1.wav",), {"metadata.csv": "file_name,text\n1.wav,Hello.\n"})
-    with pytest.raises(DataError, match=r"hf download --repo-type dataset owner/files"):
-        read_source("hf:owner/files")
+    table = pyarrow.table({"audio": [{"bytes": None, "path": "/etc/hosts"}], "text": ["Hello."]})
+    (tmp_path / "owner" / "paths").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "owner" / "paths" / "train.parquet")
+    with pytest.raises(DataError, match=r"hf download --repo-type dataset owner/paths"):
+        read_source("hf:owner/paths")
     gc.collect()  # of the files that datasets leaves open, where that is not an error
-    assert read(read_source(folder)) == [{"audio": "1.wav", "text": "Hello."}]
     with pytest.raises(ConfigError, match="is not the name of a data set"):
         read_source("hf:name")
     with pytest.raises(DataError, match="cannot be read"):
@@ -559,6 +679,9 @@ def test_a_fault_of_a_row_refuses_the_row(tmp_path: Path) -> None:
     assert isinstance(found[2], dict)
     row = '{"audio": "wavs/1.wav", "text": "Hello.", "start": 1' + "0" * 400 + ', "duration": 1}\n'
     assert read(read_source(make(tmp_path / "b", WAVS, {"rows.jsonl": row}))) == ["bad_row"]
+    rows = '[{"audio": "wavs/1.wav", "text": "One.", "text": "Two."}, {"audio": "wavs/2.wav", "text": "Three."}]'
+    found = read(read_source(make(tmp_path / "e", WAVS, {"rows.json": rows})))
+    assert found == ["bad_row", {"audio": "wavs/2.wav", "text": "Three."}]
     files: dict[str, str | bytes] = {"wav.scp": "u1 a.wav\n", "text": "u1 K\xe4se\nu1 again\n".encode("latin-1")}
     assert read(read_source(make(tmp_path / "c", ("a.wav",), files))) == ["bad_row", "duplicate_id"]
     table = "file_name,text,speaker\n1.wav,nan,anna\n2.wav,Two.,nan\n"

@@ -36,6 +36,13 @@ def test_silence_around_speech(floor: float) -> None:
     assert found.level == pytest.approx(-20, abs=1)
 
 
+def test_a_pause_within_speech() -> None:
+    sound = np.concatenate([voice(), np.zeros(3 * RATE), voice()])
+    found = measured(sound + noise(len(sound), 1e-4))
+    assert found.longest_pause == pytest.approx(3.1, abs=0.15)  # the voice fades for 0.1 s
+    assert measured(voice()).longest_pause == 0.1
+
+
 def test_a_click_before_speech_is_silence() -> None:
     sound = np.concatenate([np.zeros(2 * RATE), voice()])
     sound[RATE : RATE + 200] = 0.9

@@ -53,6 +53,7 @@ def test_rows_that_stand_out_are_listed_and_no_others(tmp_path: Path) -> None:
     row(source, "late", np.concatenate([silence, talk(3.0, 10)]))
     row(source, "later", np.concatenate([silence, silence, talk(3.0, 11)]))
     row(source, "tail", np.concatenate([talk(3.0, 12), silence]))
+    row(source, "pause", np.concatenate([talk(2.0, 22), np.zeros(4 * RATE), talk(2.0, 23)]), SENTENCE)
     row(source, "noise", 0.1 * np.random.default_rng(13).standard_normal(3 * RATE))
     row(source, "overdriven", np.clip(50 * talk(3.0, 14), -1, 1))
     row(source, "quiet", 0.03 * talk(3.0, 15), subtype="FLOAT")
@@ -65,12 +66,13 @@ def test_rows_that_stand_out_are_listed_and_no_others(tmp_path: Path) -> None:
     summary = run(source, out)
     report = store_outliers(out)
     assert summary.outliers == report.outliers
-    assert (summary.refused, summary.not_measured, report.rows) == ({}, [], 15)
+    assert (summary.refused, summary.not_measured, report.rows) == ({}, [], 16)
     assert found(report) == {
         "characters_per_second > 30": ["fast"],
         "characters_per_second < 1.5": ["slow"],
         "leading_silence > 1 s": ["later", "late"],
         "trailing_silence > 1 s": ["tail"],
+        "longest_pause > 2 s": ["pause"],
         "snr < 15 dB": ["noise"],
         "clipped > 0.001": ["overdriven"],
         "level < -45 dBFS": ["quiet", "nearly_reversed"],
@@ -177,12 +179,13 @@ def test_measures_do_not_depend_on_what_was_encoded_before(tmp_path: Path) -> No
     assert (codec.calls, CodeStore.open(out).metadata.equals(before)) == (0, True)
 
 
-def test_rows_of_a_store_without_measures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", ["characters_per_second", "longest_pause"])
+def test_rows_of_a_store_without_measures(tmp_path: Path, first: str) -> None:
     """An earlier version's store is read and grows; its rows have no measures until their source is prepared again."""
     source, out = tmp_path / "in", tmp_path / "out"
     row(source, "old", np.concatenate([np.zeros(2 * RATE, np.float32), talk(3.0, 1)]))
     run(source, out, validation_fraction=0.0)
-    as_earlier_version(out)
+    as_earlier_version(out, first)
     assert CodeStore.open(out)[0].id == "old"
     report = store_outliers(out)
     assert (report.not_measured, report.outliers) == (["old"], [])
@@ -195,13 +198,13 @@ def test_rows_of_a_store_without_measures(tmp_path: Path) -> None:
     assert found(store_outliers(out)) == {"leading_silence > 1 s": ["old"]}
 
 
-def as_earlier_version(out: Path) -> None:
-    """Write a store of one shard as it was before rows had measures."""
+def as_earlier_version(out: Path, first: str) -> None:
+    """Write a store of one shard as it was before rows had the column `first` and those behind it."""
     index = read_index(out)
     (shard,) = index.shards
     table = pq.read_table(out / shard.name)
-    first = table.schema.names.index("characters_per_second")
-    pq.write_table(table.select(table.schema.names[:first]), out / shard.name, row_group_size=64)
+    names = table.schema.names
+    pq.write_table(table.select(names[: names.index(first)]), out / shard.name, row_group_size=64)
     content = (out / shard.name).read_bytes()
     values = json.loads(StoreIndex(index.info, [shard]).to_json())
     values["shards"][0] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -60,6 +60,12 @@ def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     return fast
 
 
+def open_base(folder: Path) -> tuple[PreTrainedTokenizerFast, HiggsAudioV2ForConditionalGeneration]:
+    """A base that `save` wrote, in float32."""
+    model = HiggsAudioV2ForConditionalGeneration.from_pretrained(folder, use_text_head=True, dtype=torch.float32)
+    return PreTrainedTokenizerFast.from_pretrained(folder), model
+
+
 def build_model(tokenizer: PreTrainedTokenizerFast) -> HiggsAudioV2ForConditionalGeneration:
     """The native architecture at 1/12 of its width and 5 of its 28 layers."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
@@ -132,6 +138,9 @@ class Sounds(nn.Module):
 
     def forward(self, own: Tensor) -> Tensor:
         return own + self.features @ self.map
+
+    def right_inverse(self, rows: Tensor) -> Tensor:
+        return rows - self.features @ self.map
 
 
 @torch.no_grad()

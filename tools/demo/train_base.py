@@ -5,6 +5,7 @@
 
 The parquet files are what `fit_codec.py encode` writes. Progress goes to stdout, a JSON line a report. At each report
 the checkpoint is written to `--out` and the state of the training to `--work`; the same command resumes from it.
+`--base` begins with a checkpoint that this tool wrote, instead of random weights.
 
 What makes a small model read within hours of CPU time, apart from the loss of the codes:
 
@@ -38,7 +39,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from checkpoint import BASE_VOICE, SCENES, SHIFTED_SCENE, CodeGeometry, Sounds, build_model, build_tokenizer, save
+from checkpoint import (
+    BASE_VOICE,
+    SCENES,
+    SHIFTED_SCENE,
+    CodeGeometry,
+    Sounds,
+    build_model,
+    build_tokenizer,
+    open_base,
+    save,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -56,6 +67,7 @@ END_MARGIN = 12.0  # nats below the codes
 CONTEXT_SHARE = 0.1  # of the examples have an earlier turn, as references and long texts do
 DIGIT_SHARE = 0.15  # of the sentences have digits for their numbers
 FRAMES_PER_SECOND = 25
+HELD_OUT = 32  # clips of each voice
 ALIGNED = ((1, 0, 0), (2, 0, 0), (2, 2, 1))  # layer, head, and how many words ahead it attends to
 FIRST_SHARE = 0.6  # of the audio loss is codebook 0's
 DRAWN = (0.0, 4, 3, 2, 1, 1, 1, 1)  # chances of the other codebooks, of which two are drawn
@@ -378,6 +390,7 @@ def main() -> None:
     parser.add_argument("--codec", type=Path, required=True, help="folder of the codec that made the codes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--work", type=Path, required=True, help="folder of the training's state")
+    parser.add_argument("--base", type=Path, help="folder of the checkpoint to begin with")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--tokens", type=int, default=2400)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -388,21 +401,26 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     clips, sounds = read_corpus(args.codes)
-    tokenizer = build_tokenizer([clip.text for clip in clips] + [with_digits(clip.text) for clip in clips])
-    model = build_model(tokenizer)
+    if args.base is None:
+        tokenizer = build_tokenizer([clip.text for clip in clips] + [with_digits(clip.text) for clip in clips])
+        model = build_model(tokenizer)
+    else:
+        tokenizer, model = open_base(args.base)
     codebooks = load_file(args.codec / "model.safetensors")["codebooks"].float()
     for module in (model.audio_lm_head, model.model.embed_audio_tokens.embed_audio_tokens):
         parametrize.register_parametrization(module, "weight", CodeGeometry(codebooks))
-        nn.init.normal_(module.parametrizations.weight.original, std=0.003)
+        if args.base is None:
+            nn.init.normal_(module.parametrizations.weight.original, std=0.003)
     words = [tokenizer.decode([i]).strip().lower() for i in range(len(tokenizer))]
     spoken = [sounds.get({v: k for k, v in NUMBERS.items()}.get(word, word), "") for word in words]
     print(json.dumps({"tokens": len(tokenizer), "words with sounds": sum(map(bool, spoken))}), flush=True)
     parametrize.register_parametrization(model.model.embed_tokens, "weight", Sounds(spoken, model.config.hidden_size))
     corpus = Corpus(clips, Prompter(tokenizer, SpecialIds.from_config(model.config)))
-    own = [i for i, clip in enumerate(clips) if clip.voice == BASE_VOICE]
-    held_out = make_batch([corpus.example(i) for i in own[:48]])
-    swapped = make_batch([_swapped(corpus, own[i], own[(i + 1) % 48]) for i in range(48)])
-    hidden_away = set(own[:64])
+    of_voice = defaultdict(list)
+    for index, clip in enumerate(clips):
+        of_voice[clip.voice].append(index)
+    held_out = {voice: _held_out(corpus, indices[:HELD_OUT]) for voice, indices in of_voice.items()}
+    hidden_away = {index for indices in of_voice.values() for index in indices[:HELD_OUT]}
     batches = corpus.batches([i for i in range(len(clips)) if i not in hidden_away], args.tokens, args.seed)
     found = optimizers(model, args.lr)
     generator = np.random.default_rng(args.seed)
@@ -439,11 +457,14 @@ def main() -> None:
         if time.process_time() - reported > 60 or step == args.steps:
             reported = time.process_time()
             cpu = reported - started
-            true, alignment = held_out_losses(model, held_out)
-            other, _ = held_out_losses(model, swapped)
+            found_losses = {
+                voice: [held_out_losses(model, batch) for batch in pair] for voice, pair in held_out.items()
+            }
+            (true, alignment), _ = found_losses[BASE_VOICE]
+            gaps = {voice: round(other[0] - own[0], 3) for voice, ((own, _), (other, _)) in found_losses.items()}
             line = {
                 "step": step, "cpu_minutes": round(cpu / 60, 1), "rows_a_step": round(means["rows"] / means["n"]),
-                "held_out": [round(x, 2) for x in true], "swap_gap": round(other[0] - true[0], 3),
+                "held_out": [round(x, 2) for x in true], "swap_gap": gaps,
                 "alignment": round(alignment, 3),
                 "train": {k: round(means[k] / means["n"], 3) for k in ("codebook_0", "alignment", "text", "early")},
             }  # fmt: skip
@@ -459,6 +480,13 @@ def main() -> None:
                 part,
             )  # fmt: skip
             part.replace(state)
+
+
+def _held_out(corpus: Corpus, indices: Sequence[int]) -> tuple[Batch, Batch]:
+    """The clips, and the same with each other's texts."""
+    others = [*indices[1:], indices[0]]
+    swapped = [_swapped(corpus, index, other) for index, other in zip(indices, others, strict=True)]
+    return make_batch([corpus.example(index) for index in indices]), make_batch(swapped)
 
 
 def _swapped(corpus: Corpus, index: int, other: int) -> tuple[Example, np.ndarray]:

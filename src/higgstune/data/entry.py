@@ -98,8 +98,9 @@ def _fields_of(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def stored_measures(row: dict[str, Any]) -> Measures | None:
-    """The measures of a stored row; None for one without them."""
-    return None if row.get(_MEASURES[0]) is None else Measures(**{name: row[name] for name in _MEASURES})
+    """The measures of a stored row; None for one without some of them."""
+    missing = any(row.get(name) is None for name in _MEASURES)
+    return None if missing else Measures(**{name: row[name] for name in _MEASURES})
 
 
 def new_entry(candidate: Candidate, source_key: str) -> Entry:

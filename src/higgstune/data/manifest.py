@@ -3,17 +3,20 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, BinaryIO, Self, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from higgstune.data.messages import is_unicode, normalize_messages
 from higgstune.data.rejection import RowError, did_you_mean, shown
+from higgstune.data.text import encoding_of
 from higgstune.errors import DataError
 
 Seconds = Annotated[FiniteFloat, Field(ge=0)]
 MAX_LINE = 1 << 22  # bytes: an hour of speech is 60 kB
+_HEAD = 4096  # bytes, in which the encoding shows
 _SHOWN_PROBLEMS = 5
 _UTTERANCE_ONLY = ("audio", "text", "scene", "reference_audio", "reference_text", "start", "end")
 
@@ -96,7 +99,7 @@ def parse_line(line: bytes) -> Utterance:
 
 def _decoded(line: bytes) -> Any:
     try:
-        data = json.loads(line.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+        data = json.loads(line.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise RowError("bad_row", f"the line is not UTF-8 ({error.reason} at byte {error.start})") from error
     except RecursionError as error:
@@ -147,11 +150,13 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | RowError]]:
     """The lines that are not empty; one that is too long is yielded as its RowError, and never held in memory."""
     try:
         with open(path, "rb") as file:
+            encoding = encoding_of(file.peek(_HEAD)[:_HEAD])
+            wide = None if encoding.startswith("utf-8") else TextIOWrapper(file, encoding)
             number = 0
-            while line := file.readline(MAX_LINE + 1):
+            while line := _read_line(file, wide):
                 number += 1
                 if len(line) > MAX_LINE and not line.endswith(b"\n"):
-                    while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                    while (rest := _read_line(file, wide)) and not rest.endswith(b"\n"):
                         continue
                     yield number, RowError("bad_row", f"it is longer than {MAX_LINE >> 20} MB: write one row a line")
                     continue
@@ -162,11 +167,17 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | RowError]]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
+def _read_line(file: BinaryIO, wide: TextIO | None) -> bytes:
+    """The next line in UTF-8, or its first MAX_LINE + 1 bytes or characters; `wide` decodes UTF-16 and UTF-32."""
+    return file.readline(MAX_LINE + 1) if wide is None else wide.readline(MAX_LINE + 1).encode()
+
+
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A decoded JSON object. Raises ValueError for a key that occurs twice."""
     if len(unique := dict(pairs)) < len(pairs):
         [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {shown(key)} occurs twice")

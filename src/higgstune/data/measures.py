@@ -44,6 +44,7 @@ class Measures:
     channels: int
     silent_channels: int  # 30 dB and more below the loudest
     mix_loss: float  # dB, the mono mix below the loudest channel: 3 for two unlike ones, 6 for a silent one beside it
+    longest_pause: float  # seconds within the speech
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ LIMITS = (
     Limit("characters_per_second", "<", 1.5, "", "slower than any reader"),
     Limit("leading_silence", ">", 1, "s", "the voice learns to wait before it speaks"),
     Limit("trailing_silence", ">", 1, "s", "the voice learns not to stop"),
+    Limit("longest_pause", ">", 2, "s", "two sentences, or words that the text lacks: the voice learns to fall silent"),
     Limit("snr", "<", 15, "dB", "noise or music is learnt with the voice; steady sound without speech has under 0"),
     Limit("clipped", ">", 0.001, "", "the recorder was overdriven: the voice learns to crackle"),
     Limit("level", "<", -45, "dBFS", "20 dB and more below usual recordings"),
@@ -130,6 +132,7 @@ def measure(samples: np.ndarray, rate: int) -> Measures:
         channels=channels,
         silent_channels=int((spreads < _SILENT_CHANNEL * spreads.max()).sum()),
         mix_loss=round(float(_decibels(spreads.max()) - _decibels(mix)), 1),
+        longest_pause=round(float(np.diff(speech, prepend=speech[0] - 1).max() - 1) * _FRAME, 2),
     )
 
 

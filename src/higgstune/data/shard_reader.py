@@ -183,6 +183,7 @@ def store_schema(num_codebooks: int) -> pa.Schema:
         "channels": pa.int32(),
         "silent_channels": pa.int32(),
         "mix_loss": pa.float64(),  # dB
+        "longest_pause": pa.float64(),  # seconds
     }
     return pa.schema(list(columns.items()))
 

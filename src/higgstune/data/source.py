@@ -1,6 +1,5 @@
 """Rows of a source with their place in it, the limits of what a source may name, and the record of refused rows."""
 
-import codecs
 import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from higgstune.data.audio import AUDIO_SUFFIXES
 from higgstune.data.manifest import Utterance
 from higgstune.data.rejection import Rejection, RowError, shown
+from higgstune.data.text import encoding_of
 from higgstune.errors import DataError
 
 # Formats of recordings that are not read: rows with them are refused by name.
@@ -17,15 +17,6 @@ FOREIGN_SUFFIXES = (
     *(".m4a", ".m4b", ".aac", ".wma", ".mp4", ".mkv", ".mka", ".webm", ".amr", ".ac3", ".aiff", ".aif", ".au", ".caf"),
     *(".w64", ".wv", ".ape", ".mpga", ".mp2", ".3gp", ".mov", ".avi"),
 )
-_BYTE_ORDER_MARKS = {  # UTF-32's first: it begins with UTF-16's
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-# Where the NUL bytes of Latin letters lie, by byte within 4, in encodings without a mark.
-_NUL_PATTERNS = {"utf-32-le": (1, 2, 3), "utf-32-be": (0, 1, 2), "utf-16-le": (1, 3), "utf-16-be": (0, 2)}
 MAX_BYTES = 1 << 29  # of a source that is read as a whole: a million rows, which take ten times as much once decoded
 
 
@@ -103,15 +94,8 @@ def rejections_of(rows: Sequence[SourceRow], refused: Mapping[int, RowError]) ->
 
 
 def decode(data: bytes) -> str:
-    """Text in UTF-8, or in UTF-16 or UTF-32, with or without a byte order mark. Raises UnicodeDecodeError, as for NUL.
-
-    Without a mark, the NUL bytes in every letter of Latin scripts distinguish UTF-16 and UTF-32.
-    """
-    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
-    if encoding is None and b"\0" in data:
-        nuls = [data[place::4].count(0) / max(1, len(data[place::4])) for place in range(4)]
-        encoding = next((name for name, places in _NUL_PATTERNS.items() if min(nuls[p] for p in places) > 0.5), None)
-    text = data.decode(encoding or "utf-8")
+    """Text in UTF-8, UTF-16 or UTF-32, with or without a byte order mark. Raises UnicodeDecodeError, also for NUL."""
+    text = data.decode(encoding_of(data))
     if (place := text.find("\0")) >= 0:
         raise UnicodeDecodeError("utf-8", data, place, place + 1, "a NUL byte, which is in no text")
     return text

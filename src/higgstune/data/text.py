@@ -5,6 +5,7 @@ examples/generation.py: full-width punctuation, sound tags, white space, a final
 that change the words of other languages (removing brackets, spelling out degrees in English).
 """
 
+import codecs
 import re
 import unicodedata
 
@@ -12,6 +13,15 @@ import regex
 
 TEXT_NORMALIZATION = "2"  # recorded in every store: raise it when a result of `normalize_text` changes
 
+_BYTE_ORDER_MARKS = {  # UTF-32's first: it begins with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+# Where the NUL bytes of Latin letters lie, by byte within 4, in encodings without a mark.
+_NUL_PATTERNS = {"utf-32-le": (1, 2, 3), "utf-32-be": (0, 1, 2), "utf-16-le": (1, 3), "utf-16-be": (0, 2)}
 _CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]+\|>")
 _SPEAKER_TAG = re.compile(r"\[SPEAKER\d+\]")
 # The end of a sentence or a clause in any script by Unicode's property, a quote, or a sound tag.
@@ -158,3 +168,15 @@ def _printable(character: str) -> str:
     if category == "Zs" or (category == "Cc" and character != "\n"):
         return " "
     return "" if category == "Cs" else character  # half a surrogate pair cannot be written as UTF-8
+
+
+def encoding_of(data: bytes) -> str:
+    """The encoding of a file by its beginning: by its byte order mark, or by the NUL bytes in letters of Latin scripts.
+
+    UTF-8 where neither is there.
+    """
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
+    if encoding is None and b"\0" in data:
+        nuls = [data[place::4].count(0) / max(1, len(data[place::4])) for place in range(4)]
+        encoding = next((name for name, places in _NUL_PATTERNS.items() if min(nuls[p] for p in places) > 0.5), None)
+    return encoding or "utf-8"

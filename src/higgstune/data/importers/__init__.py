@@ -39,7 +39,7 @@ def read_source(path: str | Path, *, allow_outside: bool = False, columns: str |
     missing, of an unknown kind, ambiguous or without rows, ConfigError for columns that do not fit.
     """
     if str(path).startswith(HUB_PREFIX):
-        return _plain(read_hub(str(path), columns=columns))
+        return _plain(read_hub(str(path), read_source, columns=columns))
     path = Path(path)
     check_source(path)
     read = _read_folder if path.is_dir() else _read_file
@@ -139,7 +139,9 @@ def _read_json(path: Path, allow_outside: bool, columns: str | None) -> Source:
 
 
 def _are_objects(data: Any) -> bool:
-    return isinstance(data, list) and bool(data) and all(isinstance(item, dict) for item in data)
+    """Whether decoded JSON is a list of objects, some of which may be the RowError of an object."""
+    kinds = {type(item) for item in data} if isinstance(data, list) else set()
+    return dict in kinds and kinds <= {dict, RowError}
 
 
 def _read_splits(folder: Path, files: list[Path], allow_outside: bool, columns: str | None) -> Source:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from higgstune.data.importers.transcripts import read_transcript
-from higgstune.data.manifest import Utterance, parse_utterance
+from higgstune.data.manifest import Utterance, parse_utterance, unique_keys
 from higgstune.data.rejection import RowError, shown
 from higgstune.data.source import SourceRow, decode, read_whole
 from higgstune.errors import DataError
@@ -31,14 +31,24 @@ _UNKNOWN = ("", "unknown", "unknown_speaker")  # written by the converters where
 
 
 def load_json(path: Path) -> Any:
-    """Decode a JSON file. Raises DataError, with the place, where it is broken."""
+    """Decode a JSON file; an object that has a key twice becomes its RowError.
+
+    Raises DataError, with the place, where the file is broken.
+    """
     content = read_whole(path)
     try:
-        return json.loads(decode(content))
+        return json.loads(decode(content), object_pairs_hook=_object)
     except RecursionError as error:
         raise DataError(f"{path} is nested too deeply to be a data set") from error
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RowError:
+    try:
+        return unique_keys(pairs)
+    except ValueError as error:
+        return RowError("bad_row", str(error))
 
 
 def is_trainer_json(data: Any) -> bool:
@@ -58,7 +68,8 @@ def read_trainer_json(path: Path, data: Any, *, allow_outside: bool = False) -> 
     if not items:
         raise DataError(f"{path} has no samples")
     for number, item in enumerate(items):
-        row = SourceRow(f"{place}[{number}]", path.parent, _NO_OBJECT, allow_outside=allow_outside)
+        unread = item if isinstance(item, RowError) else _NO_OBJECT
+        row = SourceRow(f"{place}[{number}]", path.parent, unread, allow_outside=allow_outside)
         yield _converted(row, item, convert) if isinstance(item, dict) else row
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ _NAME = re.compile(rf"{HUB_PREFIX}(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.\[\
 _SUFFIXES = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg"}
 
 
-def read_hub(source: str, *, columns: str | None = None) -> Source:
+def read_hub(source: str, read_folder: Callable[..., Source], *, columns: str | None = None) -> Source:
     """The rows of a data set at the hub; without a split, those of "train".
 
     It is streamed, and the bytes of its recordings are written as they are into a folder of the user's cache, from
-    which a repeated preparation reads them.
+    which a repeated preparation reads them. A data set that is a folder of files is downloaded there as it is, and read
+    with `read_folder`: the folder named like the split, or all of it where no split is named and none has that name.
 
     Raises ConfigError for a wrong name or without the extra, DataError for a data set that cannot be read.
     """
@@ -29,30 +31,32 @@ def read_hub(source: str, *, columns: str | None = None) -> Source:
     if find_spec("datasets") is None:
         raise ConfigError(f"{source} needs datasets: pip install 'higgstune[datasets]'")
     import datasets
+    from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
+    from huggingface_hub import snapshot_download
 
     name, split = found["name"], found["split"] or "train"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "higgstune" / "datasets" / f"{name.replace('/', '--')}--{split}"
-    folder.mkdir(parents=True, exist_ok=True)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "higgstune" / "datasets"
     try:
-        rows = datasets.load_dataset(name, split=split, streaming=True)
+        builder = datasets.load_dataset_builder(name)
+        if isinstance(builder, FolderBasedBuilder):
+            whole = cache / name.replace("/", "--")
+            snapshot_download(name, repo_type="dataset", local_dir=whole)
+            if found["split"] and not (whole / split).is_dir():
+                raise DataError(f"the data set {name} has no folder {split}: name one that it has, or none")
+            return read_folder(whole / split if (whole / split).is_dir() else whole, columns=columns)
+        folder = cache / f"{name.replace('/', '--')}--{split}"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = builder.as_streaming_dataset(split=split)
         rows = rows if rows.features is not None else rows._resolve_features()
         features = rows.features
         for key in (key for key, kind in features.items() if _is_audio(kind)):  # the bytes: decoding is ours
             rows = rows.cast_column(key, datasets.Audio(decode=False))
         records = [(f"{source}:{number}", _record(row, features, folder, name)) for number, row in enumerate(rows)]
-    except ImportError as error:  # of an audio library, where the data set is a folder of files
-        raise DataError(f"{_as_folder(name)} [{error}]") from error
+    except DataError:
+        raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"the data set {name} cannot be read (split {split}): {error}") from error
     return records_source(folder / source.removeprefix(HUB_PREFIX).replace("/", "--"), records, columns=columns)
-
-
-def _as_folder(name: str) -> str:
-    return (
-        f"the data set {name} holds its recordings as files, not in its rows: download it "
-        f"(`hf download --repo-type dataset {name} --local-dir FOLDER`) and name the folder"
-    )
 
 
 def _is_audio(kind: Any) -> bool:
@@ -71,7 +75,10 @@ def _record(row: dict[str, Any], features: Any, folder: Path, name: str) -> dict
     for key, value in row.items():
         if _is_audio(features[key]) and value is not None:
             if value["bytes"] is None:  # its path is of another machine, or at the hub, and never read here
-                raise DataError(_as_folder(name))
+                raise DataError(
+                    f"the data set {name} has the paths of its recordings in its rows, not their bytes: download it "
+                    f"(`hf download --repo-type dataset {name} --local-dir FOLDER`) and name the folder"
+                )
             record[key] = _written(value["bytes"], folder)
         else:
             named = hasattr(features[key], "int2str") and isinstance(value, int) and value >= 0

@@ -12,7 +12,7 @@ from higgstune.data.importers.recordings import Recordings
 from higgstune.data.manifest import Utterance, parse_utterance, read_json_lines
 from higgstune.data.messages import audio_parts
 from higgstune.data.rejection import RowError, shown
-from higgstune.data.source import Source, SourceRow, read_whole
+from higgstune.data.source import Source, SourceRow, decode, read_whole
 from higgstune.errors import DataError
 
 _TEXTS = ("speaker", "language", "id")  # numbers are accepted for them
@@ -99,7 +99,8 @@ def is_record_list(path: Path) -> bool:
     """Whether a .json file is a list of rows, or has one a line."""
     content = read_whole(path)
     try:
-        data = json.loads(content.split(b"\n", 1)[0] if content.lstrip().startswith(b"{") else content)
+        text = decode(content).lstrip("\ufeff")
+        data = json.loads(text.split("\n", 1)[0] if text.lstrip().startswith("{") else text)
     except (ValueError, RecursionError):
         return False
     first = data[0] if isinstance(data, list) and data else data
@@ -115,7 +116,7 @@ def sidecar_rows(content: bytes, location: str, name: str) -> list[Utterance]:
     Raises RowError for anything else.
     """
     try:
-        data = json.loads(content.decode("utf-8-sig"))
+        data = json.loads(decode(content))
     except (ValueError, RecursionError) as error:
         raise RowError("no_transcript", f"{name} is not JSON: {error}") from error
     if isinstance(data, dict) and isinstance(segments := data.get("segments"), list):
