@@ -64,3 +64,17 @@ def test_peft_itself_is_as_before(tmp_path: Path) -> None:
         "print(json.dumps([hidden, *answers, used is bitsandbytes.functional]))\n"
     )
     assert found == [False, True, True, True, False, True]
+
+
+def test_transformers_assigns_with_scipy_that_is_imported_when_it_does() -> None:
+    found = run(
+        "import json, sys\n"
+        "from higgstune.families import family_info, load_family\n"
+        "load_family(family_info(None))\n"
+        "before = 'scipy.optimize' in sys.modules\n"
+        "from transformers.loss.loss_for_object_detection import linear_sum_assignment\n"
+        "rows, columns = linear_sum_assignment([[1.0, 0.0], [0.0, 1.0]])\n"
+        "import scipy.optimize\n"
+        "print(json.dumps([before, columns.tolist(), scipy.optimize.linear_sum_assignment([[1.0]])[0].tolist()]))\n"
+    )
+    assert found == [False, [1, 0], [0]]

@@ -8,45 +8,13 @@ it first, as `transformers.trainer` does.
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any
+
+from higgstune.imports import deferred
 
 _NAME = "bitsandbytes"
 
 
-class _Deferred(ModuleType):
-    """Gives the attributes of bitsandbytes, which it imports for the first of them."""
-
-    def __init__(self, spec: Any) -> None:
-        super().__init__(_NAME)
-        self.__spec__ = spec  # `find_spec` reads it, to see whether it is installed
-        self.__file__ = spec.origin  # `inspect` reads it of every module
-
-    def __getattr__(self, attribute: str) -> Any:
-        if sys.modules.get(_NAME) is self:
-            del sys.modules[_NAME]
-        return getattr(import_module(_NAME), attribute)
-
-
-@contextmanager
-def _deferred() -> Iterator[None]:
-    """What is imported inside of this gets a `_Deferred`; afterwards `import bitsandbytes` is what it always was."""
-    spec = None if _NAME in sys.modules else find_spec(_NAME)
-    if spec is None:
-        yield
-        return
-    stand_in = _Deferred(spec)
-    sys.modules[_NAME] = stand_in
-    try:
-        yield
-    finally:
-        if sys.modules.get(_NAME) is stand_in:
-            del sys.modules[_NAME]
-
-
-with _deferred():
+with deferred(_NAME):
     import peft.tuners.lora.model
     from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer

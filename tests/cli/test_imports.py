@@ -10,7 +10,7 @@ from export_world import make_world
 
 pytestmark = pytest.mark.processes
 
-TRAINING = ("matplotlib", "tensorboard", "sklearn", "scipy.signal", "bitsandbytes")
+TRAINING = ("matplotlib", "tensorboard", "sklearn", "scipy.signal", "scipy.optimize", "bitsandbytes")
 HEAVY = ("torch", "transformers", "peft", "pyarrow", "scipy", "pandas", *TRAINING)
 OTHER_VERBS = tuple(
     f"higgstune.{name}" for name in ("training", "planning", "evaluation", "diagnostics", "exporting.export")

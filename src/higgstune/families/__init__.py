@@ -13,7 +13,7 @@ from higgstune.errors import CheckpointError, ConfigError
 from higgstune.families import higgs_v2
 from higgstune.families.base import Family, FamilyInfo, Layout, Prompter, base_of
 from higgstune.hub import local_folder
-from higgstune.imports import collector_paused
+from higgstune.imports import collector_paused, deferred
 from higgstune.inputs import ADAPTER_CONFIG, RUN_STATE
 
 DEFAULT_FAMILY = higgs_v2.INFO.name  # of artefacts that name none
@@ -41,7 +41,8 @@ def family_info(name: str | None) -> FamilyInfo:
 
 def load_family(info: FamilyInfo) -> Family:
     """Import the family's code."""
-    with collector_paused():
+    # transformers imports scipy.optimize for its losses of object detection.
+    with collector_paused(), deferred("scipy.optimize", "linear_sum_assignment"):
         family: Family = import_module(info.code).FAMILY
     return family
 
