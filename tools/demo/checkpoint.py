@@ -63,6 +63,7 @@ def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 def open_base(folder: Path) -> tuple[PreTrainedTokenizerFast, HiggsAudioV2ForConditionalGeneration]:
     """A base that `save` wrote, in float32."""
     model = HiggsAudioV2ForConditionalGeneration.from_pretrained(folder, use_text_head=True, dtype=torch.float32)
+    model.generation_config = GenerationConfig.from_pretrained(folder)  # without `use_text_head`
     return PreTrainedTokenizerFast.from_pretrained(folder), model
 
 
