@@ -37,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     save_tiny_checkpoint(folder / "base")
     shutil.copytree(DEMO_CODEC, folder / "base" / "codec")
-    make_recordings(folder / "recordings")
+    make_recordings(folder / "recordings", step=4, glide=30)
     (folder / "recordings" / "broken.wav").write_bytes(b"RIFF")
     (folder / "recordings" / "broken.txt").write_text("Not to be used.")
     return folder

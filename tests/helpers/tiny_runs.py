@@ -15,12 +15,12 @@ from higgstune.config.recipe import Recipe, parse_recipe
 DEMO_CODEC = Path(higgstune.__file__).parent / "demo" / "assets" / "codec"
 
 
-def make_recordings(folder: Path, clips: int = 8) -> Path:
-    """Short glides of a tone, each with a text."""
+def make_recordings(folder: Path, clips: int = 8, *, step: float = 40, glide: float = 300) -> Path:
+    """Short glides of a tone, each with a text; the smaller `step` and `glide` (Hz), the sooner codes are learnt."""
     folder.mkdir()
     for i in range(clips):
         seconds = np.arange(int(24_000 * (0.6 + 0.1 * i))) / 24_000
-        tone = 0.3 * np.sin(2 * np.pi * (200 + 40 * i + 300 * seconds) * seconds)
+        tone = 0.3 * np.sin(2 * np.pi * (200 + step * i + glide * seconds) * seconds)
         soundfile.write(folder / f"clip{i}.wav", tone, 24_000)
         (folder / f"clip{i}.txt").write_text(f"{SENTENCES[i % len(SENTENCES)]} {i}")
     return folder
