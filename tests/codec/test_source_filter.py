@@ -13,13 +13,12 @@ from higgstune.codec import source_filter as sf
 from higgstune.codec.source_filter import SourceFilterDecoder
 from higgstune.errors import CheckpointError
 
-VOICES = Path(str(files("higgstune.demo"))) / "assets" / "voices"
-CODEC = Path(__file__).parents[2] / "tools" / "demo" / "next" / "codec"
+ASSETS = Path(str(files("higgstune.demo"))) / "assets"
 
 
 @pytest.fixture(scope="module")
 def shipped() -> MelCodec:
-    return MelCodec.from_pretrained(CODEC)
+    return MelCodec.from_pretrained(ASSETS / "codec")
 
 
 def decoder_of(codec: MelCodec) -> SourceFilterDecoder:
@@ -29,7 +28,7 @@ def decoder_of(codec: MelCodec) -> SourceFilterDecoder:
 
 def log_mel(codec: MelCodec, name: str) -> np.ndarray:
     """[T, num_mels] of a clip of the sample dataset, after its codes."""
-    waveform, rate = soundfile.read(VOICES / name, dtype="float32")
+    waveform, rate = soundfile.read(ASSETS / "voices" / name, dtype="float32")
     return codec.log_mel(codec.encode(soxr.resample(waveform, rate, 24_000).astype(np.float32)))
 
 
@@ -99,7 +98,7 @@ def test_codes_do_not_depend_on_the_decoder(shipped: MelCodec, tmp_path: Path) -
 @pytest.mark.parametrize("content", [b"", b"damaged", b"cut"])
 def test_a_damaged_decoder_is_named(shipped: MelCodec, tmp_path: Path, content: bytes) -> None:
     shipped.save_pretrained(tmp_path)
-    whole = (CODEC / sf.WEIGHTS).read_bytes()
+    whole = (ASSETS / "codec" / sf.WEIGHTS).read_bytes()
     (tmp_path / sf.WEIGHTS).write_bytes(whole[:-100] if content == b"cut" else content)
     with pytest.raises(CheckpointError, match=sf.WEIGHTS):
         MelCodec.from_pretrained(tmp_path)

@@ -37,7 +37,7 @@ NAME = "model.layers.1.audio_mlp.up_proj.weight"
         (lambda base: change_weights(base, lambda w: w[NAME].fill_(torch.nan)), f"NaN or infinity: {NAME}"),
         (lambda base: change_weights(base, lambda w: w["audio_lm_head.weight"].zero_()), "zero throughout: audio_lm"),
         (flip_recorded_byte, "is not the file that was written"),
-        (lambda base: change_config(base, audio_delay_token_id=512), "outside the vocabulary"),
+        (lambda base: change_config(base, audio_delay_token_id=1 << 20), "outside the vocabulary"),
         (lambda base: change_config(base, audio_stream_eos_id=1020), "stream ids"),
         (lambda base: change_config(base, model_type="llama"), "'llama'"),
         (lambda base: change_config(base, hidden_size="x"), "does not describe a model"),

@@ -14,7 +14,7 @@ from higgstune.diagnostics.examine import doctor
 
 
 def test_too_little_memory_is_found(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = 44_400_000  # of the demo's miniature, to speak
+    needed = 51_500_000  # of the demo's miniature, to speak
     for free, expected in ((needed - 600_000, "failed"), (needed + 2_000_000, "warning")):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         report = doctor(adapter=world / "adapter")

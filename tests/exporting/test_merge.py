@@ -48,7 +48,7 @@ def test_the_folder_has_all_that_a_checkpoint_has(world: Path, merged: Path) -> 
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja", "LICENSE", "README.md", "higgstune.json", "codec/config.json",
-        "codec/model.safetensors", "codec/LICENSE",
+        "codec/decoder.safetensors", "codec/model.safetensors", "codec/LICENSE",
     }  # fmt: skip
     assert (merged / "LICENSE").read_text() == "The terms of the base."
     assert merged.stat().st_mode & 0o777 == (world / "base").stat().st_mode & 0o777
@@ -104,7 +104,7 @@ def test_the_folder_says_what_was_merged(world: Path, merged: Path) -> None:
     note = card(merged)["merged"]
     assert note["adapter_sha256"] == card(world / "plain" / "adapter")["weights_sha256"]
     assert note["base_fingerprint"] == card(world / "plain" / "adapter")["base_fingerprint"]
-    assert card(merged)["files"].keys() == {"model.safetensors", "codec/model.safetensors"}
+    assert card(merged)["files"].keys() == {"model.safetensors", "codec/decoder.safetensors", "codec/model.safetensors"}
     assert card(merged)["adapter"]["stages"][1]["steps"] == 300
     for name in ("higgstune.json", "README.md", "config.json"):  # it is passed on to strangers
         assert str(world) not in (merged / name).read_text()

@@ -22,9 +22,9 @@ CLIPS = 10
 MINIATURE = "runs/demo/"  # a line that names it is typed for the miniature already
 BASE = "--set model.checkpoint=base"
 STEPS = "--set stages.0.epochs=null --set stages.0.max_steps=4 --set stages.0.warmup_steps=0 --set save_steps=2"
-SECOND = STEPS.replace("stages.0", "stages.1") + " --set stages.1.learning_rate=5e-3"
+SECOND = STEPS.replace("stages.0", "stages.1") + " --set stages.1.learning_rate=1e-3"
 SILENT = "--set evaluation.clips=0"  # the other runs speak
-RATE = "--set stages.0.learning_rate=5e-3"
+RATE = "--set stages.0.learning_rate=1e-3"
 MAPPING = {  # the first beginning that fits
     r"higgstune prepare .*runs/demo/": "",
     r"higgstune prepare ": "--model base",

@@ -18,14 +18,14 @@ from texts import PROSE
 
 from higgstune.codec import CODEC_FOLDER, load_codec
 from higgstune.data.audio import write_wav
+from higgstune.demo.demo import stopped
 from higgstune.evaluation.asr_errors import word_error_rate
 from higgstune.evaluation.judges import load_judges
 from higgstune.evaluation.judges.base import Judges
-from higgstune.generate.chunks import expected_seconds
-from higgstune.generate.speaker import Request, Speech, load
+from higgstune.generate.speaker import Request, load
 from higgstune.inputs import BaseSpec
 
-ASSETS = Path("tools/demo/next")
+ASSETS = Path("src/higgstune/demo/assets")
 
 
 def judged(name: str, files: list[Path], texts: list[str], references: list[Path], judges: Judges) -> dict[str, object]:
@@ -39,12 +39,6 @@ def judged(name: str, files: list[Path], texts: list[str], references: list[Path
     if judges.quality is not None:
         found |= {name: round(mean(values), 3) for name, values in judges.quality.rate(files).items()}
     return found
-
-
-def stopped(speech: Speech) -> bool:
-    """Whether speech ended by itself, at half to twice its expected duration."""
-    expected = expected_seconds(speech.text)
-    return not speech.hit_cap and expected / 2 <= speech.seconds <= 2 * expected
 
 
 def main() -> None:

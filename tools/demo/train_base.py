@@ -1,7 +1,7 @@
 """Train the miniature base checkpoint of the demo from scratch: the native architecture with 11 M parameters.
 
-    python tools/demo/train_base.py corpus/*.parquet --codec tools/demo/next/codec \\
-        --out tools/demo/next/base --work corpus/base --steps 5000
+    python tools/demo/train_base.py corpus/*.parquet --codec src/higgstune/demo/assets/codec \\
+        --out src/higgstune/demo/assets/base --work corpus/base --steps 5000
 
 The parquet files are what `fit_codec.py encode` writes. Progress goes to stdout, a JSON line a report. At each report
 the checkpoint is written to `--out` and the state of the training to `--work`; the same command resumes from it.

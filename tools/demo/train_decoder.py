@@ -1,6 +1,6 @@
 """Train the source-filter decoder of the demo's codec: log-mel of decoded codes -> waveform. No adversary.
 
-    python tools/demo/train_decoder.py tools/demo/next/codec corpus/hibari:40 corpus/rms:25 \\
+    python tools/demo/train_decoder.py src/higgstune/demo/assets/codec corpus/hibari:40 corpus/rms:25 \\
         corpus/slt:12 corpus/awb:12 --work corpus/decoder --steps 10000
 
 Writes `decoder.safetensors` into the codec's folder, at each report; the same command resumes from `--work`.

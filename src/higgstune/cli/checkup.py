@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from higgstune.cli.options import MODEL, AsrOption, DeviceOption, JsonOption, RevisionOption, SpeakerOption, path
-from higgstune.cli.output import Bar, announced, errors, measures_summary, print_next, print_result, print_table
+from higgstune.cli.output import Bar, announced, errors, print_result, print_table
 from higgstune.errors import ConfigError, WorkError, not_usable_code
 from higgstune.files import check_folder
 from higgstune.inputs import BaseSpec
@@ -80,21 +80,24 @@ def demo(
         raise ConfigError(f"{out} exists: remove it, or give another --out")
     with announced("unpacking recordings and a base", as_json):
         from higgstune.demo.demo import run_demo
+        from higgstune.demo.page import next_commands
         from higgstune.training.run_dir import is_unusable
 
     with Bar(live=False) as bar:  # training draws a bar of its own
-        result = run_demo(out, asr=asr, speaker_judge=speaker_judge, progress=bar)
+        say = (lambda _: None) if as_json else errors.print
+        result = run_demo(out, asr=asr, speaker_judge=speaker_judge, progress=bar, say=say)
     if as_json:
         print_result(dataclasses.asdict(result), as_json)
     else:
-        rows = result.measurement.rows if result.measurement else []
-        figures = {row.name: measures_summary(row.error_rate, row.similarity) for row in rows}
         bars = result.measurement.bars if result.measurement else []
-        verdicts = {bar.name: f"{bar.value:.3f} ({bar.condition}) {'holds' if bar.holds else 'BROKEN'}" for bar in bars}
-        places = {"time": duration(result.seconds), "report": str(result.report)}
-        print_result({**figures, **verdicts, "verdict": result.verdict, **places}, as_json)
+        for measured in bars:
+            outcome = "holds" if measured.holds else "BROKEN"
+            typer.echo(f"{measured.name}: {measured.value:.3f} ({measured.condition}) {outcome}")
+        typer.echo(f"\n{result.lesson}\nIt took {duration(result.seconds)}. Open {result.report} to listen to it.")
         if not is_unusable(result.verdict):
-            print_next("higgstune", "speak", "Good morning.", "--adapter", str(out), "--out", "morning.wav")
+            typer.echo("\nnext:")
+            for purpose, command in next_commands(out, result.sentence)[:3]:
+                typer.echo(f"  {command}    # {purpose.lower()}")
     if result.measurement is not None and not result.measurement.passed:
         broken = [bar.name for bar in result.measurement.bars if not bar.holds]
         raise WorkError(f"the demo's result is not good enough: {', '.join(broken)}; see {result.report}")

@@ -159,12 +159,6 @@ def print_measures(evaluations: dict[str, Any], differences: dict[str, Any]) -> 
         errors.print(f"not measured: {names}: {reason}")
 
 
-def measures_summary(error_rate: float | None, similarity: dict[str, float]) -> str:
-    """The figures of a set of clips in one line."""
-    rate = "error rate not measured" if error_rate is None else f"word error rate {100 * error_rate:.1f} %"
-    return ", ".join([rate, *(f"{judge} {value:.3f}" for judge, value in similarity.items())])
-
-
 def command_line() -> list[str]:
     """The command as it was typed, for a report."""
     return ["higgstune", *sys.argv[1:]]

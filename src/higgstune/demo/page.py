@@ -1,70 +1,103 @@
-"""The demo's report: its facts, measures and clips."""
+"""The demo's report: what was learned, in a sentence and as clips, then measures, facts and commands."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from higgstune.data.store import CodeStore
-from higgstune.demo.measure import Measurement
+from higgstune.demo.measure import Clips, Measurement, Row
 from higgstune.evaluation.report.page import Item, RunReport, Section, Table, Take, write_report
 from higgstune.training.run_dir import RunResult
 
-_COLUMNS = {
-    "original": "original",
-    "round trip": "codec round trip",
-    "base": "before: the base",
-    "adapted": "after: with the adapter",
-}
-_INTRODUCTION = (
-    "A 10-million-parameter base with Higgs Audio's architecture, trained on one synthetic voice, was taught another "
-    "with LoRA in two stages. It speaks through a codec fitted in a minute, which sounds rough: listen to the round "
-    "trip, which is the best possible result. It learns the sentences of its training set, and hardly reads others."
+COLUMNS = {"recording": "recording", "round trip": "through the codec", "before": "before", "after": "after"}
+_NOTE = (
+    "None of these sentences was trained on. Before, the miniature reads any sentence of its 900 words, in its own "
+    "voice. After a few minutes of another voice it has that voice, and reads worse in it. The recording through the "
+    "codec is the best that can be reached."
 )
 
 
-def write_page(
-    out: Path,
-    run: RunResult,
-    store: CodeStore,
-    spoken: Mapping[str, Sequence[Path]],
-    texts: Sequence[str],
-    trained: int,
-    measurement: Measurement | None,
-    seconds: Mapping[str, float],
-) -> Path:
-    """Write `report.html`. `spoken` has a file for each text in each column; the first `trained` were trained on."""
-    clips = [Item(text, [Take(spoken[name][i]) for name in _COLUMNS]) for i, text in enumerate(texts)]
+@dataclass(frozen=True)
+class Story:
+    """What the page is about: the clips of each kind have the same texts, in the same order."""
+
+    run: RunResult
+    store: CodeStore
+    spoken: Sequence[Clips]
+    measurement: Measurement | None
+    seconds: Mapping[str, float]
+
+    @property
+    def minutes(self) -> float:
+        """Of the recordings that were learned from."""
+        return 60 * sum(self.store.info.hours.values())
+
+    @property
+    def lesson(self) -> str:
+        """What was learned, in a sentence with its figures."""
+        if not self.run.usable:
+            return "The miniature did not learn the voice: the verdict says why."
+        learned = (
+            f"From {self.minutes:.1f} minutes of recordings and {self.seconds['train'] / 60:.1f} minutes of training "
+            "on one core, the miniature learned a second voice"
+        )
+        if self.measurement is None:
+            return f"{learned}. It says new sentences in it, not always with the right words."
+        rows = {row.name: row for row in self.measurement.rows}
+        figures = [
+            f"similarity to it ({judge}) {rows['before'].similarity[judge]:.2f} before, {value:.2f} after"
+            for judge, value in rows["after"].similarity.items()
+        ]
+        if rows["after"].error_rate is not None:
+            wrong = [f"{100 * (rows[name].error_rate or 0):.0f} % {name}" for name in ("before", "after")]
+            figures.append(f"wrong words in new sentences {', '.join(wrong)}")
+        return f"{learned}: {'; '.join(figures)}."
+
+
+def write_page(out: Path, story: Story) -> Path:
+    """Write `report.html`."""
     path = out / "report.html"
+    clips = {found.name: found for found in story.spoken if found.name in COLUMNS}
+    texts = clips["after"].texts
+    items = [Item(text, [Take(found.files[i]) for found in clips.values()]) for i, text in enumerate(texts)]
     write_report(
         RunReport(
             title="A miniature learns a voice",
-            introduction=_INTRODUCTION,
-            facts=_facts(run, store),
-            verdicts={name: stage.verdict for name, stage in run.stages.items() if stage.verdict is not None},
-            histories={name: stage.history for name, stage in run.stages.items()},
-            sections=[
-                Section("Sentences it was trained on", list(_COLUMNS.values()), clips[:trained]),
-                Section("Sentences it has never seen", list(_COLUMNS.values()), clips[trained:]),
-            ],
-            tables=_measures(measurement),
-            measures_note="" if measurement else "Not measured: no judge was named (--asr, --speaker-judge).",
-            timings=seconds,
+            introduction=story.lesson,
+            showcase=Item(texts[0], [Take(clips[name].files[0]) for name in ("before", "after")]),
+            facts=_facts(story),
+            verdicts={name: stage.verdict for name, stage in story.run.stages.items() if stage.verdict is not None},
+            histories={name: stage.history for name, stage in story.run.stages.items()},
+            sections=[Section("New sentences", list(COLUMNS.values()), items, _NOTE)],
+            tables=_measures(story.measurement),
+            commands=next_commands(out, texts[0]),
+            timings=story.seconds,
         ),
         path,
     )
     return path
 
 
-def _facts(run: RunResult, store: CodeStore) -> dict[str, str]:
-    rows, minutes = store.info.rows, 60 * store.info.hours["train"]
-    facts = {"data": f"{rows['train']} clips ({minutes:.1f} min) for training, {rows['validation']} for validation"}
-    for name, stage in run.stages.items():
-        parameters = f"{stage.parameters:,} LoRA parameters in {stage.layers} layers"
-        facts[name] = f"{stage.kind}: {stage.steps} steps, {parameters}"
-        proof = stage.verification
-        facts[f"{name}, as saved"] = (
-            f"reloaded by a fresh process, {proof.from_trained:.1e} from the trained model's logits and "
-            f"{proof.from_base:.1f} from the base's"
-        )
+def next_commands(out: Path, text: str) -> list[tuple[str, str]]:
+    """Purpose and command: what to try next, as it can be typed in the folder where the demo ran."""
+    return [
+        ("Let it say something", f'higgstune speak "{text}" --adapter {out} --out speech.wav'),
+        ("Compare it with its base, in figures", f"higgstune evaluate {out}"),
+        ("Merge it into a checkpoint of its own", f"higgstune export {out} --out {out.parent / 'demo-model'}"),
+        ("Repeat the demo", f"higgstune demo --out {out.with_name(out.name + '-2')}"),
+    ]
+
+
+def _facts(story: Story) -> dict[str, str]:
+    rows = story.store.info.rows
+    facts = {
+        "base": "a miniature of Higgs Audio v2, 11 million parameters, trained on synthetic speech",
+        "recordings": f"{rows['train']} clips for training, {rows['validation']} for validation, "
+        f"{story.minutes:.1f} minutes in all",
+    }
+    for name, stage in story.run.stages.items():
+        facts[name] = f"{stage.steps} steps, {stage.parameters:,} LoRA parameters in {stage.layers} layers"
+    facts["the adapter on disk"] = "read again by another process, which got the same output"
     return facts
 
 
@@ -72,17 +105,17 @@ def _measures(measurement: Measurement | None) -> list[Table]:
     if measurement is None:
         return []
     judges = list(measurement.rows[0].similarity)
-    columns = ["clips", "number", "word error rate", *(f"similarity ({judge})" for judge in judges)]
-    rows = [
-        [
-            row.name,
-            str(row.clips),
-            None if row.error_rate is None else f"{100 * row.error_rate:.1f} %",
-            *(f"{row.similarity[judge]:.3f}" for judge in judges),
-        ]
-        for row in measurement.rows
-    ]
-    return [Table("Measures by kind of clip", columns, rows, _note(measurement))]
+    measured = measurement.rows[0].error_rate is not None
+    columns = ["clips", "number", *(["word error rate"] if measured else []), "stop in time"]
+    columns += [f"similarity ({judge})" for judge in judges]
+    rows = [[row.name, str(row.clips), *_values(row, judges, measured)] for row in measurement.rows]
+    return [Table("Measures", columns, rows, _note(measurement))]
+
+
+def _values(row: Row, judges: Sequence[str], measured: bool) -> list[str]:
+    rate = [f"{100 * (row.error_rate or 0):.1f} %"] if measured else []
+    stopped = "recorded" if row.stopped is None else f"{100 * row.stopped:.0f} %"
+    return [*rate, stopped, *(f"{row.similarity[judge]:.3f}" for judge in judges)]
 
 
 def _note(measurement: Measurement) -> str:
@@ -90,4 +123,7 @@ def _note(measurement: Measurement) -> str:
         f"{bar.name} {bar.value:.3f} ({bar.condition}): {'holds' if bar.holds else 'BROKEN'}"
         for bar in measurement.bars
     )
-    return f"Judged by {measurement.judges}. {'; '.join(bars)}."
+    return (
+        f"Judged by {measurement.judges}. Two controls must fail: texts swapped between sentences, and an adapter of "
+        f"zeros. The bars: {'; '.join(bars)}."
+    )
