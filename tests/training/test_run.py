@@ -39,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_checkpoint(folder / "base")
     shutil.copytree(DEMO_CODEC, folder / "base" / "codec")
     higgstune.prepare(
-        make_recordings(folder / "recordings"), folder / "data", codec=folder / "base" / "codec",
+        make_recordings(folder / "recordings", step=4, glide=30), folder / "data", codec=folder / "base" / "codec",
         validation_fraction=0.2,
     )  # fmt: skip
     return folder
