@@ -313,11 +313,13 @@ def test_its_adapter_belongs_on_the_whole_base(
     before = logits(base, world)
     on_whole, on_4_bits = (logits(load_adapter(made(world / "base"), adapter), world) for made in (whole, load))
     assert all("wrongly on this CPU" in record.message for record in caplog.records)
-    # Measured: the adapter moves logits by 0.38 in the mean; on the whole base they are 0.10 from those on 4 bits,
-    # which is what the 4 bits make without an adapter, too.
-    moved, apart = ({key: (a[key] - on_whole[key]) for key in a} for a in (before, on_4_bits))
-    sizes = [torch.cat([value.flatten() for value in values.values()]).abs().mean().item() for values in (moved, apart)]
-    assert 0 < 2 * sizes[1] < sizes[0], sizes
+    # On the whole base its logits are as far from those on 4 bits as the 4 bits move them without an adapter.
+    rounded, pairs = logits(load(world / "base"), world), ((before, on_whole), (on_4_bits, on_whole))
+    moved, apart, rounding = (
+        torch.cat([(a[key] - b[key]).flatten() for key in a]).abs().mean().item()
+        for a, b in (*pairs, (rounded, before))
+    )
+    assert 0 < apart < min(moved, 1.5 * rounding), (moved, apart, rounding)
     merged = export(run, tmp_path / "merged", base=CPU)
     assert gap(logits(whole(merged.folder), world), on_whole) < 5e-4
     assert "base in 4 bits" in (merged.folder / "README.md").read_text()
