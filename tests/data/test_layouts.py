@@ -682,6 +682,10 @@ def test_a_fault_of_a_row_refuses_the_row(tmp_path: Path) -> None:
     rows = '[{"audio": "wavs/1.wav", "text": "One.", "text": "Two."}, {"audio": "wavs/2.wav", "text": "Three."}]'
     found = read(read_source(make(tmp_path / "e", WAVS, {"rows.json": rows})))
     assert found == ["bad_row", {"audio": "wavs/2.wav", "text": "Three."}]
+    one = '{"audio": "wavs/1.wav", "text": "One.", "text": "Two."}'
+    assert read(read_source(make(tmp_path / "f", WAVS, {"rows.json": f"[{one}]"}) / "rows.json")) == ["bad_row"]
+    with pytest.raises(DataError, match=r"rows\.json: the key 'text' occurs twice"):
+        read_source(make(tmp_path / "g", WAVS, {"rows.json": one}) / "rows.json")
     files: dict[str, str | bytes] = {"wav.scp": "u1 a.wav\n", "text": "u1 K\xe4se\nu1 again\n".encode("latin-1")}
     assert read(read_source(make(tmp_path / "c", ("a.wav",), files))) == ["bad_row", "duplicate_id"]
     table = "file_name,text,speaker\n1.wav,nan,anna\n2.wav,Two.,nan\n"

@@ -1,11 +1,13 @@
 """The demo's bars: which hold and which break, given the judges' answers."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from higgstune.demo.measure import Clips, measure
+from higgstune.demo.page import next_commands
 
 
 class TableTranscriber:
@@ -81,3 +83,10 @@ def test_similarities_are_means_over_the_clips_and_may_be_the_only_measure() -> 
     assert [row.similarity for row in result.rows] == [{"resemblyzer": pytest.approx(0.7), "other": 0.4}] * 5
     assert {row.error_rate for row in result.rows} == {None}
     assert {bar.name.split(",")[0] for bar in result.bars} == {"resemblyzer", "other", "clips that stop in time"}
+
+
+def test_the_next_commands_are_typed_as_they_are_printed() -> None:
+    commands = [shlex.split(command) for _, command in next_commands(Path("my runs/demo"), 'Say "yes", it\'s me.')]
+    assert commands[0][:3] == ["higgstune", "speak", 'Say "yes", it\'s me.']
+    assert [command[1] for command in commands] == ["speak", "evaluate", "export", "demo"]
+    assert all("my runs/demo" in command for command in commands[:3])

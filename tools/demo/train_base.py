@@ -1,4 +1,4 @@
-"""Train the miniature base checkpoint of the demo from scratch: the native architecture with 11 M parameters.
+"""Train the miniature base checkpoint of the demo from scratch: the native architecture with 12 M parameters.
 
     python tools/demo/train_base.py corpus/*.parquet --codec src/higgstune/demo/assets/codec \\
         --out src/higgstune/demo/assets/base --work corpus/base --steps 5000

@@ -29,7 +29,7 @@ from higgstune.evaluation.judges.base import Judges
 from higgstune.evaluation.verdict import Verdict
 from higgstune.generate.chunks import expected_seconds
 from higgstune.generate.speaker import Request, Speaker, Speech, load
-from higgstune.progress import Progress, silent
+from higgstune.progress import Progress, duration, silent
 from higgstune.training.run import train
 from higgstune.training.run_dir import RunResult
 
@@ -68,7 +68,7 @@ def run_demo(
     progress: Progress | None = None,
     say: Say | None = None,
 ) -> DemoResult:
-    """Prepare, train two stages, speak before and after, report; all under `out`, which must be empty or missing.
+    """Prepare, train, speak before and after, report; all under `out`, which must be empty or missing.
 
     `asr` and `speaker_judge` (specs as for `load_judges`) add measurements to the report. `say` gets a line as each
     step begins. Raises ConfigError, and the errors of the steps.
@@ -112,15 +112,11 @@ class _Steps:
     def step(self, name: str) -> Iterator[None]:
         left = sum(share for later, (share, _) in STEPS.items() if later not in self.seconds)
         elapsed, number = time.monotonic() - self.started, 1 + len(self.seconds)
-        rest = f", about {_minutes(elapsed * left / (1 - left))} left" if left < 0.9 else ", about 3 minutes in all"
+        rest = f", about {duration(elapsed * left / (1 - left))} left" if left < 0.9 else ", about 3 minutes in all"
         self.say(f"[{number}/{len(STEPS)}] {STEPS[name][1]}{rest}")
         began = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - began
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else "a minute" if seconds >= 45 else f"{seconds:.0f} s"
 
 
 def _run(out: Path, judges: Judges, show: Progress, steps: _Steps) -> DemoResult:

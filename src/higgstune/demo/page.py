@@ -1,5 +1,6 @@
 """The demo's report: what was learned, in a sentence and as clips, then measures, facts and commands."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,17 +82,21 @@ def write_page(out: Path, story: Story) -> Path:
 def next_commands(out: Path, text: str) -> list[tuple[str, str]]:
     """Purpose and command: what to try next, as it can be typed in the folder where the demo ran."""
     return [
-        ("Let it say something", f'higgstune speak "{text}" --adapter {out} --out speech.wav'),
-        ("Compare it with its base, in figures", f"higgstune evaluate {out}"),
-        ("Merge it into a checkpoint of its own", f"higgstune export {out} --out {out.parent / 'demo-model'}"),
-        ("Repeat the demo", f"higgstune demo --out {out.with_name(out.name + '-2')}"),
+        ("Let it say something", _typed("speak", text, "--adapter", out, "--out", "speech.wav")),
+        ("Compare it with its base, in figures", _typed("evaluate", out)),
+        ("Merge it into a checkpoint of its own", _typed("export", out, "--out", out.parent / "demo-model")),
+        ("Repeat the demo", _typed("demo", "--out", out.with_name(f"{out.name}-2"))),
     ]
+
+
+def _typed(*words: str | Path) -> str:
+    return shlex.join(["higgstune", *map(str, words)])
 
 
 def _facts(story: Story) -> dict[str, str]:
     rows = story.store.info.rows
     facts = {
-        "base": "a miniature of Higgs Audio v2, 11 million parameters, trained on synthetic speech",
+        "base": "a miniature of Higgs Audio v2, 12 million parameters, trained on synthetic speech",
         "recordings": f"{rows['train']} clips for training, {rows['validation']} for validation, "
         f"{story.minutes:.1f} minutes in all",
     }

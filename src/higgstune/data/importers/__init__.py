@@ -141,7 +141,7 @@ def _read_json(path: Path, allow_outside: bool, columns: str | None) -> Source:
 def _are_objects(data: Any) -> bool:
     """Whether decoded JSON is a list of objects, some of which may be the RowError of an object."""
     kinds = {type(item) for item in data} if isinstance(data, list) else set()
-    return dict in kinds and kinds <= {dict, RowError}
+    return bool(kinds) and kinds <= {dict, RowError}
 
 
 def _read_splits(folder: Path, files: list[Path], allow_outside: bool, columns: str | None) -> Source:

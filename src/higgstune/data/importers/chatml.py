@@ -37,11 +37,14 @@ def load_json(path: Path) -> Any:
     """
     content = read_whole(path)
     try:
-        return json.loads(decode(content), object_pairs_hook=_object)
+        data = json.loads(decode(content), object_pairs_hook=_object)
     except RecursionError as error:
         raise DataError(f"{path} is nested too deeply to be a data set") from error
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
+    if isinstance(data, RowError):
+        raise DataError(f"{path}: {data}")
+    return data
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RowError:

@@ -54,7 +54,7 @@ def read_hub(source: str, read_folder: Callable[..., Source], *, columns: str | 
         records = [(f"{source}:{number}", _record(row, features, folder, name)) for number, row in enumerate(rows)]
     except DataError:
         raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"the data set {name} cannot be read (split {split}): {error}") from error
     return records_source(folder / source.removeprefix(HUB_PREFIX).replace("/", "--"), records, columns=columns)
 

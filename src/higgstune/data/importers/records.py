@@ -99,7 +99,7 @@ def is_record_list(path: Path) -> bool:
     """Whether a .json file is a list of rows, or has one a line."""
     content = read_whole(path)
     try:
-        text = decode(content).lstrip("\ufeff")
+        text = decode(content)
         data = json.loads(text.split("\n", 1)[0] if text.lstrip().startswith("{") else text)
     except (ValueError, RecursionError):
         return False
