@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from higgstune.data.signatures import conversion
 _DECODER = Path(__file__).with_name("media_decoder.py")
 _MEGABYTES = 1024  # of address space; it starts with 120, and the index of four hours of film takes 100
 _SECONDS = 60.0  # without a block: a machine that is busy starts the process in five
+_SECONDS_TO_END = 5.0  # for its exit code
 _MAX_MESSAGE = 1 << 26  # bytes; the longest frame of 64 channels is a quarter of it
-_PARKED: "list[MediaFile]" = []  # the last one whose end was not reached
+_PARKED: "list[MediaFile]" = []  # the last one of each thread whose end was not reached
 
 
 class MediaFile:
@@ -46,8 +48,7 @@ class MediaFile:
         if find_spec("av") is None:
             raise RowError(
                 "unsupported_format",
-                f"{path} needs the extra `media` to be read: pip install 'higgstune[media]', or "
-                f"{conversion(path)}",
+                f"{path} needs the extra `media` to be read: pip install 'higgstune[media]', or {conversion(path)}",
             )
         self.name, self.format = str(path), format
         self._max_samples = max_samples
@@ -134,14 +135,14 @@ class MediaFile:
         letter, content = self._receive()
         if letter == b"s" and len(content) % (4 * self.channels) == 0:
             self._rest = np.frombuffer(content, "<f4").reshape(-1, self.channels)
-            return bool(len(self._rest)) or self._fill()
+            return True
         if letter != b".":
             raise self._broken()
         self._at_end = True
         return False
 
     def _receive(self) -> tuple[bytes, bytes]:
-        """The next message: its letter and its content. Raises RowError for one that says what is wrong, or for none."""
+        """The next message: its letter and its content. Raises RowError where it says what is wrong, or never comes."""
         output = self._process.stdout
         assert output is not None
         late = threading.Event()
@@ -164,7 +165,7 @@ class MediaFile:
             timer.cancel()
         if late.is_set():
             self.close()
-            raise RowError("unreadable_audio", f"{self.name} cannot be decoded: nothing came for {_SECONDS:g} s")
+            raise self._undecoded(f"its decoder was silent for {_SECONDS:g} s")
         if not letter or len(content) != length:
             raise self._broken()
         if letter == b"e":
@@ -176,11 +177,14 @@ class MediaFile:
 
     def _broken(self) -> RowError:
         """The error for a process that ended, or answered, as it never should."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_SECONDS_TO_END)
         self.close()
-        return RowError(
-            "unreadable_audio",
-            f"{self.name} cannot be decoded: the decoder ended (exit code {self._process.returncode})",
-        )
+        code = self._process.returncode
+        return self._undecoded(f"the decoder ended with exit code {code}, as a damaged file may cause")
+
+    def _undecoded(self, why: str) -> RowError:
+        return RowError("unreadable_audio", f"{self.name} cannot be decoded: {why}; {conversion(self.name)}")
 
 
 def open_media(path: str | Path, format: str, max_samples: int, *, whole: bool) -> MediaFile:
@@ -188,10 +192,10 @@ def open_media(path: str | Path, format: str, max_samples: int, *, whole: bool) 
 
     Raises RowError as MediaFile does.
     """
-    parked = _PARKED.pop() if _PARKED else None
-    if parked is not None and not whole and parked.continues(path):
-        return parked
-    if parked is not None:
+    with suppress(IndexError):  # nothing is parked
+        parked = _PARKED.pop()
+        if not whole and parked.continues(path):
+            return parked
         parked.close()
     return MediaFile(path, format, max_samples)
 

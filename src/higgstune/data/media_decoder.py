@@ -12,15 +12,17 @@ bytes, and that:
 """
 
 import json
+import os
 import struct
 import sys
 from collections.abc import Iterator
 from itertools import chain
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 _CODECS = {"aac", "alac", "flac", "mp3", "mp3float", "opus", "vorbis"}  # decoders of libavcodec; and pcm_*
 _BLOCK = 1 << 18  # bytes of samples in a message, or one frame more
+_OPEN_LENGTH = -1  # of an element that was written as a stream
 
 
 class _Refused(Exception):
@@ -39,12 +41,12 @@ def main(format: str, megabytes: int) -> None:
     # `codec_whitelist` holds while libavformat probes the streams, which decodes a little of each, pictures included;
     # not for what PyAV decodes. No protocol is named "none", so that nothing else can be opened by a URL in the file.
     options = {"codec_whitelist": ",".join(sorted(codecs)), "protocol_whitelist": "none"}
-    with (
-        open(0, "rb", closefd=False) as file,
-        av.open(file, format=format, options=options, metadata_errors="ignore") as container,
-    ):
+    file = open(0, "rb", closefd=False)  # noqa: SIM115
+    if format == "matroska":
+        _check_segment(file)
+    with av.open(file, format=format, options=options, metadata_errors="ignore") as container:
         if not container.streams.audio:
-            raise _Refused("unreadable_audio", "holds no sound: it has no audio stream", False)
+            raise _Refused("unreadable_audio", "has no audio stream, or is cut off before it", False)
         stream = container.streams.audio[0]
         codec = stream.codec_context
         if codec is None or codec.name not in codecs:
@@ -56,7 +58,7 @@ def main(format: str, megabytes: int) -> None:
         if first is None:
             raise _Refused("unreadable_audio", "holds no sound that can be decoded", False)
         shape = first.sample_rate, first.layout.name, first.layout.nb_channels, first.format.name
-        _send(b"h", rate=shape[0], channels=shape[2], claimed=_claimed(container, stream, format, shape[0]))
+        _send(b"h", rate=shape[0], channels=shape[2], claimed=_claimed(stream, format, shape[0]))
         resampler = av.AudioResampler(format="flt", layout=first.layout)  # other numbers of the same samples
         samples = bytearray()
         for frame in chain([first], frames):
@@ -67,7 +69,8 @@ def main(format: str, megabytes: int) -> None:
             if len(samples) >= _BLOCK:
                 _write(b"s", samples)
                 samples.clear()
-        _write(b"s", samples)
+        if samples:
+            _write(b"s", samples)
     _write(b".")
 
 
@@ -91,13 +94,29 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
         yield from packet.decode()
 
 
-def _claimed(container: Any, stream: Any, format: str, rate: int) -> int:
-    """The samples that the header promises: Matroska has one length for sound and pictures, ADTS only an estimate."""
-    if format == "mov":
-        return max(0, round((stream.duration or 0) * stream.time_base * rate))
-    if format == "matroska" and len(container.streams) == 1:
-        return max(0, round((container.duration or 0) * rate / 1_000_000))
-    return 0
+def _claimed(stream: Any, format: str, rate: int) -> int:
+    """The samples that the header of an MP4 promises: Matroska has a length for all streams, ADTS an estimate."""
+    return max(0, round((stream.duration or 0) * stream.time_base * rate)) if format == "mov" else 0
+
+
+def _check_segment(file: BinaryIO) -> None:
+    """Refuse a Matroska file that is shorter than its Segment, which libavformat reads as far as it reaches."""
+    file.seek(4)
+    file.seek(_number(file), os.SEEK_CUR)
+    if file.read(4) == b"\x18\x53\x80\x67":
+        length = _number(file)
+        end, size = file.tell() + length, file.seek(0, os.SEEK_END)
+        if length != _OPEN_LENGTH and end > size:
+            raise _Refused("unreadable_audio", f"is cut off after {size} of {end} bytes", False)
+    file.seek(0)
+
+
+def _number(file: BinaryIO) -> int:
+    """The next number of EBML: the zeros at the beginning of its first byte say how many bytes follow."""
+    first = file.read(1) or b"\1"
+    more = 8 - first[0].bit_length()
+    value = int.from_bytes(first + file.read(more), "big") & ((1 << 7 * (more + 1)) - 1)
+    return value if value != (1 << 7 * (more + 1)) - 1 else _OPEN_LENGTH
 
 
 def _report(kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
