@@ -110,9 +110,11 @@ class MediaFile:
         """End the decoder; one that a fork of this process took along is left to its owner."""
         assert self._process.stdout is not None
         self._process.stdout.close()
-        if self._owner == os.getpid():
-            self._process.kill()
-            self._process.wait()
+        if self._owner != os.getpid():
+            self._process.returncode = 0  # so that Popen neither waits for it nor warns that it runs
+            return
+        self._process.kill()
+        self._process.wait()
 
     def __enter__(self) -> "MediaFile":
         return self
