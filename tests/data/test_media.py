@@ -233,16 +233,18 @@ def test_an_index_that_claims_gigabytes_takes_none(tmp_path: Path) -> None:
 import resource, sys
 from higgstune.data.audio import read_recording
 from higgstune.data.rejection import RowError
+peak = lambda who: resource.getrusage(who).ru_maxrss // 1024
+before = peak(resource.RUSAGE_SELF)  # a process inherits the peak of the one that started it
 try:
     read_recording(sys.argv[1])
 except RowError as error:
     print(error)
-print(*(resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)))
+print(max(peak(resource.RUSAGE_SELF), peak(resource.RUSAGE_CHILDREN)) - before)
 """
     done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
-    *message, peaks = done.stdout.splitlines()
-    assert message
-    assert all(int(megabytes) < 300 for megabytes in peaks.split())
+    message, megabytes = done.stdout.splitlines()
+    assert "holds no sound that can be decoded" in message
+    assert int(megabytes) < 300
 
 
 def test_hours_of_compressed_silence_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,12 +286,12 @@ def test_a_decoder_that_hangs_or_crashes_refuses_its_file_alone(
     path = write_media(tmp_path / "a.m4a", speech(1.0, rate=RATE))
     with monkeypatch.context() as patch:
         fake_decoder(tmp_path / "decoder.py", patch, body)
-        patch.setattr(media, "_SECONDS", 2.0)
+        patch.setattr(media, "_SECONDS", 2.0 if "silent" in message else 60.0)
         patch.setattr(media, "_SECONDS_TO_END", 0.5)
         begun = time.monotonic()
         with pytest.raises(RowError, match=message) as refused:
             read_recording(path)
-        assert time.monotonic() - begun < 30
+        assert time.monotonic() - begun < 50
     assert refused.value.reason == "unreadable_audio"
     assert read_recording(path).rate == RATE
 
