@@ -36,7 +36,7 @@ def test_a_folder_with_transcripts(tmp_path: Path) -> None:
     (tmp_path / "c.lab").write_text("third", encoding="utf-8")
     write(tmp_path / "c.mp3", speech(0.5))
     write(tmp_path / "mute.wav", speech(0.5))
-    (tmp_path / "video.m4a").write_bytes(b"x")
+    (tmp_path / "video.wma").write_bytes(b"x")
     (tmp_path / "utf16.txt").write_text("Wide.", encoding="utf-16")
     write(tmp_path / "utf16.wav", speech(0.5))
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
@@ -45,13 +45,13 @@ def test_a_folder_with_transcripts(tmp_path: Path) -> None:
     write(tmp_path / "._b.wav", speech(0.5))
     (tmp_path / "notes.md").write_text("not a transcript")
     found = rows(tmp_path)
-    assert list(found) == ["b.flac", "c.mp3", "latin.wav", "mute.wav", "utf16.wav", "video.m4a", "sub/a.WAV"]
+    assert list(found) == ["b.flac", "c.mp3", "latin.wav", "mute.wav", "utf16.wav", "video.wma", "sub/a.WAV"]
     assert values(found["b.flac"]) == {"audio": "b.flac", "text": "Second."}
     assert values(found["c.mp3"])["text"] == "third"
     assert values(found["sub/a.WAV"]) == {"audio": "sub/a.WAV", "text": "First.\n"}
     assert values(found["utf16.wav"])["text"] == "Wide."
     assert refused(found["mute.wav"]) == refused(found["latin.wav"]) == "no_transcript"
-    assert refused(found["video.m4a"]) == "unsupported_format"
+    assert refused(found["video.wma"]) == "unsupported_format"
     assert found["mute.wav"].audio == "mute.wav"
 
 

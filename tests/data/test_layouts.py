@@ -468,7 +468,7 @@ def test_a_text_with_separators_in_the_last_column_is_whole_and_counted(tmp_path
 
 def test_a_recording_is_found_under_another_spelling_where_it_is_the_only_one(tmp_path: Path) -> None:
     decomposed = unicodedata.normalize("NFD", "Élodie_été")
-    names = ("wavs/1.WAV", f"wavs/{decomposed}.wav", "ben/1.wav", "anna/2.wav", "wavs/3.m4a")
+    names = ("wavs/1.WAV", f"wavs/{decomposed}.wav", "ben/1.wav", "anna/2.wav", "wavs/3.wma")
     rows = [
         "/home/other/1.wav",
         "C:\\wavs\\Élodie_été.wav",

@@ -1,4 +1,7 @@
-"""Audio files: read, checked, hashed by their decoded samples, resampled and written, by libsndfile and soxr."""
+"""Audio files: read, checked, hashed by their decoded samples, resampled and written, by libsndfile and soxr.
+
+`media` reads what libsndfile does not.
+"""
 
 import hashlib
 import io
@@ -15,12 +18,15 @@ import soundfile
 import soxr
 
 from higgstune.data import mpeg, ogg
+from higgstune.data.media import MediaFile, open_media
 from higgstune.data.rejection import RowError
-from higgstune.data.signatures import HEAD, find_other_kind
+from higgstune.data.signatures import HEAD, find_container, find_other_kind
 from higgstune.files import NOTHING_KEPT, temporary_beside, writing
 from higgstune.inputs import check_wav_name
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus")
+PLAIN_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus")  # libsndfile's
+MEDIA_SUFFIXES = (".m4a", ".m4b", ".aac", ".mp4", ".mov", ".webm", ".mkv", ".mka")  # PyAV's
+AUDIO_SUFFIXES = PLAIN_SUFFIXES + MEDIA_SUFFIXES
 MAX_SECONDS = 3600.0  # of one clip in memory, whatever its header claims
 _RATES = range(4_000, 768_001)  # Hz; anything else is a damaged header
 _MAX_CHANNELS = 64
@@ -99,7 +105,7 @@ def read_audio(
         limit = int(min(max_seconds * rate, _MAX_IN_MEMORY))
         if wanted is not None and wanted > limit:
             raise RowError("too_long", f"{path}: {wanted / rate:.1f} s are requested, the limit is {limit / rate:g} s")
-        if first:
+        if first or isinstance(file, MediaFile):  # which may have read another part
             _seek(file, path, first)
         blocks, total = [], 0
         for block in _blocks(file, wanted, observe):
@@ -142,21 +148,19 @@ def is_file(path: str | Path) -> bool:
         return False
 
 
-def _opened(path: str | Path, *, whole: bool) -> soundfile.SoundFile:
+def _opened(path: str | Path, *, whole: bool) -> soundfile.SoundFile | MediaFile:
     """An open audio file. Raises RowError where it is missing, of another format, or claims an impossible size.
 
     With `whole`, also for an Ogg file that is not.
     """
     if not is_file(path):
         raise RowError("missing_audio", f"{path}: there is no such file")
-    size = _check_head(path, whole=whole)
-    try:
-        file = soundfile.SoundFile(str(path))
-    except (soundfile.SoundFileError, TypeError, ValueError, OSError) as error:  # .raw needs more arguments
-        raise RowError("unreadable_audio", f"{path} cannot be read as audio: {_reason(error)}") from error
+    size, container = _check_head(path, whole=whole)
+    max_samples = max(_MAX_IN_MEMORY, size * _MAX_DENSITY)
+    file = _sound_file(path) if container is None else open_media(path, container, max_samples, whole=whole)
     claims = file.samplerate, file.channels, file.frames
     possible = claims[0] in _RATES and claims[1] <= _MAX_CHANNELS and claims[2] <= _MAX_SAMPLES
-    if possible and claims[2] <= max(_MAX_IN_MEMORY, size * _MAX_DENSITY):
+    if possible and claims[2] <= max_samples:
         return file
     file.close()
     if possible:
@@ -171,10 +175,18 @@ def _opened(path: str | Path, *, whole: bool) -> soundfile.SoundFile:
     )
 
 
-def _check_head(path: str | Path, *, whole: bool) -> int:
-    """The file's size in bytes. Raises RowError for another format, and for an RF64 (or a `whole` Ogg) that is cut off.
+def _sound_file(path: str | Path) -> soundfile.SoundFile:
+    try:
+        return soundfile.SoundFile(str(path))
+    except (soundfile.SoundFileError, TypeError, ValueError, OSError) as error:  # .raw needs more arguments
+        raise RowError("unreadable_audio", f"{path} cannot be read as audio: {_reason(error)}") from error
 
-    libsndfile reports the length that a header claims for every format but these.
+
+def _check_head(path: str | Path, *, whole: bool) -> tuple[int, str | None]:
+    """The file's size in bytes, and its format where `media` reads it.
+
+    Raises RowError for another format, and for an RF64 (or a `whole` Ogg) that is cut off.
+    For other formats, the length that the header claims is compared with what was read.
     """
     damage = None
     try:
@@ -185,7 +197,7 @@ def _check_head(path: str | Path, *, whole: bool) -> int:
                 damage = ogg.find_damage(file)
     except OSError as error:
         raise RowError("unreadable_audio", f"{path} cannot be read: {error.strerror}") from error
-    if (other := find_other_kind(head)) is not None:
+    if (other := find_other_kind(head, path)) is not None:
         raise RowError("unreadable_audio", f"{path} {other}")
     if damage is not None:
         raise RowError(
@@ -196,10 +208,10 @@ def _check_head(path: str | Path, *, whole: bool) -> int:
         (claimed,) = struct.unpack_from("<Q", head, 28)
         if _COMPLETE["WAV"] * claimed > size:
             raise RowError("unreadable_audio", f"{path} is cut off after {size} of {claimed} bytes")
-    return size
+    return size, find_container(head)
 
 
-def _check_complete(file: soundfile.SoundFile, samples: int) -> None:
+def _check_complete(file: soundfile.SoundFile | MediaFile, samples: int) -> None:
     """Raise RowError for a file that ends before the length in its header, as an interrupted copy does, or behind it.
 
     The length of an MP3 in a WAV is only a guess, so it counts up to that of its frames; the WAV has its size in bytes.
@@ -230,7 +242,7 @@ def _check_complete(file: soundfile.SoundFile, samples: int) -> None:
 
 
 def _blocks(
-    file: soundfile.SoundFile, frames: int | None = None, observe: Observer | None = None
+    file: soundfile.SoundFile | MediaFile, frames: int | None = None, observe: Observer | None = None
 ) -> Iterator[np.ndarray]:
     """[samples] float32 mono, block by block, to the end or for so many frames.
 
@@ -263,7 +275,7 @@ def _mono(block: np.ndarray) -> np.ndarray:
     return mono + np.float32(0)  # -0.0 and 0.0 are the same silence, and must have the same hash
 
 
-def _seek(file: soundfile.SoundFile, path: str | Path, first: int) -> None:
+def _seek(file: soundfile.SoundFile | MediaFile, path: str | Path, first: int) -> None:
     try:
         found = file.seek(first)
     except (soundfile.SoundFileError, OSError) as error:

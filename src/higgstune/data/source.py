@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from higgstune.data.audio import AUDIO_SUFFIXES
+from higgstune.data.audio import AUDIO_SUFFIXES, MEDIA_SUFFIXES, PLAIN_SUFFIXES
 from higgstune.data.manifest import Utterance
 from higgstune.data.rejection import Rejection, RowError, shown
 from higgstune.data.text import encoding_of
@@ -14,8 +14,7 @@ from higgstune.errors import DataError
 
 # Formats of recordings that are not read: rows with them are refused by name.
 FOREIGN_SUFFIXES = (
-    *(".m4a", ".m4b", ".aac", ".wma", ".mp4", ".mkv", ".mka", ".webm", ".amr", ".ac3", ".aiff", ".aif", ".au", ".caf"),
-    *(".w64", ".wv", ".ape", ".mpga", ".mp2", ".3gp", ".mov", ".avi"),
+    *(".wma", ".amr", ".ac3", ".aiff", ".aif", ".au", ".caf", ".w64", ".wv", ".ape", ".mpga", ".mp2", ".3gp", ".avi"),
 )
 MAX_BYTES = 1 << 29  # of a source that is read as a whole: a million rows, which take ten times as much once decoded
 
@@ -146,3 +145,8 @@ def audio_files(folder: Path, allow_outside: bool) -> Iterator[tuple[Path, dict[
             suffix = os.path.splitext(name)[1].lower()
             if suffix in AUDIO_SUFFIXES + FOREIGN_SUFFIXES and not name.startswith("."):
                 yield Path(root, name), siblings
+
+
+def is_converted(path: Path, siblings: Mapping[str, str]) -> bool:
+    """Whether a file for `media` has the same sound beside it in a plain format, by its name, which is used instead."""
+    return path.suffix.lower() in MEDIA_SUFFIXES and any(nfc(path.stem) + end in siblings for end in PLAIN_SUFFIXES)

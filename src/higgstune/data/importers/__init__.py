@@ -188,4 +188,6 @@ def _seen(folder: Path) -> str:
     )
     found = ", ".join(f"{count} files *{end}" for end, count in ends.most_common(_SHOWN))
     foreign = any(end.endswith(FOREIGN_SUFFIXES) for end in ends)
-    return (found or "no file") + (", whose format is not read: convert them to flac or wav" if foreign else "")
+    return (found or "no file") + (
+        ", whose format is not read: convert them, as by ffmpeg -i IN.wma -vn OUT.flac" if foreign else ""
+    )

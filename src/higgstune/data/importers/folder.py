@@ -12,6 +12,7 @@ from higgstune.data.importers.transcripts import read_transcript
 from higgstune.data.manifest import Utterance
 from higgstune.data.messages import is_unicode
 from higgstune.data.rejection import RowError
+from higgstune.data.signatures import conversion
 from higgstune.data.source import (
     AUDIO_SUFFIXES,
     FOREIGN_SUFFIXES,
@@ -19,6 +20,7 @@ from higgstune.data.source import (
     SourceRow,
     audio_files,
     decode_lines,
+    is_converted,
     nfc,
     path_within,
     read_whole,
@@ -70,6 +72,7 @@ class _Folder:
         self._used: set[Path] = set()
         self._lists: dict[Path, dict[str, str]] = {}
         self._second_microphone = 0
+        self._converted = 0
         self._folders: set[str] = set()  # of the first level, with recordings
         self._named_speakers = False
         self._second_texts = 0
@@ -92,6 +95,9 @@ class _Folder:
             if is_second and next(transcript_names(path, siblings), None) is None:
                 self._second_microphone += 1
                 continue
+            if is_converted(path, siblings):
+                self._converted += 1
+                continue
             try:
                 for number, content in enumerate(self._contents(path, location, siblings)):
                     place = location if not number else f"{location}:{number + 1}"
@@ -108,6 +114,8 @@ class _Folder:
         """What is not used of the folder."""
         if self._second_microphone:
             yield f"recordings of a second microphone: {self._second_microphone}"
+        if self._converted:
+            yield f"files whose sound lies beside them in a plain format, which is used: {self._converted}"
         if self._second_texts:
             yield f"second texts of a recording, whose first one is used: {self._second_texts}"
         if texts := sum(path not in self._used for paths in self._by_name.values() for path in paths):
@@ -129,7 +137,7 @@ class _Folder:
         self._used.update(path.parent / name for name in names)
         self._second_texts += max(0, len(names) + (json_name is not None) - 1)
         if real.suffix.lower() in FOREIGN_SUFFIXES:
-            raise RowError("unsupported_format", f"{real.suffix} is not supported: convert it to flac or wav")
+            raise RowError("unsupported_format", f"{real.suffix} is not supported: {conversion(location)}")
         speaker = self._speaker(location)
         self._named_speakers |= speaker is not None
         self._folders.update(Path(location).parts[:-1][:1])

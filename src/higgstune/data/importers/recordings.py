@@ -10,7 +10,8 @@ from pathlib import Path
 
 from higgstune.data.audio import AUDIO_SUFFIXES, is_file
 from higgstune.data.rejection import RowError, shown
-from higgstune.data.source import FOREIGN_SUFFIXES, audio_files, path_within
+from higgstune.data.signatures import conversion
+from higgstune.data.source import FOREIGN_SUFFIXES, audio_files, is_converted, path_within
 
 _FOLDERS = ("wavs", "", "wav", "audio", "clips")
 _DIRECTION_MARKS = "\u200e\u200f\ufeff"  # which a copied right-to-left text brings along
@@ -69,7 +70,7 @@ class Recordings:
             return name
         if foreign := self._near(name, FOREIGN_SUFFIXES):
             raise RowError(
-                "unsupported_format", f"the format of {foreign[0]} is not supported: convert it to flac or wav"
+                "unsupported_format", f"the format of {foreign[0]} is not supported: {conversion(foreign[0])}"
             )
         raise RowError(
             "missing_audio",
@@ -117,8 +118,12 @@ class Recordings:
 
     @cached_property
     def _all(self) -> frozenset[str]:
-        found = (path for path, siblings in audio_files(self._folder, self._allow_outside) if siblings)
-        return frozenset(path.relative_to(self._folder).as_posix() for path in found)
+        found = audio_files(self._folder, self._allow_outside)
+        return frozenset(
+            path.relative_to(self._folder).as_posix()
+            for path, siblings in found
+            if siblings and not is_converted(path, siblings)
+        )
 
     @cached_property
     def _by_place(self) -> defaultdict[str, defaultdict[str, list[tuple[str, list[str], str]]]]:

@@ -17,6 +17,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from higgstune.data.audio import read_audio
 from higgstune.errors import DataError
 from higgstune.metrics import ClipRow
 
@@ -137,10 +138,10 @@ class _Audio(NamedTuple):
 
 def _audio(file: Path) -> _Audio:
     try:
-        waveform, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
+        mono, rate = read_audio(file)
+    except DataError as error:
         raise DataError(f"{file} cannot be put into a page: {error}") from error
-    mono, seconds = waveform.mean(axis=1), len(waveform) / rate
+    seconds = len(mono) / rate
     if rate not in _MP3_RATES:
         mono, rate = soxr.resample(mono, rate, 24_000), 24_000
     buffer = io.BytesIO()
