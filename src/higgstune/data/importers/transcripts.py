@@ -69,12 +69,12 @@ def read_transcript(path: Path) -> str:
         raise RowError(
             "no_transcript", f"{path.name} is not UTF-8 ({error.reason} at byte {error.start}): convert it"
         ) from error
-    if (name := _format(text)) is not None:
+    if (name := foreign_format(text)) is not None:
         raise RowError("no_transcript", f"{path.name} holds {name}: write the words of the clip alone")
     return text
 
 
-def _format(text: str) -> str | None:
+def foreign_format(text: str) -> str | None:
     """What a text is in place of a transcript; None where it may be one. Takes time in proportion to its length."""
     lines = [line for line in map(str.strip, text.split("\n")) if line]
     whole = "\n".join(lines)
@@ -112,13 +112,16 @@ def plain_text(text: str) -> str:
         raise RowError("bad_row", "the text is not UTF-8: convert its file")
     if found := _CONTROL.search(text):
         raise RowError("bad_row", f"the text {shown(text)} holds the control character {found[0]!r}, which is not text")
-    if (name := _format(text)) is not None:
+    if (name := foreign_format(text)) is not None:
         raise RowError("bad_row", f"the text {shown(text)} holds {name}: write the words of the clip alone")
-    plain = text
-    if "&" in plain:
-        plain = _ENTITY.sub(lambda found: html.unescape(found[0]), plain)
+    plain = without_entities(text)
     if "\\" in plain:
         plain = _ESCAPED_SPACE.sub(" ", plain)
     if "<" in plain and (tag := _TAG.search(plain)):
         raise RowError("bad_row", f"the text has the tag {shown(tag[0])}, which is not a word: remove it")
     return plain
+
+
+def without_entities(text: str) -> str:
+    """A text with its entities (`&amp;`, `&#39;`) as the characters that they stand for."""
+    return _ENTITY.sub(lambda found: html.unescape(found[0]), text) if "&" in text else text
