@@ -35,16 +35,16 @@ class RawCue:
 def unrolled(raws: list[RawCue]) -> list[RawCue]:
     """Captions that roll show a line again in the next cue, above new words: each is kept where it came first.
 
-    A file counts as such where at least half of its cues repeat what the one before them shows, and add to it.
+    A file counts as such where at least a third of its cues repeat what the one before them shows, and add to it.
     """
     raws = sorted(raws, key=lambda raw: raw.start)
     shown_words = [[line.split() for line in raw.lines if line.strip()] for raw in raws]
-    repeated = [0] + [
+    repeated = [0] * bool(raws) + [
         _repeated([word for line in a for word in line], b) if second.start <= first.end + _TOUCHING else 0
         for first, second, a, b in zip(raws, raws[1:], shown_words, shown_words[1:], strict=False)
     ]
-    adds = any(0 < count < sum(map(len, lines)) for count, lines in zip(repeated, shown_words, strict=True))
-    if not adds or sum(map(bool, repeated)) * 2 < len(raws) - 1 or sum(repeated) < _ROLLING_WORDS:
+    adding = [count for count, lines in zip(repeated, shown_words, strict=True) if 0 < count < sum(map(len, lines))]
+    if len(adding) * 3 < len(raws) - 1 or sum(adding) < _ROLLING_WORDS:
         return raws
     kept = []
     for raw, count, lines in zip(raws, repeated, shown_words, strict=True):

@@ -38,6 +38,7 @@ _TEXTS = tuple(ending for ending in TRANSCRIPTS if ending != ".wav.txt")
 _EXACT = (".textgrid", ".labels.txt", ".json")
 _SUBTITLES = (".vtt", ".srt")  # WebVTT first: it may name the speakers
 _NOT_READ = (".ass", ".ssa", ".sbv", ".eaf", ".ttml", ".lrc", ".docx", ".pdf")
+_UNKNOWN = 2  # how well a language fits that may be another one
 _ORDER = (*_EXACT, *_SUBTITLES, *_TEXTS)
 _BESIDE = re.compile(_LANGUAGE + "(" + "|".join(map(re.escape, sorted((*_ORDER, *_NOT_READ), key=len)[::-1])) + ")")
 
@@ -137,7 +138,8 @@ def text_beside(recording: Path, *, language: str | None = None) -> TextBeside:
     suffixes = AUDIO_SUFFIXES + FOREIGN_SUFFIXES
     others = {nfc(os.path.splitext(name)[0]) for name in names if name.lower().endswith(suffixes)}
     others.discard(nfc(recording.stem))
-    found: list[tuple[int, str, str | None]] = []  # order, name, language
+    found: list[tuple[int, int, int, str]] = []  # the best is the least
+    languages: dict[str, str | None] = {}
     passed: dict[str, str] = {}
     for name in names:
         rest = _rest(nfc(name), recording)
@@ -146,33 +148,40 @@ def text_beside(recording: Path, *, language: str | None = None) -> TextBeside:
             continue
         if nfc(recording.stem) + rest[: -len(beside[2])] in others or f".{beside[1]}" in suffixes:
             continue  # of another recording: `book.two.srt` of `book.two.wav`, `book.wav.srt` of `book.wav`
-        if language and beside[1] and _differ(beside[1], language.lower()):
+        languages[name] = beside[1]
+        if (fit := _fit(beside[1], language)) is None:
             passed[name] = f"its language is {beside[1]}"
-            continue
-        order = _order(recording.parent / name, beside[2])
-        if isinstance(order, str):
+        elif isinstance(order := _order(recording.parent / name, beside[2]), str):
             passed[name] = order
         else:
-            found.append((order, name, beside[1]))
+            found.append((_rank(order), fit, order, name))
     if not found:
         return TextBeside(None, passed_over=tuple(f"{name} ({why})" for name, why in passed.items()))
-    best, *rest_found = sorted(found, key=lambda one: (one[0], one[2] is not None, one[1]))
-    rivals = [best, *(one for one in rest_found if _rank(one[0]) == _rank(best[0]))]
-    if best[2] is not None and len({one[2] for one in rivals if one[2] is not None}) > 1:
-        shown_names = " and ".join(one[1] for one in rivals)
-        raise RowError("no_transcript", f"{shown_names} lie beside {recording.name}: give the language that is spoken")
-    passed |= {name: f"{best[1]} is used" for _, name, _ in rest_found}
+    rank, fit, _, best = min(found)
+    rivals = sorted(name for *places, _, name in found if places == [rank, fit])
+    if fit == _UNKNOWN and len({languages[name] for name in rivals}) > 1:
+        raise RowError(
+            "no_transcript", f"{' and '.join(rivals)} lie beside {recording.name}: give the language that is spoken"
+        )
+    passed |= {name: f"{best} is used" for *_, name in found if name != best}
     return TextBeside(
-        recording.parent / best[1],
-        has_times=_rank(best[0]) < 2,
+        recording.parent / best,
+        has_times=rank < 2,
         passed_over=tuple(f"{name} ({why})" for name, why in sorted(passed.items())),
     )
 
 
-def _differ(one: str, other: str) -> bool:
-    """Whether two languages differ; of `de` and `ger` nothing is known."""
-    codes = [re.split("[-_]", language)[0] for language in (one, other)]
-    return codes[0] != codes[1] and len(codes[0]) == len(codes[1])
+def _fit(of_file: str | None, language: str | None) -> int | None:
+    """How well a file's language fits the one that is spoken, 0 is best; None for another one.
+
+    Whether `de` and `ger` are the same is not known.
+    """
+    if of_file is None:
+        return 0
+    if language is None:
+        return _UNKNOWN
+    codes = [re.split("[-_]", name)[0] for name in (of_file, language.lower())]
+    return 1 if codes[0] == codes[1] else _UNKNOWN if len(codes[0]) != len(codes[1]) else None
 
 
 def _rest(name: str, recording: Path) -> str | None:
