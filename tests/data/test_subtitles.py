@@ -164,6 +164,15 @@ def test_what_is_not_said_is_kept_apart_and_counted(tmp_path: Path) -> None:
     ]
 
 
+def test_a_note_shows_the_beginnings_of_few_texts(tmp_path: Path) -> None:
+    found = cues(tmp_path, "a.srt", srt("[" + "x " * 100_000 + "]", "%a " * 10_000, "(b)", "(c)", "Hello."))
+    assert texts(found) == ["Hello."]
+    [note] = found.notes()
+    assert note.startswith("cues that are not speech: 4 ([x x")
+    assert note.endswith("%a, (b), ...)")
+    assert len(note) < 150
+
+
 def test_round_brackets_in_labels_may_be_spoken(tmp_path: Path) -> None:
     found = cues(tmp_path, "a.txt", "0.0\t1.0\t(as he said)\n1.0\t2.0\t(applause)\n")
     assert texts(found) == ["(as he said)"]

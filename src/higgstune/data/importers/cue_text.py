@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from higgstune.data.text import find_marks, is_wide
 
@@ -123,18 +124,15 @@ def is_mark(text: str, are_subtitles: bool) -> bool:
     if text.lower() in _SILENCES or _SONG.fullmatch(text):
         return True
     rest = _ANGLE.sub("", _SQUARE.sub("", _ROUND.sub("", text) if are_subtitles else text))
-    for mark in find_marks(rest):
-        rest = rest.replace(mark, "")
-    return not any(character.isalnum() for character in rest)
+    return sum(map(str.isalnum, rest)) == sum(map(str.isalnum, "".join(find_marks(rest))))
 
 
 def joined(lines: Sequence[str]) -> str:
     """Lines as one text: without a space where the script has none."""
-    text = ""
-    for line in lines:
-        gap = "" if not text or (_has_no_spaces(text[-1]) and _has_no_spaces(line[0])) else " "
-        text += gap + line
-    return text
+    parts = list(lines[:1])
+    for before, line in pairwise(lines):
+        parts += ["" if _has_no_spaces(before[-1]) and _has_no_spaces(line[0]) else " ", line]
+    return "".join(parts)
 
 
 def _has_no_spaces(character: str) -> bool:

@@ -38,6 +38,7 @@ _TEXTS = tuple(ending for ending in TRANSCRIPTS if ending != ".wav.txt")
 _EXACT = (".textgrid", ".labels.txt", ".json")
 _SUBTITLES = (".vtt", ".srt")  # WebVTT first: it may name the speakers
 _NOT_READ = (".ass", ".ssa", ".sbv", ".eaf", ".ttml", ".lrc", ".docx", ".pdf")
+_SHOWN = 50  # characters of a text in a note
 _UNKNOWN = 2  # how well a language fits that may be another one
 _ORDER = (*_EXACT, *_SUBTITLES, *_TEXTS)
 _BESIDE = re.compile(_LANGUAGE + "(" + "|".join(map(re.escape, sorted((*_ORDER, *_NOT_READ), key=len)[::-1])) + ")")
@@ -79,7 +80,7 @@ class Cues:
             ("cues without a length", self.without_length),
         ):
             if cues:
-                texts = list(dict.fromkeys(cue.text for cue in cues if cue.text))
+                texts = list(dict.fromkeys(cue.text[:_SHOWN] for cue in cues if cue.text))
                 some = ", ".join(texts[:3]) + (", ..." if len(texts) > 3 else "")
                 yield f"{words}: {len(cues)}" + (f" ({some})" if some else "")
         if self.mixed_speakers:
