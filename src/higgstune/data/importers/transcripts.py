@@ -12,6 +12,7 @@ from higgstune.data.messages import is_unicode
 from higgstune.data.rejection import RowError, shown
 from higgstune.data.source import decode
 
+COLLECT = "higgstune collect {} --out DATASET"  # the verb for long recordings
 _MAX_TRANSCRIPT = 1 << 20  # bytes: an hour of speech is 60 kB
 _TIME = r"\d+(?:\.\d+)?"
 _CLOCK = r"[\d:]*\d\.\d+s?"
@@ -39,6 +40,7 @@ _LINES = (
     ("a table of phones (CTM, MFA)", 1, re.compile(r"\S+ +\d +\d+\.\d+ +\d+\.\d+ +.+")),
     ("phones, one a line", 4, re.compile(r"sil|sp|pau|[A-Za-z]{1,2}[012@]|[A-Z]{1,2}|[a-z]{1,2}")),
 )
+_WITH_CUES = ("WebVTT subtitles", "a Praat TextGrid", "Audacity labels", "subtitles with times")
 _SUBTITLE = re.compile(r"\d\d:\d\d[.,:]\d.*-->")
 _SILENCE = ("sil", "sp", "pau")
 _ARPABET = re.compile(r"[A-Z]{1,2}[012]?")
@@ -70,7 +72,8 @@ def read_transcript(path: Path) -> str:
             "no_transcript", f"{path.name} is not UTF-8 ({error.reason} at byte {error.start}): convert it"
         ) from error
     if (name := foreign_format(text)) is not None:
-        raise RowError("no_transcript", f"{path.name} holds {name}: write the words of the clip alone")
+        cut = f", or cut it by its times: {COLLECT.format('FOLDER')}" if name in _WITH_CUES else ""
+        raise RowError("no_transcript", f"{path.name} holds {name}: write the words of the clip alone{cut}")
     return text
 
 
