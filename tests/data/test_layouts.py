@@ -511,6 +511,18 @@ def test_a_file_of_another_format_is_not_a_transcript(tmp_path: Path, content: s
 
 
 @pytest.mark.parametrize(
+    ("name", "cuts"),
+    [("a.srt", True), ("a.VTT", True), ("a.TextGrid", True), ("a.labels.txt", True), ("a.txt", True), ("a.eaf", False)],
+)
+def test_a_recording_with_cues_is_refused_with_the_verb_that_cuts_it(tmp_path: Path, name: str, cuts: bool) -> None:
+    [row] = read_source(make(tmp_path, ("a.wav",), {name: "0.0\t0.3\tHello.\n"}))
+    assert isinstance(row.content, RowError)
+    folder = "FOLDER" if name == "a.txt" else tmp_path
+    assert (f"cut it by its times: higgstune collect {folder} --out DATASET" in str(row.content)) == cuts
+    assert "write the words of the clip" in str(row.content)
+
+
+@pytest.mark.parametrize(
     ("content", "text"),
     [
         (b"Tom &amp; Jerry said\\nhi.", "Tom & Jerry said hi."),

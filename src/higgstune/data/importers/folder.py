@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from higgstune.data.importers.records import sidecar_rows
-from higgstune.data.importers.transcripts import read_transcript
+from higgstune.data.importers.transcripts import COLLECT, read_transcript
 from higgstune.data.manifest import Utterance
 from higgstune.data.messages import is_unicode
 from higgstune.data.rejection import RowError
@@ -28,6 +28,8 @@ from higgstune.data.source import (
 
 # Endings of the transcript beside `1.wav`, in the order of preference; LibriTTS has two for a clip.
 TRANSCRIPTS = (".normalized.txt", ".txt", ".lab", ".original.txt", ".wav.txt")
+_WITH_CUES = (".srt", ".vtt", ".textgrid", ".labels.txt")  # read by the verb that cuts long recordings
+_TIMED = (*_WITH_CUES, ".ass", ".eaf")
 _LISTS = ".trans.txt"  # of LibriSpeech: one for the clips of a folder, with the id before each text
 _LOOKED_AT = 100  # recordings
 _MICROPHONE = re.compile(r"_mic[12]$")  # VCTK has two recordings of each text
@@ -167,8 +169,10 @@ class _Folder:
             speaker = elsewhere[0].parent.name if by_speaker else None
             self._named_speakers |= by_speaker
             return [Utterance(audio=location, text=read_transcript(transcript), speaker=speaker)]
-        subtitles = [s for s in (".srt", ".vtt", ".ass", ".textgrid", ".eaf") if nfc(path.stem) + s in siblings]
-        hint = f" (its {subtitles[0]} is not read: write the words of the clip into a .txt)" if subtitles else ""
+        hint = ""
+        if timed := next((ending for ending in _TIMED if nfc(path.stem) + ending in siblings), None):
+            cut = f", or cut it by its times: {COLLECT.format(self._folder)}" if timed in _WITH_CUES else ""
+            hint = f" (its {timed} is not read: write the words of the clip into a .txt{cut})"
         raise RowError("no_transcript", f"there is no {path.stem}.txt or .lab file beside it{hint}")
 
     def _elsewhere(self, path: Path) -> list[Path]:

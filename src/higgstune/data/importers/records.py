@@ -119,19 +119,14 @@ def sidecar_rows(content: bytes, location: str, name: str) -> list[Utterance]:
         data = json.loads(decode(content))
     except (ValueError, RecursionError) as error:
         raise RowError("no_transcript", f"{name} is not JSON: {error}") from error
-    if isinstance(data, dict) and isinstance(segments := data.get("segments"), list):
-        found = [segment for segment in segments if isinstance(segment, dict) and segment.get("text")]
-        if not found or any(key not in segment for segment in found for key in _WHISPER):
-            raise RowError("no_transcript", f"{name} has no segments with start, end and text")
-        language, stem = data.get("language"), Path(location).with_suffix("").as_posix()
+    if isinstance(data, dict) and isinstance(data.get("segments"), list):
+        stem = Path(location).with_suffix("").as_posix()
         return [
             parse_utterance(
-                {"audio": location, "text": str(segment["text"]).strip(), "start": _seconds(segment["start"]),
-                 "end": _seconds(segment["end"]), "speaker": speaker and f"{stem} {speaker}",
-                 "language": _name(language)}
+                {"audio": location, **segment, "speaker": segment["speaker"] and f"{stem} {segment['speaker']}",
+                 "language": _name(data.get("language"))}
             )
-            for segment in found
-            for speaker in [_name(segment.get("speaker"))]
+            for segment in whisper_segments(data, name)
         ]  # fmt: skip
     try:
         reading = by_name(["audio", *(key for key in data if key != "audio")]) if isinstance(data, dict) else None
@@ -141,6 +136,26 @@ def sidecar_rows(content: bytes, location: str, name: str) -> list[Utterance]:
         values = _renamed(data, reading, skip=("audio", "id", "duration"))
         return [parse_utterance({**values, "audio": location})]
     raise RowError("no_transcript", f"{name} has neither a text nor segments")
+
+
+def whisper_segments(data: Any, name: str) -> list[dict[str, Any]]:
+    """The segments with a text of a decoded file of Whisper or WhisperX: text, start and end in seconds, speaker.
+
+    Raises RowError where there are none, or a time is not a number.
+    """
+    segments = data.get("segments") if isinstance(data, dict) else None
+    found = [s for s in segments if isinstance(s, dict) and s.get("text")] if isinstance(segments, list) else []
+    if not found or any(key not in segment for segment in found for key in _WHISPER):
+        raise RowError("no_transcript", f"{name} has no segments with start, end and text")
+    return [
+        {
+            "text": str(segment["text"]).strip(),
+            "start": _seconds(segment["start"], f" in {name}"),
+            "end": _seconds(segment["end"], f" in {name}"),
+            "speaker": _name(segment.get("speaker")),
+        }
+        for segment in found
+    ]
 
 
 def _row(
@@ -230,9 +245,9 @@ def _with_audios(messages: Any, audios: Any) -> Any:
     return changed
 
 
-def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _MAX_TIME:
-        raise RowError("bad_row", f"a time is {shown(value)}, not a number of seconds")
+def _seconds(value: Any, place: str = "") -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_TIME:
+        raise RowError("bad_row", f"a time{place} is {shown(value)}, not a number of seconds")
     return float(value)
 
 

@@ -12,6 +12,7 @@ from higgstune.data.messages import is_unicode
 from higgstune.data.rejection import RowError, shown
 from higgstune.data.source import decode
 
+COLLECT = "higgstune collect {} --out DATASET"  # the verb for long recordings
 _MAX_TRANSCRIPT = 1 << 20  # bytes: an hour of speech is 60 kB
 _TIME = r"\d+(?:\.\d+)?"
 _CLOCK = r"[\d:]*\d\.\d+s?"
@@ -39,6 +40,7 @@ _LINES = (
     ("a table of phones (CTM, MFA)", 1, re.compile(r"\S+ +\d +\d+\.\d+ +\d+\.\d+ +.+")),
     ("phones, one a line", 4, re.compile(r"sil|sp|pau|[A-Za-z]{1,2}[012@]|[A-Z]{1,2}|[a-z]{1,2}")),
 )
+_WITH_CUES = ("WebVTT subtitles", "a Praat TextGrid", "Audacity labels", "subtitles with times")
 _SUBTITLE = re.compile(r"\d\d:\d\d[.,:]\d.*-->")
 _SILENCE = ("sil", "sp", "pau")
 _ARPABET = re.compile(r"[A-Z]{1,2}[012]?")
@@ -69,12 +71,13 @@ def read_transcript(path: Path) -> str:
         raise RowError(
             "no_transcript", f"{path.name} is not UTF-8 ({error.reason} at byte {error.start}): convert it"
         ) from error
-    if (name := _format(text)) is not None:
-        raise RowError("no_transcript", f"{path.name} holds {name}: write the words of the clip alone")
+    if (name := foreign_format(text)) is not None:
+        cut = f", or cut it by its times: {COLLECT.format('FOLDER')}" if name in _WITH_CUES else ""
+        raise RowError("no_transcript", f"{path.name} holds {name}: write the words of the clip alone{cut}")
     return text
 
 
-def _format(text: str) -> str | None:
+def foreign_format(text: str) -> str | None:
     """What a text is in place of a transcript; None where it may be one. Takes time in proportion to its length."""
     lines = [line for line in map(str.strip, text.split("\n")) if line]
     whole = "\n".join(lines)
@@ -112,13 +115,16 @@ def plain_text(text: str) -> str:
         raise RowError("bad_row", "the text is not UTF-8: convert its file")
     if found := _CONTROL.search(text):
         raise RowError("bad_row", f"the text {shown(text)} holds the control character {found[0]!r}, which is not text")
-    if (name := _format(text)) is not None:
+    if (name := foreign_format(text)) is not None:
         raise RowError("bad_row", f"the text {shown(text)} holds {name}: write the words of the clip alone")
-    plain = text
-    if "&" in plain:
-        plain = _ENTITY.sub(lambda found: html.unescape(found[0]), plain)
+    plain = without_entities(text)
     if "\\" in plain:
         plain = _ESCAPED_SPACE.sub(" ", plain)
     if "<" in plain and (tag := _TAG.search(plain)):
         raise RowError("bad_row", f"the text has the tag {shown(tag[0])}, which is not a word: remove it")
     return plain
+
+
+def without_entities(text: str) -> str:
+    """A text with its entities (`&amp;`, `&#39;`) as the characters that they stand for."""
+    return _ENTITY.sub(lambda found: html.unescape(found[0]), text) if "&" in text else text
