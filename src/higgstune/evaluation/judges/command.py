@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from higgstune.checkpoint_files import sha256_of
-from higgstune.config.expression import are_command_words
+from higgstune.config.expression import are_command_words, is_local_model
 from higgstune.data.audio import read_audio, write_wav
 from higgstune.errors import ConfigError, WorkError
 from higgstune.evaluation.judges.base import MIN_SAMPLES, NO_REFERENCE, NO_VOICE, WORST, read_for_judge
@@ -38,10 +38,11 @@ Value = TypeVar("Value")
 def command_words(spec: str) -> list[str] | None:
     """The words of a judge that is a command; None for a model, given by its folder or name.
 
-    An existing folder is a model. Otherwise two words or more are a command, and so is a single word if it is the path
-    of a file. Raises ConfigError for an empty spec, an open quote, and a command whose program does not exist.
+    An existing folder or .pt file is a model. Otherwise two words or more are a command, and so is a single word if it
+    is the path of a file. Raises ConfigError for an empty spec, an open quote, and a command whose program does not
+    exist.
     """
-    if Path(spec).expanduser().is_dir():
+    if is_local_model(spec):
         return None
     try:
         words = shlex.split(spec)
@@ -51,7 +52,7 @@ def command_words(spec: str) -> list[str] | None:
         raise ConfigError("a judge is empty: give a folder, a name or a command")
     if not are_command_words(words):
         if spec.startswith((".", "/", "~")):
-            raise ConfigError(f"the judge {spec!r} does not exist, neither as a model's folder nor as a program")
+            raise ConfigError(f"the judge {spec!r} does not exist, neither as a model nor as a program")
         return None
     if shutil.which(words[0]) is None:
         raise ConfigError(
