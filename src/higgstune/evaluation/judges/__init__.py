@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from higgstune.errors import ConfigError
-from higgstune.evaluation.judges.base import Embedder, Judges, QualityJudge, SpeakerJudge, Transcriber
+from higgstune.evaluation.judges.base import ClipTranscriber, Embedder, Judges, QualityJudge, SpeakerJudge
 from higgstune.evaluation.judges.command import (
     ExternalQualityJudge,
     ExternalSpeakerJudge,
@@ -27,6 +27,7 @@ from higgstune.evaluation.judges.command import (
 from higgstune.hub import check_name
 
 if TYPE_CHECKING:
+    from higgstune.evaluation.judges.asr import FasterWhisper, TransformersWhisper
     from higgstune.evaluation.judges.campplus import CamPlus
     from higgstune.evaluation.judges.models import WavLM
 
@@ -102,6 +103,11 @@ def load_embedder(spec: str, device: str = "cpu") -> Embedder:
     return _voice_model(spec, device)
 
 
+def load_clip_transcriber(spec: str, device: str = "cpu") -> ClipTranscriber:
+    """The ASR of a spec, to transcribe many short clips: as `load_judges`."""
+    return _transcriber(spec, device)
+
+
 def check_languages(judges: Judges, languages: Iterable[str | None]) -> None:
     """Raises ConfigError for a language that the ASR does not support, before anything is spoken in it."""
     for language in dict.fromkeys(languages):
@@ -115,7 +121,7 @@ def _check_installed(package: str, need: str, extra: str) -> None:
 
 
 # The modules of models import their libraries, so each is imported when one of its judges is needed.
-def _transcriber(spec: str, device: str) -> Transcriber:
+def _transcriber(spec: str, device: str) -> "ExternalTranscriber | FasterWhisper | TransformersWhisper":
     if words := command_words(spec):
         return ExternalTranscriber(words)
     from higgstune.evaluation.judges.asr import load_transcriber

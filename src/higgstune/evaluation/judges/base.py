@@ -44,6 +44,31 @@ class Transcriber(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Transcript:
+    """What is said in a clip."""
+
+    text: str  # empty if there is no speech
+    logprob: float | None  # mean log-probability of its words, where the ASR gives it
+
+
+class ClipTranscriber(Protocol):
+    """Transcribes many short clips at once."""
+
+    name: str  # with version
+
+    def transcribe_clips(self, waveforms: Sequence[np.ndarray], language: str | None) -> list[Transcript]:
+        """One transcript per clip, [samples] float32 mono at 16 kHz.
+
+        `language` is an ISO 639-1 code; without one, all clips are taken to be in the language that is detected.
+        """
+        ...
+
+    def detect_language(self, waveforms: Sequence[np.ndarray]) -> str:
+        """The ISO 639-1 code of the language that most of the clips are in."""
+        ...
+
+
 class SpeakerJudge(Protocol):
     """Measures how similar voices are."""
 
