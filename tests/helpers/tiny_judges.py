@@ -1,7 +1,9 @@
 """Judges of the real formats, with random weights, that are small enough to be made in every test."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from tiny_whisper import save_tiny_whisper
 from tokenizers.pre_tokenizers import ByteLevel
@@ -13,6 +15,8 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperTokenizer,
 )
+
+from higgstune.evaluation.judges.campplus import _Network
 
 WAVLM = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
@@ -59,3 +63,25 @@ def save_tiny_asr(folder: Path, *, seconds: int = 30, multilingual: bool = True)
     )  # fmt: skip
     model.save_pretrained(folder)
     return folder
+
+
+def save_campplus(file: Path, seed: int = 0) -> Path:
+    """A CAM++ of the published sizes (28 MB, whatever it holds), with random weights by numpy alone."""
+    with torch.device("meta"):
+        layout = _Network().state_dict()
+    random = np.random.default_rng(seed)
+    weights = {name: torch.from_numpy(_values(name, value.shape, random)) for name, value in sorted(layout.items())}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(weights, file)
+    return file
+
+
+def _values(name: str, shape: Sequence[int], random: np.random.Generator) -> np.ndarray:
+    if name.endswith("num_batches_tracked"):
+        return np.array(1)
+    values = random.standard_normal(shape).astype(np.float32)
+    if name.endswith(("running_var", "batchnorm.weight", "bn1.weight", "bn2.weight", "shortcut.1.weight")):
+        return 1 + np.abs(values) / 4
+    if len(shape) == 1:
+        return values / 4
+    return values * np.float32((2 / np.prod(shape[1:])) ** 0.5)

@@ -179,7 +179,7 @@ SpeakerOption = Annotated[
     str | None,
     typer.Option(
         metavar="JUDGE",
-        help="Compares voices: a WavLM, or a command; auto: WavLM-SV if it is on this disk.",
+        help="Compares voices: WavLM, CAM++ (.pt), or a command; auto: WavLM-SV if it is on disk.",
         rich_help_panel=JUDGES,
     ),
 ]

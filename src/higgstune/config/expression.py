@@ -18,6 +18,7 @@ from higgstune.metrics import METRICS
 STEP = "step"
 LOSS = "audio_loss"  # of the validation split
 NAMES = (STEP, LOSS, *(metric.name for metric in METRICS))
+CHECKPOINT_SUFFIX = ".pt"  # of a judge that is one file of weights
 _MAX_EXPRESSION = 500  # characters
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -121,9 +122,15 @@ class Expression:
 def is_command(spec: str) -> bool:
     """Whether a judge's spec is a command (see `command_words`). Finds no program and runs none."""
     try:
-        return not Path(spec).expanduser().is_dir() and are_command_words(shlex.split(spec))
+        return not is_local_model(spec) and are_command_words(shlex.split(spec))
     except ValueError:  # an open quote, which no model's name has
         return True
+
+
+def is_local_model(spec: str) -> bool:
+    """Whether a judge's spec is a folder, or a checkpoint file (.pt): neither is run."""
+    path = Path(spec).expanduser()
+    return path.is_dir() or (path.suffix == CHECKPOINT_SUFFIX and path.is_file())
 
 
 def are_command_words(words: Sequence[str]) -> bool:

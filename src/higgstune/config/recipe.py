@@ -115,7 +115,7 @@ class EvaluationSettings(_Strict):
         None, ge=0, le=MAX_TEMPERATURE, description="of what is spoken; 0 is greedy; default: what the base recommends"
     )
     asr: str | None = Field(None, description="judge of what is said: a Whisper checkpoint, or a command")
-    speaker_judge: str | None = Field(None, description="judge of whose voice it is: a WavLM checkpoint, or a command")
+    speaker_judge: str | None = Field(None, description="judge of whose voice it is: a WavLM or CAM++, or a command")
     quality_judge: str | None = Field(None, description="judge of naturalness: distillmos, or a command")
     gates: tuple[str, ...] | None = Field(None, description="conditions over metrics that a checkpoint must meet")
     rank: str | None = Field(None, description="expression over metrics; the highest is best")

@@ -3,19 +3,21 @@
 A judge is given as a spec, which is one of
 
     a folder      of a model: ~/models/whisper-large-v3
+    a .pt file    of the speaker model CAM++: ~/models/campplus_cn_en_common.pt
     a name        of a model: large-v3, microsoft/wavlm-base-plus-sv, distillmos
     a command     two words or more, or the path of a program: "python judge.py asr"; see `command`
 
-`base` has the protocols, `asr` and `models` the models, `command` the judges that are programs, and `cache` keeps the
-answers of any of them.
+`base` has the protocols, `asr`, `models` and `campplus` the models, `command` the judges that are programs, and `cache`
+keeps the answers of any of them.
 """
 
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from higgstune.errors import ConfigError
-from higgstune.evaluation.judges.base import Judges, QualityJudge, SpeakerJudge, Transcriber
+from higgstune.evaluation.judges.base import ClipTranscriber, Embedder, Judges, QualityJudge, SpeakerJudge
 from higgstune.evaluation.judges.command import (
     ExternalQualityJudge,
     ExternalSpeakerJudge,
@@ -23,6 +25,11 @@ from higgstune.evaluation.judges.command import (
     command_words,
 )
 from higgstune.hub import check_name
+
+if TYPE_CHECKING:
+    from higgstune.evaluation.judges.asr import FasterWhisper, TransformersWhisper
+    from higgstune.evaluation.judges.campplus import CamPlus
+    from higgstune.evaluation.judges.models import WavLM
 
 # Cosines at the equal error rate on real speech: above them a judge means the same speaker.
 SAME_SPEAKER = {"resemblyzer": 0.757, "campplus": 0.581}
@@ -52,7 +59,10 @@ def judge_specs(
     if asr is not None:
         _check_installed("jiwer", "error rates need jiwer", "asr")
     if speaker is not None and not command_words(speaker):
-        check_name(speaker, what="speaker judge")
+        if _is_file(speaker):
+            _check_installed("kaldi_native_fbank", f"the speaker judge {speaker} needs kaldi-native-fbank", "collect")
+        else:
+            check_name(speaker, what="speaker judge")
     if quality is not None and not command_words(quality):
         if quality != DISTILLMOS:
             raise ConfigError(f"there is no quality judge {quality!r}: give {DISTILLMOS!r}, or a command")
@@ -79,6 +89,25 @@ def load_judges(
     )
 
 
+def load_embedder(spec: str, device: str = "cpu") -> Embedder:
+    """The speaker model of a spec, to embed voices: as `load_judges`, but a command gives cosines and no embeddings.
+
+    Raises ConfigError for a command and for a model that needs an extra, CheckpointError if it cannot be loaded.
+    """
+    if command_words(spec):
+        raise ConfigError(
+            f"the speaker judge {spec!r} is a command, which compares files and has no embeddings: give the .pt file "
+            f"of a CAM++, or the folder or hub id of a WavLM such as {DEFAULT_SPEAKER}"
+        )
+    judge_specs(speaker=spec)
+    return _voice_model(spec, device)
+
+
+def load_clip_transcriber(spec: str, device: str = "cpu") -> ClipTranscriber:
+    """The ASR of a spec, to transcribe many short clips: as `load_judges`."""
+    return _transcriber(spec, device)
+
+
 def check_languages(judges: Judges, languages: Iterable[str | None]) -> None:
     """Raises ConfigError for a language that the ASR does not support, before anything is spoken in it."""
     for language in dict.fromkeys(languages):
@@ -92,7 +121,7 @@ def _check_installed(package: str, need: str, extra: str) -> None:
 
 
 # The modules of models import their libraries, so each is imported when one of its judges is needed.
-def _transcriber(spec: str, device: str) -> Transcriber:
+def _transcriber(spec: str, device: str) -> "ExternalTranscriber | FasterWhisper | TransformersWhisper":
     if words := command_words(spec):
         return ExternalTranscriber(words)
     from higgstune.evaluation.judges.asr import load_transcriber
@@ -103,9 +132,21 @@ def _transcriber(spec: str, device: str) -> Transcriber:
 def _speaker_judge(spec: str, device: str) -> SpeakerJudge:
     if words := command_words(spec):
         return ExternalSpeakerJudge(words)
+    return _voice_model(spec, device)
+
+
+def _voice_model(spec: str, device: str) -> "CamPlus | WavLM":
+    if _is_file(spec):
+        from higgstune.evaluation.judges.campplus import CamPlus
+
+        return CamPlus(spec, device=device)
     from higgstune.evaluation.judges.models import WavLM
 
     return WavLM(spec, device=device)
+
+
+def _is_file(spec: str) -> bool:
+    return Path(spec).expanduser().is_file()
 
 
 def _quality_judge(spec: str, device: str) -> QualityJudge:

@@ -1,15 +1,16 @@
-"""What all judges share: the three protocols, how they read a file, and how results name them.
+"""What all judges share: the protocols, how they read a file and compare voices, and how results name them.
 
 Every result names its judge with version and hash of the weights: a number without its judge means nothing.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,7 +18,11 @@ from higgstune.checkpoint_files import malformed_errors, sha256_of
 from higgstune.data.audio import read_audio, resample
 from higgstune.errors import CheckpointError, ConfigError, DataError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 RATE = 16_000  # Hz, at which all judges were trained
+MAX_VOICE_SAMPLES = 60 * RATE  # of a file, to compare voices: the memory of attention grows with the square
 MIN_SAMPLES = RATE // 10  # a shorter file has no speech, and too few samples for the first layers. It gets:
 NO_VOICE = 0.0  # as its similarity to any voice
 WORST = 1.0  # as its mean opinion score
@@ -39,6 +44,31 @@ class Transcriber(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Transcript:
+    """What is said in a clip."""
+
+    text: str  # empty if there is no speech
+    logprob: float | None  # mean log-probability of its words, where the ASR gives it
+
+
+class ClipTranscriber(Protocol):
+    """Transcribes many short clips at once."""
+
+    name: str  # with version
+
+    def transcribe_clips(self, waveforms: Sequence[np.ndarray], language: str | None) -> list[Transcript]:
+        """One transcript per clip, [samples] float32 mono at 16 kHz.
+
+        `language` is an ISO 639-1 code; without one, all clips are taken to be in the language that is detected.
+        """
+        ...
+
+    def detect_language(self, waveforms: Sequence[np.ndarray]) -> str:
+        """The ISO 639-1 code of the language that most of the clips are in."""
+        ...
+
+
 class SpeakerJudge(Protocol):
     """Measures how similar voices are."""
 
@@ -46,6 +76,16 @@ class SpeakerJudge(Protocol):
 
     def similarities(self, references: Sequence[Path], files: Sequence[Path]) -> dict[str, list[float]]:
         """By model, the main one first: for each file, its cosine to the mean of the references, -1 to 1."""
+        ...
+
+
+class Embedder(Protocol):
+    """Turns a voice into a vector: the nearer two of them, by cosine, the more alike the voices."""
+
+    name: str  # with version
+
+    def embed(self, waveform: np.ndarray) -> np.ndarray:
+        """[samples] float32 mono at 16 kHz, 0.1 s or more -> [dim] float32 of length 1."""
         ...
 
 
@@ -66,6 +106,48 @@ class Judges:
     asr: Transcriber | None = None
     speaker: SpeakerJudge | None = None
     quality: QualityJudge | None = None
+
+
+class Voices(ABC):
+    """Compares voices by the cosine of their embeddings. Keeps the embeddings of files that do not change."""
+
+    name: str
+    model: str  # its key in `similarities`
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int, int], Tensor] = {}
+
+    @abstractmethod
+    def embed(self, waveform: np.ndarray) -> np.ndarray:
+        """See `Embedder`."""
+
+    def similarities(self, references: Sequence[Path], files: Sequence[Path]) -> dict[str, list[float]]:
+        """Cosine of each file to the mean of the references' embeddings; of the first minute of each.
+
+        A file under 0.1 s has no voice and gets 0. Raises ConfigError if no reference has a voice.
+        """
+        import torch
+        from torch.nn.functional import normalize
+
+        voices = [embedding for embedding in map(self._embedding, references) if embedding is not None]
+        if not voices:
+            raise ConfigError(NO_REFERENCE)
+        centre = normalize(torch.stack(voices).mean(0), dim=0)
+        embeddings = [self._embedding(file) for file in files]
+        return {self.model: [NO_VOICE if found is None else float(found @ centre) for found in embeddings]}
+
+    def _embedding(self, file: Path) -> "Tensor | None":
+        """[dim] float32 of length 1; None for a file under 0.1 s."""
+        import torch
+
+        waveform = read_for_judge(file)
+        if len(waveform) < MIN_SAMPLES:
+            return None
+        state = file.stat()
+        key = (str(file.resolve()), state.st_mtime_ns, state.st_size)
+        if key not in self._known:
+            self._known[key] = torch.from_numpy(self.embed(waveform[:MAX_VOICE_SAMPLES]))
+        return self._known[key]
 
 
 OPTIONS = {"asr": "--asr", "speaker": "--speaker-judge", "naturalness": "--quality-judge"}  # by role

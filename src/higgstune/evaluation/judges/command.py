@@ -22,11 +22,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from higgstune.checkpoint_files import sha256_of
-from higgstune.config.expression import are_command_words
+from higgstune.config.expression import are_command_words, is_local_model
 from higgstune.data.audio import read_audio, write_wav
 from higgstune.errors import ConfigError, WorkError
-from higgstune.evaluation.judges.base import MIN_SAMPLES, NO_REFERENCE, NO_VOICE, WORST, read_for_judge
+from higgstune.evaluation.judges.base import (
+    MIN_SAMPLES,
+    NO_REFERENCE,
+    NO_VOICE,
+    RATE,
+    WORST,
+    Transcript,
+    read_for_judge,
+)
 
 MAX_COSINE = 1.001  # of a cosine, with rounding
 _TAIL = 2000  # characters of a program's output, in an error
@@ -38,10 +48,11 @@ Value = TypeVar("Value")
 def command_words(spec: str) -> list[str] | None:
     """The words of a judge that is a command; None for a model, given by its folder or name.
 
-    An existing folder is a model. Otherwise two words or more are a command, and so is a single word if it is the path
-    of a file. Raises ConfigError for an empty spec, an open quote, and a command whose program does not exist.
+    An existing folder or .pt file is a model. Otherwise two words or more are a command, and so is a single word if it
+    is the path of a file. Raises ConfigError for an empty spec, an open quote, and a command whose program does not
+    exist.
     """
-    if Path(spec).expanduser().is_dir():
+    if is_local_model(spec):
         return None
     try:
         words = shlex.split(spec)
@@ -51,7 +62,7 @@ def command_words(spec: str) -> list[str] | None:
         raise ConfigError("a judge is empty: give a folder, a name or a command")
     if not are_command_words(words):
         if spec.startswith((".", "/", "~")):
-            raise ConfigError(f"the judge {spec!r} does not exist, neither as a model's folder nor as a program")
+            raise ConfigError(f"the judge {spec!r} does not exist, neither as a model nor as a program")
         return None
     if shutil.which(words[0]) is None:
         raise ConfigError(
@@ -148,6 +159,18 @@ class ExternalTranscriber:
             if not isinstance(row.get("text"), str):
                 raise self._command.failure(f"gave {row.get('text')!r} as the text of {row['file']}")
         return _for_all(files, audible, [row["text"].strip() for row in rows], "")
+
+    def transcribe_clips(self, waveforms: Sequence[np.ndarray], language: str | None) -> list[Transcript]:
+        """One transcript per clip, [samples] float32 mono at 16 kHz; each is written into a file for the command."""
+        with tempfile.TemporaryDirectory(prefix="higgstune-") as folder:
+            files = [Path(folder) / f"{number:06d}.wav" for number in range(len(waveforms))]
+            for file, waveform in zip(files, waveforms, strict=True):
+                write_wav(file, waveform, RATE)
+            return [Transcript(text, None) for text in self.transcribe(files, language=language)]
+
+    def detect_language(self, waveforms: Sequence[np.ndarray]) -> str:  # noqa: ARG002  (of the protocol)
+        """Raises ConfigError: a command prints no language."""
+        raise ConfigError(f"the ASR {self.name} is a command, which does not say the language: name it")
 
 
 class ExternalSpeakerJudge:

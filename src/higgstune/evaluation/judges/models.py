@@ -1,7 +1,8 @@
 """The models for voices and for quality: WavLM x-vectors, and DistillMOS.
 
 `WavLM` compares voices by a WavLM with an x-vector head, trained to verify speakers (microsoft/wavlm-base-plus-sv).
-`DistillMos` estimates mean opinion scores; it needs the extra `naturalness`. Whisper is in `asr`.
+`DistillMos` estimates mean opinion scores; it needs the extra `naturalness`. Whisper is in `asr`,
+CAM++ in `campplus`.
 """
 
 import importlib
@@ -21,10 +22,9 @@ from higgstune.checkpoint_files import malformed_errors, read_json, weight_files
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.evaluation.judges.base import (
     MIN_SAMPLES,
-    NO_REFERENCE,
-    NO_VOICE,
     RATE,
     WORST,
+    Voices,
     load_weights,
     model_name,
     read_for_judge,
@@ -35,16 +35,16 @@ from higgstune.hub import fetch
 _WHAT = "speaker judge"
 _PICKLED = "pytorch_model.bin"
 XVECTOR_SAMPLES = RATE  # a shorter clip is repeated: the x-vector layers take half a second at once
-MAX_VOICE_SAMPLES = 60 * RATE  # the memory of attention grows with the square
 MAX_MOS_SAMPLES = 60 * RATE  # DistillMOS takes all windows of a clip at once, so this bounds its memory
 _DISTILLMOS = "distillmos"
 
 
-class WavLM:
-    """Compares x-vectors of files by cosine. Keeps the embeddings of files that do not change."""
+class WavLM(Voices):
+    """Embeds voices by x-vectors."""
 
     def __init__(self, name_or_path: str, *, device: str = "cpu") -> None:
         """A folder or hub id. Raises CheckpointError for any other checkpoint, or for one that lacks a weight."""
+        super().__init__()
         folder = fetch(name_or_path, what=_WHAT)
         config = read_json(folder / "config.json", "every checkpoint folder has one")
         if config.get("model_type") != "wavlm":
@@ -64,37 +64,16 @@ class WavLM:
             self._extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder, local_files_only=True)
         except malformed_errors() as error:
             raise CheckpointError(f"the {_WHAT} {folder} has no usable preprocessor_config.json: {error}") from error
-        self._known: dict[tuple[str, int, int], torch.Tensor] = {}
-
-    def similarities(self, references: Sequence[Path], files: Sequence[Path]) -> dict[str, list[float]]:
-        """Cosine of each file to the mean of the references' embeddings; of the first minute of each.
-
-        A file under 0.1 s has no voice and gets 0. Raises ConfigError if no reference has a voice.
-        """
-        voices = [embedding for embedding in map(self._embedding, references) if embedding is not None]
-        if not voices:
-            raise ConfigError(NO_REFERENCE)
-        centre = normalize(torch.stack(voices).mean(0), dim=0)
-        embeddings = [self._embedding(file) for file in files]
-        return {self.model: [NO_VOICE if found is None else float(found @ centre) for found in embeddings]}
-
-    def _embedding(self, file: Path) -> torch.Tensor | None:
-        """[xvector dim] float32 of length 1 on the CPU; None for a file under 0.1 s."""
-        waveform = read_for_judge(file)
-        if len(waveform) < MIN_SAMPLES:
-            return None
-        state = file.stat()
-        key = (str(file.resolve()), state.st_mtime_ns, state.st_size)
-        if key not in self._known:
-            self._known[key] = self._embedded(waveform[:MAX_VOICE_SAMPLES])
-        return self._known[key]
 
     @torch.inference_mode()
-    def _embedded(self, waveform: np.ndarray) -> torch.Tensor:
+    def embed(self, waveform: np.ndarray) -> np.ndarray:
+        """[samples] float32 mono at 16 kHz, 0.1 s or more -> [xvector dim] float32 of length 1."""
         if len(waveform) < XVECTOR_SAMPLES:
             waveform = np.resize(waveform, XVECTOR_SAMPLES)  # repeats it
         values = self._extractor(waveform, sampling_rate=RATE, return_tensors="pt")["input_values"]
-        return normalize(self._model(values.to(self._device)).embeddings[0].float().cpu(), dim=0)
+        found = self._model(values.to(self._device)).embeddings[0].float().cpu()
+        embedding: np.ndarray = normalize(found, dim=0).numpy()
+        return embedding
 
 
 def _weights(folder: Path, name: str) -> tuple[Path, ...]:
