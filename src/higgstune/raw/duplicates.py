@@ -9,6 +9,7 @@ number of utterances and not with its square. What is found that way is verified
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -22,14 +23,14 @@ _HOPS = round(FRAME * RATE) // _HOP
 _POOLED = 2 * _HOPS  # spectra in a frame, weighted by a Hann window: cuts between two frames change little
 _SLOPES = 20  # of one band to the next
 _LOWEST, _HIGHEST = 150.0, 5000.0  # Hz
-_LOUD = 95  # percentile: the level of a band when there is speech
-_RANGE = 10 ** (-25 / 10)  # of that level; what lies deeper is noise
+_NEARBY = 12  # frames on either side, of which a band's loudest says how loud speech is there
+_RANGE = 10 ** (-25 / 10)  # of that; what lies deeper is noise
 _STEP = 0.5  # dB a unit of int8
 
 # Search.
-_WINDOW = 10  # frames: 0.8 s
-_BITS_IN_TIME, _BITS_IN_FREQUENCY = 4, 8  # cosines of a window, whose signs are its key
-_DOUBTFUL = 4  # bits of a key that are tried both ways
+_WINDOW = 12  # frames: 1 s
+_BITS_IN_TIME, _BITS_IN_FREQUENCY = 4, 7  # cosines of a window, whose signs are its key
+_DOUBTFUL = 6  # bits of a key that are tried both ways
 _MOST = 32  # windows of one key that a window is compared with
 _LEAST_CHANGE = 2.0  # dB: the standard deviation of a window's slopes; less is a pause or a tone
 _WINDOW_COSINE = 0.5
@@ -38,7 +39,8 @@ _CHUNK = 1 << 15  # windows at a time
 # Verification.
 _LEAST_OVERLAP = 19  # frames: 1.5 s
 _PAIR_OFFSETS = 3  # with the most votes, that are verified of a pair
-_COSINE = 0.6
+_COSINE = 0.6  # of 3 s and more
+_SHORT_COSINE = 0.7  # of 1.5 s: a step from telephone to studio has 0.64 with another such step
 _ENDS = 0.5  # cosine below which frames at an end belong to other speech
 
 
@@ -48,9 +50,9 @@ class Duplicate:
 
     first: int  # the lower of two positions among the prints
     second: int
-    offset: float  # seconds from the start of the second to that of the first: the same speech is that much later in it
+    offset: float  # seconds that, added to a time in the first, give the time of the same speech in the second
     overlap: float  # seconds of the same speech
-    cosine: float  # between the prints of it: 1 for the same samples, below 0.4 for others
+    cosine: float  # between the prints of it: 1 for the same samples, 0.6 and more
 
 
 def print_of(samples: np.ndarray) -> bytes:
@@ -64,7 +66,9 @@ def print_of(samples: np.ndarray) -> bytes:
         bands[start : start + 1024] = (spectra.real**2 + spectra.imag**2) @ _mel_bands()
     padded = np.pad(bands, ((_POOLED // 2, _POOLED // 2), (0, 0)), mode="edge")
     pooled = sliding_window_view(padded, _POOLED, axis=0)[::_HOPS] @ _hann(_POOLED)
-    levels = 10 * np.log10(pooled + _RANGE * np.percentile(pooled, _LOUD, axis=0) + 1e-12)
+    around = np.pad(pooled, ((_NEARBY, _NEARBY), (0, 0)), mode="edge")
+    loud = sliding_window_view(around, 2 * _NEARBY + 1, axis=0).max(axis=-1)
+    levels = 10 * np.log10(pooled + _RANGE * loud + 1e-12)
     return np.clip(np.round(np.diff(levels, axis=1) / _STEP), -127, 127).astype(np.int8).tobytes()
 
 
@@ -137,9 +141,9 @@ class _Windows:
         """The utterance that a frame is of."""
         return np.searchsorted(self.starts, at, side="right") - 1
 
-    def keys(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def with_keys(self, between: bool = False) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Some windows at a time: [windows], where, and [windows, 2^doubtful bits] uint32, their keys; the first is
-        the window's own, the others have doubtful bits the other way."""
+        the window's own, the others have doubtful bits the other way. `between` two frames: half a frame later."""
         flips = np.arange(1 << _DOUBTFUL)[:, None] >> np.arange(_DOUBTFUL) & 1
         powers = np.uint32(1) << np.arange(_BITS_IN_TIME * _BITS_IN_FREQUENCY, dtype=np.uint32)
         usual: np.ndarray | None = None
@@ -147,9 +151,12 @@ class _Windows:
             at = self.at[start : start + _CHUNK]
             values = self.values(at)
             changing = values.std(axis=1) >= _LEAST_CHANGE
-            at, coefficients = at[changing], values[changing] @ _cosines()
+            at, values = at[changing], values[changing]
             if not len(at):
                 continue
+            if between:  # the last window of an utterance gets a frame of the next one, and is one of many
+                values = (values + self.values(np.minimum(at + 1, len(self.frames) - _WINDOW))) / 2
+            coefficients = values @ _cosines()
             if usual is None:  # the sizes of coefficients, so that doubt is relative to them
                 usual = np.sqrt(np.square(coefficients).mean(axis=0)) + 1e-6
             own = ((coefficients > 0) * powers).sum(axis=1, dtype=np.uint32)
@@ -161,7 +168,7 @@ class _Windows:
 def _candidates(slopes: Sequence[np.ndarray]) -> Iterator[tuple[int, int, list[int]]]:
     """Pairs of utterances with the offsets, in frames, at which windows of them are alike, most votes first."""
     windows = _Windows(slopes)
-    known = [(at, keys[:, 0]) for at, keys in windows.keys()]
+    known = [(at, keys[:, 0]) for at, keys in windows.with_keys()]
     if not known:
         return
     at, keys = np.concatenate([where for where, _ in known]), np.concatenate([key for _, key in known])
@@ -170,14 +177,14 @@ def _candidates(slopes: Sequence[np.ndarray]) -> Iterator[tuple[int, int, list[i
     present = np.zeros(1 << 24, bool)  # by a hash of the key: most probes end here
     present[_hash(keys)] = True
     votes = []
-    for here, probes in windows.keys():
+    for here, probes in chain(windows.with_keys(), windows.with_keys(between=True)):
         rows, columns = np.nonzero(present[_hash(probes)])
         votes.append(_alike(windows, here[rows], probes[rows, columns], at, keys))
     pairs, numbers = np.unique(np.concatenate(votes), axis=0, return_counts=True)
     order = np.lexsort((-numbers, pairs[:, 1], pairs[:, 0]))
     pairs = pairs[order]
-    bounds = np.flatnonzero(np.any(np.diff(pairs[:, :2], axis=0, prepend=-1), axis=1))
-    for start, end in zip(bounds, [*bounds[1:], len(pairs)], strict=True):
+    bounds = np.flatnonzero(np.any(np.diff(pairs[:, :2], axis=0, prepend=-1, append=-1), axis=1))
+    for start, end in pairwise(bounds):
         first, second, _ = pairs[start].tolist()
         yield first, second, pairs[start : min(end, start + _PAIR_OFFSETS), 2].tolist()
 
@@ -239,8 +246,8 @@ def _match(a: np.ndarray, b: np.ndarray) -> tuple[int, float] | None:
     """The longest part in which two prints match: (frames, cosine); None where there is none."""
     if len(a) < _LEAST_OVERLAP:
         return None
-    x, y = a - a.mean(axis=0), b - b.mean(axis=0)
-    scores = (x * y).sum(axis=1) - _ENDS / 2 * (np.square(x).sum(axis=1) + np.square(y).sum(axis=1))
+    a, b = _changes(a), _changes(b)
+    scores = (a * b).sum(axis=1) - _ENDS / 2 * (np.square(a).sum(axis=1) + np.square(b).sum(axis=1))
     sums = np.concatenate([[0.0], np.cumsum(scores)])
     lowest = np.minimum.accumulate(sums)
     end = int(np.argmax(sums - lowest))
@@ -248,6 +255,15 @@ def _match(a: np.ndarray, b: np.ndarray) -> tuple[int, float] | None:
     frames = end - start
     if frames < _LEAST_OVERLAP:
         return None
-    x, y = a[start:end] - a[start:end].mean(axis=0), b[start:end] - b[start:end].mean(axis=0)
-    cosine = float((x * y).sum() / np.sqrt(np.square(x).sum() * np.square(y).sum() + 1e-9))
-    return (frames, cosine) if cosine >= _COSINE else None
+    a, b = a[start:end], b[start:end]
+    cosine = float((a * b).sum() / np.sqrt(np.square(a).sum() * np.square(b).sum() + 1e-9))
+    least = np.interp(frames, [_LEAST_OVERLAP, 2 * _LEAST_OVERLAP], [_SHORT_COSINE, _COSINE])
+    return (frames, cosine) if cosine >= least else None
+
+
+def _changes(slopes: np.ndarray) -> np.ndarray:
+    """Slopes without their mean over two seconds, so that a step from one sound to another is not a likeness."""
+    sums = np.concatenate([np.zeros((1, _SLOPES)), np.cumsum(slopes, axis=0, dtype=np.float64)])
+    ends = np.minimum(np.arange(len(slopes)) + _NEARBY + 1, len(slopes))
+    starts = np.maximum(np.arange(len(slopes)) - _NEARBY, 0)
+    return np.asarray(slopes - (sums[ends] - sums[starts]) / (ends - starts)[:, None], np.float32)
