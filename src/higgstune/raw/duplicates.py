@@ -98,8 +98,8 @@ def _hann(size: int) -> np.ndarray:
 @cache
 def _mel_bands() -> np.ndarray:
     """[bins, bands] float32 triangles, evenly spaced in mel."""
-    ends = 2595 * np.log10(1 + np.array([_LOWEST, _HIGHEST]) / 700)
-    edges = 700 * (10 ** (np.linspace(*ends, _SLOPES + 3) / 2595) - 1)
+    lowest, highest = 2595 * np.log10(1 + np.array([_LOWEST, _HIGHEST]) / 700)
+    edges = 700 * (10 ** (np.linspace(lowest, highest, _SLOPES + 3) / 2595) - 1)
     bins = np.arange(_FFT // 2 + 1)[:, None] * RATE / _FFT
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
@@ -234,7 +234,8 @@ def _verified(first: np.ndarray, second: np.ndarray, offset: int) -> tuple[float
 def _overlap(first: np.ndarray, second: np.ndarray, shift: float) -> tuple[np.ndarray, np.ndarray]:
     """The frames of both that fall together if the second is shifted: [frames, slopes] float32 each."""
     whole = int(np.floor(shift))
-    a, b = first[max(0, -whole) :].astype(np.float32), second[max(0, whole) :].astype(np.float32)
+    a: np.ndarray = first[max(0, -whole) :].astype(np.float32)
+    b: np.ndarray = second[max(0, whole) :].astype(np.float32)
     if shift != whole:  # between two frames; the other one is smoothed as much
         b = (b[:-1] + b[1:]) / 2
         a = np.concatenate([a[:1], (a[:-2] + 2 * a[1:-1] + a[2:]) / 4, a[-1:]]) if len(a) > 2 else a
