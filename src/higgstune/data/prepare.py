@@ -25,6 +25,7 @@ from higgstune.data.measures import parse_limits
 from higgstune.data.merge import Merger, Pairing, resolve_references
 from higgstune.data.messages import whisper_clips
 from higgstune.data.outliers import find_outliers, not_measured
+from higgstune.data.readings import READINGS_NAME, Readings
 from higgstune.data.rejection import Rejection, RowError, count_reasons
 from higgstune.data.shard_reader import PARTIAL_NAME, REJECTED_NAME, StoreInfo
 from higgstune.data.shard_writer import write_store
@@ -236,16 +237,15 @@ class Preparation:
 
     def run(self, source: Source, drop: Sequence[str] = (), restore: Sequence[str] = ()) -> PrepareSummary:
         """Add the rows of a source to the store, without those to drop. Raises as `prepare`."""
-        options, rows = self._options, list(source)
+        rows = list(source)
         before = len(self._stored)
         self._dropped.restore(restore)
         self._stored = self._dropped.take_out(self._stored, drop)
         if before and not self._stored:
             raise DataError(f"no row of {self._out} would be left: delete the folder instead")
-        checker = Checker(Limits(self._codec.frame_rate, options.max_seconds, options.allow_long))
-        candidates, refused = self._each("reading", dict(enumerate(rows)), checker.check)
         with CodeJournal(journal_path(self._out, self._codec), self._codec.num_codebooks) as journal:
             encoder = Encoder(self._codec, journal, self._store)
+            candidates, refused = self._read(rows, encoder)
             merger, later = self._merge_and_encode(rows, candidates, encoder)
             rejections = rejections_of(rows, refused | later)
             if rows:
@@ -293,19 +293,41 @@ class Preparation:
             )
         return replace(summary, whisper=encoded, warnings=warnings)
 
+    def _read(self, rows: list[SourceRow], encoder: Encoder) -> tuple[dict[int, Candidate], Refused]:
+        """Check every row, and encode what is decoded for it at once, so that nothing is decoded twice.
+
+        But for rows that a merge is likely to refuse, as it would any other with the id of an earlier row.
+        """
+        limits = Limits(self._codec.frame_rate, self._options.max_seconds, self._options.allow_long)
+        seen: set[str] = set()
+        with Readings(self._out / READINGS_NAME) as readings:
+            checker = Checker(limits, readings)
+
+            def check(row: SourceRow) -> Candidate:
+                candidate = checker.check(row)
+                row_id = candidate.utterance.id
+                if row_id not in seen and not self._dropped.has(candidate.target.sha256):
+                    encoder.encode_decoded(candidate, checker.reader.decoded)
+                if row_id:
+                    seen.add(row_id)
+                return candidate
+
+            return self._each("encoding", dict(enumerate(rows)), check)
+
     def _each(
-        self, stage: str, items: dict[int, Item], work: Callable[[Item], Result]
+        self, stage: str | None, items: dict[int, Item], work: Callable[[Item], Result]
     ) -> tuple[dict[int, Result], Refused]:
-        """Apply one step to every row, by number -> (its results, the rows that it refuses)."""
+        """Apply one step to every row, by number -> (its results, the rows that it refuses); None reports nothing."""
+        progress = silent if stage is None else self._progress
         results: dict[int, Result] = {}
         refused: Refused = {}
         for done, (index, item) in enumerate(items.items()):
-            self._progress(stage, done, len(items))
+            progress(stage or "", done, len(items))
             try:
                 results[index] = work(item)
             except RowError as error:
                 refused[index] = error
-        self._progress(stage, len(items), len(items))
+        progress(stage or "", len(items), len(items))
         return results, refused
 
     def _merge_and_encode(
@@ -319,7 +341,8 @@ class Preparation:
             left = {index: item for index, item in candidates.items() if index not in not_encoded}
             merger, refused = self._merge(rows, left)
             accepted = {index: item for index, item in left.items() if index not in refused}
-            _, failed = self._each("encoding", accepted, encoder.encode)
+            is_done = all(encoder.has_codes(clip.sha256) for item in accepted.values() for clip in item.clips)
+            _, failed = self._each(None if is_done else "encoding", accepted, encoder.encode)
             if not failed:
                 return merger, refused | not_encoded
             not_encoded |= failed
