@@ -6,6 +6,7 @@ SourceRow -> Checker.check -> Candidate with its clips: target, reference, conte
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,14 @@ class ClipReader:
         self._limits.check_length(reading.recording.seconds)
         measures = _check_sound(reading.recording.peak, reading.measures)
         return Clip(path, segment, reading.recording.sha256, reading.recording.seconds, recording, measures)
+
+    def is_known(self, file: FileState, segment: Segment) -> bool:
+        """Whether reading a clip of this file decodes nothing. Raises RowError for a part outside of the file."""
+        reading = self._readings.find(file)
+        if reading is None or (segment.start is None and segment.end is None):
+            return reading is not None and not self._lacks_measures(reading)
+        segment = segment.within(reading.recording)
+        return self._readings.find(file, segment.start, segment.end) is not None
 
     def _whole(self, file: FileState, path: Path, *, is_clip: bool) -> Reading:
         """A whole recording; with its measures where it is a clip."""
@@ -243,6 +252,25 @@ class Checker:
                 "reference_is_target", "the target's own audio is in its reference or context: the model would copy it"
             )
         return candidate
+
+    def unknown_clips(self, row: SourceRow) -> tuple[list[tuple[Path, Segment]], int]:
+        """The clips that `check` would decode for a row, and the bytes of the first one's file."""
+        if isinstance(row.content, RowError):
+            return [], 0
+        utterance = row.content
+        named = [(part["url"], _segment(part)) for part in audio_parts(utterance.messages or [])]
+        if utterance.messages is None:
+            named = [(utterance.audio or "", Segment(utterance.start, utterance.end))]
+            named += [(name, Segment()) for name in [utterance.reference_audio] if name]
+        unknown, sizes = [], [0]
+        for name, segment in named:
+            with suppress(RowError):  # `check` will say so
+                path = row.path(name)
+                file = FileState.of(path)
+                if not self.reader.is_known(file, segment):
+                    unknown.append((path, segment))
+                    sizes.append(file.size)
+        return unknown, sizes[:2][-1]
 
     def _utterance(self, row: SourceRow, utterance: Utterance) -> Candidate:
         text = spoken_text(utterance.text or "", "text")

@@ -109,6 +109,7 @@ class Encoder:
         self._journal = journal
         self._store = store
         self._stored = {} if store is None else _stored_clips(store)
+        self._frames = None if store is None else store.frames
         self._seen: set[str] = set()
 
     def encode_decoded(self, candidate: Candidate, decoded: Mapping[str, tuple[np.ndarray, int]]) -> None:
@@ -150,7 +151,12 @@ class Encoder:
 
     def frames(self, sha256: str) -> int:
         """The number of frames of a clip."""
-        return self._journal.frames(sha256) if sha256 in self._journal else len(self.codes(sha256))
+        if sha256 in self._journal:
+            return self._journal.frames(sha256)
+        assert self._frames is not None
+        index, column, _ = self._stored[sha256]
+        # A column is read sooner than codes.
+        return int(self._frames[index]) if column == "codes" else len(self.codes(sha256))
 
 
 def encode_clip(codec: Codec, clip: Clip, waveform: np.ndarray, rate: int) -> np.ndarray:

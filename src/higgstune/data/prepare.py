@@ -5,7 +5,6 @@ read rows -> check -> merge with stored rows, choose splits -> encode -> choose 
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
@@ -16,10 +15,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from higgstune.checkpoint_files import read_json
 from higgstune.codec.base import Codec
-from higgstune.data.clips import Candidate, Checker, Limits
+from higgstune.data.clips import Candidate, Limits
+from higgstune.data.decoders import check_rows
 from higgstune.data.dropped import DroppedRows, StoredCodec, rows_not_in_source, warn_of_pairs, warn_of_stale
 from higgstune.data.encode import CodeJournal, Encoder, journal_path
-from higgstune.data.entry import Entry, fallback_ids, new_entry, refused_key, source_key, stored_entries
+from higgstune.data.entry import Entry, SourceKeys, fallback_ids, new_entry, refused_key, stored_entries
 from higgstune.data.importers import read_source
 from higgstune.data.measures import parse_limits
 from higgstune.data.merge import Merger, Pairing, resolve_references
@@ -46,7 +46,7 @@ from higgstune.data.text import TEXT_NORMALIZATION
 from higgstune.data.whisper_features import WhisperEncoder, forget_features, store_features
 from higgstune.environment import choose_device
 from higgstune.errors import CheckpointError, ConfigError, DataError
-from higgstune.files import alone_in, write_file
+from higgstune.files import alone_in, write_file, writing
 from higgstune.inputs import INDEX_NAME, check_store, check_store_place
 from higgstune.progress import Progress, silent
 
@@ -299,20 +299,24 @@ class Preparation:
         But for rows that a merge is likely to refuse, as it would any other with the id of an earlier row.
         """
         limits = Limits(self._codec.frame_rate, self._options.max_seconds, self._options.allow_long)
-        seen: set[str] = set()
-        with Readings(self._out / READINGS_NAME) as readings:
-            checker = Checker(limits, readings)
-
-            def check(row: SourceRow) -> Candidate:
-                candidate = checker.check(row)
-                row_id = candidate.utterance.id
-                if row_id not in seen and not self._dropped.has(candidate.target.sha256):
-                    encoder.encode_decoded(candidate, checker.reader.decoded)
-                if row_id:
-                    seen.add(row_id)
-                return candidate
-
-            return self._each("encoding", dict(enumerate(rows)), check)
+        candidates: dict[int, Candidate] = {}
+        refused: Refused = {}
+        seen: set[str | None] = set()
+        with writing(self._out / READINGS_NAME, "nothing was encoded"):
+            opened = Readings(self._out / READINGS_NAME)
+        with opened as readings:
+            for index, checked, decoded in check_rows(rows, limits, readings, self._codec.sample_rate):
+                self._progress("encoding", len(candidates) + len(refused), len(rows))
+                if isinstance(checked, RowError):
+                    refused[index] = checked
+                    continue
+                candidates[index] = checked
+                row_id = checked.utterance.id
+                if (row_id is None or row_id not in seen) and not self._dropped.has(checked.target.sha256):
+                    encoder.encode_decoded(checked, decoded)
+                seen.add(row_id)
+        self._progress("encoding", len(rows), len(rows))
+        return dict(sorted(candidates.items())), refused
 
     def _each(
         self, stage: str | None, items: dict[int, Item], work: Callable[[Item], Result]
@@ -352,13 +356,12 @@ class Preparation:
         texts |= {candidate.target.sha256: candidate.text for candidate in candidates.values()}
         entries: dict[int, Entry] = {}
         refused: Refused = {}
-        seen: Counter[str] = Counter()
+        keys = SourceKeys()
         stored_audio = {entry.audio_sha256 for entry in self._stored}
         for index, candidate in candidates.items():
             try:
-                entry = new_entry(
-                    _with_reference_text(candidate, texts), source_key(rows[index], candidate.utterance, seen)
-                )
+                candidate = _with_reference_text(candidate, texts)
+                entry = new_entry(candidate, keys.of(rows[index], candidate.utterance))
                 self._dropped.check(entry, stored_audio)
                 entries[index] = entry
             except RowError as error:
