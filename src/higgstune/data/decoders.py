@@ -30,7 +30,7 @@ _PAYS = 4.0  # CPU-seconds that are left then, about
 _MOST = 16  # processes: one codec seldom needs more
 _SHARE = 4  # tasks that each process gets of what is left, so that all end at about the same time
 _ROWS = 64  # of a task at most, but for the segments of one file
-_PIPE = 1 << 20  # bytes of answers that wait in a pipe, where the system allows it
+_PIPE = 1 << 20  # bytes: two clips of six seconds
 
 Decoded = dict[str, tuple[np.ndarray, int]]  # waveform [samples] float32 and rate in Hz, by audio hash
 
@@ -114,17 +114,25 @@ class Decoders:
         # The same modules as here, and none from the current folder, which may be a stranger's.
         paths = os.pathsep.join(path for path in sys.path if path)
         environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        for _ in range(self._count):
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
-                pipesize=_PIPE,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for this process
-            )
-            self._processes.append(process)
+        command = [sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"]
+        try:
+            for _ in range(self._count):
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    bufsize=0,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C is for this process
+                )
+                self._processes.append(process)
+                _widen(process.stdout)
+        except OSError as error:
+            self.__exit__()
+            raise WorkError(
+                f"no process that decodes recordings can be started ({error.strerror}); the clips encoded so far are "
+                "kept: end other programs, and run it again"
+            ) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -177,6 +185,14 @@ def _next_task(left: deque[RowClips], total: int, count: int) -> list[RowClips]:
         task.append(left.popleft())
         size += task[-1].size
     return task
+
+
+def _widen(pipe: IO[bytes] | None) -> None:
+    """Let more answers wait in a pipe, where the system allows it: then its process seldom does."""
+    import fcntl  # there is none on Windows
+
+    with suppress(OSError, AttributeError):
+        fcntl.fcntl(pipe or 0, fcntl.F_SETPIPE_SZ, _PIPE)
 
 
 def _send(process: "subprocess.Popen[bytes]", message: Any) -> None:
