@@ -37,7 +37,7 @@ def rows_of(folder: Path) -> list[tuple[str, str, bytes]]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """All files of a folder by name, but for the cache: it tells when the recordings were changed."""
+    """All files of a folder by name, but for the cache, which holds the times of the recordings."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != READINGS_NAME]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 

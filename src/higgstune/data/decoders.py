@@ -246,7 +246,7 @@ def _answer(row: RowClips, reader: ClipReader, readings: Readings, rate: int) ->
     readings.added = []
     reader.decoded.clear()
     for path, segment in row.clips:
-        # Whoever asked finds the same in the readings, or in `refused`.
+        # The same is in the readings, or in `refused`.
         with suppress(RowError):
             reader.read(path, segment)
     refused = {key: (error.reason, str(error)) for key, error in reader.refused.items() if key not in known}

@@ -55,7 +55,7 @@ class FileState:
         return cls(os.path.abspath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     def key(self, start: float | None, end: float | None) -> bytes:
-        """A name for the file, or for a part of it in seconds: a hash, so that a store tells no path."""
+        """A name for the file, or for a part of it in seconds: a hash, so that a store reveals no path."""
         name = f"{self.path}\n{start}\n{end}".encode(errors="surrogateescape")
         return hashlib.blake2b(name, digest_size=16).digest()
 
