@@ -22,6 +22,7 @@ from higgstune import files
 from higgstune.data import shard_reader, store, whisper_features
 from higgstune.data import shard_writer as shards
 from higgstune.data.encode import CodeJournal
+from higgstune.data.readings import READINGS_NAME
 from higgstune.data.shard_reader import PARTIAL_NAME, read_index
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore
@@ -36,8 +37,9 @@ def rows_of(folder: Path) -> list[tuple[str, str, bytes]]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """All files of a folder by name."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """All files of a folder by name, but for the cache, which holds the times of the recordings."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != READINGS_NAME]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def prepared(source: Path, out: Path, codec: CountingCodec | None = None) -> Any:

@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import struct
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ import yaml
 
 from higgstune.data.audio import read_audio, read_recording
 from higgstune.data.clips import Checker, Limits
-from higgstune.data.entry import fallback_ids, new_entry, source_key
+from higgstune.data.entry import SourceKeys, fallback_ids, new_entry
 from higgstune.data.importers import read_source
 from higgstune.data.manifest import Utterance
 from higgstune.data.rejection import REASONS, Rejection, RowError
@@ -53,11 +52,11 @@ def check_source(folder: Path, name: str, content: bytes) -> tuple[int, int]:
     path.write_bytes(content)
     fit, refused = 0, 0
     checker = Checker(Limits(frame_rate=25.0, max_seconds=30.0))
-    seen: Counter[str] = Counter()
+    keys = SourceKeys()
     try:
         for row in read_source(folder if name == "a.txt" else path):
             try:
-                _check_row(row, checker, seen, folder)
+                _check_row(row, checker, keys, folder)
                 fit += 1
             except RowError as error:
                 _check_refusal(row, error)
@@ -76,12 +75,12 @@ def _must(holds: bool, rule: str) -> None:
         raise AssertionError(rule)
 
 
-def _check_row(row: SourceRow, checker: Checker, seen: Counter[str], folder: Path) -> None:
+def _check_row(row: SourceRow, checker: Checker, keys: SourceKeys, folder: Path) -> None:
     candidate = checker.check(row)
     assert isinstance(row.content, Utterance)
     for clip in candidate.clips:
         assert clip.path.resolve().parent == folder.resolve(), f"{clip.path} is outside"
-    entry = new_entry(candidate, source_key(row, candidate.utterance, seen))
+    entry = new_entry(candidate, keys.of(row, candidate.utterance))
     fallback_ids(candidate.utterance, row.location)
     for value in asdict(entry).values():
         json.dumps(value, ensure_ascii=False).encode()  # as Parquet will have it: no half of a surrogate pair

@@ -1,6 +1,6 @@
 """Rows of a code store -> conversations -> training examples."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from higgstune.batch.lengths import known_lengths
 from higgstune.codec.base import WhisperFeatures
 from higgstune.data.messages import (
     DEFAULT_SCENE,
@@ -128,7 +129,18 @@ class RowExamples:
         return self._lengths
 
     def _measured(self) -> NDArray[np.int64]:
-        outlines = self.rows.outlines() if isinstance(self.rows, SplitView | MixedRows) else iter(self.rows)
+        rows, reference = self.rows, self.rendering.reference
+        if self.rendering.features is not None:
+            return np.array(self._measure(_outlines(rows)), dtype=np.int64)
+        own = rows.own if isinstance(rows, MixedRows) else rows
+        if not isinstance(own, SplitView):
+            return np.array(self._measure(iter(rows)), dtype=np.int64)
+        lengths = known_lengths(own, self.prompter, reference, lambda chosen: self._measure(map(own.outline, chosen)))
+        if isinstance(rows, MixedRows):
+            lengths = np.concatenate([lengths, self._measure(map(rows.replayed.outline, rows.drawn))])
+        return lengths
+
+    def _measure(self, outlines: Iterator[Row]) -> list[int]:
         lengths: list[int] = []
         while rows := list(islice(outlines, _TOKENIZED_AT_ONCE)):
             try:
@@ -137,7 +149,7 @@ class RowExamples:
                 for row in rows:
                     self._example(row)  # its error names the row
                 raise
-        return np.array(lengths, dtype=np.int64)
+        return lengths
 
     def __getitem__(self, index: int) -> Example:
         return self._example(self.rows[index])
@@ -147,6 +159,10 @@ class RowExamples:
             return row_example(self.prompter, row, self.text_targets, self.rendering)
         except DataError as error:
             raise DataError(f"row {row.id} of the {row.split} split: {error}") from error
+
+
+def _outlines(rows: Sequence[Row]) -> Iterator[Row]:
+    return rows.outlines() if isinstance(rows, SplitView | MixedRows) else iter(rows)
 
 
 def _audio_in_order(row: Row, features: Features | None) -> list[Audio]:

@@ -28,6 +28,7 @@ PLAIN_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus")  # libsndfil
 MEDIA_SUFFIXES = (".m4a", ".m4b", ".aac", ".mp4", ".mov", ".webm", ".mkv", ".mka")  # PyAV's
 AUDIO_SUFFIXES = PLAIN_SUFFIXES + MEDIA_SUFFIXES
 MAX_SECONDS = 3600.0  # of one clip in memory, whatever its header claims
+SKETCH_SIZE = 16  # sums in a sketch
 _RATES = range(4_000, 768_001)  # Hz; anything else is a damaged header
 _MAX_CHANNELS = 64
 _MAX_SAMPLES = 1 << 34  # four days at 48 kHz
@@ -41,8 +42,8 @@ _MAX_EMPTY = 1000  # bytes of a file without samples
 # The part of the claimed length that makes a file complete: recorders round that of a WAV, encoders estimate an MP3's.
 _COMPLETE = {"FLAC": 1.0, "WAV": 0.99, "WAVEX": 0.99}
 _BLOCK = 1 << 16  # frames
+_MOST = 9  # of a sample in a sketch
 _PIECE = 64  # samples of each sum in a piece; all pieces have the same signs, times one of their own
-_SKETCH_SIZE = 16  # sums
 
 Observer = Callable[[np.ndarray, int], None]  # [samples, channels] float32 as decoded, the rate in Hz
 
@@ -71,9 +72,10 @@ def read_recording(path: str | Path, observe: Observer | None = None) -> Recordi
     digest, samples, peak, projector = hashlib.sha256(), 0, 0.0, _Projector()
     with _opened(path, whole=True) as file:
         for block in _blocks(file, observe=observe):
-            digest.update(block.tobytes())
-            projector.add(block)
-            peak = float(np.maximum(peak, peak_of(block)))
+            digest.update(block.data)
+            largest = peak_of(block)
+            projector.add(block, largest)
+            peak = float(np.maximum(peak, largest))
             samples += len(block)
         _check_complete(file, samples)
         digest.update(f"rate {file.samplerate}".encode())
@@ -120,7 +122,7 @@ def read_audio(
 
 def audio_hash(waveform: np.ndarray, rate: int) -> str:
     """SHA-256 of decoded mono samples and their rate: equal for a WAV and a FLAC of the same samples."""
-    digest = hashlib.sha256(np.ascontiguousarray(waveform, np.float32).tobytes())
+    digest = hashlib.sha256(np.ascontiguousarray(waveform, np.float32).data)
     digest.update(f"rate {rate}".encode())
     return digest.hexdigest()
 
@@ -136,7 +138,7 @@ def peak_of(waveform: np.ndarray) -> float:
     """The largest absolute sample; NaN where one is not finite."""
     if not len(waveform):
         return 0.0
-    peak = float(np.abs(waveform).max())
+    peak = float(max(waveform.max(), -waveform.min()))
     return peak if math.isfinite(peak) else math.nan
 
 
@@ -263,16 +265,17 @@ def _blocks(
         left = None if left is None else left - len(block)
         if observe is not None:
             observe(block, file.samplerate)
-        yield _mono(block)
+        yield mono(block)
 
 
-def _mono(block: np.ndarray) -> np.ndarray:
-    if block.shape[1] == 1:
-        mono = block[:, 0]
+def mono(samples: np.ndarray) -> np.ndarray:
+    """[samples, channels] float32 -> the mean of the channels, [samples] float32."""
+    if samples.shape[1] == 1:
+        mean = samples[:, 0]
     else:
         with np.errstate(invalid="ignore", over="ignore"):  # float samples may be NaN, which the peak shows
-            mono = block.mean(axis=1, dtype=np.float64).astype(np.float32)
-    return mono + np.float32(0)  # -0.0 and 0.0 are the same silence, and must have the same hash
+            mean = samples.mean(axis=1, dtype=np.float64).astype(np.float32)
+    return mean + np.float32(0)  # -0.0 and 0.0 are the same silence, and must have the same hash
 
 
 def _seek(file: soundfile.SoundFile | MediaFile, path: str | Path, first: int) -> None:
@@ -297,17 +300,19 @@ class _Projector:
     def __init__(self) -> None:
         self._random = np.random.default_rng(0)
         self._signs = self._draw(_PIECE)
-        self._sum = np.zeros(_SKETCH_SIZE)
+        self._sum = np.zeros(SKETCH_SIZE)
 
-    def add(self, block: np.ndarray) -> None:
-        """Add the next samples; every block but the last is a full one."""
-        padded = np.pad(np.clip(np.nan_to_num(block), -9, 9), (0, -len(block) % self._signs.size))
+    def add(self, block: np.ndarray, peak: float) -> None:
+        """Add the next samples, with their peak; every block but the last is a full one."""
+        if not peak <= _MOST:
+            block = np.clip(np.nan_to_num(block), -_MOST, _MOST)
+        padded = np.pad(block, (0, -len(block) % self._signs.size))
         pieces = (padded.reshape(-1, *self._signs.shape) * self._signs).sum(axis=1)
         self._sum += (pieces * self._draw(len(pieces))).sum(axis=0)  # random signs, so that equal pieces do not add up
 
     def _draw(self, rows: int) -> np.ndarray:
         """[rows, sums] of -1 and 1."""
-        return (self._random.integers(0, 2, (rows, _SKETCH_SIZE)) * 2 - 1).astype(np.float32)
+        return (self._random.integers(0, 2, (rows, SKETCH_SIZE)) * 2 - 1).astype(np.float32)
 
     @property
     def sketch(self) -> tuple[float, ...]:

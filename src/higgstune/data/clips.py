@@ -5,19 +5,20 @@ SourceRow -> Checker.check -> Candidate with its clips: target, reference, conte
 """
 
 import math
-import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from higgstune.data.audio import MAX_SECONDS, Recording, audio_hash, is_file, peak_of, read_audio, read_recording
+from higgstune.data.audio import MAX_SECONDS, Recording, audio_hash, mono, peak_of, read_audio, read_recording
 from higgstune.data.importers.transcripts import plain_text
 from higgstune.data.manifest import Utterance
 from higgstune.data.measures import Kept, Measures
 from higgstune.data.messages import Message, audio_parts, check_control_tokens, is_target, target_text
+from higgstune.data.readings import FileState, Reading, Readings
 from higgstune.data.rejection import RowError
 from higgstune.data.source import SourceRow
 from higgstune.data.text import is_speakable, normalize_text, spoken_length
@@ -100,50 +101,76 @@ class Clip:
 
 
 class ClipReader:
-    """Reads clips; a recording with many segments is decoded once as a whole."""
+    """Reads clips; what is known already is not decoded again, and a recording with many segments once as a whole."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, readings: Readings | None = None) -> None:
+        """`readings` may be those of earlier runs."""
+        self.decoded: dict[str, tuple[np.ndarray, int]] = {}  # waveform and rate of clips, by hash, until one clears it
+        self.refused: dict[bytes, RowError] = {}  # files that cannot be decoded, by `FileState.key`
         self._limits = limits
-        self._recordings: dict[str, Recording | RowError] = {}
-        self._measures: dict[str, Measures | None] = {}  # of those that are clips as a whole
+        self._readings = readings or Readings()
 
     def read(self, path: Path, segment: Segment) -> Clip:
         """Read a clip. Raises RowError, with the reason, for one that is not fit to be encoded."""
+        file = FileState.of(path)
         whole = segment.start is None and segment.end is None
-        recording, measures = self._recording(path, whole)
-        if whole:
-            sha256, seconds, peak = recording.sha256, recording.seconds, recording.peak
-        else:
+        reading = self._whole(file, path, is_clip=whole)
+        recording = reading.recording
+        if not whole:
             segment = segment.within(recording)
             end = recording.seconds if segment.end is None else segment.end
             self._limits.check_length(end - (segment.start or 0.0))
-            kept = self._kept()
-            waveform, rate = read_audio(path, segment.start, segment.end, observe=kept.add)
-            sha256, seconds, peak = audio_hash(waveform, rate), len(waveform) / rate, peak_of(waveform)
-            measures = kept.measures()
-        self._limits.check_length(seconds)
-        return Clip(path, segment, sha256, seconds, recording, _check_sound(peak, measures))
+            reading = self._part(file, path, segment)
+        self._limits.check_length(reading.recording.seconds)
+        measures = _check_sound(reading.recording.peak, reading.measures)
+        return Clip(path, segment, reading.recording.sha256, reading.recording.seconds, recording, measures)
 
-    def _recording(self, path: Path, whole: bool) -> tuple[Recording, Measures | None]:
-        """A recording; with its measures where it is a clip as a whole."""
-        if not is_file(path):
-            raise RowError("missing_audio", f"there is no file {path}")
-        key = os.path.realpath(path)
-        if key not in self._recordings or (whole and key not in self._measures):
-            kept = self._kept() if whole else None
-            try:
-                self._recordings[key] = read_recording(path, None if kept is None else kept.add)
-            except RowError as error:
-                self._recordings[key] = error
-            if kept is not None:
-                self._measures[key] = kept.measures()
-        known = self._recordings[key]
-        if isinstance(known, RowError):
+    def is_known(self, file: FileState, segment: Segment) -> bool:
+        """Whether reading a clip of this file decodes nothing. Raises RowError for a part outside of the file."""
+        reading = self._readings.find(file)
+        if reading is None or (segment.start is None and segment.end is None):
+            return reading is not None and not self._lacks_measures(reading)
+        segment = segment.within(reading.recording)
+        return self._readings.find(file, segment.start, segment.end) is not None
+
+    def _whole(self, file: FileState, path: Path, *, is_clip: bool) -> Reading:
+        """A whole recording; with its measures where it is a clip."""
+        key = file.key(None, None)
+        if (known := self.refused.get(key)) is not None:
             raise RowError(known.reason, str(known))
-        return known, self._measures.get(key)
+        reading = self._readings.find(file)
+        if reading is not None and not (is_clip and self._lacks_measures(reading)):
+            return reading
+        kept = Kept(self._limits.longest + _ROUNDING) if is_clip else None
+        try:
+            recording = read_recording(path, None if kept is None else kept.add)
+        except RowError as error:
+            self.refused[key] = error
+            raise
+        return self._keep(file, path, Segment(), recording, kept)
 
-    def _kept(self) -> Kept:
-        return Kept(self._limits.longest + _ROUNDING)
+    def _part(self, file: FileState, path: Path, segment: Segment) -> Reading:
+        """A segment of a recording, which has its measures."""
+        if (reading := self._readings.find(file, segment.start, segment.end)) is not None:
+            return reading
+        kept = Kept(self._limits.longest + _ROUNDING)
+        waveform, rate = read_audio(path, segment.start, segment.end, observe=kept.add)
+        recording = Recording(audio_hash(waveform, rate), len(waveform), rate, peak_of(waveform), ())
+        return self._keep(file, path, segment, recording, kept)
+
+    def _keep(self, file: FileState, path: Path, segment: Segment, recording: Recording, kept: Kept | None) -> Reading:
+        reading = Reading(recording, None if kept is None else kept.measures())
+        if kept is not None and (samples := kept.samples) is not None:
+            self.decoded[recording.sha256] = mono(samples), kept.rate
+        if FileState.of(path) == file:
+            self._readings.add(file, segment.start, segment.end, reading)
+        return reading
+
+    def _lacks_measures(self, reading: Reading) -> bool:
+        """Whether a recording was read only as a whole of segments, or under a limit that was lower."""
+        recording = reading.recording
+        fits = recording.seconds <= self._limits.longest + _ROUNDING
+        return reading.measures is None and fits and math.isfinite(recording.peak)
 
 
 def _check_sound(peak: float, measures: Measures | None) -> Measures:
@@ -174,7 +201,8 @@ def read_reference(path: str | Path, frame_rate: float, text: str = "") -> tuple
     """
     limits = Limits(frame_rate, MAX_REFERENCE, advice="cut it; five to ten clear seconds are a good length")
     try:
-        waveform, rate = ClipReader(limits).read(Path(path), Segment()).read()
+        reader = ClipReader(limits)
+        waveform, rate = reader.decoded[reader.read(Path(path), Segment()).sha256]
         _check_rate(normalize_text(text), len(waveform) / rate)
     except RowError as error:
         raise RowError(error.reason, f"the reference {path} cannot be used: {error}") from error
@@ -204,11 +232,15 @@ class Candidate:
 class Checker:
     """Checks rows one after the other."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._clips = ClipReader(limits)
+    def __init__(self, limits: Limits, readings: Readings | None = None) -> None:
+        self.reader = ClipReader(limits, readings)
 
     def check(self, row: SourceRow) -> Candidate:
-        """A row as a candidate. Raises RowError, with the reason, for one that cannot be used."""
+        """A row as a candidate; the waveforms that were decoded for it are in `reader.decoded`.
+
+        Raises RowError, with the reason, for one that cannot be used.
+        """
+        self.reader.decoded.clear()
         if isinstance(row.content, RowError):
             raise row.content
         if row.content.messages is None:
@@ -221,13 +253,32 @@ class Checker:
             )
         return candidate
 
+    def unknown_clips(self, row: SourceRow) -> tuple[list[tuple[Path, Segment]], int]:
+        """The clips that `check` would decode for a row, and the bytes of the first one's file."""
+        if isinstance(row.content, RowError):
+            return [], 0
+        utterance = row.content
+        named = [(part["url"], _segment(part)) for part in audio_parts(utterance.messages or [])]
+        if utterance.messages is None:
+            named = [(utterance.audio or "", Segment(utterance.start, utterance.end))]
+            named += [(name, Segment()) for name in [utterance.reference_audio] if name]
+        unknown, sizes = [], [0]
+        for name, segment in named:
+            with suppress(RowError):  # `check` will say so
+                path = row.path(name)
+                file = FileState.of(path)
+                if not self.reader.is_known(file, segment):
+                    unknown.append((path, segment))
+                    sizes.append(file.size)
+        return unknown, sizes[:2][-1]
+
     def _utterance(self, row: SourceRow, utterance: Utterance) -> Candidate:
         text = spoken_text(utterance.text or "", "text")
         check_control_tokens(utterance.scene or "", "scene")
         reference = reference_text = None
         if utterance.reference_text:
             reference_text = spoken_text(utterance.reference_text, "reference_text")
-        target = self._clips.read(row.path(utterance.audio or ""), Segment(utterance.start, utterance.end))
+        target = self.reader.read(row.path(utterance.audio or ""), Segment(utterance.start, utterance.end))
         _check_rate(text, target.seconds)
         if utterance.reference_audio:
             reference = self._part(row, "reference_audio", utterance.reference_audio, Segment())
@@ -254,7 +305,7 @@ class Checker:
     def _part(self, row: SourceRow, where: str, name: str, segment: Segment) -> Clip:
         """A clip that is not the row's `audio`: errors name its place."""
         try:
-            return self._clips.read(row.path(name), segment)
+            return self.reader.read(row.path(name), segment)
         except RowError as error:
             raise RowError(error.reason, f"{where}: {error}") from error
 

@@ -60,6 +60,10 @@ class DroppedRows:
         self.rows = [row for row in self.rows if row.id not in wanted]
         self._index()
 
+    def has(self, audio_sha256: str) -> bool:
+        """Whether a dropped row has this clip."""
+        return audio_sha256 in self._by_audio
+
     def clips_without_use(self, entries: Iterable[Entry]) -> set[str]:
         """The audio hashes of dropped clips that none of these rows has."""
         return set(self._by_audio) - {entry.audio_sha256 for entry in entries}

@@ -5,6 +5,7 @@ import os
 import struct
 import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -108,21 +109,36 @@ class Encoder:
         self._journal = journal
         self._store = store
         self._stored = {} if store is None else _stored_clips(store)
+        self._frames = None if store is None else store.frames
         self._seen: set[str] = set()
+
+    def encode_decoded(self, candidate: Candidate, decoded: Mapping[str, tuple[np.ndarray, int]]) -> None:
+        """Encode the clips of a row that have no codes and whose waveforms, with rates, are at hand, by audio hash."""
+        for clip in candidate.clips:
+            if clip.sha256 in decoded and not self.has_codes(clip.sha256):
+                self._encode(clip, decoded[clip.sha256])
 
     def encode(self, candidate: Candidate) -> Candidate:
         """Make sure that every clip of a row has codes. Raises RowError where a clip turns out to be too short."""
         for clip in candidate.clips:
-            if clip.sha256 not in self._journal and clip.sha256 not in self._stored:
-                self._journal.append(clip.sha256, encode_clip(self._codec, clip))
-                self.encoded += 1
+            if not self.has_codes(clip.sha256):
+                self._encode(clip, clip.read())
             elif clip.sha256 not in self._seen:
                 self.reused += 1
-            self._seen.add(clip.sha256)
+                self._seen.add(clip.sha256)
             frames = self.frames(clip.sha256)
             if frames < MIN_FRAMES:
                 raise RowError("too_short", f"{clip.path}: {frames} frames: a clip needs {MIN_FRAMES}")
         return candidate
+
+    def has_codes(self, sha256: str) -> bool:
+        """Whether nothing is left to encode for a clip."""
+        return sha256 in self._journal or sha256 in self._stored
+
+    def _encode(self, clip: Clip, sound: tuple[np.ndarray, int]) -> None:
+        self._journal.append(clip.sha256, encode_clip(self._codec, clip, *sound))
+        self.encoded += 1
+        self._seen.add(clip.sha256)
 
     def codes(self, sha256: str) -> np.ndarray:
         """The codes of a clip, [frames, num_codebooks] uint16."""
@@ -135,12 +151,19 @@ class Encoder:
 
     def frames(self, sha256: str) -> int:
         """The number of frames of a clip."""
-        return self._journal.frames(sha256) if sha256 in self._journal else len(self.codes(sha256))
+        if sha256 in self._journal:
+            return self._journal.frames(sha256)
+        assert self._frames is not None
+        index, column, _ = self._stored[sha256]
+        # A column is read sooner than codes.
+        return int(self._frames[index]) if column == "codes" else len(self.codes(sha256))
 
 
-def encode_clip(codec: Codec, clip: Clip) -> np.ndarray:
-    """A clip's codes, [frames, num_codebooks] uint16. Raises CheckpointError where a codec returns something else."""
-    waveform, rate = clip.read()
+def encode_clip(codec: Codec, clip: Clip, waveform: np.ndarray, rate: int) -> np.ndarray:
+    """The codes of a clip with this waveform [samples], at a rate in Hz: [frames, num_codebooks] uint16.
+
+    Raises CheckpointError where a codec returns something else.
+    """
     waveform = np.clip(resample(waveform, rate, codec.sample_rate), -1.0, 1.0)
     codes = np.asarray(codec.encode(waveform))
     is_table = codes.ndim == 2 and codes.shape[1] == codec.num_codebooks

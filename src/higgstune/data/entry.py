@@ -65,7 +65,8 @@ class Entry:
             (message["role"], [(part.get("text"), part.get("as")) for part in message["content"]])
             for message in self.messages or []
         ]
-        return (self.audio_sha256, self.text, self.reference_sha256, *self.context_sha256, json.dumps(parts))
+        written = json.dumps(parts) if parts else ""
+        return (self.audio_sha256, self.text, self.reference_sha256, *self.context_sha256, written)
 
     @property
     def characters_per_second(self) -> float | None:
@@ -134,29 +135,38 @@ def new_entry(candidate: Candidate, source_key: str) -> Entry:
     )
 
 
-def source_key(row: SourceRow, utterance: Utterance, seen: Counter[str]) -> str:
-    """A name for a row that stays the same when its source grows or its text is corrected; `seen` counts equal names.
+class SourceKeys:
+    """Names for the rows of a run; equal ones are counted."""
 
-    It is hashed, so that a store that is passed on reveals nothing about the folders it was made in.
-    """
-    if utterance.id:
-        name = f"id {utterance.id}"
-    elif utterance.audio:
-        name = f"audio {utterance.audio} {utterance.start} {utterance.end}"
-    else:  # not its number: rows move when others are inserted before them
-        name = f"conversation {json.dumps(utterance.messages)}"
-    name = f"{row.folder.resolve()}\n{name}"
-    seen[name] += 1
-    return hashlib.sha256(f"{name}\n{seen[name]}".encode(errors="replace")).hexdigest()[:32]
+    def __init__(self) -> None:
+        self._seen: Counter[str] = Counter()
+        self._folders: dict[Path, Path] = {}  # resolved
+
+    def of(self, row: SourceRow, utterance: Utterance) -> str:
+        """A name for a row that stays the same when its source grows or its text is corrected.
+
+        It is hashed, so that a store that is passed on reveals nothing about the folders it was made in.
+        """
+        if utterance.id:
+            name = f"id {utterance.id}"
+        elif utterance.audio:
+            name = f"audio {utterance.audio} {utterance.start} {utterance.end}"
+        else:  # not its number: rows move when others are inserted before them
+            name = f"conversation {json.dumps(utterance.messages)}"
+        if row.folder not in self._folders:
+            self._folders[row.folder] = row.folder.resolve()
+        name = f"{self._folders[row.folder]}\n{name}"
+        self._seen[name] += 1
+        return hashlib.sha256(f"{name}\n{self._seen[name]}".encode(errors="replace")).hexdigest()[:32]
 
 
 def refused_key(row: SourceRow) -> str | None:
     """The key that a refused row had while it could be used; None where its place is not known."""
     if not isinstance(row.content, RowError):
-        return source_key(row, row.content, Counter())
+        return SourceKeys().of(row, row.content)
     if not (row.audio or row.id):
         return None
-    return source_key(row, Utterance(id=row.id or None, audio=row.audio or row.id, text=""), Counter())
+    return SourceKeys().of(row, Utterance(id=row.id or None, audio=row.audio or row.id, text=""))
 
 
 def fallback_ids(utterance: Utterance, location: str) -> list[str]:

@@ -143,23 +143,28 @@ class Kept:
         self._max_seconds = max_seconds
         self._blocks: list[np.ndarray] = []
         self._samples = 0
-        self._rate = 1
+        self.rate = 1  # Hz
 
     def add(self, block: np.ndarray, rate: int) -> None:
         """Add the next [samples, channels] at a rate in Hz."""
-        self._rate = rate
+        self.rate = rate
         self._samples += len(block)
         if self._samples > self._max_seconds * rate:
             self._blocks.clear()
         else:
             self._blocks.append(block)
 
+    @property
+    def samples(self) -> np.ndarray | None:
+        """What was added, [samples, channels] float32; None where that was nothing, or too long."""
+        if len(self._blocks) > 1:
+            self._blocks = [np.concatenate(self._blocks)]
+        return self._blocks[0] if self._blocks and len(self._blocks[0]) else None
+
     def measures(self) -> Measures | None:
         """The measures of what was added; None where that was nothing, too long, or not finite."""
-        if not self._blocks:
-            return None
-        samples = np.concatenate(self._blocks)
-        return measure(samples, self._rate) if len(samples) and np.isfinite(samples).all() else None
+        samples = self.samples
+        return None if samples is None or not np.isfinite(samples).all() else measure(samples, self.rate)
 
 
 def _decibels(amplitude: np.ndarray | float) -> np.ndarray:

@@ -5,7 +5,6 @@ read rows -> check -> merge with stored rows, choose splits -> encode -> choose 
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
@@ -16,15 +15,17 @@ from pydantic import TypeAdapter, ValidationError
 
 from higgstune.checkpoint_files import read_json
 from higgstune.codec.base import Codec
-from higgstune.data.clips import Candidate, Checker, Limits
+from higgstune.data.clips import Candidate, Limits
+from higgstune.data.decoders import check_rows
 from higgstune.data.dropped import DroppedRows, StoredCodec, rows_not_in_source, warn_of_pairs, warn_of_stale
 from higgstune.data.encode import CodeJournal, Encoder, journal_path
-from higgstune.data.entry import Entry, fallback_ids, new_entry, refused_key, source_key, stored_entries
+from higgstune.data.entry import Entry, SourceKeys, fallback_ids, new_entry, refused_key, stored_entries
 from higgstune.data.importers import read_source
 from higgstune.data.measures import parse_limits
 from higgstune.data.merge import Merger, Pairing, resolve_references
 from higgstune.data.messages import whisper_clips
 from higgstune.data.outliers import find_outliers, not_measured
+from higgstune.data.readings import READINGS_NAME, Readings
 from higgstune.data.rejection import Rejection, RowError, count_reasons
 from higgstune.data.shard_reader import PARTIAL_NAME, REJECTED_NAME, StoreInfo
 from higgstune.data.shard_writer import write_store
@@ -45,7 +46,7 @@ from higgstune.data.text import TEXT_NORMALIZATION
 from higgstune.data.whisper_features import WhisperEncoder, forget_features, store_features
 from higgstune.environment import choose_device
 from higgstune.errors import CheckpointError, ConfigError, DataError
-from higgstune.files import alone_in, write_file
+from higgstune.files import alone_in, write_file, writing
 from higgstune.inputs import INDEX_NAME, check_store, check_store_place
 from higgstune.progress import Progress, silent
 
@@ -236,16 +237,15 @@ class Preparation:
 
     def run(self, source: Source, drop: Sequence[str] = (), restore: Sequence[str] = ()) -> PrepareSummary:
         """Add the rows of a source to the store, without those to drop. Raises as `prepare`."""
-        options, rows = self._options, list(source)
+        rows = list(source)
         before = len(self._stored)
         self._dropped.restore(restore)
         self._stored = self._dropped.take_out(self._stored, drop)
         if before and not self._stored:
             raise DataError(f"no row of {self._out} would be left: delete the folder instead")
-        checker = Checker(Limits(self._codec.frame_rate, options.max_seconds, options.allow_long))
-        candidates, refused = self._each("reading", dict(enumerate(rows)), checker.check)
         with CodeJournal(journal_path(self._out, self._codec), self._codec.num_codebooks) as journal:
             encoder = Encoder(self._codec, journal, self._store)
+            candidates, refused = self._read(rows, encoder)
             merger, later = self._merge_and_encode(rows, candidates, encoder)
             rejections = rejections_of(rows, refused | later)
             if rows:
@@ -293,19 +293,45 @@ class Preparation:
             )
         return replace(summary, whisper=encoded, warnings=warnings)
 
+    def _read(self, rows: list[SourceRow], encoder: Encoder) -> tuple[dict[int, Candidate], Refused]:
+        """Check every row, and encode what is decoded for it at once, so that nothing is decoded twice.
+
+        But for rows that a merge is likely to refuse, as it would any other with the id of an earlier row.
+        """
+        limits = Limits(self._codec.frame_rate, self._options.max_seconds, self._options.allow_long)
+        candidates: dict[int, Candidate] = {}
+        refused: Refused = {}
+        seen: set[str | None] = set()
+        with writing(self._out / READINGS_NAME, "nothing was encoded"):
+            opened = Readings(self._out / READINGS_NAME)
+        with opened as readings:
+            for index, checked, decoded in check_rows(rows, limits, readings, self._codec.sample_rate):
+                self._progress("encoding", len(candidates) + len(refused), len(rows))
+                if isinstance(checked, RowError):
+                    refused[index] = checked
+                    continue
+                candidates[index] = checked
+                row_id = checked.utterance.id
+                if (row_id is None or row_id not in seen) and not self._dropped.has(checked.target.sha256):
+                    encoder.encode_decoded(checked, decoded)
+                seen.add(row_id)
+        self._progress("encoding", len(rows), len(rows))
+        return dict(sorted(candidates.items())), refused
+
     def _each(
-        self, stage: str, items: dict[int, Item], work: Callable[[Item], Result]
+        self, stage: str | None, items: dict[int, Item], work: Callable[[Item], Result]
     ) -> tuple[dict[int, Result], Refused]:
-        """Apply one step to every row, by number -> (its results, the rows that it refuses)."""
+        """Apply one step to every row, by number -> (its results, the rows that it refuses); None reports nothing."""
+        progress = silent if stage is None else self._progress
         results: dict[int, Result] = {}
         refused: Refused = {}
         for done, (index, item) in enumerate(items.items()):
-            self._progress(stage, done, len(items))
+            progress(stage or "", done, len(items))
             try:
                 results[index] = work(item)
             except RowError as error:
                 refused[index] = error
-        self._progress(stage, len(items), len(items))
+        progress(stage or "", len(items), len(items))
         return results, refused
 
     def _merge_and_encode(
@@ -319,7 +345,8 @@ class Preparation:
             left = {index: item for index, item in candidates.items() if index not in not_encoded}
             merger, refused = self._merge(rows, left)
             accepted = {index: item for index, item in left.items() if index not in refused}
-            _, failed = self._each("encoding", accepted, encoder.encode)
+            is_done = all(encoder.has_codes(clip.sha256) for item in accepted.values() for clip in item.clips)
+            _, failed = self._each(None if is_done else "encoding", accepted, encoder.encode)
             if not failed:
                 return merger, refused | not_encoded
             not_encoded |= failed
@@ -329,13 +356,12 @@ class Preparation:
         texts |= {candidate.target.sha256: candidate.text for candidate in candidates.values()}
         entries: dict[int, Entry] = {}
         refused: Refused = {}
-        seen: Counter[str] = Counter()
+        keys = SourceKeys()
         stored_audio = {entry.audio_sha256 for entry in self._stored}
         for index, candidate in candidates.items():
             try:
-                entry = new_entry(
-                    _with_reference_text(candidate, texts), source_key(rows[index], candidate.utterance, seen)
-                )
+                candidate = _with_reference_text(candidate, texts)
+                entry = new_entry(candidate, keys.of(rows[index], candidate.utterance))
                 self._dropped.check(entry, stored_audio)
                 entries[index] = entry
             except RowError as error:

@@ -33,6 +33,7 @@ SCHEMA_VERSION = 1
 _MAX_INDEX = 1 << 28  # bytes: that of a million rows has thirty thousand
 REJECTED_NAME = "rejected.jsonl"
 PARTIAL_NAME = ".partial"
+LENGTHS_PREFIX = ".lengths-"  # of files with the lengths of examples: see `batch.lengths`
 SPLITS = ("train", "validation")
 SHARD_NAME = re.compile(r"(train|validation)-\d{5}-[0-9a-f]{12}\.parquet")
 CODE_COLUMNS = ("codes", "reference_codes", "context_codes")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from higgstune.data.entry import Entry
 from higgstune.data.shard_reader import (
+    LENGTHS_PREFIX,
     PARTIAL_NAME,
     ROWS_PER_GROUP,
     ROWS_PER_SHARD,
@@ -129,6 +130,7 @@ def _named_by_index(folder: Path) -> set[str]:
 
 
 def _remove_stale(folder: Path, names: set[str]) -> None:
-    for path in folder.iterdir():
-        if SHARD_NAME.fullmatch(path.name) and path.name not in names:
-            path.unlink()
+    """Delete shards that no index names, and the lengths of their examples."""
+    stale = [path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name) and path.name not in names]
+    for path in [*stale, *(folder.glob(f"{LENGTHS_PREFIX}*") if stale else ())]:
+        path.unlink()
