@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from higgstune.diagnostics import adapter as adapters
 from higgstune.diagnostics import checkpoint as checkpoints
 from higgstune.diagnostics import codec as codecs
 from higgstune.diagnostics import data as stores
-from higgstune.diagnostics import generation, loss, prompt
+from higgstune.diagnostics import generation, golden, loss, prompt
 from higgstune.diagnostics import machine as memory
 from higgstune.diagnostics.machine import check_environment
 from higgstune.diagnostics.report import Finding, Report, sorted_report
 from higgstune.environment import INSTALL, choose_device, choose_dtype
 from higgstune.errors import CheckpointError, ConfigError, HiggstuneError
 from higgstune.families import check_family, family_in, load_family, read_layout
-from higgstune.families.base import Family, Layout, Prompter, Spec
+from higgstune.families.base import Family, GoldenCheck, Layout, Prompter, Spec
 from higgstune.hub import fetch
 from higgstune.inputs import BaseSpec, find_adapter
 from higgstune.model.adapter_folder import (
@@ -95,20 +96,24 @@ def doctor(
     adapter: str | Path | None = None,
     data: str | Path | None = None,
     recipe: str | Path | None = None,
+    golden_values: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Examine the machine and whatever is named, without changing anything.
 
         doctor(adapter="runs/voice", data="data/voice").passed
 
-    A recipe and an adapter name their own base, codec and data, which these arguments override. `progress` is called
-    with the name of each check before it starts. Faults are findings of the report. Raises ConfigError for an unknown
-    device or dtype.
+    A recipe and an adapter name their own base, codec and data, which these arguments override. `golden_values` is
+    a folder of what reference code computed with a checkpoint in it, which is compared with this installation.
+    `progress` is called with the name of each check before it starts. Faults are findings of the report. Raises
+    ConfigError for an unknown device or dtype.
     """
     choose_dtype(base.dtype, choose_device(base.device))
     names = Names(base, *(None if name is None else str(name) for name in (adapter, data, recipe)))
     examination = _Examination(names, progress or (lambda _: None))
     examination.run()
+    if golden_values is not None:
+        examination.compare(Path(golden_values))
     return sorted_report(examination.findings)
 
 
@@ -162,6 +167,18 @@ class _Examination:
         needed = ("adapter", "adapter files", "adapter's base", "model", "finite weights")
         self._run("adapter", needed, self._apply_adapter)
         self._run("generation", ("model", "finite weights", "tokenizer", "prompt"), self._generate)
+
+    def compare(self, folder: Path) -> None:
+        """Compare this installation with golden values, one finding a check."""
+        checks: list[GoldenCheck] = []
+
+        def find() -> list[Finding]:
+            checks.extend(golden.checks_in(folder))
+            return []
+
+        self._run("golden", (), find)
+        for check in checks:
+            self._run("golden", (), partial(golden.compare, check))
 
     def _run(
         self, check: str, requires: tuple[str, ...], work: Callable[[], list[Finding]], *, provides: str | None = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from higgstune.checkpoint_files import read_json, safetensors_keys, weight_files
 from higgstune.errors import CheckpointError, ConfigError
-from higgstune.families import higgs_v2
+from higgstune.families import higgs_tts_3, higgs_v2
 from higgstune.families.base import Family, FamilyInfo, Layout, Prompter, base_of
 from higgstune.hub import local_folder
 from higgstune.imports import collector_paused, deferred
@@ -29,6 +29,7 @@ def register(info: FamilyInfo) -> None:
 
 
 register(higgs_v2.INFO)
+register(higgs_tts_3.INFO)
 
 
 def family_info(name: str | None) -> FamilyInfo:

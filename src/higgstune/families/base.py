@@ -103,6 +103,23 @@ class Conditioning(BaseModel):
 
 
 @dataclass(frozen=True)
+class Batching:
+    """How examples become batches (see `batch.collate`, which knows no family)."""
+
+    pad: "Callable[[Sequence[Example]], Mapping[str, Tensor]]"
+    pack: Callable[[Sequence[Example]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class GoldenCheck:
+    """One comparison with what a reference implementation computed."""
+
+    name: str
+    tolerance: float  # 0: everything must be equal
+    difference: Callable[[], float]  # computes the largest one; raises HiggstuneError where values do not compare
+
+
+@dataclass(frozen=True)
 class LoraTargets:
     """The layers that an adapter trains."""
 
@@ -353,6 +370,11 @@ class Export(Protocol):
     descriptions: Mapping[str, str]  # layout, or "peft" -> a description of such a folder for its card
     libraries: Mapping[str, str]  # layout, or "peft" -> the library that loads it
     licence_note: str  # a paragraph of the card
+    licence_name: str  # of the card's `license_name`
+
+    def check_base(self, base: Layout) -> None:
+        """Raises CheckpointError for a base without files that its licence makes every derivative carry."""
+        ...
 
     def write(
         self, folder: Path, model: Any, kind: str, *, base: Layout, tokenizer: Any, tower: "WhisperTower | None"
@@ -405,6 +427,12 @@ class Checks(Protocol):
 
     def untaught(self, module: str, layers: int) -> str | None:
         """The field of a stage (a loss weight) without which a module gets no gradient, or None."""
+        ...
+
+    def golden(self, folder: Path, layout: Layout, tokenizer: Any, batching: Batching) -> Iterator[GoldenCheck]:
+        """The comparisons with golden values in a folder, whose checkpoint has this layout and tokenizer; none for a
+        family without such folders. Raises CheckpointError.
+        """
         ...
 
     def render(self, messages: Sequence[Message], *, generation: bool) -> str | None:
