@@ -36,7 +36,7 @@ def copy_base(folder: Path, *, licensed: bool = True) -> Path:
     for path in (folder, *folder.iterdir()):
         path.chmod(0o755)  # the values may be read-only
     if licensed:
-        (folder / "LICENSE").write_text("The agreement.\n")
+        (folder / "LICENSE").write_text("The licence.\n")
         (folder / "NOTICE").write_text("The notice.\n")
     return folder
 

@@ -19,8 +19,9 @@ from higgstune.data.manifest import Utterance
 from higgstune.data.measures import Kept, Measures
 from higgstune.data.messages import Message, audio_parts, check_control_tokens, is_target, target_text
 from higgstune.data.rejection import RowError
+from higgstune.data.rules import NORMALIZED, TextRules
 from higgstune.data.source import SourceRow
-from higgstune.data.text import is_speakable, normalize_text, spoken_length
+from higgstune.data.text import is_speakable, spoken_length, without_tags
 
 MIN_FRAMES = 8  # of a clip that is encoded
 MAX_REFERENCE = 30.0  # seconds, as of a clip that is not allowed to be long
@@ -166,7 +167,9 @@ def _check_sound(peak: float, measures: Measures | None) -> Measures:
     return measures
 
 
-def read_reference(path: str | Path, frame_rate: float, text: str = "") -> tuple[np.ndarray, int]:
+def read_reference(
+    path: str | Path, frame_rate: float, text: str = "", rules: TextRules = NORMALIZED
+) -> tuple[np.ndarray, int]:
     """A recording to imitate, checked as `prepare` checks a clip -> (waveform [samples] float32 mono, rate in Hz).
 
     `frame_rate` is the codec's, in frames a second; `text` is the transcript, if there is one. Raises RowError, with
@@ -175,7 +178,7 @@ def read_reference(path: str | Path, frame_rate: float, text: str = "") -> tuple
     limits = Limits(frame_rate, MAX_REFERENCE, advice="cut it; five to ten clear seconds are a good length")
     try:
         waveform, rate = ClipReader(limits).read(Path(path), Segment()).read()
-        _check_rate(normalize_text(text), len(waveform) / rate)
+        _check_rate(rules.normalized(text), len(waveform) / rate)
     except RowError as error:
         raise RowError(error.reason, f"the reference {path} cannot be used: {error}") from error
     return waveform, rate
@@ -204,8 +207,11 @@ class Candidate:
 class Checker:
     """Checks rows one after the other."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, rules: TextRules = NORMALIZED, shortest_reference: float = 0.0) -> None:
+        """`shortest_reference` in seconds, as of a codec (`Codec.reference_seconds`)."""
         self._clips = ClipReader(limits)
+        self._rules = rules
+        self._shortest_reference = shortest_reference
 
     def check(self, row: SourceRow) -> Candidate:
         """A row as a candidate. Raises RowError, with the reason, for one that cannot be used."""
@@ -222,18 +228,25 @@ class Checker:
         return candidate
 
     def _utterance(self, row: SourceRow, utterance: Utterance) -> Candidate:
-        text = spoken_text(utterance.text or "", "text")
+        text = spoken_text(utterance.text or "", "text", self._rules)
         check_control_tokens(utterance.scene or "", "scene")
         reference = reference_text = None
         if utterance.reference_text:
-            reference_text = spoken_text(utterance.reference_text, "reference_text")
+            reference_text = spoken_text(utterance.reference_text, "reference_text", self._rules)
         target = self._clips.read(row.path(utterance.audio or ""), Segment(utterance.start, utterance.end))
         _check_rate(text, target.seconds)
         if utterance.reference_audio:
             reference = self._part(row, "reference_audio", utterance.reference_audio, Segment())
+            if reference.seconds < self._shortest_reference:
+                raise RowError(
+                    "too_short",
+                    f"reference_audio has {reference.seconds:.2f} s: a reference needs {self._shortest_reference:g} s",
+                )
         return Candidate(row.location, utterance, text, target, reference, reference_text)
 
     def _conversation(self, row: SourceRow, utterance: Utterance, messages: Sequence[Message]) -> Candidate:
+        if not self._rules.conversations:
+            raise RowError("bad_row", "the model takes no conversations: give audio, text and reference_audio")
         text = target_text(messages)
         if not is_speakable(text):
             raise RowError("empty_text", "the target has no text, neither its own nor the user's before it")
@@ -269,11 +282,12 @@ def _check_rate(text: str, seconds: float) -> None:
         )
 
 
-def spoken_text(text: str, where: str) -> str:
-    """A text as it is spoken, normalised. Raises RowError that names `where` for one that cannot be."""
-    check_control_tokens(text, where)
+def spoken_text(text: str, where: str, rules: TextRules = NORMALIZED) -> str:
+    """A text as it is spoken by a model with these rules. Raises RowError that names `where` for one that cannot be."""
+    check_control_tokens(text, where, rules.tags)
     try:
-        text = normalize_text(plain_text(text))
+        plain = plain_text(without_tags(text) if rules.tags else text)
+        text = text if rules.verbatim else rules.normalized(plain)
     except RowError as error:
         raise RowError(error.reason, f"{where}: {error}") from error
     if not is_speakable(text):

@@ -382,7 +382,7 @@ class _Examination:
         row = self._example_rows()[0]
         if self.store is not None and "rows" not in self.unavailable:
             row = self._without_features(self.store[0])
-        found = prompt.check_same_prompt(self.prompter, row, self.family.checks, self.rendering)
+        found = prompt.check_same_prompt(self.prompter, row, self.family.checks, self.rendering, self.family.info.texts)
         self._block_if_failed(found, "prompt", "prompts differ between training and speaking")
         found += prompt.check_tokens(self.prompter.tokenizer, self.family.checks)
         return found + prompt.check_chat_template(self.prompter.tokenizer, row, self.family.checks)

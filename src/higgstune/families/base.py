@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from higgstune.codec.base import WhisperFeatures
 from higgstune.data.messages import Message
+from higgstune.data.rules import NORMALIZED, TextRules
 
 if TYPE_CHECKING:
     import torch
@@ -201,6 +202,9 @@ class FamilyInfo:
     code: str  # the module with the family's `FAMILY`
     prompts: str | None = None  # a module with a `read_prompter` that imports no torch (see `families.read_prompter`)
     stage_defaults: Mapping[str, Any] = field(default_factory=dict)  # override defaults of a stage in a recipe
+    texts: TextRules = NORMALIZED
+    wordless_reference: bool = False  # a reference in a turn of its own needs no transcript
+    continues_speech: bool = True  # a piece of a long text may follow a reference and the piece before it
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def test_shards_load_with_heads_that_the_index_does_not_list(base: Path, listed:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_head_that_is_no_copy_is_refused(base: Path, head: str) -> None:
+def test_a_head_that_differs_is_refused(base: Path, head: str) -> None:
     tensors = stored(base)
     store(base, tensors | {head: tensors[head] * 2})
     with pytest.raises(CheckpointError, match=f"{head} differs from tied.embedding"):

@@ -17,8 +17,8 @@ def test_the_inverse_gives_the_codes_and_every_count_is_fixed(frames: int, codeb
     np.testing.assert_array_equal(undelay(rows), codes)
     edge = codebooks * (codebooks - 1) // 2
     assert (rows == 1024).sum() == (rows == 1025).sum() == edge
-    labels = {cells: labels_of(rows, cells) for cells in ("codes", "codes_and_stop", "codes_and_eoc")}
-    counts = {cells: int((found != IGNORE).sum()) for cells, found in labels.items()}
+    labels = {entries: labels_of(rows, entries) for entries in ("codes", "codes_and_stop", "codes_and_eoc")}
+    counts = {entries: int((found != IGNORE).sum()) for entries, found in labels.items()}
     stops = int(codebooks > 1)  # with one codebook there is no row after the last code
     assert counts == {"codes": codes.size, "codes_and_stop": codes.size + stops, "codes_and_eoc": codes.size + edge}
     for found in labels.values():
@@ -29,6 +29,6 @@ def test_the_inverse_gives_the_codes_and_every_count_is_fixed(frames: int, codeb
 @pytest.mark.parametrize(
     "codes", [np.zeros((0, 8), int), np.zeros((3, 8)), np.full((3, 8), 1024), np.full((3, 8), -1), np.zeros(8, int)]
 )
-def test_what_are_no_codes_is_refused(codes: np.ndarray) -> None:
+def test_other_values_than_codes_are_refused(codes: np.ndarray) -> None:
     with pytest.raises(DataError, match="codes must"):
         delay(codes)

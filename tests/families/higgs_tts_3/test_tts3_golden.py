@@ -167,6 +167,6 @@ def test_wrong_labels_give_another_loss(values: Golden, monkeypatch: pytest.Monk
     assert mean_loss(values, rows) == pytest.approx(1.488, rel=0.02)  # BOC in the loss
     unshifted = values.forward[f"{CASE}.logits"][1:].flatten(0, 1)
     assert F.cross_entropy(unshifted, labels[:-1].flatten(), ignore_index=IGNORE).item() > 3
-    monkeypatch.setattr(golden_module, "labels_of", lambda rows, cells="": np.asarray(rows))
+    monkeypatch.setattr(golden_module, "labels_of", lambda rows, entries="": np.asarray(rows))
     [check] = [check for check in values.checks() if check.name == "losses by codebook"]
     assert compare(check)[0].status == "failed"

@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from higgstune.data.rules import TAGGED
 from higgstune.families.base import FamilyInfo
 
 
@@ -24,6 +25,9 @@ INFO = FamilyInfo(
     check_recipe=_check_recipe,
     code="higgstune.families.higgs_tts_3.family",
     prompts="higgstune.families.higgs_tts_3.prompter",
-    # No server reads the logits of text: its loss is there for those who ask.
+    # No server reads the logits of text: its loss is there for experiments.
     stage_defaults={"kind": "full", "text_targets": "none", "text_weight": 0.0},
+    texts=TAGGED,
+    wordless_reference=True,
+    continues_speech=False,  # a prompt with earlier pieces was not shown to work on the released weights
 )

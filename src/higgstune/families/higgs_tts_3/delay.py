@@ -1,6 +1,6 @@
 """The delay pattern of Higgs TTS 3: codes <-> the delayed rows that the model reads and predicts.
 
-Codebook k is delayed by k rows, between BOC cells before it begins and EOC cells after it ends:
+Codebook k is delayed by k rows, between BOC entries before it begins and EOC entries after it ends:
 
     row       0    1    2    3       (T = 2 frames, K = 3 codebooks)
     k = 0    c00  c10  EOC  EOC
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from higgstune.errors import DataError
 from higgstune.kernels import IGNORE
 
-Cells = Literal["codes", "codes_and_stop", "codes_and_eoc"]
+Labelled = Literal["codes", "codes_and_stop", "codes_and_eoc"]
 
 
 def delay(codes: ArrayLike, *, boc_id: int = 1024) -> NDArray[np.int64]:
@@ -56,17 +56,17 @@ def undelay(rows: ArrayLike) -> NDArray[np.int64]:
     return array[frame + codebook, codebook]
 
 
-def labels_of(rows: NDArray[np.int64], cells: Cells = "codes_and_eoc") -> NDArray[np.int64]:
-    """The labels of delayed rows, in their shape: `IGNORE` where a cell has none. Not shifted.
+def labels_of(rows: NDArray[np.int64], entries: Labelled = "codes_and_eoc") -> NDArray[np.int64]:
+    """The labels of delayed rows, in their shape: `IGNORE` where an entry has none. Not shifted.
 
-    Training labels the codes and all EOC cells: samplers draw the end of codebooks 1 to K - 1 freely, and feed it back.
-    BOC is never a label, as samplers overwrite it. `codes_and_stop` has the EOC of codebook 0 alone, in the row that
-    ends a clip; `codes` has none. Source: facts on samplers and sglang-omni's `delay_pattern_action_mask`.
+    Training labels the codes and all EOC: samplers draw those of codebooks 1 to K - 1 freely, and feed them back. BOC is
+    never a label, as samplers overwrite it. `codes_and_stop` has the EOC of codebook 0 alone, in the row that ends a
+    clip; `codes` has none. Source: the samplers of servers, and sglang-omni's `delay_pattern_action_mask`.
     """
     row, codebook = np.indices(rows.shape)
     frames = len(rows) - rows.shape[1] + 1
     labelled = row >= codebook
-    if cells != "codes_and_eoc":
-        stop = (row == frames) & (codebook == 0) & (cells == "codes_and_stop")
+    if entries != "codes_and_eoc":
+        stop = (row == frames) & (codebook == 0) & (entries == "codes_and_stop")
         labelled = (labelled & (row - codebook < frames)) | stop
     return np.where(labelled, rows, IGNORE)

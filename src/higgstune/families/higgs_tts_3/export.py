@@ -21,7 +21,7 @@ _GENERATION = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 50
 _NOTE = """Derived from Higgs TTS 3, licensed from Boson AI USA, Inc.
 
 It comes under the Boson Higgs TTS 3 Research and Non-Commercial License in LICENSE, as do all models and adapters that
-are made from it: **research and non-commercial use only**, and passing it on only under the same agreement, with
+are made from it: **research and non-commercial use only**, and passing it on only under that same licence, with
 LICENSE and NOTICE. Its speech may not train another generative model, it may not imitate a real person without
 verifiable consent, and speech from it must not be passed off as recorded; the acceptable use policy in LICENSE binds
 whoever uses it. Higgstune's own Apache-2.0 licence is that of the software alone, not of these weights."""

@@ -37,7 +37,7 @@ from higgstune.families.higgs_tts_3.checkpoint import (
     stored_name,
 )
 from higgstune.families.higgs_tts_3.decoder import Decoder, embed_padded
-from higgstune.families.higgs_tts_3.delay import Cells, delay, labels_of, undelay
+from higgstune.families.higgs_tts_3.delay import Labelled, delay, labels_of, undelay
 from higgstune.families.higgs_tts_3.model import HiggsTTS3, HiggsTTS3Config
 from higgstune.families.higgs_tts_3.packed import with_training_forward
 from higgstune.families.higgs_tts_3.prompter import Prompter, Turn
@@ -54,7 +54,7 @@ from higgstune.peft_compat import (
 )
 
 _LOGITS, _LOSS = 1e-5, 1e-4
-_CELLS: tuple[Cells, ...] = ("codes", "codes_and_stop", "codes_and_eoc")
+_LABELLED: tuple[Labelled, ...] = ("codes", "codes_and_stop", "codes_and_eoc")
 _GREEDY = Sampling(temperature=0)
 _ENDLESS = 1 << 30  # frames
 
@@ -136,13 +136,13 @@ class Golden:
         turns = [Turn(part["text"], codes) for part, codes in zip(case["history"], clips, strict=True)]
         return [*turns, Turn(case["text"], self.forward[f"{name}.codes"].numpy(), is_target=True)], reference
 
-    def example(self, name: str, cells: Cells = "codes_and_eoc", *, text: bool = False) -> Example:
+    def example(self, name: str, entries: Labelled = "codes_and_eoc", *, text: bool = False) -> Example:
         """A case as a training example."""
         turns, reference = self.turns(name)
         example = self.prompter.build(turns, reference, text_targets="transcript" if text else "none")
         labels = example.audio_labels.copy()
         rows = len(turns[-1].codes) + self.spec.extra_rows  # type: ignore[arg-type]
-        labels[-rows:] = labels_of(example.audio_input_ids[-rows:], cells)
+        labels[-rows:] = labels_of(example.audio_input_ids[-rows:], entries)
         return replace(example, audio_labels=labels)
 
     def prompt(self, name: str) -> Example:
@@ -189,12 +189,14 @@ class Golden:
         return np.zeros((rows - self.spec.extra_rows, self.spec.num_codebooks), dtype=np.int64)
 
     def delays(self) -> float:
-        """Item 2: rows, codes and labels of three masks; the number of cells that differ."""
+        """Item 2: rows, codes and labels of three masks; the number of entries that differ."""
         values, wrong = self.values("delay_and_labels"), 0
         for name in {key.partition(".")[0] for key in values}:
             codes, rows = values[f"{name}.codes"].numpy(), values[f"{name}.rows"].numpy()
             wrong += _unequal(delay(codes, boc_id=self.config.boc_id), rows) + _unequal(undelay(rows), codes)
-            wrong += sum(_unequal(labels_of(rows, cells), values[f"{name}.labels.{cells}"].numpy()) for cells in _CELLS)
+            wrong += sum(
+                _unequal(labels_of(rows, entries), values[f"{name}.labels.{entries}"].numpy()) for entries in _LABELLED
+            )
         return wrong
 
     def loading(self) -> float:
@@ -261,7 +263,7 @@ class Golden:
         return max(_gap(self.row_logits(name), self.forward[f"{name}.logits"]) for name in stored)
 
     def log_probabilities(self) -> float:
-        """Item 4: of each row's own cells."""
+        """Item 4: of each row's own entries."""
         gaps = []
         for name in self.cases:
             scores = self.row_logits(name).double().log_softmax(-1)
@@ -272,9 +274,9 @@ class Golden:
     def losses(self) -> float:
         """Item 4: sums by codebook for three masks, per label; counts must be equal."""
         return max(
-            self._loss_gap([self.example(name, cells)], f"{name}.", f".{cells}")
+            self._loss_gap([self.example(name, entries)], f"{name}.", f".{entries}")
             for name in self.cases
-            for cells in _CELLS
+            for entries in _LABELLED
         )
 
     def _loss_gap(self, examples: list[Example], before: str, after: str) -> float:
@@ -311,8 +313,8 @@ class Golden:
     def packed(self) -> float:
         """Item 4: losses of all cases in one pack."""
         return max(
-            self._loss_gap([self.example(name, cells) for name in self.cases], "batch.", f".{cells}")
-            for cells in _CELLS
+            self._loss_gap([self.example(name, entries) for name in self.cases], "batch.", f".{entries}")
+            for entries in _LABELLED
         )
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ class HiggsTTS3Config(Qwen3Config):
 
     @property
     def boc_id(self) -> int:
-        """Of the cells before a codebook begins; EOC is the next one. config.json has neither."""
+        """Of a row before a codebook begins; EOC is the next one. config.json has neither."""
         return self.codebook_size - 2
 
 

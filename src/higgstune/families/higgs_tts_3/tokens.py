@@ -4,6 +4,7 @@ Source: the released tokenizer's 84 added tokens, ids 151643 to 151726, and the 
 """
 
 from higgstune.data.rejection import did_you_mean
+from higgstune.data.rules import TAGS
 from higgstune.data.text import find_control_tokens
 from higgstune.errors import DataError
 
@@ -13,20 +14,6 @@ FIRST = "<|endoftext|>"
 # Of the prompt -> how far its id lies behind that of the first added token, in the released tokenizer.
 OFFSETS = {FIRST: 0, TTS: 24, AUDIO: 27, TEXT: 29, REFERENCE_AUDIO: 36, REFERENCE_TEXT: 37}
 
-_NAMES = {
-    "emotion": (
-        "elation amusement enthusiasm determination pride contentment affection relief contemplation confusion "
-        "surprise awe longing arousal anger fear disgust bitterness sadness shame helplessness"
-    ),
-    "style": "singing shouting whispering",
-    "prosody": (
-        "speed_very_slow speed_slow speed_fast speed_very_fast pitch_low pitch_high expressive_high expressive_low "
-        "pause long_pause"
-    ),
-    "sfx": "cough laughter crying screaming burping humming sigh sniff sneeze",
-}
-TAGS = tuple(f"<|{category}:{name}|>" for category, names in _NAMES.items() for name in names.split())
-
 
 def check_tags(text: str) -> None:
     """Raise DataError for a `<|...|>` in a text that is not a tag: the tokenizer would take it for structure, or the
@@ -34,4 +21,6 @@ def check_tags(text: str) -> None:
     """
     for token in find_control_tokens(text):
         if token not in TAGS:
-            raise DataError(f"the text has {token[:100]}, which is no tag of Higgs TTS 3: {did_you_mean(token, TAGS)}")
+            raise DataError(
+                f"the text has {token[:100]}, which Higgs TTS 3 has not as a tag: {did_you_mean(token, TAGS)}"
+            )
