@@ -19,6 +19,7 @@ CODEC_FOLDER = "codec"  # the sub-folder in which a checkpoint may bring its cod
 DEFAULT_CODEC = "bosonai/higgs-audio-v2-tokenizer"
 HIGGS_MODEL_TYPE = "higgs_audio_v2_tokenizer"
 BUNDLING = ("higgs_multimodal_qwen3",)  # model types of checkpoints whose own weight files hold their codec
+CODEC_PREFIX = "tied.embedding.modality_embeddings.0.model."  # of its tensors there
 
 
 def load_codec(
@@ -67,6 +68,11 @@ def checkpoint_codec(checkpoint: str | Path | None, codec: str | Path | None = N
     if (own := folder / CODEC_FOLDER).is_dir():
         return str(own)
     return str(checkpoint) if bundles_codec(folder) else DEFAULT_CODEC
+
+
+def brings_codec(folder: Path) -> bool:
+    """Whether a checkpoint's folder has its codec, in a sub-folder or in its own weight files."""
+    return (folder / CODEC_FOLDER).is_dir() or bundles_codec(folder)
 
 
 def bundles_codec(folder: Path) -> bool:

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import HiggsAudioV2TokenizerConfig
 
 from higgstune.checkpoint_files import malformed_errors, read_json, safetensors_keys, weight_files
+from higgstune.codec import CODEC_PREFIX
 from higgstune.codec.higgs import REFUSED_KEYS, HiggsAudioV2TokenizerModel, HiggsCodec, keys_of
 from higgstune.errors import CheckpointError
 
 CODEC_CONFIG = "codec_config.json"  # in the checkpoint's folder or beside it, where the codec is not the released one
-CODEC_PREFIX = "tied.embedding.modality_embeddings.0.model."
 REFERENCE_SECONDS = 1.0  # every server fills a shorter reference up with silence
 _UNUSED = "semantic_model.masked_spec_embed"  # of HuBERT's pre-training
 _RATIOS = [8, 5, 4, 2, 3]

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 
 from higgstune.batch.dataset import PLAIN, Rendering
-from higgstune.codec import CODEC_FOLDER, Codec, checkpoint_codec, load_codec
+from higgstune.codec import Codec, brings_codec, checkpoint_codec, load_codec
 from higgstune.config.recipe import Recipe, load_recipe
 from higgstune.config.trackers import ADVICE, missing_trackers
 from higgstune.data.store import CodeStore, Row
@@ -25,7 +25,7 @@ from higgstune.diagnostics.machine import check_environment
 from higgstune.diagnostics.report import Finding, Report, sorted_report
 from higgstune.environment import INSTALL, choose_device, choose_dtype
 from higgstune.errors import CheckpointError, ConfigError, HiggstuneError
-from higgstune.families import check_family, family_in, load_family, read_layout
+from higgstune.families import check_store_family, family_in, load_family, read_layout
 from higgstune.families.base import Family, GoldenCheck, Layout, Prompter, Spec
 from higgstune.hub import fetch
 from higgstune.inputs import BaseSpec, find_adapter
@@ -290,7 +290,7 @@ class _Examination:
         if self.adapter is not None:
             check_adapter_family(self.adapter, info)
         if self.store is not None:
-            check_family(f"the store {self.store.folder}", self.store.info.model_type, info)
+            check_store_family(self.store.folder, self.store.info.model_type, info, self.folder)
         self.family = load_family(info)
         self.config = self.family.read_config(self.folder)
         self.spec = self.family.spec(self.config)
@@ -324,7 +324,7 @@ class _Examination:
     # Codec and data
 
     def _check_codec(self) -> list[Finding]:
-        has_codec = hasattr(self, "folder") and (self.folder / CODEC_FOLDER).is_dir()
+        has_codec = hasattr(self, "folder") and brings_codec(self.folder)
         if self.names.base.codec is None and "config" in self.unavailable and not has_codec:
             self.unavailable["codec"] = "no codec was named with --codec, and there is no checkpoint with one"
             return [Finding("codec", "skipped", self.unavailable["codec"])]

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from higgstune.checkpoint_files import malformed_errors, read_json
-from higgstune.codec.bundled import CODEC_PREFIX
+from higgstune.codec import CODEC_PREFIX
 from higgstune.errors import CheckpointError
 from higgstune.families.base import Layout, Spec
 from higgstune.families.higgs_tts_3.model import HiggsTTS3, HiggsTTS3Config
@@ -178,8 +179,10 @@ def load(layout: Layout, config: HiggsTTS3Config, dtype: torch.dtype) -> tuple[H
                 f"was saved by a trainer that split them; {_AGAIN}"
             )
     heads.clear()
-    model = build(config, dtype=dtype)
-    model.load_state_dict({key: value.to(dtype) for key, value in state.items()})
+    with torch.device("meta"):  # no weight is drawn at random, and in the files' dtype none is copied
+        model = build(config, dtype=dtype)
+    model.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
+    model.model.rotary_emb = Qwen3RotaryEmbedding(config)  # its buffers are not in the files
     return model, None
 
 

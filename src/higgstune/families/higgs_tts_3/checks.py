@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from higgstune.codec.bundled import CODEC_PREFIX
+from higgstune.codec import CODEC_PREFIX
 from higgstune.data.messages import Message
 from higgstune.families.base import Batching, GoldenCheck, Layout, base_of
 from higgstune.families.higgs_tts_3.checkpoint import HEADS, THETA, tensor_shapes

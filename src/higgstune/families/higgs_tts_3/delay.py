@@ -59,8 +59,8 @@ def undelay(rows: ArrayLike) -> NDArray[np.int64]:
 def labels_of(rows: NDArray[np.int64], entries: Labelled = "codes_and_eoc") -> NDArray[np.int64]:
     """The labels of delayed rows, in their shape: `IGNORE` where an entry has none. Not shifted.
 
-    Training labels the codes and all EOC: samplers draw those of codebooks 1 to K - 1 freely, and feed them back. BOC is
-    never a label, as samplers overwrite it. `codes_and_stop` has the EOC of codebook 0 alone, in the row that ends a
+    Training labels the codes and all EOC: samplers draw those of codebooks 1 to K - 1 freely, and feed them back. BOC
+    is never a label, as samplers overwrite it. `codes_and_stop` has the EOC of codebook 0 alone, in the row that ends a
     clip; `codes` has none. Source: the samplers of servers, and sglang-omni's `delay_pattern_action_mask`.
     """
     row, codebook = np.indices(rows.shape)

@@ -9,7 +9,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from higgstune.checkpoint_files import SAFETENSORS, SAFETENSORS_INDEX
-from higgstune.codec.bundled import CODEC_CONFIG, CODEC_PREFIX, codec_tensors
+from higgstune.codec import CODEC_PREFIX
+from higgstune.codec.bundled import CODEC_CONFIG, codec_tensors
 from higgstune.errors import CheckpointError
 from higgstune.families.base import Layout
 from higgstune.families.higgs_tts_3.checkpoint import stored_name
