@@ -314,6 +314,7 @@ class TinyFamily:
     extensions = NoExtensions()
     export = TinyExport()
     checks = TinyChecks()
+    trainable = ()
     lora_patterns = (r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)",)
     four_bits = lora_patterns[0]
     decoder = TinyDecoder

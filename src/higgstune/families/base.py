@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from higgstune.codec.whisper_encoder import WhisperTower
     from higgstune.families.sampling import Sampling
 
+TRAINS_TABLE = "+audio_embedding"  # after the kind of a stage
 TextTargets = Literal["transcript", "assistant", "none"]
 Codes = NDArray[Any]
 Audio = Codes | WhisperFeatures  # replaces the placeholder of an audio part
@@ -203,6 +204,7 @@ class FamilyInfo:
     prompts: str | None = None  # a module with a `read_prompter` that imports no torch (see `families.read_prompter`)
     stage_defaults: Mapping[str, Any] = field(default_factory=dict)  # override defaults of a stage in a recipe
     texts: TextRules = NORMALIZED
+    audio_embedding: bool = False  # whether a stage may train the table of audio codes, which is also the head
     wordless_reference: bool = False  # a reference in a turn of its own needs no transcript
     continues_speech: bool = True  # a piece of a long text may follow a reference and the piece before it
 
@@ -232,6 +234,7 @@ class Family(Protocol):
     export: "Export"
     checks: "Checks"
     lora_patterns: tuple[str, ...]  # every `LoraTargets.pattern` that `lora_targets` returns
+    trainable: tuple[str, ...]  # modules of the plain class that a stage may train in full; they compute in float32
     four_bits: str  # a regular expression over full module paths: the linear layers that a 4-bit base quantizes
 
     def read_config(self, folder: Path) -> Any:
@@ -292,7 +295,9 @@ class Family(Protocol):
         ...
 
     def lora_targets(self, kind: str, conditioning: Conditioning, attention: str) -> LoraTargets:
-        """The layers that a stage of this kind trains; `attention` says how audio attention is trained (lora, full)."""
+        """The layers that a stage of this kind trains; `attention` says how audio attention is trained (lora, full).
+        With `TRAINS_TABLE` after the kind, also the table of audio codes, in full.
+        """
         ...
 
     def label_logits(

@@ -28,6 +28,7 @@ INFO = FamilyInfo(
     # No server reads the logits of text: its loss is there for experiments.
     stage_defaults={"kind": "full", "text_targets": "none", "text_weight": 0.0},
     texts=TAGGED,
+    audio_embedding=True,
     wordless_reference=True,
     continues_speech=False,  # a prompt with earlier pieces was not shown to work on the released weights
 )

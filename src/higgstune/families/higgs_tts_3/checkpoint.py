@@ -26,6 +26,7 @@ AUDIO_TABLE = "tied.embedding.modality_embeddings.0.embedding.weight"
 HEADS = {"tied.head.text_head.weight": TEXT_EMBEDDING, "tied.head.modality_heads.0.weight": AUDIO_TABLE}
 # Full paths from the model's root: a suffix such as `q_proj` would also match the codec's HuBERT.
 PROJECTIONS = r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
+TABLE = "audio_table"  # the module
 _NAMES = {"model.embed_tokens.weight": TEXT_EMBEDDING, "audio_table.weight": AUDIO_TABLE}
 _PLAIN = {theirs: ours for ours, theirs in _NAMES.items()}
 # The keys read from `text_config`. Others can make transformers fetch code or read other files.

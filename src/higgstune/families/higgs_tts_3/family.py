@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from higgstune.families.base import Conditioning, LoraTargets, NoExtensions, base_of
+from higgstune.families.base import TRAINS_TABLE, Conditioning, LoraTargets, NoExtensions, base_of
 from higgstune.families.higgs_tts_3 import INFO, checkpoint, prompter
-from higgstune.families.higgs_tts_3.checkpoint import PROJECTIONS
+from higgstune.families.higgs_tts_3.checkpoint import PROJECTIONS, TABLE
 from higgstune.families.higgs_tts_3.checks import HiggsTTS3Checks
 from higgstune.families.higgs_tts_3.decoder import Decoder, embed_padded
 from higgstune.families.higgs_tts_3.export import HiggsTTS3Export
@@ -25,6 +25,7 @@ class HiggsTTS3Family:
     export = HiggsTTS3Export()
     checks = HiggsTTS3Checks()
     lora_patterns = (PROJECTIONS,)
+    trainable = (TABLE,)
     four_bits = PROJECTIONS
 
     read_config = staticmethod(checkpoint.read_config)
@@ -53,8 +54,8 @@ class HiggsTTS3Family:
         return norm
 
     def lora_targets(self, kind: str, conditioning: Conditioning, attention: str) -> LoraTargets:
-        """The seven projections of every layer, which is all that a stage trains."""
-        return LoraTargets(PROJECTIONS)
+        """The seven projections of every layer, and where the kind says so the table, which stays one tensor."""
+        return LoraTargets(PROJECTIONS, (TABLE,) if kind.endswith(TRAINS_TABLE) else ())
 
     def label_logits(
         self, model: Any, batch: Mapping[str, Tensor], limit: int, gathered: AbstractContextManager[None]
