@@ -188,7 +188,7 @@ def test_it_speaks_with_and_without_reference_long_texts_and_tags(world: Path, r
     prompts.clear()
     voice.speak(long, reference=voice.reference(clip, "words"), max_seconds=0.4)
     assert set(prompts) == {1}
-    with pytest.raises(HiggstuneError, match="did you mean '<|emotion:shame|>'"):
+    with pytest.raises(HiggstuneError, match=r"did you mean '<.emotion:shame.>'"):
         voice.speak("<|emotion:calm|>Hello")
 
 
