@@ -13,7 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from higgstune.data.audio import MAX_SECONDS, Recording, audio_hash, is_file, peak_of, read_audio, read_recording
+from higgstune.data.audio import (
+    MAX_SECONDS,
+    Recording,
+    audio_hash,
+    is_file,
+    origin_of,
+    peak_of,
+    read_audio,
+    read_recording,
+)
 from higgstune.data.importers.transcripts import plain_text
 from higgstune.data.manifest import Utterance
 from higgstune.data.measures import Kept, Measures
@@ -221,6 +230,13 @@ class Checker:
             candidate = self._utterance(row, row.content)
         else:
             candidate = self._conversation(row, row.content, row.content.messages)
+        for clip in candidate.clips:
+            if (origin := origin_of(clip.path)) is not None:
+                raise RowError(
+                    "bad_row",
+                    f"{clip.path} is speech that {origin.get('family')} has generated, whose licence "
+                    f"({origin.get('licence')}) forbids to train other models on it: use recordings",
+                )
         if any(candidate.target.overlaps(clip) for clip in candidate.clips[1:]):
             raise RowError(
                 "reference_is_target", "the target's own audio is in its reference or context: the model would copy it"

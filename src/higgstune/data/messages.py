@@ -61,7 +61,7 @@ def check_control_tokens(text: str, where: str, tags: Sequence[str] = ()) -> Non
     tokens = [
         token for token in find_control_tokens(text) or find_control_tokens(clean_text(text)) if token not in tags
     ]
-    if tokens and tags:
+    if tokens and tags and ":" in tokens[0]:  # as tags have
         near = did_you_mean(tokens[0], tags)
         raise RowError("control_token", f"{where} has {tokens[0][:100]}, which the model has not as a tag; {near}")
     if tokens:

@@ -203,6 +203,7 @@ class FamilyInfo:
     code: str  # the module with the family's `FAMILY`
     prompts: str | None = None  # a module with a `read_prompter` that imports no torch (see `families.read_prompter`)
     stage_defaults: Mapping[str, Any] = field(default_factory=dict)  # override defaults of a stage in a recipe
+    speech_licence: str | None = None  # that binds generated speech, which then carries its origin
     texts: TextRules = NORMALIZED
     audio_embedding: bool = False  # whether a stage may train the table of audio codes, which is also the head
     wordless_reference: bool = False  # a reference in a turn of its own needs no transcript

@@ -75,6 +75,7 @@ class Speech:
     waveform: np.ndarray  # [samples] float32
     sample_rate: int
     hit_cap: bool  # the frame cap ended a piece, not the model
+    generated_by: dict[str, str] | None = None  # family and licence, which a file carries where a licence requires it
 
     @property
     def seconds(self) -> float:
@@ -83,11 +84,11 @@ class Speech:
 
     def save(self, path: str | Path) -> Path:
         """Write a 16-bit WAV file, and its folders. Raises InputError when the name does not end in .wav."""
-        write_wav(path, self.waveform, self.sample_rate)
+        write_wav(path, self.waveform, self.sample_rate, self.generated_by)
         return Path(path)
 
     def _repr_html_(self) -> str:
-        data = base64.b64encode(wav_bytes(self.waveform, self.sample_rate)).decode()
+        data = base64.b64encode(wav_bytes(self.waveform, self.sample_rate, self.generated_by)).decode()
         return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
 
 
@@ -145,6 +146,12 @@ class Speaker:
     def whisper_spec(self) -> WhisperSpec | None:
         """The Whisper encoder for references; None if references are read by their codes."""
         return self._whisper_spec if self.uses_whisper else None
+
+    @property
+    def generated_by(self) -> dict[str, str] | None:
+        """What the speech of this model carries about its origin."""
+        info = self.loaded.family.info
+        return None if info.speech_licence is None else {"family": info.name, "licence": info.speech_licence}
 
     @property
     def texts(self) -> TextRules:
@@ -293,7 +300,7 @@ class Speaker:
                 self._cap(text, clip.max_seconds) / self.codec.frame_rate, text, _ADVICE,
             )  # fmt: skip
         waveform = join([self.codec.decode(piece.codes) for piece in clip.spoken], self.codec.sample_rate)
-        return Speech(clip.text, waveform, self.codec.sample_rate, hit_cap)
+        return Speech(clip.text, waveform, self.codec.sample_rate, hit_cap, self.generated_by)
 
 
 class _Clip:

@@ -18,6 +18,7 @@ import higgstune
 from higgstune.batch.collate import pack
 from higgstune.batch.dataset import RowExamples
 from higgstune.config.recipe import Recipe, parse_recipe
+from higgstune.data.audio import origin_of
 from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError, ConfigError, DataError, HiggstuneError
 from higgstune.exporting.layouts import write_checkpoint
@@ -359,3 +360,22 @@ def test_it_speaks_where_the_base_has_moved(world: Path, run: Path, tmp_path: Pa
     moved = copy_base(tmp_path / "moved")
     voice = higgstune.load(run, device="cpu", base=higgstune.BaseSpec(moved))
     assert voice.speak("Hello", max_seconds=0.4).seconds > 0.3
+
+
+def test_its_speech_says_where_it_comes_from_and_is_refused_as_training_data(
+    world: Path, run: Path, tmp_path: Path
+) -> None:
+    origin = {"family": "higgs_tts_3", "licence": "boson-higgs-tts-3-research-and-non-commercial-license"}
+    voice = higgstune.load(run, device="cpu")
+    speech = voice.speak("Hello", max_seconds=0.5)
+    assert speech.generated_by == origin
+    assert origin_of(speech.save(tmp_path / "recordings" / "hello.wav")) == origin
+    assert origin_of(world / "recordings" / "clip0.wav") is None
+    (tmp_path / "recordings" / "hello.txt").write_text("Hello")
+    with pytest.raises(DataError, match=r"1 bad row|bad_row"):
+        higgstune.prepare(tmp_path / "recordings", tmp_path / "data", model=world / "base")
+    [refused] = (tmp_path / "data" / "rejected.jsonl").read_text().splitlines()
+    assert "is speech that higgs_tts_3 has generated" in refused
+    higgstune.evaluate(world / "base", texts="en", limit=1, out=tmp_path / "evaluated", base=CPU)
+    notes = [json.loads(file.read_text()) for file in (tmp_path / "evaluated").rglob("*.json")]
+    assert origin in [note.get("generated_by") for note in notes if "hit_cap" in note]

@@ -9,6 +9,8 @@ from typing import Any
 from higgstune.data.rules import TAGGED
 from higgstune.families.base import FamilyInfo
 
+LICENCE = "boson-higgs-tts-3-research-and-non-commercial-license"
+
 
 def _check_recipe(recipe: Any) -> Iterator[tuple[str, str]]:
     if recipe.data.reference == "scene":
@@ -27,6 +29,7 @@ INFO = FamilyInfo(
     prompts="higgstune.families.higgs_tts_3.prompter",
     # No server reads the logits of text: its loss is there for experiments.
     stage_defaults={"kind": "full", "text_targets": "none", "text_weight": 0.0},
+    speech_licence=LICENCE,
     texts=TAGGED,
     audio_embedding=True,
     wordless_reference=True,

@@ -13,6 +13,7 @@ from higgstune.codec import CODEC_PREFIX
 from higgstune.codec.bundled import CODEC_CONFIG, codec_tensors
 from higgstune.errors import CheckpointError
 from higgstune.families.base import Layout
+from higgstune.families.higgs_tts_3 import LICENCE
 from higgstune.families.higgs_tts_3.checkpoint import stored_name
 from higgstune.families.sampling import GENERATION_CONFIG
 
@@ -39,7 +40,7 @@ class HiggsTTS3Export:
         "peft": "A LoRA adapter for Higgs TTS 3; its servers load no adapters: merge it for them",
     }
     licence_note = _NOTE
-    licence_name = "boson-higgs-tts-3-research-and-non-commercial-license"
+    licence_name = LICENCE
 
     def check_base(self, base: Layout) -> None:
         """Raise CheckpointError for a base without the files that its licence makes every derivative carry."""
