@@ -5,7 +5,7 @@ from pathlib import Path
 
 from higgstune.batch.collate import PaddedCollator, pack
 from higgstune.diagnostics.report import Finding
-from higgstune.errors import CheckpointError, ConfigError, DataError
+from higgstune.errors import CheckpointError, ConfigError, HiggstuneError
 from higgstune.families import load_family, read_layout
 from higgstune.families.base import Batching, GoldenCheck
 from higgstune.model.load import load_tokenizer
@@ -35,7 +35,7 @@ def compare(check: GoldenCheck) -> list[Finding]:
     """One finding, with the largest difference."""
     try:
         difference = check.difference()
-    except DataError as error:
+    except HiggstuneError as error:
         return [Finding(CHECK, "failed", f"{check.name}: {error}", _ADVICE)]
     text = f"{check.name}: largest difference {difference:.2g}, allowed {check.tolerance:g}"
     if difference <= check.tolerance:  # false for NaN

@@ -260,7 +260,7 @@ class Golden:
     def logits(self) -> float:
         """Item 4: of audio, and of text where the folder has any."""
         stored = [name for name in self.cases if f"{name}.logits" in self.forward]
-        return max(_gap(self.row_logits(name), self.forward[f"{name}.logits"]) for name in stored)
+        return max((_gap(self.row_logits(name), self.forward[f"{name}.logits"]) for name in stored), default=0.0)
 
     def log_probabilities(self) -> float:
         """Item 4: of each row's own entries."""
@@ -361,7 +361,8 @@ class Golden:
         """Item 7: every piece of a case with earlier pieces supervised in one sequence."""
         if "all_turns.ids" not in self.forward:
             return 0.0
-        [name] = [name for name, case in self.cases.items() if case["history"]]
+        names = [name for name, case in self.cases.items() if case["history"]]
+        name = "multi_turn" if "multi_turn" in names else names[0]
         turns, reference = self.turns(name)
         example = self.prompter.build([replace(turn, is_target=True) for turn in turns], reference)
         labels = np.full((len(example), self.spec.num_codebooks), IGNORE)
