@@ -362,17 +362,15 @@ def test_it_speaks_where_the_base_has_moved(world: Path, run: Path, tmp_path: Pa
     assert voice.speak("Hello", max_seconds=0.4).seconds > 0.3
 
 
-def test_its_speech_says_where_it_comes_from_and_is_refused_as_training_data(
-    world: Path, run: Path, tmp_path: Path
-) -> None:
+def test_its_speech_says_where_it_comes_from_and_is_refused_as_training_data(world: Path, tmp_path: Path) -> None:
     origin = {"family": "higgs_tts_3", "licence": "boson-higgs-tts-3-research-and-non-commercial-license"}
-    voice = higgstune.load(run, device="cpu")
+    voice = higgstune.load(world / "base", device="cpu")
     speech = voice.speak("Hello", max_seconds=0.5)
     assert speech.generated_by == origin
     assert origin_of(speech.save(tmp_path / "recordings" / "hello.wav")) == origin
     assert origin_of(world / "recordings" / "clip0.wav") is None
     (tmp_path / "recordings" / "hello.txt").write_text("Hello")
-    with pytest.raises(DataError, match=r"1 bad row|bad_row"):
+    with pytest.raises(DataError, match="1 bad row"):
         higgstune.prepare(tmp_path / "recordings", tmp_path / "data", model=world / "base")
     [refused] = (tmp_path / "data" / "rejected.jsonl").read_text().splitlines()
     assert "is speech that higgs_tts_3 has generated" in refused
