@@ -51,8 +51,9 @@ def file(tmp_path: Path) -> Callable[[Any], Path]:
     return write
 
 
-def test_four_recipes_are_shipped() -> None:
-    assert [path.name for path in SHIPPED] == ["clone.yaml", "new_language.yaml", "voice.yaml", "whisper.yaml"]
+def test_seven_recipes_are_shipped() -> None:
+    of_each_family = ["clone.yaml", "new_language.yaml", "voice.yaml"]
+    assert sorted(path.name for path in SHIPPED) == sorted([*of_each_family, *of_each_family, "whisper.yaml"])
 
 
 @pytest.mark.parametrize("path", [*SHIPPED, DEMO], ids=lambda path: path.name)
@@ -63,7 +64,8 @@ def test_a_shipped_recipe_is_valid(path: Path) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_a_recipe_for_the_released_checkpoint_fits_a_card_of_24_gb(path: Path) -> None:
     recipe = load_recipe(path)
-    assert recipe.model.checkpoint == "bosonai/higgs-tts-2-3b-base"
+    released = {"higgs_audio_v2": "bosonai/higgs-tts-2-3b-base", "higgs_tts_3": "bosonai/higgs-tts-3-4b"}
+    assert recipe.model.checkpoint == released[recipe.model.family]
     assert recipe.gradient_checkpointing
     assert all(stage.batch_tokens is not None and stage.batch_tokens <= 4096 for stage in recipe.stages)
 

@@ -19,7 +19,10 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shipped_recipes_lie_in_the_package_and_say_in_a_line_what_they_are_for() -> None:
-    assert list(shipped_recipes()) == ["clone", "new_language", "voice", "whisper"]
+    of_v2 = ["clone", "new_language", "voice", "whisper"]
+    of_tts_3 = [f"higgs_tts_3/{name}" for name in of_v2[:3]]
+    assert sorted(shipped_recipes()) == sorted(of_v2 + of_tts_3)
+    assert {load_recipe(name).model.family for name in of_tts_3} == {"higgs_tts_3"}
     for path in shipped_recipes().values():
         assert path.is_relative_to(PACKAGE)
         assert summary_of(path).endswith(".")

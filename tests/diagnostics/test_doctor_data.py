@@ -38,6 +38,7 @@ class Other:
         self.sample_rate, self.frame_rate = inner.sample_rate, inner.frame_rate
         self.num_codebooks, self.codebook_size = inner.num_codebooks, inner.codebook_size
         self.revision = revision or inner.revision
+        self.reference_seconds = inner.reference_seconds
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         return self.change(self.inner.encode(waveform)).astype(np.uint16)

@@ -10,6 +10,7 @@ class FakeCodec:
     frame_rate = 25.0
     num_codebooks = 8
     revision = "fake-1"
+    reference_seconds = 0.0
 
     def __init__(self, codebook_size: int = 1024) -> None:
         self.codebook_size = codebook_size

@@ -255,6 +255,9 @@ class TinyExport:
     descriptions: Mapping[str, str] = {"native": "A Tiny Speech checkpoint", "peft": "A LoRA adapter"}
     libraries: Mapping[str, str] = {"native": "transformers", "peft": "peft"}
     licence_note = "None."
+    licence_name = "none"
+
+    def check_base(self, base: Layout) -> None: ...
 
     def write(self, folder: Path, model: Any, kind: str, *, base: Layout, tokenizer: Any, tower: Any) -> None:
         model.save_pretrained(folder)
@@ -299,6 +302,9 @@ class TinyChecks:
     def untaught(self, module: str, layers: int) -> None:
         return None
 
+    def golden(self, folder: Path, layout: Layout, tokenizer: Any, batching: Any) -> Iterator[Any]:
+        return iter(())
+
     def render(self, messages: Sequence[Message], *, generation: bool) -> None:
         return None
 
@@ -308,6 +314,7 @@ class TinyFamily:
     extensions = NoExtensions()
     export = TinyExport()
     checks = TinyChecks()
+    trainable = ()
     lora_patterns = (r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)",)
     four_bits = lora_patterns[0]
     decoder = TinyDecoder

@@ -28,6 +28,10 @@ def doctor(
         str | None, typer.Option(metavar="NAME", help="Another codec: folder or hub id.", rich_help_panel=MODEL)
     ] = None,
     revision: RevisionOption = None,
+    golden: Annotated[
+        Path | None,
+        typer.Option(parser=path, metavar="FOLDER", help="Golden values to compare this installation with."),
+    ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -49,6 +53,7 @@ def doctor(
             adapter=adapter,
             data=data,
             recipe=recipe,
+            golden_values=golden,
             progress=lambda what: errors.print(f"examining {what}"),
         )
     if as_json:

@@ -8,6 +8,7 @@ import typer
 
 from higgstune.cli.output import errors, many, print_next
 from higgstune.data.rejection import reasons_in_words, some_ids
+from higgstune.hub import local_folder
 from higgstune.progress import duration
 
 if TYPE_CHECKING:
@@ -55,7 +56,17 @@ def print_prepared(
         named = {"data.store": out, "model.checkpoint": model, "model.codec": codec, "model.whisper": whisper}
         settings = [word for key, value in named.items() if value for word in ("--set", f"{key}={value}")]
         recipe = "whisper" if whisper else "clone" if pairs.paired or pairs.explicit else "voice"
-        print_next("higgstune", "train", recipe, *settings, "--out", f"runs/{out.resolve().name}")
+        print_next("higgstune", "train", _recipe_for(recipe, model), *settings, "--out", f"runs/{out.resolve().name}")
+
+
+def _recipe_for(name: str, model: str | None) -> str:
+    """The shipped recipe of that name for the family of a checkpoint, as far as this disk shows it."""
+    from higgstune.config.shipped import shipped_recipes
+    from higgstune.families import family_in
+
+    folder = None if model is None else local_folder(model, what="checkpoint")
+    own = "" if folder is None else f"{family_in(folder)[0].name}/{name}"
+    return own if own in shipped_recipes() else name
 
 
 def print_trained(result: "RunResult", seconds: float, recipe: Path, overrides: Sequence[str]) -> None:

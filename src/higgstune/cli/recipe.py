@@ -36,7 +36,8 @@ def recipe(
         from higgstune.data.rejection import did_you_mean
 
         raise ConfigError(f"there is no recipe {name!r}; {did_you_mean(name, shipped)}")
-    out = out or Path(f"{name}.yaml")
+    plain = Path(name).name
+    out = out or Path(f"{plain}.yaml")
     check_new(out)
     check_folder(out.parent)
     train = ("higgstune", "train", str(out))
@@ -46,7 +47,7 @@ def recipe(
     write_file(out, content)
     print_result({"recipe": name, "file": str(out)} if as_json else {"wrote": out}, as_json)
     if not as_json:
-        print_next(*train, "--out", f"runs/{name}", before="edit it, then")
+        print_next(*train, "--out", f"runs/{plain}", before="edit it, then")
 
 
 def _list(shipped: dict[str, Path], as_json: bool) -> None:

@@ -110,6 +110,7 @@ def speak(
     """Speak a text, or each line of a file."""
     from higgstune.data.clips import read_reference, spoken_text
     from higgstune.data.messages import DEFAULT_SCENE, check_control_tokens
+    from higgstune.data.rules import TAGGED
 
     if text is not None and file is None:
         clips, refused = _one_clip(text, out or Path("speech.wav"))
@@ -125,7 +126,7 @@ def speak(
     if reference is not None:
         read_reference(reference, _FRAME_RATE, reference_text or "")
     if reference_text:
-        spoken_text(reference_text, "--reference-text")
+        spoken_text(reference_text, "--reference-text", TAGGED)
     check_control_tokens(scene or "", "--scene")
     folder = None if adapter is None else named_adapter(adapter, base)
     if adapter is not None:
@@ -133,11 +134,19 @@ def speak(
     for reason in refused:
         errors.print(f"not spoken: {reason}")
     with announced("loading the model", as_json):
-        from higgstune.generate.speaker import Request, Speaker, check_transcript, trained_place, warn_of_duration
+        from higgstune.generate.speaker import (
+            Request,
+            Speaker,
+            check_transcript,
+            family_to_speak,
+            trained_place,
+            warn_of_duration,
+        )
         from higgstune.model.load import load_base
 
     if reference is not None:  # before the model is loaded
-        check_transcript(trained_place(folder, None if model is None else Path(model)), reference_text or "")
+        place = trained_place(folder, None if model is None else Path(model))
+        check_transcript(family_to_speak(folder, model), place, reference_text or "")
     speaker = Speaker(load_base(base, folder), folder, whisper=whisper)
     voice = None if reference is None else speaker.reference(reference, reference_text or "")
     scene = DEFAULT_SCENE if scene is None else scene or None
@@ -163,11 +172,12 @@ class _Clip(NamedTuple):
 def _one_clip(text: str, out: Path) -> tuple[list[_Clip], list[str]]:
     """As `_clips_of_lines`, for one text. Raises InputError for a text or a file name that cannot be."""
     from higgstune.data.clips import spoken_text  # imports pydantic and soundfile, in 0.1 s
+    from higgstune.data.rules import TAGGED
 
     check_wav_name(out)
     if not text.strip():
         raise ConfigError("the text to speak is empty")
-    spoken_text(text, "the text to speak")
+    spoken_text(text, "the text to speak", TAGGED)  # allows most: the speaker knows the rules of its model
     return [_Clip(0, text, out)], []
 
 
@@ -177,6 +187,7 @@ def _clips_of_lines(file: Path, out: Path) -> tuple[list[_Clip], list[str]]:
     Raises ConfigError for a file that cannot be read or has none, and for an `out` that is not a folder.
     """
     from higgstune.data.clips import spoken_text
+    from higgstune.data.rules import TAGGED
 
     if out.suffix.lower() == ".wav" and not out.is_dir():
         raise ConfigError(f"--out {out}: with --file it is a folder, of a clip for each line: name it without .wav")
@@ -184,7 +195,7 @@ def _clips_of_lines(file: Path, out: Path) -> tuple[list[_Clip], list[str]]:
     clips, refused = [], []
     for place, (number, line) in enumerate(_lines(file)):
         try:
-            spoken_text(line, f"line {number} of {file}")
+            spoken_text(line, f"line {number} of {file}", TAGGED)
             clips.append(_Clip(place, line, out / f"{place + 1:04d}.wav"))
         except DataError as error:
             refused.append(str(error))

@@ -18,6 +18,8 @@ __all__ = ["CODEC_FOLDER", "DEFAULT_CODEC", "Codec", "HiggsCodec", "MelCodec", "
 CODEC_FOLDER = "codec"  # the sub-folder in which a checkpoint may bring its codec
 DEFAULT_CODEC = "bosonai/higgs-audio-v2-tokenizer"
 HIGGS_MODEL_TYPE = "higgs_audio_v2_tokenizer"
+BUNDLING = ("higgs_multimodal_qwen3",)  # model types of checkpoints whose own weight files hold their codec
+CODEC_PREFIX = "tied.embedding.modality_embeddings.0.model."  # of its tensors there
 
 
 def load_codec(
@@ -27,7 +29,8 @@ def load_codec(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Codec:
-    """The codec in a folder or at the hub: the Higgs codec on `device`, or a fitted one, always on the CPU.
+    """The codec in a folder or at the hub: the Higgs codec on `device`, or a fitted one, always on the CPU. A
+    checkpoint with a codec in its own weight files is a codec's folder, too.
 
     `revision` and `cache_dir` are the hub's. Raises CheckpointError for what is not a codec of these kinds.
     """
@@ -37,6 +40,10 @@ def load_codec(
     model_type = read_json(folder / mel.CONFIG, "a codec's folder needs it").get("model_type")
     if model_type == mel.MODEL_TYPE:
         return mel.MelCodec.from_pretrained(folder)
+    if model_type in BUNDLING:
+        from higgstune.codec.bundled import load_bundled
+
+        return load_bundled(folder, device=device)
     if model_type == HIGGS_MODEL_TYPE:
         from higgstune.codec.higgs import HiggsCodec  # imports transformers, which a fitted codec does not need
 
@@ -48,7 +55,8 @@ def load_codec(
 
 
 def checkpoint_codec(checkpoint: str | Path | None, codec: str | Path | None = None) -> str:
-    """The name or folder of a checkpoint's codec: the given one, else its sub-folder `codec`, else the released codec.
+    """The name or folder of a checkpoint's codec: the given one, else its sub-folder `codec`, else the checkpoint
+    itself where its own weight files hold one, else the released codec.
 
     Raises CheckpointError when the checkpoint is needed and does not exist.
     """
@@ -56,8 +64,21 @@ def checkpoint_codec(checkpoint: str | Path | None, codec: str | Path | None = N
         return str(codec)
     if checkpoint is None:
         return DEFAULT_CODEC
-    own = fetch(checkpoint, what="checkpoint", weights=False) / CODEC_FOLDER
-    return str(own) if own.is_dir() else DEFAULT_CODEC
+    folder = fetch(checkpoint, what="checkpoint", weights=False)
+    if (own := folder / CODEC_FOLDER).is_dir():
+        return str(own)
+    return str(checkpoint) if bundles_codec(folder) else DEFAULT_CODEC
+
+
+def brings_codec(folder: Path) -> bool:
+    """Whether a checkpoint's folder has its codec, in a sub-folder or in its own weight files."""
+    return (folder / CODEC_FOLDER).is_dir() or bundles_codec(folder)
+
+
+def bundles_codec(folder: Path) -> bool:
+    """Whether a checkpoint's own weight files hold its codec, by its config.json."""
+    path = folder / "config.json"
+    return path.exists() and read_json(path, "").get("model_type") in BUNDLING
 
 
 def __getattr__(name: str) -> Any:

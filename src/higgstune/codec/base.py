@@ -17,6 +17,7 @@ class Codec(Protocol):
     num_codebooks: int
     codebook_size: int  # codes in one codebook, without stream BOS and EOS
     revision: str  # names the weights: equal revisions give equal codes
+    reference_seconds: float  # the shortest reference; a shorter one is filled up with silence
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         """[samples] float32 in [-1, 1] at `sample_rate` -> [frames, num_codebooks] uint16."""
@@ -35,6 +36,12 @@ def whole_frames(waveform: np.ndarray, frame_samples: int) -> np.ndarray:
             f"{waveform.shape}: mix the channels, scale integers"
         )
     return np.pad(waveform.astype(np.float32), (0, -len(waveform) % frame_samples))
+
+
+def encode_reference(codec: Codec, waveform: np.ndarray) -> np.ndarray:
+    """The codes of a voice's recording: `codec.encode`, with silence after a recording that is too short."""
+    missing = round(codec.reference_seconds * codec.sample_rate) - len(waveform)
+    return codec.encode(np.pad(waveform, (0, missing)) if missing > 0 else waveform)
 
 
 def checked_codes(codes: np.ndarray, num_codebooks: int, codebook_size: int) -> np.ndarray:

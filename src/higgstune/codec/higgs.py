@@ -22,13 +22,24 @@ from transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokeni
 
 # transformers still has a placeholder under this name, from before torchaudio could be imported.
 vars(transformers)["HiggsAudioV2TokenizerModel"] = HiggsAudioV2TokenizerModel
-_REFUSED_KEYS = {"_attn_implementation", "attn_implementation", "quantization_config"}  # they make code load
+REFUSED_KEYS = {"_attn_implementation", "attn_implementation", "quantization_config"}  # they make code load
 
 
 class HiggsCodec:
     """Implements `Codec`. Not a module: it never becomes part of a trained one and never leaves eval mode."""
 
-    def __init__(self, model: HiggsAudioV2TokenizerModel, revision: str, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        model: HiggsAudioV2TokenizerModel,
+        revision: str,
+        device: str | torch.device = "cpu",
+        *,
+        fills_frames: bool = True,
+        reference_seconds: float = 0.0,
+    ) -> None:
+        """`fills_frames`: clips are padded with silence to a whole frame, as by the feature extractor of transformers;
+        else the exact samples are encoded, and the number of frames is the codec's own.
+        """
         self._model = model.eval().requires_grad_(False).to(device)
         config = model.config
         self.sample_rate: int = config.sample_rate
@@ -37,15 +48,16 @@ class HiggsCodec:
         self.num_codebooks: int = config.num_quantizers
         self.codebook_size: int = config.codebook_size
         self.revision = revision
+        self.reference_seconds = reference_seconds
+        self._fills_frames = fills_frames
 
     @torch.inference_mode()
     def encode(self, waveform: np.ndarray) -> np.ndarray:
-        """[samples] float32 at `sample_rate` -> [ceil(samples / frame_samples), num_codebooks] uint16.
+        """[samples] float32 at `sample_rate` -> [frames, num_codebooks] uint16.
 
-        One clip at a time: in a padded batch the padding changes the codes. The clip is padded with silence to a whole
-        frame, as by the feature extractor of transformers. Raises DataError.
+        One clip at a time: in a padded batch the padding changes the codes. Raises DataError.
         """
-        filled = whole_frames(waveform, self.frame_samples)
+        filled = whole_frames(waveform, self.frame_samples if self._fills_frames else 1)
         if len(filled) == 0:
             return np.zeros((0, self.num_codebooks), dtype=np.uint16)
         samples = torch.from_numpy(filled).to(self._model.device)
@@ -93,19 +105,19 @@ class HiggsCodec:
 def _check_folder(folder: Path) -> None:
     """Raise CheckpointError for pickled weights, and for whatever makes transformers load code or other weights."""
     weight_files(folder)
-    named = _keys(read_json(folder / "config.json", "a codec's folder needs it")) & _REFUSED_KEYS
+    named = keys_of(read_json(folder / "config.json", "a codec's folder needs it")) & REFUSED_KEYS
     if named or (folder / "adapter_config.json").exists():
         what = sorted(named)[0] if named else "an adapter"
         raise CheckpointError(f"{folder}: the codec has {what}, which is not supported. Download the folder again.")
 
 
-def _keys(config: Any) -> set[str]:
+def keys_of(config: Any) -> set[str]:
     """Every key of a configuration and of its parts."""
     if isinstance(config, list):
-        return {key for part in config for key in _keys(part)}
+        return {key for part in config for key in keys_of(part)}
     if not isinstance(config, dict):
         return set()
-    return set(config) | {key for part in config.values() for key in _keys(part)}
+    return set(config) | {key for part in config.values() for key in keys_of(part)}
 
 
 def folder_revision(folder: Path) -> str:

@@ -158,6 +158,7 @@ class MelCodec:
         )
         self._spectrum = Spectrum(config.sample_rate, config.n_fft, config.hop, config.num_mels, config.max_hz)
         self.sample_rate = config.sample_rate
+        self.reference_seconds = 0.0
         self.frame_rate = config.sample_rate / self.frame_samples
         self.num_codebooks = config.num_codebooks
         self.codebook_size = config.codebook_size

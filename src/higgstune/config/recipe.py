@@ -20,7 +20,7 @@ from higgstune.data.messages import ReferencePlace
 from higgstune.data.rejection import did_you_mean
 from higgstune.errors import ConfigError
 from higgstune.families import DEFAULT_FAMILY, family_info
-from higgstune.families.base import TextTargets
+from higgstune.families.base import TRAINS_TABLE, TextTargets
 from higgstune.families.sampling import MAX_TEMPERATURE
 from higgstune.files import write_file
 from higgstune.inputs import Quantize
@@ -148,6 +148,9 @@ class Stage(_Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=64, description="folder of the stage in the run")
     kind: str = Field(description="for Higgs Audio v2: text (LoRA on the text pathway, audio frozen) or full (on both)")
+    audio_embedding: Literal["frozen", "full"] = Field(
+        "frozen", description="for Higgs TTS 3: full trains the table of audio codes, which is also the head"
+    )
     epochs: float | None = Field(None, gt=0, description="passes over the data; or give max_steps")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; or give epochs")
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
@@ -201,6 +204,11 @@ class Stage(_Strict):
         if weights is not None and (min(weights, default=-1) < 0 or sum(weights) == 0):
             raise ValueError("codebook_weights must be >= 0 and not all 0")
         return self
+
+    @property
+    def trains(self) -> str:
+        """The kind, as `Family.lora_targets` takes it."""
+        return self.kind + (TRAINS_TABLE if self.audio_embedding == "full" else "")
 
     @property
     def pack_size(self) -> PackSize:
@@ -320,6 +328,8 @@ def _family_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if getattr(recipe.model, setting) and setting not in family.extensions:
             yield f"model.{setting}", f"{family.title} has no such extension; leave it out"
     for index, stage in enumerate(recipe.stages):
+        if stage.audio_embedding == "full" and not family.audio_embedding:
+            yield f"stages.{index}.audio_embedding", f"{family.title} trains no embedding: leave it out"
         for field, value, known in (
             ("kind", stage.kind, tuple(family.stage_kinds)),
             ("text_targets", stage.text_targets, family.text_targets),

@@ -9,8 +9,8 @@ _ENDINGS = (".yaml", ".yml")
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The files of the shipped recipes, by name."""
-    return {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
+    """The files of the shipped recipes, by name; those of a further model family begin with its name."""
+    return {path.relative_to(_FOLDER).with_suffix("").as_posix(): path for path in sorted(_FOLDER.rglob("*.yaml"))}
 
 
 def summary_of(recipe: Path) -> str:

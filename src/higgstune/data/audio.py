@@ -5,11 +5,12 @@
 
 import hashlib
 import io
+import json
 import math
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from higgstune.inputs import check_wav_name
 PLAIN_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus")  # libsndfile's
 MEDIA_SUFFIXES = (".m4a", ".m4b", ".aac", ".mp4", ".mov", ".webm", ".mkv", ".mka")  # PyAV's
 AUDIO_SUFFIXES = PLAIN_SUFFIXES + MEDIA_SUFFIXES
+GENERATED_BY = "generated_by"  # in the comment of a file, as JSON
 MAX_SECONDS = 3600.0  # of one clip in memory, whatever its header claims
 SKETCH_SIZE = 16  # sums in a sketch
 _RATES = range(4_000, 768_001)  # Hz; anything else is a damaged header
@@ -320,8 +322,12 @@ class _Projector:
         return tuple(self._sum.astype(np.float32).tolist())
 
 
-def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
+def write_wav(
+    path: str | Path, waveform: np.ndarray, sample_rate: int, generated_by: Mapping[str, str] | None = None
+) -> None:
     """[samples] float32 in [-1, 1] -> a 16-bit WAV file, under a temporary name first; folders are created.
+
+    `generated_by` goes into its metadata: see `origin_of`.
 
     Raises InputError when the name does not end in .wav; WorkError where the disk refuses, which leaves nothing of it.
     """
@@ -331,14 +337,33 @@ def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
     with writing(path, NOTHING_KEPT):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(wav_bytes(waveform, sample_rate))
+            temporary.write_bytes(wav_bytes(waveform, sample_rate, generated_by))
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def wav_bytes(waveform: np.ndarray, sample_rate: int) -> bytes:
+def wav_bytes(waveform: np.ndarray, sample_rate: int, generated_by: Mapping[str, str] | None = None) -> bytes:
     """[samples] float32 in [-1, 1] -> a 16-bit WAV file's content."""
     buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(waveform, -1, 1), sample_rate, format="WAV", subtype="PCM_16")
+    with soundfile.SoundFile(buffer, "w", sample_rate, channels=1, format="WAV", subtype="PCM_16") as file:
+        if generated_by is not None:
+            file.comment = json.dumps({GENERATED_BY: dict(generated_by)})
+        file.write(np.clip(waveform, -1, 1))
     return buffer.getvalue()
+
+
+def origin_of(path: str | Path) -> dict[str, str] | None:
+    """The model family that generated the speech in a file, and the licence that binds it; None where nothing is said.
+
+    Raises RowError for a file that cannot be read.
+    """
+    with _opened(path, whole=False) as file:
+        if not isinstance(file, soundfile.SoundFile):  # nobody wrote a comment of ours into a container
+            return None
+        try:
+            written = json.loads(file.comment)
+        except ValueError:
+            return None
+    found = written.get(GENERATED_BY) if isinstance(written, dict) else None
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else None

@@ -13,15 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from higgstune.data.audio import MAX_SECONDS, Recording, audio_hash, mono, peak_of, read_audio, read_recording
+from higgstune.data.audio import (
+    MAX_SECONDS,
+    Recording,
+    audio_hash,
+    mono,
+    origin_of,
+    peak_of,
+    read_audio,
+    read_recording,
+)
 from higgstune.data.importers.transcripts import plain_text
 from higgstune.data.manifest import Utterance
 from higgstune.data.measures import Kept, Measures
 from higgstune.data.messages import Message, audio_parts, check_control_tokens, is_target, target_text
 from higgstune.data.readings import FileState, Reading, Readings
 from higgstune.data.rejection import RowError
+from higgstune.data.rules import NORMALIZED, TextRules
 from higgstune.data.source import SourceRow
-from higgstune.data.text import is_speakable, normalize_text, spoken_length
+from higgstune.data.text import is_speakable, spoken_length, without_tags
 
 MIN_FRAMES = 8  # of a clip that is encoded
 MAX_REFERENCE = 30.0  # seconds, as of a clip that is not allowed to be long
@@ -193,7 +203,9 @@ def _check_sound(peak: float, measures: Measures | None) -> Measures:
     return measures
 
 
-def read_reference(path: str | Path, frame_rate: float, text: str = "") -> tuple[np.ndarray, int]:
+def read_reference(
+    path: str | Path, frame_rate: float, text: str = "", rules: TextRules = NORMALIZED
+) -> tuple[np.ndarray, int]:
     """A recording to imitate, checked as `prepare` checks a clip -> (waveform [samples] float32 mono, rate in Hz).
 
     `frame_rate` is the codec's, in frames a second; `text` is the transcript, if there is one. Raises RowError, with
@@ -203,7 +215,7 @@ def read_reference(path: str | Path, frame_rate: float, text: str = "") -> tuple
     try:
         reader = ClipReader(limits)
         waveform, rate = reader.decoded[reader.read(Path(path), Segment()).sha256]
-        _check_rate(normalize_text(text), len(waveform) / rate)
+        _check_rate(rules.normalized(text), len(waveform) / rate)
     except RowError as error:
         raise RowError(error.reason, f"the reference {path} cannot be used: {error}") from error
     return waveform, rate
@@ -232,8 +244,17 @@ class Candidate:
 class Checker:
     """Checks rows one after the other."""
 
-    def __init__(self, limits: Limits, readings: Readings | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        readings: Readings | None = None,
+        rules: TextRules = NORMALIZED,
+        shortest_reference: float = 0.0,
+    ) -> None:
+        """`shortest_reference` in seconds, as of a codec (`Codec.reference_seconds`)."""
         self.reader = ClipReader(limits, readings)
+        self._rules = rules
+        self._shortest_reference = shortest_reference
 
     def check(self, row: SourceRow) -> Candidate:
         """A row as a candidate; the waveforms that were decoded for it are in `reader.decoded`.
@@ -247,6 +268,13 @@ class Checker:
             candidate = self._utterance(row, row.content)
         else:
             candidate = self._conversation(row, row.content, row.content.messages)
+        for clip in candidate.clips:
+            if (origin := origin_of(clip.path)) is not None:
+                raise RowError(
+                    "bad_row",
+                    f"{clip.path} is speech that {origin.get('family')} has generated, whose licence "
+                    f"({origin.get('licence')}) forbids to train other models on it: use recordings",
+                )
         if any(candidate.target.overlaps(clip) for clip in candidate.clips[1:]):
             raise RowError(
                 "reference_is_target", "the target's own audio is in its reference or context: the model would copy it"
@@ -273,18 +301,25 @@ class Checker:
         return unknown, sizes[:2][-1]
 
     def _utterance(self, row: SourceRow, utterance: Utterance) -> Candidate:
-        text = spoken_text(utterance.text or "", "text")
+        text = spoken_text(utterance.text or "", "text", self._rules)
         check_control_tokens(utterance.scene or "", "scene")
         reference = reference_text = None
         if utterance.reference_text:
-            reference_text = spoken_text(utterance.reference_text, "reference_text")
+            reference_text = spoken_text(utterance.reference_text, "reference_text", self._rules)
         target = self.reader.read(row.path(utterance.audio or ""), Segment(utterance.start, utterance.end))
         _check_rate(text, target.seconds)
         if utterance.reference_audio:
             reference = self._part(row, "reference_audio", utterance.reference_audio, Segment())
+            if reference.seconds < self._shortest_reference:
+                raise RowError(
+                    "too_short",
+                    f"reference_audio has {reference.seconds:.2f} s: a reference needs {self._shortest_reference:g} s",
+                )
         return Candidate(row.location, utterance, text, target, reference, reference_text)
 
     def _conversation(self, row: SourceRow, utterance: Utterance, messages: Sequence[Message]) -> Candidate:
+        if not self._rules.conversations:
+            raise RowError("bad_row", "the model takes no conversations: give audio, text and reference_audio")
         text = target_text(messages)
         if not is_speakable(text):
             raise RowError("empty_text", "the target has no text, neither its own nor the user's before it")
@@ -320,11 +355,12 @@ def _check_rate(text: str, seconds: float) -> None:
         )
 
 
-def spoken_text(text: str, where: str) -> str:
-    """A text as it is spoken, normalised. Raises RowError that names `where` for one that cannot be."""
-    check_control_tokens(text, where)
+def spoken_text(text: str, where: str, rules: TextRules = NORMALIZED) -> str:
+    """A text as it is spoken by a model with these rules. Raises RowError that names `where` for one that cannot be."""
+    check_control_tokens(text, where, rules.tags)
     try:
-        text = normalize_text(plain_text(text))
+        plain = plain_text(without_tags(text) if rules.tags else text)
+        text = text if rules.verbatim else rules.normalized(plain)
     except RowError as error:
         raise RowError(error.reason, f"{where}: {error}") from error
     if not is_speakable(text):

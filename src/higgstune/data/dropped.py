@@ -92,6 +92,7 @@ class StoredCodec:
         self.num_codebooks = info.num_codebooks
         self.codebook_size = info.codebook_size
         self.revision = info.codec_revision
+        self.reference_seconds = 0.0
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         """Never called: every clip of a store is encoded."""

@@ -104,11 +104,11 @@ class Pairing:
     without_speaker: int = 0  # rows that name no speaker, and so have no pair
 
 
-def resolve_references(entries: list[Entry], mode: str, seed: int) -> Pairing:
+def resolve_references(entries: list[Entry], mode: str, seed: int, shortest: float = 0.0) -> Pairing:
     """Set `reference_id` of every row: to an explicit reference that is a row itself, or with `same_speaker` to a pair.
 
     A pair is another clip, with another text, of the same speaker in the same split; of another recording where there
-    is one. The same rows, seed and mode give the same pairs.
+    is one, and of at least `shortest` seconds. The same rows, seed and mode give the same pairs.
     """
     by_audio = {entry.audio_sha256: entry.id for entry in reversed(entries)}
     explicit = 0
@@ -122,14 +122,14 @@ def resolve_references(entries: list[Entry], mode: str, seed: int) -> Pairing:
     open_rows = [entry for entry in entries if entry.reference_sha256 is None and entry.messages is None]
     voices: dict[tuple[str, str], list[Entry]] = defaultdict(list)
     for entry in entries:
-        if entry.speaker is not None and entry.messages is None:
+        if entry.speaker is not None and entry.messages is None and entry.duration >= shortest:
             voices[entry.speaker, str(entry.split)].append(entry)
     pools = {voice: _Pool(rows, seed) for voice, rows in voices.items()}
     alone = set()
     for entry in open_rows:
         if entry.speaker is not None:
             voice = entry.speaker, str(entry.split)
-            other = pools[voice].pick(entry)
+            other = pools[voice].pick(entry) if voice in pools else None
             entry.reference_id = other.id if other else None
             if other is None:
                 alone.add(voice)

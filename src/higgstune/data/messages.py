@@ -54,9 +54,17 @@ def normalize_messages(messages: Any, start_index: int | None = None) -> tuple[l
     return result, None if start_index is None else starts[start_index]
 
 
-def check_control_tokens(text: str, where: str) -> None:
-    """Raise RowError where a text holds a control token, as written or once invisible characters are removed."""
-    if tokens := find_control_tokens(text) or find_control_tokens(clean_text(text)):
+def check_control_tokens(text: str, where: str, tags: Sequence[str] = ()) -> None:
+    """Raise RowError where a text holds a control token that is none of the model's `tags`, as written or once
+    invisible characters are removed.
+    """
+    tokens = [
+        token for token in find_control_tokens(text) or find_control_tokens(clean_text(text)) if token not in tags
+    ]
+    if tokens and tags and ":" in tokens[0]:  # as tags have
+        near = did_you_mean(tokens[0], tags)
+        raise RowError("control_token", f"{where} has {tokens[0][:100]}, which the model has not as a tag; {near}")
+    if tokens:
         raise RowError(
             "control_token",
             f"{where} holds the control token {tokens[0][:100]}, which would be part of the prompt's structure: "

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from higgstune.checkpoint_files import read_json
 from higgstune.codec.base import Codec
-from higgstune.data.clips import Candidate, Limits
+from higgstune.data.clips import Candidate, Checker, Limits
 from higgstune.data.decoders import check_rows
 from higgstune.data.dropped import DroppedRows, StoredCodec, rows_not_in_source, warn_of_pairs, warn_of_stale
 from higgstune.data.encode import CodeJournal, Encoder, journal_path
@@ -27,6 +27,7 @@ from higgstune.data.messages import whisper_clips
 from higgstune.data.outliers import find_outliers, not_measured
 from higgstune.data.readings import READINGS_NAME, Readings
 from higgstune.data.rejection import Rejection, RowError, count_reasons
+from higgstune.data.rules import TextRules, rules_of
 from higgstune.data.shard_reader import PARTIAL_NAME, REJECTED_NAME, StoreInfo
 from higgstune.data.shard_writer import write_store
 from higgstune.data.source import Source, SourceRow, rejections_of
@@ -42,7 +43,6 @@ from higgstune.data.summary import (
     nothing_usable,
     rows_by_split,
 )
-from higgstune.data.text import TEXT_NORMALIZATION
 from higgstune.data.whisper_features import WhisperEncoder, forget_features, store_features
 from higgstune.environment import choose_device
 from higgstune.errors import CheckpointError, ConfigError, DataError
@@ -233,6 +233,7 @@ class Preparation:
         self._whisper_encoder = whisper_encoder
         self._store = _existing_store(out, codec)
         self._stored = [] if self._store is None else stored_entries(self._store)
+        self._rules = _rules(out, model_type, self._store)
         self._dropped = DroppedRows([] if self._store is None else self._store.info.dropped)
 
     def run(self, source: Source, drop: Sequence[str] = (), restore: Sequence[str] = ()) -> PrepareSummary:
@@ -305,7 +306,8 @@ class Preparation:
         with writing(self._out / READINGS_NAME, "nothing was encoded"):
             opened = Readings(self._out / READINGS_NAME)
         with opened as readings:
-            for index, checked, decoded in check_rows(rows, limits, readings, self._codec.sample_rate):
+            checker = Checker(limits, readings, self._rules, self._codec.reference_seconds)
+            for index, checked, decoded in check_rows(rows, checker, limits, readings, self._codec.sample_rate):
                 self._progress("encoding", len(candidates) + len(refused), len(rows))
                 if isinstance(checked, RowError):
                     refused[index] = checked
@@ -380,7 +382,9 @@ class Preparation:
         return merger, refused
 
     def _write(self, entries: list[Entry], encoder: Encoder, read_as: str) -> Pairing:
-        pairing = resolve_references(entries, self._options.references, self._options.seed)
+        pairing = resolve_references(
+            entries, self._options.references, self._options.seed, self._codec.reference_seconds
+        )
         frames = {}
         for entry in entries:
             entry.frames = frames[entry.id] = encoder.frames(entry.audio_sha256)
@@ -405,7 +409,7 @@ class Preparation:
             frame_rate=codec.frame_rate,
             num_codebooks=codec.num_codebooks,
             codebook_size=codec.codebook_size,
-            text_normalization=TEXT_NORMALIZATION,
+            text_normalization=self._rules.version,
             higgstune_version=version("higgstune"),
             rows=rows_by_split(entries),
             hours=hours_by_split(entries),
@@ -468,12 +472,18 @@ def _existing_store(out: Path, codec: Codec) -> CodeStore | None:
             f"{out} was made with the codec revision {store.info.codec_revision}, but this codec has "
             f"{codec.revision}: prepare into a new folder, or name the codec that made the store"
         )
-    if store.info.text_normalization != TEXT_NORMALIZATION:
+    return store
+
+
+def _rules(out: Path, model_type: str | None, store: CodeStore | None) -> TextRules:
+    """The rules of the model's texts. Raises DataError where a store has others."""
+    rules = rules_of(model_type if store is None or model_type is not None else store.info.model_type)
+    if store is not None and store.info.text_normalization != rules.version:
         raise DataError(
             f"{out} has texts normalised by version {store.info.text_normalization}, but this Higgstune has "
-            f"version {TEXT_NORMALIZATION}: prepare all its recordings into a new folder"
+            f"version {rules.version}: prepare all its recordings into a new folder"
         )
-    return store
+    return rules
 
 
 def _with_reference_text(candidate: Candidate, texts: dict[str, str]) -> Candidate:

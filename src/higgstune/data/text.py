@@ -115,8 +115,8 @@ def clean_text(text: str) -> str:
 
 
 def is_speakable(text: str) -> bool:
-    """Whether a text has a letter or a digit to speak, apart from speaker tags such as [SPEAKER0]."""
-    return any(character.isalnum() for character in _SPEAKER_TAG.sub("", text))
+    """Whether a text has a letter or a digit to speak, apart from tags such as [SPEAKER0]."""
+    return any(character.isalnum() for character in _SPEAKER_TAG.sub("", without_tags(text)))
 
 
 def find_marks(text: str) -> list[str]:
@@ -129,7 +129,7 @@ def spoken_length(text: str) -> int:
 
     An ideograph or a syllable of Korean counts as one, and so does a digit beside them.
     """
-    spoken = [c for c in _SOUND.sub("", _SPEAKER_TAG.sub("", text)) if c.isalnum()]
+    spoken = [c for c in _SOUND.sub("", _SPEAKER_TAG.sub("", without_tags(text))) if c.isalnum()]
     if is_wide("".join(spoken)):
         return len(spoken)
     return sum(_DIGIT_LENGTH if c.isdigit() else 1 for c in _ZEROS.sub(_ZEROS_WORD, "".join(spoken)))
@@ -143,6 +143,11 @@ def is_wide(text: str) -> bool:
 def find_control_tokens(text: str) -> list[str]:
     """Every `<|...|>` in a text, in order. In a user's text, one would be read as structure of the prompt."""
     return _CONTROL_TOKEN.findall(text)
+
+
+def without_tags(text: str) -> str:
+    """A text without any `<|...|>`: what is said of it."""
+    return _CONTROL_TOKEN.sub(" ", text)
 
 
 def _composed(text: str) -> str:

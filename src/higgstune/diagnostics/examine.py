@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 
 from higgstune.batch.dataset import PLAIN, Rendering
-from higgstune.codec import CODEC_FOLDER, Codec, checkpoint_codec, load_codec
+from higgstune.codec import Codec, brings_codec, checkpoint_codec, load_codec
 from higgstune.config.recipe import Recipe, load_recipe
 from higgstune.config.trackers import ADVICE, missing_trackers
 from higgstune.data.store import CodeStore, Row
@@ -18,14 +19,14 @@ from higgstune.diagnostics import adapter as adapters
 from higgstune.diagnostics import checkpoint as checkpoints
 from higgstune.diagnostics import codec as codecs
 from higgstune.diagnostics import data as stores
-from higgstune.diagnostics import generation, loss, prompt
+from higgstune.diagnostics import generation, golden, loss, prompt
 from higgstune.diagnostics import machine as memory
 from higgstune.diagnostics.machine import check_environment
 from higgstune.diagnostics.report import Finding, Report, sorted_report
 from higgstune.environment import INSTALL, choose_device, choose_dtype
 from higgstune.errors import CheckpointError, ConfigError, HiggstuneError
-from higgstune.families import check_family, family_in, load_family, read_layout
-from higgstune.families.base import Family, Layout, Prompter, Spec
+from higgstune.families import check_store_family, family_in, load_family, read_layout
+from higgstune.families.base import Family, GoldenCheck, Layout, Prompter, Spec
 from higgstune.hub import fetch
 from higgstune.inputs import BaseSpec, find_adapter
 from higgstune.model.adapter_folder import (
@@ -95,20 +96,24 @@ def doctor(
     adapter: str | Path | None = None,
     data: str | Path | None = None,
     recipe: str | Path | None = None,
+    golden_values: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Examine the machine and whatever is named, without changing anything.
 
         doctor(adapter="runs/voice", data="data/voice").passed
 
-    A recipe and an adapter name their own base, codec and data, which these arguments override. `progress` is called
-    with the name of each check before it starts. Faults are findings of the report. Raises ConfigError for an unknown
-    device or dtype.
+    A recipe and an adapter name their own base, codec and data, which these arguments override. `golden_values` is
+    a folder of what reference code computed with a checkpoint in it, which is compared with this installation.
+    `progress` is called with the name of each check before it starts. Faults are findings of the report. Raises
+    ConfigError for an unknown device or dtype.
     """
     choose_dtype(base.dtype, choose_device(base.device))
     names = Names(base, *(None if name is None else str(name) for name in (adapter, data, recipe)))
     examination = _Examination(names, progress or (lambda _: None))
     examination.run()
+    if golden_values is not None:
+        examination.compare(Path(golden_values))
     return sorted_report(examination.findings)
 
 
@@ -162,6 +167,18 @@ class _Examination:
         needed = ("adapter", "adapter files", "adapter's base", "model", "finite weights")
         self._run("adapter", needed, self._apply_adapter)
         self._run("generation", ("model", "finite weights", "tokenizer", "prompt"), self._generate)
+
+    def compare(self, folder: Path) -> None:
+        """Compare this installation with golden values, one finding a check."""
+        checks: list[GoldenCheck] = []
+
+        def find() -> list[Finding]:
+            checks.extend(golden.checks_in(folder))
+            return []
+
+        self._run("golden", (), find)
+        for check in checks:
+            self._run("golden", (), partial(golden.compare, check))
 
     def _run(
         self, check: str, requires: tuple[str, ...], work: Callable[[], list[Finding]], *, provides: str | None = None
@@ -273,7 +290,7 @@ class _Examination:
         if self.adapter is not None:
             check_adapter_family(self.adapter, info)
         if self.store is not None:
-            check_family(f"the store {self.store.folder}", self.store.info.model_type, info)
+            check_store_family(self.store.folder, self.store.info.model_type, info, self.folder)
         self.family = load_family(info)
         self.config = self.family.read_config(self.folder)
         self.spec = self.family.spec(self.config)
@@ -307,7 +324,7 @@ class _Examination:
     # Codec and data
 
     def _check_codec(self) -> list[Finding]:
-        has_codec = hasattr(self, "folder") and (self.folder / CODEC_FOLDER).is_dir()
+        has_codec = hasattr(self, "folder") and brings_codec(self.folder)
         if self.names.base.codec is None and "config" in self.unavailable and not has_codec:
             self.unavailable["codec"] = "no codec was named with --codec, and there is no checkpoint with one"
             return [Finding("codec", "skipped", self.unavailable["codec"])]
@@ -365,7 +382,7 @@ class _Examination:
         row = self._example_rows()[0]
         if self.store is not None and "rows" not in self.unavailable:
             row = self._without_features(self.store[0])
-        found = prompt.check_same_prompt(self.prompter, row, self.family.checks, self.rendering)
+        found = prompt.check_same_prompt(self.prompter, row, self.family.checks, self.rendering, self.family.info.texts)
         self._block_if_failed(found, "prompt", "prompts differ between training and speaking")
         found += prompt.check_tokens(self.prompter.tokenizer, self.family.checks)
         return found + prompt.check_chat_template(self.prompter.tokenizer, row, self.family.checks)

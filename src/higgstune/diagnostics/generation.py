@@ -32,10 +32,10 @@ def check_generation(
 
     `model` is a native, an extended or a peft model in eval mode; `what` names it in messages.
     """
-    clips = two_unequal(rows)
+    clips, texts = two_unequal(rows), family_of(model).info.texts
     trained = [as_trained(prompter, row, rendering) for row in clips]
     forced = _teacher_forced(model, trained)
-    stepped = _step_by_step(model, [as_spoken(prompter, row, rendering) for row in clips], trained, clips)
+    stepped = _step_by_step(model, [as_spoken(prompter, row, rendering, texts) for row in clips], trained, clips)
     gap, allowed = _compare(torch.cat(forced), torch.cat(stepped), base_of(model))
     text = f"{what}: on {sum(map(len, forced))} audio frames, batch and stepwise logits differ by {gap:.2g}"
     if gap <= allowed:

@@ -15,7 +15,7 @@ from higgstune.data.overview import row_index
 from higgstune.data.store import CodeStore, Row
 from higgstune.data.whisper_features import FeatureStore
 from higgstune.errors import CheckpointError, ConfigError, DataError
-from higgstune.families import check_family, family_in
+from higgstune.families import check_store_family, family_in
 from higgstune.families.base import Example, Prompter, TextTargets
 from higgstune.hub import fetch
 from higgstune.kernels import IGNORE
@@ -65,9 +65,8 @@ def inspect_row(
     name = model or opened.info.settings.get("model") or ModelSettings.model_fields["checkpoint"].default
     try:
         prompter = load_prompter(name)
-        check_family(
-            f"the store {store}", opened.info.model_type, family_in(fetch(name, what="checkpoint", weights=False))[0]
-        )
+        info = family_in(fetch(name, what="checkpoint", weights=False))[0]
+        check_store_family(opened.folder, opened.info.model_type, info, name)
     except CheckpointError as error:
         raise CheckpointError(f"{error}\nName the checkpoint whose tokenizer reads the text with --model") from error
     found = opened[index]

@@ -9,8 +9,8 @@ from jinja2 import TemplateError
 
 from higgstune.batch.dataset import PLAIN, TARGET, Rendering, row_conversation, row_example
 from higgstune.data.messages import DEFAULT_SCENE, Message, content_parts, speech_messages
+from higgstune.data.rules import NORMALIZED, TextRules
 from higgstune.data.store import Row
-from higgstune.data.text import normalize_text
 from higgstune.diagnostics.report import Finding, naming
 from higgstune.families.base import Audio, Checks, Example, Prompter, TextTargets
 
@@ -37,14 +37,16 @@ def as_trained(
     return row_example(prompter, row, text_targets, rendering)
 
 
-def as_spoken(prompter: Prompter, row: Row, rendering: Rendering = PLAIN) -> Example:
+def as_spoken(prompter: Prompter, row: Row, rendering: Rendering = PLAIN, texts: TextRules = NORMALIZED) -> Example:
     """The prompt of generation for a row's last target. Raises DataError."""
-    return prompter.prompt(*_speech_request(row, rendering))
+    return prompter.prompt(*_speech_request(row, rendering, texts))
 
 
-def check_same_prompt(prompter: Prompter, row: Row, checks: Checks, rendering: Rendering = PLAIN) -> list[Finding]:
+def check_same_prompt(
+    prompter: Prompter, row: Row, checks: Checks, rendering: Rendering = PLAIN, texts: TextRules = NORMALIZED
+) -> list[Finding]:
     """Check that training and generation have the same prompt before a row's target."""
-    trained, spoken = as_trained(prompter, row, rendering), as_spoken(prompter, row, rendering)
+    trained, spoken = as_trained(prompter, row, rendering), as_spoken(prompter, row, rendering, texts)
     problem = _first_difference(prompter, trained, spoken, checks.prompt_end)
     if problem is None:
         rows = len(spoken.audio_input_ids)
@@ -96,17 +98,19 @@ def check_tokens(tokenizer: Any, checks: Checks) -> list[Finding]:
     return [Finding(CHECK, "ok", f"all {len(checks.control_tokens)} control tokens are single ids")]
 
 
-def _speech_request(row: Row, rendering: Rendering = PLAIN) -> tuple[Sequence[Message], list[Audio]]:
+def _speech_request(
+    row: Row, rendering: Rendering = PLAIN, texts: TextRules = NORMALIZED
+) -> tuple[Sequence[Message], list[Audio]]:
     """The conversation of `speak` for a row's last target, and the audio before it."""
     messages, audio, _ = row_conversation(row, rendering)
     if row.messages is None:
         scene = DEFAULT_SCENE if row.scene is None else row.scene
-        said = normalize_text(row.text)
+        said = texts.normalized(row.text)
         if row.reference_codes is None:
             return speech_messages(said, scene=scene), []
         if rendering.reference == "scene":
             return speech_messages(said, scene=scene, voice="reference"), audio[:1]
-        words = normalize_text(row.reference_text or "")
+        words = texts.normalized(row.reference_text or "")
         return speech_messages(said, scene=scene, context=[(words, "reference")]), audio[:1]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and _audio_parts(message)]
     before = sum(_audio_parts(message) for message in messages[: turns[-1]])
@@ -131,7 +135,7 @@ def _first_difference(prompter: Prompter, trained: Example, spoken: Example, pro
         odd = np.flatnonzero(ids[:shared] != request[:shared])
         place = int(odd[0]) if len(odd) else shared
         around = slice(max(0, place - 4), place + 4)
-        texts = [prompter.tokenizer.decode(tokens[around].tolist()) for tokens in (ids, request)]
+        texts = [prompter.tokenizer.decode([i for i in tokens[around].tolist() if i >= 0]) for tokens in (ids, request)]
         return f"position {place} differs: training has {texts[0]!r}, speaking {texts[1]!r}"
     if not np.array_equal(trained.audio_input_ids[: len(spoken.audio_input_ids)], spoken.audio_input_ids):
         return "the audio before the target has other codes in speaking than in training"

@@ -15,7 +15,7 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 # In the order of the report. Each is a section of docs/doctor.md.
 CHECKS = (
     *("environment", "recipe", "checkpoint", "rotary", "codec", "data"),
-    *("prompt", "loss", "adapter", "generation", "memory"),
+    *("prompt", "loss", "adapter", "generation", "memory", "golden"),
 )
 _INDENT = " " * 9  # below the longest status and a space
 _COLOURS: dict[Status, str] = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}

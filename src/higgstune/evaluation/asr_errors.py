@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from higgstune.data.text import clean_text
+from higgstune.data.text import clean_text, without_tags
 from higgstune.errors import ConfigError, WorkError
 from higgstune.evaluation.clips import Clip
 from higgstune.evaluation.judges.base import Transcriber
@@ -136,7 +136,7 @@ def normalize_spoken(text: str, language: str | None = None) -> str:
     Whisper's basic normaliser does it, except that vowel signs inside words stay, other than the optional ones of
     Arabic and Hebrew. Words in brackets stay too: they are spoken. Source: Radford et al. 2022, appendix C.
     """
-    text = _BRACKETS.sub(" ", _SPEAKER_TAG.sub(" ", _SOUND.sub(" ", clean_text(text))))
+    text = _BRACKETS.sub(" ", _SPEAKER_TAG.sub(" ", _SOUND.sub(" ", clean_text(without_tags(text)))))
     if primary_language(language) == "en":
         text = _english()(text)
     else:

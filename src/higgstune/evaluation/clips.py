@@ -46,6 +46,7 @@ class Clip:
     recording: Path | None = None  # a person's recording of the same text
     seed: int | None = None
     hit_cap: bool | None = None  # whether the frame cap ended it; None: judged by its duration
+    generated_by: dict[str, str] | None = None  # family and licence, of speech that a licence binds
 
 
 _CLIP = TypeAdapter(Clip)

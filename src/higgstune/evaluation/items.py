@@ -173,12 +173,13 @@ def synthesize_items(
         batch = missing[first : first + batch_size]
         spoken = speaker.speak_all([items[index].request for index in batch], sampling=sampling, batch_size=batch_size)
         for index, speech in zip(batch, spoken, strict=True):
-            write_wav(places[index].with_suffix(".wav"), speech.waveform, speech.sample_rate)
+            speech.save(places[index].with_suffix(".wav"))
             note = {
                 "text": speech.text,
                 "seed": items[index].request.seed,
                 "hit_cap": speech.hit_cap,
                 "system": system,
+                **({"generated_by": speech.generated_by} if speech.generated_by else {}),
             }
             write_file(places[index], json.dumps(note, ensure_ascii=False))
         if progress is not None:
@@ -258,5 +259,10 @@ def _read_note(place: Path) -> dict[str, Any] | None:
 def _spoken(item: EvalItem, place: Path) -> Clip:
     note = _read_note(place)
     assert note is not None
-    values = {**vars(item.clip), "file": place.with_suffix(".wav"), "hit_cap": note["hit_cap"]}
+    values = {
+        **vars(item.clip),
+        "file": place.with_suffix(".wav"),
+        "hit_cap": note["hit_cap"],
+        "generated_by": note.get("generated_by"),
+    }
     return Clip(**values)

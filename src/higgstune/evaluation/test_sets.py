@@ -13,6 +13,7 @@ from pathlib import Path
 
 from higgstune.data.audio import is_file, read_audio
 from higgstune.data.rejection import did_you_mean, shown
+from higgstune.data.rules import TAGS
 from higgstune.data.source import is_within, read_whole
 from higgstune.data.text import find_control_tokens, is_speakable
 from higgstune.errors import ConfigError, DataError
@@ -114,7 +115,7 @@ def _checked_id(name: str, where: str) -> str:
 def _checked(text: str, where: str, what: str = "text") -> str:
     if not is_speakable(text):
         raise DataError(f"{where}: the {what} {shown(text)} has nothing to say")
-    if tokens := find_control_tokens(text):
+    if tokens := [token for token in find_control_tokens(text) if token not in TAGS]:  # the speaker knows which it has
         raise DataError(f"{where}: the {what} has {tokens[0]}, which is a control token of the model: remove it")
     return text
 

@@ -102,7 +102,7 @@ def _front_matter(source: Source, facts: CardFacts) -> str:
         "library_name": _family(source).export.libraries[facts.kind],
         "pipeline_tag": "text-to-speech",
         "license": "other",
-        "license_name": "see-the-license-file",
+        "license_name": _family(source).export.licence_name,
         "tags": ["text-to-speech", source.layout.family.title.lower().replace(" ", "-"), "higgstune", "lora"],
     }
     if facts.licences:

@@ -74,6 +74,7 @@ def export(
     family = load_family(source.layout.family)
     if format not in (None, "peft", *family.export.formats):
         raise ConfigError(f"--format {format}: {family.info.title} has {', '.join((*family.export.formats, 'peft'))}")
+    family.export.check_base(source.layout)
     show = progress or silent
     with output_folder(out) as folder:
         if format == "peft":

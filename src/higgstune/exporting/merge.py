@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from higgstune.batch.collate import Batch
-from higgstune.codec import DEFAULT_CODEC
+from higgstune.codec import DEFAULT_CODEC, bundles_codec
 from higgstune.codec.whisper_encoder import load_whisper
 from higgstune.errors import CheckpointError, ConfigError, VerificationError
 from higgstune.exporting.card import AudioLoss, Written, describe, public_name
@@ -166,7 +166,7 @@ def _write(
         base=base,
         adapted=adapted,
         base_fingerprint=fingerprint,
-        codec=DEFAULT_CODEC if codec is None else loaded.codec,
+        codec=loaded.codec,
         has_codec=codec is not None,
         conditioning=_extensions(merged),
         dropped=dropped,
@@ -233,8 +233,11 @@ def _extensions(model: Any) -> tuple[str, ...]:
 
 
 def _codec_folder(codec: str) -> Path | None:
-    """The codec to include; None for the released one, which a checkpoint without a codec uses."""
-    return None if codec == DEFAULT_CODEC else fetch(codec, what="codec")
+    """The codec to include; None for the released one, which a checkpoint without a codec uses, and for one that the
+    checkpoint's own weight files hold.
+    """
+    folder = None if codec == DEFAULT_CODEC else fetch(codec, what="codec")
+    return None if folder is None or bundles_codec(folder) else folder
 
 
 def _prove(folder: Path, written: Written, dtypes: _Dtypes, device: Any) -> tuple[ExportCheck, str]:

@@ -16,7 +16,7 @@ from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import FeatureStore
 from higgstune.errors import CheckpointError, DataError, VerificationError
 from higgstune.exporting.source import Source
-from higgstune.families import check_family
+from higgstune.families import check_store_family
 from higgstune.inputs import INDEX_NAME
 from higgstune.kernels import IGNORE
 from higgstune.model.adapter_folder import adapter_conditioning, stores_of_card
@@ -63,7 +63,7 @@ def held_out(
 
 def _from_store(folder: Path, source: Source, loaded: ModelAndTokenizers, with_whisper: bool) -> HeldOut:
     store = CodeStore.open(folder)
-    check_family(f"the store {folder}", store.info.model_type, loaded.family.info)
+    check_store_family(folder, store.info.model_type, loaded.family.info, loaded.checkpoint)
     if store.info.codec_revision != loaded.audio_tokenizer.revision:
         raise DataError(
             f"{folder} was encoded by the codec {store.info.codec} (revision {store.info.codec_revision}); this "

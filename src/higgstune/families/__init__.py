@@ -3,6 +3,7 @@
 A lookup of a `FamilyInfo` imports neither torch nor transformers; `family_of` and `load_family` import a family's code.
 """
 
+import shlex
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from higgstune.checkpoint_files import read_json, safetensors_keys, weight_files
 from higgstune.errors import CheckpointError, ConfigError
-from higgstune.families import higgs_v2
+from higgstune.families import higgs_tts_3, higgs_v2
 from higgstune.families.base import Family, FamilyInfo, Layout, Prompter, base_of
 from higgstune.hub import local_folder
 from higgstune.imports import collector_paused, deferred
@@ -29,6 +30,7 @@ def register(info: FamilyInfo) -> None:
 
 
 register(higgs_v2.INFO)
+register(higgs_tts_3.INFO)
 
 
 def family_info(name: str | None) -> FamilyInfo:
@@ -93,6 +95,15 @@ def read_layout(folder: Path) -> Layout:
     weights = weight_files(folder)
     keys = frozenset(key for file in weights for key in safetensors_keys(file))
     return Layout(folder, info, kind, config, weights, keys)
+
+
+def check_store_family(folder: Path, name: str | None, base: FamilyInfo, checkpoint: str | Path) -> None:
+    """`check_family` for a store in `folder`, with the command that makes one for the base `checkpoint`."""
+    try:
+        check_family(f"the store {folder}", name, base)
+    except CheckpointError as error:
+        command = shlex.join(("higgstune", "prepare", "RECORDINGS", "--model", str(checkpoint), "--out", "NEW_STORE"))
+        raise CheckpointError(f"{error}, or make a store for this one: {command}") from error
 
 
 def check_family(what: str, name: str | None, base: FamilyInfo) -> None:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from higgstune.codec.base import WhisperFeatures
 from higgstune.data.messages import Message
+from higgstune.data.rules import NORMALIZED, TextRules
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from higgstune.codec.whisper_encoder import WhisperTower
     from higgstune.families.sampling import Sampling
 
+TRAINS_TABLE = "+audio_embedding"  # after the kind of a stage
 TextTargets = Literal["transcript", "assistant", "none"]
 Codes = NDArray[Any]
 Audio = Codes | WhisperFeatures  # replaces the placeholder of an audio part
@@ -100,6 +102,23 @@ class Conditioning(BaseModel):
 
     def __bool__(self) -> bool:
         return self.audio_attention or self.whisper is not None
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How examples become batches (see `batch.collate`, which knows no family)."""
+
+    pad: "Callable[[Sequence[Example]], Mapping[str, Tensor]]"
+    pack: Callable[[Sequence[Example]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class GoldenCheck:
+    """One comparison with what a reference implementation computed."""
+
+    name: str
+    tolerance: float  # 0: everything must be equal
+    difference: Callable[[], float]  # computes the largest one; raises HiggstuneError where values do not compare
 
 
 @dataclass(frozen=True)
@@ -184,6 +203,11 @@ class FamilyInfo:
     code: str  # the module with the family's `FAMILY`
     prompts: str | None = None  # a module with a `read_prompter` that imports no torch (see `families.read_prompter`)
     stage_defaults: Mapping[str, Any] = field(default_factory=dict)  # override defaults of a stage in a recipe
+    speech_licence: str | None = None  # that binds generated speech, which then carries its origin
+    texts: TextRules = NORMALIZED
+    audio_embedding: bool = False  # whether a stage may train the table of audio codes, which is also the head
+    wordless_reference: bool = False  # a reference in a turn of its own needs no transcript
+    continues_speech: bool = True  # a piece of a long text may follow a reference and the piece before it
 
 
 @dataclass(frozen=True)
@@ -211,6 +235,7 @@ class Family(Protocol):
     export: "Export"
     checks: "Checks"
     lora_patterns: tuple[str, ...]  # every `LoraTargets.pattern` that `lora_targets` returns
+    trainable: tuple[str, ...]  # modules of the plain class that a stage may train in full; they compute in float32
     four_bits: str  # a regular expression over full module paths: the linear layers that a 4-bit base quantizes
 
     def read_config(self, folder: Path) -> Any:
@@ -271,7 +296,9 @@ class Family(Protocol):
         ...
 
     def lora_targets(self, kind: str, conditioning: Conditioning, attention: str) -> LoraTargets:
-        """The layers that a stage of this kind trains; `attention` says how audio attention is trained (lora, full)."""
+        """The layers that a stage of this kind trains; `attention` says how audio attention is trained (lora, full).
+        With `TRAINS_TABLE` after the kind, also the table of audio codes, in full.
+        """
         ...
 
     def label_logits(
@@ -353,6 +380,11 @@ class Export(Protocol):
     descriptions: Mapping[str, str]  # layout, or "peft" -> a description of such a folder for its card
     libraries: Mapping[str, str]  # layout, or "peft" -> the library that loads it
     licence_note: str  # a paragraph of the card
+    licence_name: str  # of the card's `license_name`
+
+    def check_base(self, base: Layout) -> None:
+        """Raises CheckpointError for a base without files that its licence makes every derivative carry."""
+        ...
 
     def write(
         self, folder: Path, model: Any, kind: str, *, base: Layout, tokenizer: Any, tower: "WhisperTower | None"
@@ -405,6 +437,12 @@ class Checks(Protocol):
 
     def untaught(self, module: str, layers: int) -> str | None:
         """The field of a stage (a loss weight) without which a module gets no gradient, or None."""
+        ...
+
+    def golden(self, folder: Path, layout: Layout, tokenizer: Any, batching: Batching) -> Iterator[GoldenCheck]:
+        """The comparisons with golden values in a folder, whose checkpoint has this layout and tokenizer; none for a
+        family without such folders. Raises CheckpointError.
+        """
         ...
 
     def render(self, messages: Sequence[Message], *, generation: bool) -> str | None:

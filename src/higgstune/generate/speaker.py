@@ -11,18 +11,20 @@ import numpy as np
 from torch import Tensor
 
 from higgstune.checkpoint_files import folder_card
-from higgstune.codec.base import WhisperFeatures
+from higgstune.codec.base import WhisperFeatures, encode_reference
 from higgstune.codec.whisper_encoder import WhisperTower, load_whisper
 from higgstune.data.audio import MAX_SECONDS, resample, wav_bytes, write_wav
 from higgstune.data.clips import read_reference, spoken_text
 from higgstune.data.messages import DEFAULT_SCENE, ReferencePlace, speech_messages
 from higgstune.data.rejection import shown
-from higgstune.data.text import normalize_text
+from higgstune.data.rules import TextRules
 from higgstune.errors import CheckpointError, InputError
-from higgstune.families.base import Audio, Example, WhisperSpec
+from higgstune.families import family_in, family_info
+from higgstune.families.base import Audio, Example, FamilyInfo, WhisperSpec
 from higgstune.families.sampling import Sampling, base_sampling, read_sampling
 from higgstune.generate.chunks import FAR_OFF, expected_seconds, frame_cap, join, split_text
 from higgstune.generate.engine import Generated, generate
+from higgstune.hub import fetch
 from higgstune.inputs import BaseSpec, base_and_adapter
 from higgstune.model.adapter_folder import (
     ADAPTER_CARD,
@@ -73,6 +75,7 @@ class Speech:
     waveform: np.ndarray  # [samples] float32
     sample_rate: int
     hit_cap: bool  # the frame cap ended a piece, not the model
+    generated_by: dict[str, str] | None = None  # family and licence, which a file carries where a licence requires it
 
     @property
     def seconds(self) -> float:
@@ -81,11 +84,11 @@ class Speech:
 
     def save(self, path: str | Path) -> Path:
         """Write a 16-bit WAV file, and its folders. Raises InputError when the name does not end in .wav."""
-        write_wav(path, self.waveform, self.sample_rate)
+        write_wav(path, self.waveform, self.sample_rate, self.generated_by)
         return Path(path)
 
     def _repr_html_(self) -> str:
-        data = base64.b64encode(wav_bytes(self.waveform, self.sample_rate)).decode()
+        data = base64.b64encode(wav_bytes(self.waveform, self.sample_rate, self.generated_by)).decode()
         return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
 
 
@@ -145,6 +148,17 @@ class Speaker:
         return self._whisper_spec if self.uses_whisper else None
 
     @property
+    def generated_by(self) -> dict[str, str] | None:
+        """What the speech of this model carries about its origin."""
+        info = self.loaded.family.info
+        return None if info.speech_licence is None else {"family": info.name, "licence": info.speech_licence}
+
+    @property
+    def texts(self) -> TextRules:
+        """The rules for the texts of the model."""
+        return self.loaded.family.info.texts
+
+    @property
     def uses_whisper(self) -> bool:
         """Whether Whisper encodes references; otherwise they are read by their codes."""
         return self._whisper_spec is not None and self.reference_place == "scene"
@@ -155,8 +169,8 @@ class Speaker:
         Raises DataError for a recording or transcript that `prepare` would refuse as well, CheckpointError as `voice`.
         """
         if text:
-            spoken_text(text, "the transcript of the reference")
-        return self.voice(*read_reference(path, self.codec.frame_rate, text), text)
+            spoken_text(text, "the transcript of the reference", self.texts)
+        return self.voice(*read_reference(path, self.codec.frame_rate, text, self.texts), text)
 
     def voice(self, waveform: np.ndarray, rate: int, text: str = "") -> Voice:
         """A voice from a waveform [samples] float32 at `rate` Hz, which is not checked, and its transcript.
@@ -167,9 +181,8 @@ class Speaker:
         if self._whisper_spec is not None and self.uses_whisper:
             tower = self._tower(self._whisper_spec)
             features = tower.encode(resample(waveform, rate, tower.sample_rate))
-        return Voice(
-            normalize_text(text), self.codec.encode(resample(waveform, rate, self.codec.sample_rate)), features
-        )
+        codes = encode_reference(self.codec, resample(waveform, rate, self.codec.sample_rate))
+        return Voice(self.texts.normalized(text), codes, features)
 
     def _tower(self, shape: WhisperSpec) -> WhisperTower:
         if self._loaded_tower is not None:
@@ -211,7 +224,7 @@ class Speaker:
         if reference_text and (reference is None or isinstance(reference, Voice)):
             raise InputError("reference_text has no effect: it goes with the path of a recording in `reference`")
         if reference is not None and not isinstance(reference, Voice):
-            check_transcript(self.reference_place, reference_text)
+            check_transcript(self.loaded.family.info, self.reference_place, reference_text)
             reference = self.reference(reference, reference_text)
         requests = [Request(text, reference, scene, seed)]
         [speech] = self.speak_all(requests, sampling=sampling, max_seconds=max_seconds)
@@ -238,7 +251,7 @@ class Speaker:
         """
         if max_seconds is not None and not 0 < max_seconds <= MAX_SECONDS:
             raise InputError(f"max_seconds is {max_seconds}: it must be above 0 and at most {MAX_SECONDS:g}")
-        clips = [_Clip(request, max_seconds) for request in requests]
+        clips = [_Clip(request, max_seconds, self.texts) for request in requests]
         for first in range(0, len(clips), batch_size):
             batch = clips[first : first + batch_size]
             while pending := [clip for clip in batch if not clip.done]:
@@ -260,8 +273,10 @@ class Speaker:
         reference, scene = clip.request.voice, clip.request.scene
         in_scene = reference is not None and self.reference_place == "scene"
         context = [reference] if reference is not None and not in_scene else []
-        if clip.spoken:
-            context.append(Voice(clip.pieces[len(clip.spoken) - 1], clip.spoken[-1].codes))
+        if clip.spoken and (self.loaded.family.info.continues_speech or not context):
+            # Without a voice of its own, the first piece is the reference of those that follow.
+            piece = len(clip.spoken) - 1 if self.loaded.family.info.continues_speech else 0
+            context.append(Voice(clip.pieces[piece], clip.spoken[piece].codes))
         messages = speech_messages(
             clip.next_text,
             scene=scene,
@@ -285,15 +300,15 @@ class Speaker:
                 self._cap(text, clip.max_seconds) / self.codec.frame_rate, text, _ADVICE,
             )  # fmt: skip
         waveform = join([self.codec.decode(piece.codes) for piece in clip.spoken], self.codec.sample_rate)
-        return Speech(clip.text, waveform, self.codec.sample_rate, hit_cap)
+        return Speech(clip.text, waveform, self.codec.sample_rate, hit_cap, self.generated_by)
 
 
 class _Clip:
     """A text in progress: its pieces, and those already spoken."""
 
-    def __init__(self, request: Request, max_seconds: float | None) -> None:
+    def __init__(self, request: Request, max_seconds: float | None, texts: TextRules) -> None:
         self.request = request
-        self.text = spoken_text(request.text, f"the text {shown(request.text)}")
+        self.text = spoken_text(request.text, f"the text {shown(request.text)}", texts)
         self.max_seconds = max_seconds
         self.pieces = split_text(self.text)
         self.spoken: list[Generated] = []
@@ -339,13 +354,24 @@ def warn_of_duration(speech: Speech) -> None:
         )  # fmt: skip
 
 
-def check_transcript(place: ReferencePlace, text: str) -> None:
+def check_transcript(family: FamilyInfo, place: ReferencePlace, text: str) -> None:
     """Raises InputError where a reference stands in a turn of its own, which needs its words, and there are none."""
-    if place == "turn" and not text.strip():
+    if place == "turn" and not text.strip() and not family.wordless_reference:
         raise InputError(
             "a reference needs both the recording (--reference) and its transcript (--reference-text), unless the "
             "adapter was trained with references in the scene"
         )
+
+
+def family_to_speak(adapter: Path | None, checkpoint: str | Path | None) -> FamilyInfo:
+    """The family of an adapter by its card, or of a checkpoint by its config.json, before any weight is read.
+
+    Raises CheckpointError.
+    """
+    if adapter is not None:
+        return family_info(adapter_card(adapter).get("family"))
+    assert checkpoint is not None
+    return family_in(fetch(checkpoint, what="checkpoint", weights=False))[0]
 
 
 def trained_sampling(adapter: Path | None, base: Path | None) -> Sampling:

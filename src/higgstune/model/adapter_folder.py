@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from higgstune.checkpoint_files import MERGED, folder_card, is_pickled, read_json, safetensors_keys, sha256_of
-from higgstune.codec import CODEC_FOLDER
+from higgstune.codec import brings_codec
 from higgstune.errors import CheckpointError
 from higgstune.families import check_family, family_info, family_of, load_family
 from higgstune.families.base import Conditioning, FamilyInfo, base_of
@@ -129,7 +129,7 @@ def _has_codec(base: BaseSpec) -> bool:
         folder = fetch(str(base.checkpoint), what="checkpoint", revision=base.revision, weights=False)
     except CheckpointError:
         return False
-    return (folder / CODEC_FOLDER).is_dir()
+    return brings_codec(folder)
 
 
 def check_adapter_files(folder: Path, *, checksum: bool = True) -> None:

@@ -113,7 +113,8 @@ def check_start(model: Any, folder: Path, lora: Lora) -> dict[str, Tensor]:
     fitted_config(read_adapter_config(folder / ADAPTER_CONFIG, family.lora_patterns), model, weights, folder)
     layers = [module_of(key) for key in weights if ".lora_" in key]
     untrained = [name for name in layers if not any(re.fullmatch(pattern, name) for pattern in family.lora_patterns)]
-    if others := [*trained_in_full(weights, family), *untrained]:
+    in_full = [name for name in trained_in_full(weights, family) if name not in family.trainable]
+    if others := [*in_full, *untrained]:
         raise CheckpointError(
             f"the adapter {folder} was trained on {others[0]}, which no stage trains: merge it (`higgstune export`), "
             "and train on the merged checkpoint"
@@ -255,15 +256,16 @@ def check_directions(model: Any, lora: Lora, trained: Conditioning, attention: A
 
 
 def with_adapter(model: Any, config: LoraConfig) -> PeftModel:
-    """The model with peft's layers, untrained. Extensions that are trained in full are in float32, other modules keep
-    the base's dtype, in which their neighbours compute.
+    """The model with peft's layers, untrained. Extensions and `Family.trainable` modules that are trained in full are
+    in float32, other modules keep the base's dtype, in which their neighbours compute.
     """
-    owns = family_of(model).extensions.owns
+    owns, trainable = family_of(model).extensions.owns, family_of(model).trainable
     with _without_deprecations(), plain_layers():
         peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
     for name, part in peft_model.named_modules():
-        if isinstance(part, ModulesToSaveWrapper) and owns(f"{name}."):
+        named = name.removeprefix(PREFIX)
+        if isinstance(part, ModulesToSaveWrapper) and (named in trainable or owns(f"{name}.")):
             part.modules_to_save.float()  # as peft does with LoRA: bfloat16 loses small steps
     return peft_model
 

@@ -9,7 +9,8 @@ from higgstune.families import family_in, load_family, read_prompter
 from higgstune.families.base import Prompter
 from higgstune.hub import fetch
 
-_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # names of the class that reads tokenizer.json as it is
+# Names of classes that read tokenizer.json as it is.
+_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 
 
 def load_prompter(checkpoint: str | Path) -> Prompter:

@@ -182,7 +182,7 @@ class Planner:
             base=self.survey.spec,
             dtype=self.dtype(recipe),
             lora=recipe.lora,
-            kind=stage.kind,
+            kind=stage.trains,
             builtin_extensions=self.survey.builtin_extensions,
             trained=self.survey.trained,
             attention=recipe.model.audio_attention or "lora",
@@ -206,7 +206,7 @@ class Planner:
         peak = max(loading, peak_bytes.total() + overhead)
         return StagePlan(
             name=stage.name,
-            kind=stage.kind,
+            kind=stage.trains,
             layers=self.survey.spec.layers,
             checkpointed=recomputed,
             memory=memory | {"process": overhead},

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from higgstune.batch.collate import Packed, pack
 from higgstune.batch.dataset import Rendering, RowExamples
 from higgstune.batch.packing import Pack, PackSampler
-from higgstune.codec import CODEC_FOLDER
+from higgstune.codec import CODEC_FOLDER, CODEC_PREFIX
 from higgstune.config.recipe import Recipe, Stage
 from higgstune.data.whisper_features import FeatureIndex
 from higgstune.environment import choose_device
@@ -56,14 +56,16 @@ class Survey:
 
     @cached_property
     def files(self) -> dict[str, int]:
-        """Bytes of the checkpoint's tensors by stored dtype, of the files that are on this machine."""
-        return stored_bytes(self.folder)
+        """Bytes of the checkpoint's tensors by stored dtype, of the files on this machine; without its codec."""
+        return stored_bytes(self.folder, lambda name: not name.startswith(CODEC_PREFIX))
 
     @property
     def codec_bytes(self) -> int:
-        """Bytes in float32 of a codec in the checkpoint's folder."""
+        """Bytes in float32 of a codec in the checkpoint's folder, or in its weight files."""
         widths = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
-        return sum(4 * size // widths.get(dtype, 4) for dtype, size in stored_bytes(self.folder / CODEC_FOLDER).items())
+        found = stored_bytes(self.folder / CODEC_FOLDER)
+        found = found or stored_bytes(self.folder, lambda name: name.startswith(CODEC_PREFIX))
+        return sum(4 * size // widths.get(dtype, 4) for dtype, size in found.items())
 
 
 def survey_recipe(recipe: Recipe) -> Survey:
@@ -112,14 +114,14 @@ def whisper_spec(index: FeatureIndex, prompter: Prompter, checkpoint: str | Path
     )  # fmt: skip
 
 
-def stored_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of the tensors in a folder's safetensors files by dtype, from their headers."""
+def stored_bytes(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, int]:
+    """Bytes of the tensors in a folder's safetensors files by dtype, from their headers; `wanted` by their names."""
     found: dict[str, int] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
         for name, entry in header.items():
-            if name != "__metadata__":
+            if name != "__metadata__" and wanted(name):
                 start, end = entry["data_offsets"]
                 found[entry["dtype"]] = found.get(entry["dtype"], 0) + end - start
     return found

@@ -8,7 +8,7 @@ from higgstune.config.recipe import Recipe
 from higgstune.data.store import CodeStore, MixedRows, Row
 from higgstune.data.whisper_features import FeatureStore, JoinedFeatureStore
 from higgstune.errors import DataError
-from higgstune.families import check_family, family_in
+from higgstune.families import check_family, check_store_family, family_in
 from higgstune.hub import fetch
 from higgstune.inputs import find_adapter
 from higgstune.model.adapter_folder import check_adapter_family
@@ -23,7 +23,7 @@ def check_families(recipe: Recipe, stores: Sequence[CodeStore]) -> None:
     base, _, _ = family_in(folder)
     check_family("the recipe (model.family)", recipe.model.family, base)
     for store in stores:
-        check_family(f"the store {store.folder}", store.info.model_type, base)
+        check_store_family(store.folder, store.info.model_type, base, recipe.model.checkpoint)
     if recipe.init_adapter is not None:
         check_adapter_family(find_adapter(recipe.init_adapter), base)
 

@@ -16,7 +16,6 @@ from higgstune.batch.dataset import Features
 from higgstune.codec.mel import Spectrum
 from higgstune.config.expression import STEP
 from higgstune.config.recipe import EvaluationSettings
-from higgstune.data.audio import write_wav
 from higgstune.data.messages import ReferencePlace
 from higgstune.data.store import CodeStore, Row
 from higgstune.errors import ConfigError, HiggstuneError
@@ -238,8 +237,8 @@ class SampleEvaluation:
         clips: list[Clip] = []
         for number, (item, speech) in enumerate(zip(self.items, spoken, strict=True), 1):
             file = place / f"{number:02d}.wav"
-            write_wav(file, speech.waveform, speech.sample_rate)
-            clips.append(replace(item.clip, file=file, hit_cap=speech.hit_cap))
+            speech.save(file)
+            clips.append(replace(item.clip, file=file, hit_cap=speech.hit_cap, generated_by=speech.generated_by))
         write_clips(
             place, [replace(clip, reference=None, recording=None) for clip in clips]
         )  # those are outside of this folder

@@ -35,10 +35,10 @@ def resolve_setup(recipe: Recipe, data: TrainingData, loaded: ModelAndTokenizers
     builtin = loaded.family.extensions.of(loaded.model)
     in_full = recipe.model.whisper is not None or recipe.model.audio_attention == "full"
     for stage in recipe.stages:
-        if stage.full_learning_rate is not None and not in_full:
+        if stage.full_learning_rate is not None and not in_full and stage.audio_embedding == "frozen":
             raise ConfigError(
                 f"full_learning_rate of stage {stage.name} has no effect: nothing is trained in full without "
-                "model.whisper or model.audio_attention: full"
+                "model.whisper, model.audio_attention: full or audio_embedding: full"
             )
     if is_quantized(loaded.model) and builtin.audio_attention and recipe.model.audio_attention == "full":
         raise ConfigError(

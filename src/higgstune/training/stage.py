@@ -185,8 +185,8 @@ def _with_adapter(job: Job, stage: Stage, base: ModelAndTokenizers, start_from: 
     base.family.pack_forward(base.model)
     lora, conditioning, attention = job.recipe.lora, job.setup.conditioning, job.setup.attention
     if start_from is None:
-        return add_lora(base.model, lora, stage.kind, conditioning, attention)
-    return continue_lora(base.model, start_from, lora, stage.kind, conditioning, attention)
+        return add_lora(base.model, lora, stage.trains, conditioning, attention)
+    return continue_lora(base.model, start_from, lora, stage.trains, conditioning, attention)
 
 
 def _newest_checkpoint(job: Job, stage: Stage) -> Path | None:

@@ -62,7 +62,7 @@ class ConditionedModel(HiggsAudioV2Model):
         audio_input_ids_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,  # noqa: ARG002  (of the native signature)
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         whisper_features: Tensor | None = None,
         **kwargs: Any,

@@ -37,6 +37,7 @@ class HiggsV2:
     export = HiggsV2Export()
     checks = HiggsV2Checks()
     lora_patterns = lora.LORA_PATTERNS
+    trainable = ()
     four_bits = lora.FOUR_BITS
 
     read_config = staticmethod(checkpoint.read_config)
