@@ -35,6 +35,8 @@ _UNSPACED = (
 )
 _MARKS = "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ecd\u102b-\u103e\u17b4-\u17d3\u17dd"
 _CHARACTER = re.compile(rf"([{_UNSPACED}][{_MARKS}]*)")
+# Within a text without spaces: such a character with its marks, or a run of others.
+UNSPACED_OR_RUN = re.compile(rf"[{_UNSPACED}][{_MARKS}]*|[^{_UNSPACED}]+")
 _ARABIC_VOWELS = re.compile("[\u0591-\u05bd\u05bf-\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06ed]")
 # Spellings that writers, and therefore recognisers, do not keep apart.
 _ARABIC_LETTERS = str.maketrans("أإآٱىة", "ااااي" + "ه")

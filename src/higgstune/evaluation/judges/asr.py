@@ -101,7 +101,7 @@ class FasterWhisper:
             "word_timestamps": True,
         }  # fmt: skip
         if len(waveform) < _WINDOW:
-            # Exactly one window: `WhisperModel.transcribe` would go on behind the last word, and its timestamps end
+            # Exactly one window: `WhisperModel.transcribe` would continue behind the last word, and its timestamps end
             # a stretch at a silence. A pipeline holds the time of the last word, so each window has a new one.
             segments, _ = self._library.BatchedInferencePipeline(self._model).transcribe(
                 waveform, vad_filter=False, without_timestamps=True, **options

@@ -13,7 +13,6 @@ Word times are too early by 0.15 s in the median and vary by as much, so the sil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -23,7 +22,7 @@ from higgstune.evaluation.judges.base import MIN_SAMPLES, RATE, Transcript
 _LONGEST = 29 * RATE  # samples of a stretch of several clips; a longer clip is by itself
 _GAP = RATE  # samples of silence between clips: see the log of measurements
 _EARLY = 0.15  # s by which Whisper's word times are too early
-_MAX_WORD_RATE = 6.0  # words a second: above it, a clip has a neighbour's words
+_MAX_WORD_RATE = 6.0  # words a second: above it, a clip may have a neighbour's words
 _MAX_COMPRESSION = 2.4  # of the text's bytes, as Whisper's own code has it: above it, a loop
 _VOTES = 5  # stretches that decide about the language
 
@@ -44,14 +43,14 @@ Recognise = Callable[[np.ndarray], list[Word]]  # [samples] at 16 kHz -> its wor
 def transcribe_packed(waveforms: Sequence[np.ndarray], recognise: Recognise, *, pack: bool = True) -> list[Transcript]:
     """One transcript per clip, [samples] float32 mono at 16 kHz; without `pack`, each clip is a stretch.
 
-    Clips under 0.1 s have no speech. Where the words of a stretch look wrong, its clips are recognised one by one.
+    Clips under 0.1 s have no speech. Clips whose words look wrong are recognised by themselves.
     """
     transcripts = [Transcript("", None)] * len(waveforms)
     for stretch in _stretches(waveforms, _LONGEST if pack else 0):
         clips = [waveforms[index] for index in stretch]
         words = _words_by_clip(clips, recognise(_joined(clips)))
-        if len(clips) > 1 and _is_suspicious(clips, words):
-            words = [recognise(clip) for clip in clips]
+        for at in _doubtful(clips, words) if len(clips) > 1 else ():
+            words[at] = recognise(clips[at])
         for index, found in zip(stretch, words, strict=True):
             transcripts[index] = _transcript(found)
     return transcripts
@@ -107,14 +106,15 @@ def _words_by_clip(clips: Sequence[np.ndarray], words: Sequence[Word]) -> list[l
     return by_clip
 
 
-def _is_suspicious(clips: Sequence[np.ndarray], words: Sequence[Sequence[Word]]) -> bool:
-    """Whether a clip lost its words to a neighbour, or the text is a loop."""
-    rates = [len(found) * RATE / len(clip) for clip, found in zip(clips, words, strict=True)]
-    for one, other in pairwise(rates):
-        if min(one, other) == 0 and max(one, other) > _MAX_WORD_RATE:
-            return True
+def _doubtful(clips: Sequence[np.ndarray], words: Sequence[Sequence[Word]]) -> list[int]:
+    """The clips that Whisper passed over, those that may have the words of such a neighbour; all of a loop."""
     text = "".join(word.text for found in words for word in found).encode()
-    return len(text) > _MAX_COMPRESSION * len(zlib.compress(text))
+    if len(text) > _MAX_COMPRESSION * len(zlib.compress(text)):
+        return list(range(len(clips)))
+    rates = [len(found) * RATE / len(clip) for clip, found in zip(clips, words, strict=True)]
+    passed = {at for at, rate in enumerate(rates) if not rate}
+    beside = {at + by for at in passed for by in (-1, 1)}
+    return [at for at, rate in enumerate(rates) if at in passed or (at in beside and rate > _MAX_WORD_RATE)]
 
 
 def _transcript(words: Sequence[Word]) -> Transcript:
