@@ -183,3 +183,15 @@ def test_marks_and_prefixes_that_would_be_read_aloud_are_warned_of(tmp_path: Pat
     assert not [warning for warning in run(source, tmp_path / "plain").warnings if "begins with" in warning]
     texts = [row["text"] for row in CodeStore.open(tmp_path / "out").metadata.to_pylist()]
     assert sum("<SE>[Laughter]</SE>" in text for text in texts) == 5
+
+
+def test_rows_that_are_held_out_are_for_validation(tmp_path: Path) -> None:
+    clips = [clip(tmp_path / "in", f"{n}.wav", n) for n in range(6)]
+    rows = [{"audio": f"{n}.wav", "text": f"Number {n}.", "held_out": n in (1, 4)} for n in range(len(clips))]
+    manifest(tmp_path / "in", *rows)
+    for _ in range(2):
+        assert run(tmp_path / "in", tmp_path / "out").rows == {"train": 4, "validation": 2}
+    assert {row.text for row in CodeStore.open(tmp_path / "out") if row.split == "validation"} == {
+        "Number 1.",
+        "Number 4.",
+    }

@@ -61,14 +61,13 @@ def available() -> int:
 
 
 def check_rows(
-    rows: Sequence[SourceRow], limits: Limits, readings: Readings, rate: int
+    rows: Sequence[SourceRow], checker: Checker, limits: Limits, readings: Readings, rate: int
 ) -> Iterator[tuple[int, Candidate | RowError, Decoded]]:
     """Check every row -> its number, the candidate or the reason against it, and the waveforms that were decoded.
 
     Here, and soon in other processes where that pays: the rows then come in another order. A waveform from another
     process has the codec's `rate` in Hz. Raises WorkError where a process is killed.
     """
-    checker = Checker(limits, readings)
     left = deque(range(len(rows)))
     spent = 0.0
     while left and not (spent > _ALONE and spent / (len(rows) - len(left)) * len(left) > _PAYS and available()):

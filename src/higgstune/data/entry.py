@@ -105,7 +105,7 @@ def stored_measures(row: dict[str, Any]) -> Measures | None:
 
 
 def new_entry(candidate: Candidate, source_key: str) -> Entry:
-    """A checked row as it will be stored; its id is the given one or empty, split and frames are set later."""
+    """A checked row as it will be stored; its id and split are the given ones or none, frames are set later."""
     utterance, target, reference = candidate.utterance, candidate.target, candidate.reference
     context = list(zip(candidate.context, candidate.context_is_target, strict=True))
     context_only = [clip.recording.sha256 for clip, is_target in context if not is_target]
@@ -126,6 +126,7 @@ def new_entry(candidate: Candidate, source_key: str) -> Entry:
         reference_sha256=reference.sha256 if reference else None,
         context_sha256=[clip.sha256 for clip, _ in context],
         target_recordings=_unique([target.recording.sha256, *targets]),
+        split=None if utterance.held_out is None else "validation" if utterance.held_out else "train",
         context_recordings=_unique([*context_only, *([reference.recording.sha256] if reference else [])]),
         recording_samples=target.recording.samples,
         recording_rate=target.recording.rate,

@@ -24,7 +24,8 @@ _UTTERANCE_ONLY = ("audio", "text", "scene", "reference_audio", "reference_text"
 class Utterance(BaseModel):
     """A row: either `audio` and `text`, or `messages`. Paths are relative to the manifest's folder.
 
-    `start` and `end` are seconds within `audio`. No message before `start_index` (from 0) is a target.
+    `start` and `end` are seconds within `audio`. `held_out` says whether the row is for validation; without it, that
+    follows from the recordings. No message before `start_index` (from 0) is a target.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -39,6 +40,7 @@ class Utterance(BaseModel):
     reference_text: str | None = None
     start: Seconds | None = None
     end: Seconds | None = None
+    held_out: bool | None = None
     messages: list[dict[str, Any]] | None = None
     start_index: int | None = None
 

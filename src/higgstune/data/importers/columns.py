@@ -56,6 +56,7 @@ _NAMES = {
     "messages": ("messages",),
     "audios": ("audios",),
     "start_index": ("startindex",),
+    "held_out": ("heldout",),
 }
 _CONVERSATION = ("messages", "audios", "start_index")
 ROLES = tuple(name for name in _NAMES if name not in _CONVERSATION)
