@@ -1,1 +1,1 @@
-"""From raw recordings, hours long, to utterances."""
+"""From raw recordings to a data set of utterances: the verb `collect`."""

@@ -65,7 +65,7 @@ def measure(
     clipped, runs = _clipped([samples[start:end] for start, end in spans]) if lossless else (None, None)
     return UtteranceMeasures(
         loudness=_loudness(sound[spans[0][0] : spans[-1][1]], rate),
-        true_peak=round(_true_peak(sound, rate), 1),
+        true_peak=round(true_peak_of(sound, rate), 1),
         snr=_snr(sound, rate, spans, power),
         clipped=None if clipped is None else round(clipped / voiced, 6),
         clipped_runs=runs,
@@ -160,7 +160,7 @@ def _loudness(sound: np.ndarray, rate: int) -> float | None:
     return round(loudness, 1) if np.isfinite(loudness) else None  # all of it below the gate of -70
 
 
-def _true_peak(sound: np.ndarray, rate: int) -> float:
+def true_peak_of(sound: np.ndarray, rate: int) -> float:
     """dBTP: of the sound at four times its rate, and of its own samples, which a resampler may fall short of."""
     import soxr
 
