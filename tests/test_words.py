@@ -50,6 +50,7 @@ ALLOWED_PLACES = {
     ("data/importers/", "cell"): "cells of a table",
     ("tests/data/test_layouts.py", "cell"): "cells of a table",
     ("docs/data.md", "cell"): "cells of a table",
+    ("raw/review_table.py", "cell"): "cells of a table",
     ("evaluation/report/", "cell"): "cells of an HTML table",
     ("exporting/card.py", "cell"): "cells of a Markdown table",
     ("tests/evaluation/test_report.py", "cell"): "cells of an HTML table",

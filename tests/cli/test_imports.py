@@ -38,6 +38,7 @@ ROWS: list[tuple[str, int, tuple[str, ...]]] = [
     ("prepare nowhere --out x", 2, HEAVY),
     ("prepare recipe.yaml --out x", 2, HEAVY),  # a source of an unknown kind
     ("inspect nowhere", 2, HEAVY),
+    ("review nowhere", 2, HEAVY),
     ("train nowhere.yaml --out x", 2, HEAVY),
     ("train recipe.yaml --out x", 2, HEAVY),  # no such store
     ("train recipe.yaml --set sedd=1 --out x", 2, HEAVY),  # an unknown key
