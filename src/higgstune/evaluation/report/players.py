@@ -37,6 +37,7 @@ class Take:
     file: Path
     transcript: str | None = None
     notes: Sequence[str] = ()
+    link: str | None = None  # to the file from the page, which embeds it otherwise
 
 
 @dataclass(frozen=True)
@@ -131,17 +132,19 @@ def audio_url(file: Path) -> tuple[str, float]:
 
 
 class _Audio(NamedTuple):
-    url: str  # MP3, which every browser plays and which keeps a page small
+    url: str  # a link, or MP3, which every browser plays and which keeps a page small
     seconds: float
     wave: str  # an SVG path of 2 * _WAVE_BARS by _WAVE_HEIGHT
 
 
-def _audio(file: Path) -> _Audio:
+def _audio(file: Path, link: str | None = None) -> _Audio:
     try:
         mono, rate = read_audio(file)
     except DataError as error:
         raise DataError(f"{file} cannot be put into a page: {error}") from error
     seconds = len(mono) / rate
+    if link is not None:
+        return _Audio(link, seconds, _wave(mono))
     if rate not in _MP3_RATES:
         mono, rate = soxr.resample(mono, rate, 24_000), 24_000
     buffer = io.BytesIO()
@@ -190,7 +193,7 @@ def item_view(item: Item, columns: Sequence[str], prefix: str) -> dict[str, Any]
 
 
 def _take_view(text: str, take: Take) -> dict[str, Any]:
-    audio = _audio(take.file)
+    audio = _audio(take.file, take.link)
     pieces = None if take.transcript is None else marked(text, take.transcript, at_most=_MAX_TRANSCRIPT_WORDS)
     return {**audio._asdict(), "pieces": pieces, "notes": take.notes}
 
