@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from higgstune.model.load import load_model as load_model
     from higgstune.model.load import load_model_and_tokenizers as load_model_and_tokenizers
     from higgstune.planning.report import plan as plan
+    from higgstune.raw.collect import collect as collect
     from higgstune.training.run import train as train
     from higgstune.training.trainer import HiggsAudioTrainer as HiggsAudioTrainer
 
@@ -55,6 +56,7 @@ _HOME = {
     "Speech": "higgstune.generate.speaker",
     "Voice": "higgstune.generate.speaker",
     "build_frames": "higgstune.families.higgs_v2.delay",
+    "collect": "higgstune.raw.collect",
     "check_applied": "higgstune.diagnostics.adapter",
     "compare": "higgstune.evaluation.compare",
     "doctor": "higgstune.diagnostics.examine",

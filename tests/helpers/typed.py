@@ -38,12 +38,12 @@ MAPPING = {  # the first beginning that fits
     r"higgstune evaluate ": "--limit 1",
     r"higgstune compare ": "--limit 1",
     r"python unified_lora_training.py ": "--base_ckpt base --epochs 1 --lr 5e-3 --warmup 0 --grad_accum 1",
-    r"higgstune (inspect|recipe|doctor|export)\b": "",
+    r"higgstune (inspect|recipe|doctor|export|collect)\b": "",
 }
 # What makes the environment that a test runs in, or is run by CI.
 ELSEWHERE = {
     "make demo", "make test", "pip install .", "python3 -m venv .venv", "source .venv/bin/activate",
-    "higgstune demo --out runs/demo",
+    "higgstune demo --out runs/demo", "pip install 'higgstune[collect,asr]'",
 }  # fmt: skip
 
 

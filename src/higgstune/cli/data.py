@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from higgstune.cli.collect import RAW, AsrOption, SpeakerModelOption, collect_for
 from higgstune.cli.endings import print_prepared
 from higgstune.cli.inspect import STORED, LimitOption, check_limits
 from higgstune.cli.options import DeviceOption, JsonOption, check_model, path, within
@@ -81,6 +82,14 @@ def prepare(
             rich_help_panel=_LIMITS,
         ),
     ] = None,
+    collect: Annotated[
+        bool,
+        typer.Option(
+            "--collect", help="Raw recordings: cut them first, as `collect` does, into OUT-raw.", rich_help_panel=RAW
+        ),
+    ] = False,
+    asr: AsrOption = None,
+    speaker_model: SpeakerModelOption = None,
     limit: LimitOption = None,
     drop: Annotated[
         Path | None,
@@ -111,6 +120,12 @@ def prepare(
     as_json: JsonOption = False,
 ) -> None:
     """Check recordings, encode them once, and store their codes."""
+    if collect:
+        if source is None:
+            raise typer.BadParameter("name the recordings to --collect")
+        source = collect_for(source, out, asr, speaker_model, language, device, as_json)
+    elif given := [name for name, value in (("--asr", asr), ("--speaker-model", speaker_model)) if value is not None]:
+        raise typer.BadParameter(f"{given[0]} belongs to --collect, for raw recordings")
     if source is not None:
         check_source(source)
         check_store_place(source, out)

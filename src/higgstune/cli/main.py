@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from higgstune.cli import checkup, data, evaluation, export, inspect, recipe, speech, training
+from higgstune.cli import checkup, collect, data, evaluation, export, inspect, recipe, review, speech, training
 from higgstune.cli.options import Verb
 from higgstune.cli.output import mute_libraries, print_error
 from higgstune.errors import HiggstuneError, Interrupted
@@ -28,6 +28,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 for _verb, _example in (
+    (collect.collect, "collect recordings/ --out data/raw --asr large-v3 --language en"),
+    (review.review, "review data/raw"),
     (data.prepare, "prepare recordings/ --out data/voice --speaker anna"),
     (inspect.inspect, "inspect data/voice"),
     (recipe.recipe, "recipe voice"),

@@ -1,0 +1,375 @@
+"""From raw recordings to a data set: what is kept, separated, refused, and never computed twice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from fake_codec import FakeCodec
+from raw_recordings import RATE, KnowingAsr, KnowingEars, Talk, make_talk
+
+from higgstune.data.audio import read_audio
+from higgstune.data.importers import read_source
+from higgstune.data.prepare import prepare
+from higgstune.errors import ConfigError, DataError
+from higgstune.raw.collect import CollectSummary, collect
+from higgstune.raw.names import CACHE, EDITS
+from higgstune.raw.recipe import CollectRecipe
+
+ONE_VOICE = [("rms", n, 0.7) for n in range(12)]
+TWO_VOICES = [(("rms", "hibari")[n % 2], n // 2, 0.4) for n in range(16)]
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory: pytest.TempPathFactory) -> Talk:
+    """Twelve sentences of one voice."""
+    return make_talk(tmp_path_factory.mktemp("one") / "talk.wav", ONE_VOICE)
+
+
+@pytest.fixture(scope="module")
+def dialogue(tmp_path_factory: pytest.TempPathFactory) -> Talk:
+    """Sixteen turns of two voices."""
+    return make_talk(tmp_path_factory.mktemp("two") / "dialogue.wav", TWO_VOICES)
+
+
+def rows(out: Path, name: str = "manifest.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+def everything(out: Path) -> dict[str, bytes]:
+    """All files of a data set, by name."""
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and CACHE not in path.parts and path.suffix != ".lock"
+    }
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+def test_every_word_is_in_the_data_set_once_and_in_order(talk: Talk, tmp_path: Path):
+    summary = collect(talk.path, tmp_path / "out", asr=KnowingAsr(talk))
+    assert summary.refused == {}
+    found = rows(tmp_path / "out")
+    assert words(" ".join(row["text"] for row in found)) == words(" ".join(said.text for said in talk.said))
+    assert all(3 <= row["segment"]["end"] - row["segment"]["start"] <= 15 for row in found)
+    assert {row["language"] for row in found} == {"en"}
+    edges = [(said.start, said.end) for said in talk.said]
+    for row in found:
+        (start, _), (_, end) = row["segment"]["speech"][0], row["segment"]["speech"][-1]
+        assert min(abs(start - edge) for edge, _ in edges) < 0.15
+        assert min(abs(end - edge) for _, edge in edges) < 0.15
+
+
+def test_clips_are_what_the_manifest_says(talk: Talk, tmp_path: Path):
+    collect(talk.path, tmp_path / "out", asr=KnowingAsr(talk))
+    loudness = []
+    for row in rows(tmp_path / "out"):
+        waveform, rate = read_audio(tmp_path / "out" / row["audio"])
+        assert rate == 24_000
+        segment = row["segment"]
+        assert len(waveform) / rate == pytest.approx(segment["end"] - segment["start"], abs=1e-3)
+        assert np.abs(waveform).max() <= 10 ** (-1 / 20)
+        loudness.append(row["measures"]["loudness"] + row["measures"]["gain"])
+    assert np.mean(loudness) == pytest.approx(-23, abs=0.7)
+    source = read_source(tmp_path / "out")
+    assert [row.content.text for row in source] == [row["text"] for row in rows(tmp_path / "out")]
+
+
+def test_two_voices_are_separated(dialogue: Talk, tmp_path: Path):
+    collect(dialogue.path, tmp_path / "out", asr=KnowingAsr(dialogue), speaker_model=KnowingEars(dialogue))
+    found = rows(tmp_path / "out")
+    assert len({row["speaker"] for row in found}) == 2
+    for row in found:
+        segment = row["segment"]
+        inside = {
+            said.speaker
+            for said in dialogue.said
+            if min(said.end, segment["end"]) - max(said.start, segment["start"]) > 0.1
+        }
+        assert len(inside) == 1
+
+
+def test_without_a_model_of_voices_nobody_is_named(dialogue: Talk, tmp_path: Path):
+    summary = collect(dialogue.path, tmp_path / "out", asr=KnowingAsr(dialogue))
+    assert all("speaker" not in row for row in rows(tmp_path / "out"))
+    assert summary.models["speakers"] is None
+
+
+def test_the_same_call_again_computes_nothing_and_changes_nothing(talk: Talk, tmp_path: Path):
+    asr, ears, out = KnowingAsr(talk), KnowingEars(talk), tmp_path / "out"
+    first = collect(talk.path, out, asr=asr, speaker_model=ears)
+    before, clips, spans = everything(out), asr.clips, ears.spans
+    assert collect(talk.path, out, asr=asr, speaker_model=ears) == first
+    assert everything(out) == before
+    assert (asr.clips, ears.spans) == (clips, spans)
+
+
+def test_a_changed_threshold_computes_nothing_again(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asr, out = KnowingAsr(talk), tmp_path / "out"
+    collect(talk.path, out, asr=asr)
+    clips = asr.clips
+    monkeypatch.setattr("higgstune.raw.speech.SpeechDetector.probabilities", None)
+    monkeypatch.setattr("higgstune.raw.utterances.decode", None)
+    summary = collect(talk.path, out, asr=asr, recipe=CollectRecipe(min_snr=80))
+    assert asr.clips == clips
+    assert summary.utterances == 0
+    assert set(summary.refused) == {"noise"}
+
+
+def test_other_cuts_keep_what_was_recognised(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asr, out = KnowingAsr(talk), tmp_path / "out"
+    collect(talk.path, out, asr=asr)
+    monkeypatch.setattr("higgstune.raw.speech.SpeechDetector.probabilities", None)
+    collect(talk.path, out, asr=asr, recipe=CollectRecipe(longest=8))
+    assert all(row["segment"]["end"] - row["segment"]["start"] <= 8.01 for row in rows(out))
+
+
+def test_an_interrupted_call_resumes(tmp_path: Path):
+    talk = make_talk(tmp_path / "talk.wav", [("rms", n, 0.7) for n in range(32)])
+    whole = collect(talk.path, tmp_path / "whole", asr=(reference := KnowingAsr(talk)))
+    out, calls, interrupted = tmp_path / "out", 0, 0
+    while True:
+        asr = KnowingAsr(talk, dies_at=1)  # at the second stretch of every run
+        try:
+            resumed = collect(talk.path, out, asr=asr)
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            calls += asr.clips
+        if asr.clips and calls == reference.clips:
+            resumed = collect(talk.path, out, asr=asr)
+            break
+        assert interrupted < 10
+    assert interrupted >= 2
+    assert {**vars(resumed), "out": ""} == {**vars(whole), "out": ""}
+    assert everything(out).keys() == everything(tmp_path / "whole").keys()
+    assert rows(out) == rows(tmp_path / "whole")
+
+
+def test_shards_and_a_merge_give_the_same(talk: Talk, dialogue: Talk, tmp_path: Path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for one in (talk, dialogue):
+        (raw / one.path.name).write_bytes(one.path.read_bytes())
+    asr, ears = KnowingAsr(talk, dialogue), KnowingEars(talk, dialogue)
+    whole = collect(raw, tmp_path / "whole", asr=asr, speaker_model=ears)
+    for number in (1, 2):
+        collect(raw, tmp_path / "out", asr=asr, speaker_model=ears, shard=(number, 2))
+        assert not (tmp_path / "out" / "manifest.jsonl").exists()
+    recognised = asr.clips
+    merged = collect(raw, tmp_path / "out", asr=asr, speaker_model=ears)
+    assert asr.clips == recognised
+    assert rows(tmp_path / "out") == rows(tmp_path / "whole")
+    assert {**vars(merged), "out": ""} == {**vars(whole), "out": ""}
+    assert len(merged.speakers) == 2  # the same names in both recordings
+
+
+def test_a_text_beside_it_comes_before_what_is_recognised(talk: Talk, tmp_path: Path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "talk.wav").write_bytes(talk.path.read_bytes())
+    own = " ".join(said.text.upper() for said in talk.said)
+    (raw / "talk.txt").write_text("CHAPTER ONE OF MANY MORE CHAPTERS. " + own)
+    summary = collect(raw, tmp_path / "out", asr=KnowingAsr(talk))
+    found = rows(tmp_path / "out")
+    assert " ".join(row["text"] for row in found) == own
+    assert all(row["recognised"] != row["text"] for row in found)
+    assert any("CHAPTER ONE" in note for note in summary.notes)
+
+
+def test_subtitles_need_no_asr(talk: Talk, tmp_path: Path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "talk.wav").write_bytes(talk.path.read_bytes())
+    random = np.random.default_rng(0)
+    cues = "\n".join(
+        f"{n}\n00:00:{said.start + random.uniform(-0.25, 0.25):06.3f} --> "
+        f"00:00:{said.end + random.uniform(-0.25, 0.25):06.3f}\n{said.text}\n"
+        for n, said in enumerate(talk.said, 1)
+    )
+    (raw / "talk.srt").write_text(cues.replace(".", ",").replace(",\n", ".\n"))
+    collect(raw, tmp_path / "out")
+    assert words(" ".join(row["text"] for row in rows(tmp_path / "out"))) == words(
+        " ".join(said.text for said in talk.said)
+    )
+
+
+def test_speech_that_the_text_lacks_is_flagged(talk: Talk, tmp_path: Path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "talk.wav").write_bytes(talk.path.read_bytes())
+    (raw / "talk.txt").write_text(" ".join(said.text for said in talk.said[:6]))
+    summary = collect(raw, tmp_path / "out", asr=KnowingAsr(talk))
+    assert "not in the text" in summary.flagged
+    flagged = [row for row in rows(tmp_path / "out") if row["history"][-1]["what"] == "not in the text"]
+    assert words(" ".join(row["text"] for row in flagged)) == words(
+        " ".join(said.text for said in talk.said if said.start > flagged[0]["segment"]["start"])
+    )
+    assert set(summary.refused) <= {"text"}  # an utterance with speech of both kinds
+
+
+def test_a_wrong_text_is_refused_with_both_texts(talk: Talk, tmp_path: Path):
+    class Deaf(KnowingAsr):
+        def _text(self, waveform: np.ndarray) -> str:
+            return "this is something else entirely"
+
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "talk.wav").write_bytes(talk.path.read_bytes())
+    cues = [f"{s.start:.2f}\t{s.end:.2f}\t{s.text}" for s in talk.said]
+    (raw / "talk.txt").write_text("\n".join(cues))
+    summary = collect(raw, tmp_path / "out", asr=Deaf(talk))
+    assert summary.utterances == 0
+    assert set(summary.refused) == {"text"}
+    assert {row["recognised"] for row in rows(tmp_path / "out", "refused.jsonl")} == {"this is something else entirely"}
+
+
+def test_a_cut_that_lost_a_word_is_undone(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class HearsMore(KnowingAsr):
+        def _text(self, waveform: np.ndarray) -> str:
+            return " and ".join(super()._text(waveform).split(". ")) if self.more else super()._text(waveform)
+
+        more = False
+
+    monkeypatch.setattr("higgstune.raw.utterances.is_suspicious", lambda one, other, levels: True)
+    cut = CollectRecipe(longest=8)
+    asr = HearsMore(talk)
+    collect(talk.path, tmp_path / "one", asr=asr, recipe=cut)
+    HearsMore.more = True
+    collect(talk.path, tmp_path / "other", asr=HearsMore(talk), recipe=cut)
+    kept, undone = rows(tmp_path / "one"), rows(tmp_path / "other")
+    assert all(row["segment"]["end"] - row["segment"]["start"] <= 8.01 for row in kept)
+    assert len(undone) < len(kept)
+    assert words(" ".join(row["text"] for row in kept)) == words(" ".join(said.text for said in talk.said))
+
+
+def test_a_persons_decisions_come_first(talk: Talk, tmp_path: Path):
+    out, asr = tmp_path / "out", KnowingAsr(talk)
+    collect(talk.path, out, asr=asr)
+    first, second = rows(out)[:2]
+    edits = [{"id": first["id"], "keep": False}, {"id": second["id"], "text": "Mine.", "speaker": "Anna"}]
+    (out / EDITS).write_text("".join(json.dumps(edit) + "\n" for edit in edits))
+    clips = asr.clips
+    summary = collect(talk.path, out, asr=asr, recipe=CollectRecipe(rate_deviations=1000))
+    assert asr.clips == clips
+    assert summary.refused == {"dropped": 1}
+    assert not (out / first["audio"]).exists()
+    changed = next(row for row in rows(out) if row["id"] == second["id"])
+    assert (changed["text"], changed["speaker"]) == ("Mine.", "Anna")
+
+
+def test_validation_is_the_end_of_a_single_recording(talk: Talk, tmp_path: Path):
+    collect(talk.path, tmp_path / "out", asr=KnowingAsr(talk), recipe=CollectRecipe(validation=0.2))
+    held_out = [row["held_out"] for row in rows(tmp_path / "out")]
+    assert held_out == sorted(held_out)  # train first
+    assert 1 <= sum(held_out) <= len(held_out) / 2
+    summary = prepare(tmp_path / "out", tmp_path / "store", codec=FakeCodec())
+    assert summary.rows == {"train": held_out.count(False), "validation": held_out.count(True)}
+
+
+def test_without_copies_the_manifest_names_the_originals(talk: Talk, tmp_path: Path):
+    collect(talk.path, tmp_path / "out", asr=KnowingAsr(talk), copy=False)
+    assert not (tmp_path / "out" / "clips").exists()
+    row = rows(tmp_path / "out")[0]
+    assert not any(row["held_out"] for row in rows(tmp_path / "out"))  # a recording is in one split
+    assert (tmp_path / "out" / row["audio"]).resolve() == talk.path.resolve()
+    assert row["end"] - row["start"] > 3
+
+
+def test_bad_recordings_are_named_and_the_good_ones_kept(talk: Talk, tmp_path: Path):
+    raw = tmp_path / "raw"
+    (raw / "deep" / "er").mkdir(parents=True)
+    (raw / "deep" / "er" / "good one.wav").write_bytes(talk.path.read_bytes())
+    (raw / "text.wav").write_text("this is not audio")
+    (raw / "music.wma").write_bytes(b"0" * 100)
+    (raw / "loop").symlink_to(raw)
+    (raw / "outside.wav").symlink_to(talk.path)
+    (raw / "gone.wav").symlink_to(raw / "nothing.wav")
+    soundfile.write(raw / "silent.wav", np.zeros(5 * RATE), RATE)
+    soundfile.write(raw / "nan.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
+    summary = collect(raw, tmp_path / "out", asr=KnowingAsr(talk))
+    assert set(summary.unreadable) == {"text.wav", "music.wma", "outside.wav", "gone.wav", "nan.wav"}
+    assert "ffmpeg" in summary.unreadable["music.wma"]
+    assert summary.recordings == 2
+    assert summary.notes == ["silent.wav: no speech is found in it"]
+    assert {row["segment"]["recording"] for row in rows(tmp_path / "out")} == {"deep/er/good one.wav"}
+    assert len({row["id"] for row in rows(tmp_path / "out")}) == summary.utterances
+
+
+def test_a_truncated_recording_is_used_up_to_its_end(talk: Talk, tmp_path: Path):
+    content = talk.path.read_bytes()
+    cut = tmp_path / "cut.wav"
+    cut.write_bytes(content[: len(content) * 2 // 3])
+    summary = collect(cut, tmp_path / "out", asr=KnowingAsr(talk))
+    assert summary.utterances
+    assert any("cut off" in note for note in summary.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"speakers": 0}, "at least one speaks"), ({"recipe": "nothing.yaml"}, "cannot be read")],
+)
+def test_wrong_options_say_what_to_do(talk: Talk, tmp_path: Path, options: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        collect(talk.path, tmp_path / "out", **options)
+
+
+def test_an_unknown_setting_names_the_nearest(tmp_path: Path, talk: Talk):
+    (tmp_path / "r.yaml").write_text("longst: 12\n")
+    with pytest.raises(ConfigError, match="longest"):
+        collect(talk.path, tmp_path / "out", recipe=tmp_path / "r.yaml")
+
+
+def test_a_folder_without_recordings_is_an_error(tmp_path: Path):
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(DataError, match="holds no recording"):
+        collect(tmp_path / "raw", tmp_path / "out")
+
+
+def test_a_data_set_never_holds_its_recordings(talk: Talk, tmp_path: Path):
+    with pytest.raises(ConfigError, match="its own folder"):
+        collect(talk.path, talk.path.parent)
+    assert isinstance(collect(talk.path, tmp_path / "out", asr=KnowingAsr(talk)), CollectSummary)
+
+
+def test_cuts_and_joins_are_measured_and_recognised(talk: Talk, tmp_path: Path):
+    out, asr = tmp_path / "out", KnowingAsr(talk)
+    collect(talk.path, out, asr=asr, recipe=CollectRecipe(rate_deviations=1000))
+    first, second, third = rows(out)[:3]
+    pauses = [b["speech"][0][0] + a["speech"][-1][1] for a, b in [(first["segment"], second["segment"])]]
+    assert pauses
+    inner = [(a[1], b[0]) for a, b in zip(third["segment"]["speech"], third["segment"]["speech"][1:], strict=False)]
+    start, end = max(inner, key=lambda pause: pause[1] - pause[0])
+    edits = [{"id": first["id"], "join": second["id"]}, {"id": third["id"], "cut": [(start + end) / 2]}]
+    (out / EDITS).write_text("".join(json.dumps(edit) + "\n" for edit in edits))
+    collect(talk.path, out, asr=asr, recipe=CollectRecipe(rate_deviations=1000))
+    found = [*rows(out), *rows(out, "refused.jsonl")]
+    joined = next(row for row in found if row["id"] == first["id"])
+    assert joined["segment"]["end"] == second["segment"]["end"]
+    assert words(joined["recognised"]) == words(f"{first['recognised']} {second['recognised']}")
+    pieces = [row for row in found if third["segment"]["start"] <= row["segment"]["start"] < third["segment"]["end"]]
+    assert len(pieces) == 2
+    assert words(" ".join(row["recognised"] for row in sorted(pieces, key=lambda row: row["id"]))) == words(
+        third["recognised"]
+    )
+    clips = asr.clips
+    collect(talk.path, out, asr=asr, recipe=CollectRecipe(rate_deviations=1000))
+    assert asr.clips == clips
+
+
+def test_a_changed_table_is_applied(talk: Talk, tmp_path: Path):
+    out, asr = tmp_path / "out", KnowingAsr(talk)
+    collect(talk.path, out, asr=asr)
+    table = (out / "review.csv").read_text(encoding="utf-8-sig")
+    name = rows(out)[0]["id"]
+    line = next(line for line in table.splitlines() if line.startswith(name))
+    changed = tmp_path / "changed.csv"
+    changed.write_text(table.replace(line, line.replace(f"{name},yes", f"{name},no")), encoding="utf-8-sig")
+    summary = collect(talk.path, out, asr=asr, apply=changed)
+    assert summary.refused == {"dropped": 1}
+    assert collect(talk.path, out, asr=asr).refused == {"dropped": 1}
