@@ -335,7 +335,7 @@ def test_a_cluster_makes_the_same_data_set(cluster: Any, raw: Path, alone: Path,
 
 @pytest.mark.proof
 @pytest.mark.filterwarnings("default")
-def test_a_cluster_in_which_nothing_continues_is_given_up(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_cluster_without_progress_is_given_up(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engines, "_PATIENCE", 30.0)
     with pytest.raises(WorkError, match="no recording has progressed"):
         finish(Notes(tmp_path), jobs_of(tmp_path / "raw", "wait 6000"), "ray", None, lambda seconds: None)
