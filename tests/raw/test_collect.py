@@ -293,9 +293,10 @@ def test_bad_recordings_are_named_and_the_good_ones_kept(talk: Talk, tmp_path: P
     (raw / "outside.wav").symlink_to(talk.path)
     (raw / "gone.wav").symlink_to(raw / "nothing.wav")
     soundfile.write(raw / "silent.wav", np.zeros(5 * RATE), RATE)
+    soundfile.write(raw / "empty.wav", np.zeros(0), RATE)
     soundfile.write(raw / "nan.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
     summary = collect(raw, tmp_path / "out", asr=KnowingAsr(talk))
-    assert set(summary.unreadable) == {"text.wav", "music.wma", "outside.wav", "gone.wav", "nan.wav"}
+    assert set(summary.unreadable) == {"text.wav", "music.wma", "outside.wav", "gone.wav", "empty.wav", "nan.wav"}
     assert "ffmpeg" in summary.unreadable["music.wma"]
     assert summary.recordings == 2
     assert summary.notes == ["silent.wav: no speech is found in it"]

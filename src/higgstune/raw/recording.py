@@ -122,8 +122,8 @@ def decode(path: Path, folder: Path) -> Decoded:
         sha256 = _hash_of(full, writer.rate)
     if writer.broken:
         raise RowError("not_finite", "a sample is infinite or not a number: write the file again")
-    if writer.count < _MIN_SECONDS * writer.rate:
-        raise RowError("too_short", f"{writer.count / writer.rate:.2f} s are too short for speech")
+    if writer.count < _MIN_SECONDS * max(writer.rate, 1):
+        raise RowError("too_short", f"{writer.count / max(writer.rate, 1):.2f} s are too short for speech")
     return Decoded(
         sha256,
         Samples(full, writer.rate, writer.count),
