@@ -1,6 +1,8 @@
 """From raw recordings to a data set: what is kept, separated, refused, and never computed twice."""
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -291,14 +293,41 @@ def test_bad_recordings_are_named_and_the_good_ones_kept(talk: Talk, tmp_path: P
     (raw / "outside.wav").symlink_to(talk.path)
     (raw / "gone.wav").symlink_to(raw / "nothing.wav")
     soundfile.write(raw / "silent.wav", np.zeros(5 * RATE), RATE)
+    soundfile.write(raw / "empty.wav", np.zeros(0), RATE)
     soundfile.write(raw / "nan.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
     summary = collect(raw, tmp_path / "out", asr=KnowingAsr(talk))
-    assert set(summary.unreadable) == {"text.wav", "music.wma", "outside.wav", "gone.wav", "nan.wav"}
+    assert set(summary.unreadable) == {"text.wav", "music.wma", "outside.wav", "gone.wav", "empty.wav", "nan.wav"}
     assert "ffmpeg" in summary.unreadable["music.wma"]
     assert summary.recordings == 2
     assert summary.notes == ["silent.wav: no speech is found in it"]
     assert {row["segment"]["recording"] for row in rows(tmp_path / "out")} == {"deep/er/good one.wav"}
     assert len({row["id"] for row in rows(tmp_path / "out")}) == summary.utterances
+
+
+def test_recordings_never_share_an_id_whatever_their_names(talk: Talk, tmp_path: Path):
+    raw = tmp_path / "raw"
+    one = [said for said in talk.said[:2] if said.end - said.start > 1][0]
+    names = ["a/b.wav", "a_b.wav", "c.wav", "c.flac", "c_wav.wav", f"{'long/' * 60}long.wav"]
+    for name in names:
+        (raw / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(raw / name, talk.samples[: round((one.end + 0.4) * RATE)], RATE)
+        Path(f"{raw / name}.srt").write_text(f"1\n00:00:00,500 --> 00:00:{one.end:06.3f}\nthis is {name[-9:]}\n")
+    collect(raw, tmp_path / "out")
+    found = rows(tmp_path / "out") + rows(tmp_path / "out", "refused.jsonl")
+    assert {row["segment"]["recording"] for row in found} == set(names)
+    assert len({row["id"] for row in found}) == len(names)
+    assert all(row["text"] == f"this is {row['segment']['recording'][-9:]}" for row in found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
+def test_a_name_that_is_not_utf8_is_refused(talk: Talk, tmp_path: Path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "good.wav").write_bytes(talk.path.read_bytes())
+    Path(os.fsdecode(os.fsencode(raw) + b"/bad\xff.wav")).write_bytes(talk.path.read_bytes())
+    summary = collect(raw, tmp_path / "out", asr=KnowingAsr(talk))
+    assert summary.unreadable == {"bad\\xff.wav": "its path is not UTF-8: rename it"}
+    assert summary.utterances
 
 
 def test_a_truncated_recording_is_used_up_to_its_end(talk: Talk, tmp_path: Path):

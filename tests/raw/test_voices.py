@@ -86,3 +86,7 @@ def test_two_speakers_of_one_recording_are_never_one():
     one, other = link([[basis[0], close], [np.array([0.99, 0.141, 0])]], 0.3)
     assert one[0] != one[1]
     assert other[0] in one
+
+
+def test_who_says_too_little_is_linked_with_nobody():
+    assert link([[[1.0, 0.0]], [[]], [[1.0, 0.0]], [[]]], 0.3) == [[0], [1], [0], [3]]

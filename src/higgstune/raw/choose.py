@@ -29,6 +29,7 @@ _MIN_RATES = 20  # utterances of a language, below which its speech rate is not 
 _MIN_DEVIATION = 0.15  # of the median rate: less spread is that of few utterances
 _NORMAL = 1.4826  # median deviation -> standard deviation of a normal distribution
 _LINK_SHARE = 0.75  # of the distance that parts speakers, below which centres in two recordings are one speaker's
+_MAX_STEM = 120  # bytes of the 255 that a file's name may have: a clip's temporary one also names host and process
 _SAME_SPEECH = 0.8  # of the shorter utterance, in a duplicate
 
 Verdict = Literal["kept", "flagged", "refused"]
@@ -259,10 +260,23 @@ def _border(members: Sequence[Chosen], wanted: float) -> int:
 
 
 def stems(parts: Sequence[Part]) -> list[str]:
-    """Of each recording, what its utterances' ids begin with: its path without the suffix, where that is enough."""
+    """Of each recording, what its utterances' ids begin with: its path without the suffix, where that is enough.
+
+    Clips are named by ids, so one that is too long for a file's name, or still another's, ends with a hash of the path.
+    """
     short = [str(PurePosixPath(part.path).with_suffix("")).replace("/", "_") for part in parts]
     count = Counter(short)
-    return [
+    found = [
         stem if count[stem] == 1 else part.path.replace("/", "_").replace(".", "_")
         for stem, part in zip(short, parts, strict=True)
     ]
+    count = Counter(found)
+    return [
+        stem if count[stem] == 1 and len(stem.encode()) <= _MAX_STEM else _hashed(stem, part.path)
+        for stem, part in zip(found, parts, strict=True)
+    ]
+
+
+def _hashed(stem: str, path: str) -> str:
+    begin = stem.encode()[:_MAX_STEM].decode(errors="ignore")  # not half a character
+    return f"{begin}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"

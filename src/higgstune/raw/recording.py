@@ -80,7 +80,10 @@ def find_recordings(raw: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
             path, suffix = Path(root, name), Path(name).suffix.lower()
             if name.startswith(".") or suffix not in (*AUDIO_SUFFIXES, *FOREIGN_SUFFIXES):
                 continue
-            if path.is_symlink() and raw.resolve() not in path.resolve().parents:
+            if not _is_utf8(path):
+                readable = Path(os.fsencode(path).decode(errors="backslashreplace"))
+                refused.append((readable, "its path is not UTF-8: rename it"))
+            elif path.is_symlink() and raw.resolve() not in path.resolve().parents:
                 refused.append((path, "it is a link that leads out of the folder: copy the file there"))
             elif suffix in FOREIGN_SUFFIXES:
                 refused.append((path, f"{suffix} is not read: ffmpeg -i {name} {path.stem}.flac"))
@@ -89,6 +92,14 @@ def find_recordings(raw: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
             else:
                 found.append(path)
     return found, refused
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def decode(path: Path, folder: Path) -> Decoded:
@@ -111,8 +122,8 @@ def decode(path: Path, folder: Path) -> Decoded:
         sha256 = _hash_of(full, writer.rate)
     if writer.broken:
         raise RowError("not_finite", "a sample is infinite or not a number: write the file again")
-    if writer.count < _MIN_SECONDS * writer.rate:
-        raise RowError("too_short", f"{writer.count / writer.rate:.2f} s are too short for speech")
+    if writer.count < _MIN_SECONDS * max(writer.rate, 1):
+        raise RowError("too_short", f"{writer.count / max(writer.rate, 1):.2f} s are too short for speech")
     return Decoded(
         sha256,
         Samples(full, writer.rate, writer.count),

@@ -74,10 +74,13 @@ def assign(
 def link(recordings: Sequence[Sequence[Sequence[float]]], distance: float) -> list[list[int]]:
     """The voice of each speaker of each recording, given by its centre: nearest ones first, never two of a recording.
 
-    Centres are nearer to each other than the regions that they are the mean of.
+    Centres are nearer to each other than the regions that they are the mean of. A centre without numbers, of one who
+    says too little to be known, is like no other.
     """
     owners = [number for number, centres in enumerate(recordings) for _ in centres]
-    points = np.array([centre for centres in recordings for centre in centres], np.float32)
+    size = max((len(centre) for centres in recordings for centre in centres), default=0)
+    known = [[*centre, *[0.0] * (size - len(centre))] for centres in recordings for centre in centres]
+    points = np.array(known, np.float32)
     groups = {index: {index} for index in range(len(owners))}
     root = list(range(len(owners)))
     near = np.argwhere(points @ points.T > 1 - distance) if len(owners) else np.empty((0, 2), int)
