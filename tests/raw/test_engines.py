@@ -383,7 +383,7 @@ def running(folder: Path) -> list[int]:
 
 @pytest.mark.proof
 def test_twenty_kills_of_the_command_change_nothing(tmp_path: Path):
-    make_raw(tmp_path / "raw", (12, 16, 20))
+    make_raw(tmp_path / "raw", (5, 7, 9))
     command = [sys.executable, "-m", "higgstune", "collect", tmp_path / "raw", "--workers", "2", "--out"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     start = time.monotonic()

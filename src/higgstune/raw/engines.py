@@ -432,6 +432,6 @@ class _RayWorker:
         if ray.get(self._board.begin.remote(number)) > _TRIES:
             result: Any = _ENDED.format(_TRIES, "")
         else:
-            result = _result(self._work, path, lambda share: self._board.reached.remote(number, float(share)))
+            result = _result(self._work, path, partial(self._board.reached.remote, number))
         self._board.reached.remote(number, 1.0)
         return {"number": number, "result": pickle.dumps(result)}
