@@ -9,6 +9,8 @@ import higgstune as hg
 
 
 def notebook() -> hg.Speech:
+    hours: float = hg.collect("raw/", "recordings", language="en").kept_hours
+    print(hours)
     prepared = hg.prepare("recordings/", "data/voice", speaker="anna")
     accepted: int = prepared.accepted["train"]
     recipe: hg.Recipe = hg.Recipe.load("voice.yaml").with_({"stages.0.max_steps": 50 + accepted})

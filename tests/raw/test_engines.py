@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -46,7 +47,9 @@ def tries(folder: Path, number: int) -> list[str]:
 def everything(out: Path) -> dict[str, bytes]:
     """All files of a data set by name, but its card, which has the name of the folder and the cost."""
     return {
-        path.relative_to(out).as_posix(): path.read_bytes().replace(str(out).encode(), b"OUT")
+        path.relative_to(out).as_posix(): re.sub(
+            rb'"raw": "[^"]*"', b'"raw": "RAW"', path.read_bytes().replace(str(out).encode(), b"OUT")
+        )
         for path in sorted(out.rglob("*"))
         if path.is_file() and CACHE not in path.parts and path.suffix != ".lock" and path.stem != "data_card"
     }

@@ -23,7 +23,7 @@ from higgstune.data.rejection import RowError
 from higgstune.data.signatures import conversion
 
 _DECODER = Path(__file__).with_name("media_decoder.py")
-_MEGABYTES = 1024  # of address space; it starts with 120, and the index of four hours of film takes 100
+_MEGABYTES = 1_000  # of address space; it starts with 120, and the index of four hours of film takes 100
 _SECONDS = 60.0  # without a block: a machine that is busy starts the process in five
 _SECONDS_TO_END = 5.0  # for its exit code
 _MAX_MESSAGE = 1 << 26  # bytes; the longest frame of 64 channels is a quarter of it

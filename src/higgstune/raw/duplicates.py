@@ -21,6 +21,7 @@ FRAME = 0.08  # seconds of a print's frame
 _SPECTRUM, _HOP, _FFT = 400, 160, 512  # samples: spectra of 25 ms every 10 ms
 _HOPS = round(FRAME * RATE) // _HOP
 _POOLED = 2 * _HOPS  # spectra in a frame, weighted by a Hann window: cuts between two frames change little
+_AT_ONCE = 1_000  # spectra, for the memory
 _SLOPES = 20  # of one band to the next
 _LOWEST, _HIGHEST = 150.0, 5000.0  # Hz
 _NEARBY = 12  # frames on either side, of which a band's loudest says how loud speech is there
@@ -61,9 +62,9 @@ def print_of(samples: np.ndarray) -> bytes:
         return b""
     frames = sliding_window_view(np.asarray(samples, np.float32), _SPECTRUM)[::_HOP]
     bands = np.empty((len(frames), _SLOPES + 1), np.float32)
-    for start in range(0, len(frames), 1024):
-        spectra = np.fft.rfft(frames[start : start + 1024] * _hann(_SPECTRUM), _FFT, axis=1)
-        bands[start : start + 1024] = (spectra.real**2 + spectra.imag**2) @ _mel_bands()
+    for start in range(0, len(frames), _AT_ONCE):
+        spectra = np.fft.rfft(frames[start : start + _AT_ONCE] * _hann(_SPECTRUM), _FFT, axis=1)
+        bands[start : start + _AT_ONCE] = (spectra.real**2 + spectra.imag**2) @ _mel_bands()
     padded = np.pad(bands, ((_POOLED // 2, _POOLED // 2), (0, 0)), mode="edge")
     pooled = sliding_window_view(padded, _POOLED, axis=0)[::_HOPS] @ _hann(_POOLED)
     around = np.pad(pooled, ((_NEARBY, _NEARBY), (0, 0)), mode="edge")
