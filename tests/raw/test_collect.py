@@ -306,7 +306,7 @@ def test_bad_recordings_are_named_and_the_good_ones_kept(talk: Talk, tmp_path: P
 
 def test_recordings_never_share_an_id_whatever_their_names(talk: Talk, tmp_path: Path):
     raw = tmp_path / "raw"
-    one = [said for said in talk.said[:2] if said.end - said.start > 1][0]
+    one = next(said for said in talk.said[:2] if said.end - said.start > 1)
     names = ["a/b.wav", "a_b.wav", "c.wav", "c.flac", "c_wav.wav", f"{'long/' * 60}long.wav"]
     for name in names:
         (raw / name).parent.mkdir(parents=True, exist_ok=True)
