@@ -337,6 +337,13 @@ def test_a_truncated_recording_is_used_up_to_its_end(talk: Talk, tmp_path: Path)
     summary = collect(cut, tmp_path / "out", asr=KnowingAsr(talk))
     assert summary.utterances
     assert any("cut off" in note for note in summary.notes)
+    seconds = (len(content) * 2 // 3 - 44) / 2 / RATE
+    inside = [said for said in talk.said if said.start < seconds - 0.5 and said.end > seconds]
+    assert inside, "the file must end within a sentence"
+    [refused] = rows(tmp_path / "out", "refused.jsonl")
+    assert refused["reason"] == "cut off"
+    assert refused["segment"]["end"] == pytest.approx(seconds, abs=0.01)
+    assert all(row["segment"]["end"] < seconds for row in rows(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -351,6 +358,12 @@ def test_wrong_options_say_what_to_do(talk: Talk, tmp_path: Path, options: dict[
 def test_an_unknown_setting_names_the_nearest(tmp_path: Path, talk: Talk):
     (tmp_path / "r.yaml").write_text("longst: 12\n")
     with pytest.raises(ConfigError, match="longest"):
+        collect(talk.path, tmp_path / "out", recipe=tmp_path / "r.yaml")
+
+
+def test_settings_that_do_not_fit_say_so_in_plain_words(tmp_path: Path, talk: Talk):
+    (tmp_path / "r.yaml").write_text("longest: 2\n")
+    with pytest.raises(ConfigError, match=r"r.yaml:\n  shortest \(3 s\) must be below longest \(2 s\)$"):
         collect(talk.path, tmp_path / "out", recipe=tmp_path / "r.yaml")
 
 

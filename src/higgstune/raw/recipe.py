@@ -81,5 +81,8 @@ def load_collect_recipe(path: Path | None) -> CollectRecipe:
     try:
         return CollectRecipe.model_validate(tree)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg']}" for item in error.errors()]
+        faults = [
+            (".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")) for item in error.errors()
+        ]
+        lines = [f"  {key}: {message}" if key else f"  {message}" for key, message in faults]
         raise ConfigError(f"{path}:\n" + "\n".join(lines)) from error
