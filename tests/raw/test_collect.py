@@ -215,6 +215,14 @@ def test_speech_that_the_text_lacks_is_flagged(talk: Talk, tmp_path: Path):
     assert set(summary.refused) <= {"text"}  # an utterance with speech of both kinds
 
 
+def test_speech_beside_subtitles_of_something_else_is_flagged(talk: Talk, tmp_path: Path):
+    (tmp_path / "talk.wav").write_bytes(talk.path.read_bytes())
+    (tmp_path / "talk.srt").write_text("1\n01:00:00,000 --> 01:00:02,000\nWords of another film.\n")
+    summary = collect(tmp_path / "talk.wav", tmp_path / "out", asr=KnowingAsr(talk))
+    assert summary.flagged["not in the text"] == summary.utterances > 0
+    assert "talk.wav: not spoken: Words of another film." in summary.notes
+
+
 def test_a_wrong_text_is_refused_with_both_texts(talk: Talk, tmp_path: Path):
     class Deaf(KnowingAsr):
         def _text(self, waveform: np.ndarray) -> str:
