@@ -339,12 +339,17 @@ def test_a_name_that_is_not_utf8_is_refused(talk: Talk, tmp_path: Path):
 
 
 def test_a_truncated_recording_is_used_up_to_its_end(talk: Talk, tmp_path: Path):
-    content = talk.path.read_bytes()
+    last = talk.said[7]
+    seconds = (last.start + last.end) / 2
     cut = tmp_path / "cut.wav"
-    cut.write_bytes(content[: len(content) * 2 // 3])
+    cut.write_bytes(talk.path.read_bytes()[: 44 + 2 * round(seconds * RATE)])
     summary = collect(cut, tmp_path / "out", asr=KnowingAsr(talk))
     assert summary.utterances
     assert any("cut off" in note for note in summary.notes)
+    [refused] = rows(tmp_path / "out", "refused.jsonl")
+    assert refused["reason"] == "cut off"
+    assert refused["segment"]["end"] == pytest.approx(seconds, abs=0.01)
+    assert all(row["segment"]["end"] < last.start + 0.1 for row in rows(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
