@@ -367,6 +367,19 @@ def test_an_unknown_setting_names_the_nearest(tmp_path: Path, talk: Talk):
         collect(talk.path, tmp_path / "out", recipe=tmp_path / "r.yaml")
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("longest: 2", r"shortest \(3 s\) must be below longest \(2 s\)"),
+        ("max_seconds: 0.5", r"min_seconds \(1 s\) must be below max_seconds \(0.5 s\)"),
+    ],
+)
+def test_settings_that_do_not_fit_say_so_in_plain_words(setting: str, message: str, tmp_path: Path, talk: Talk):
+    (tmp_path / "r.yaml").write_text(setting)
+    with pytest.raises(ConfigError, match=rf"r.yaml:\n  {message}$"):
+        collect(talk.path, tmp_path / "out", recipe=tmp_path / "r.yaml")
+
+
 def test_a_folder_without_recordings_is_an_error(tmp_path: Path):
     (tmp_path / "raw").mkdir()
     with pytest.raises(DataError, match="holds no recording"):

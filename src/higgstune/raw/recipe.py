@@ -49,6 +49,10 @@ class CollectRecipe(BaseModel):
     def _check(self) -> Self:
         if self.shortest >= self.longest:
             raise ValueError(f"shortest ({self.shortest:g} s) must be below longest ({self.longest:g} s)")
+        if self.min_seconds >= self.max_seconds:
+            raise ValueError(
+                f"min_seconds ({self.min_seconds:g} s) must be below max_seconds ({self.max_seconds:g} s)"
+            )
         return self
 
     @property
@@ -81,5 +85,8 @@ def load_collect_recipe(path: Path | None) -> CollectRecipe:
     try:
         return CollectRecipe.model_validate(tree)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg']}" for item in error.errors()]
+        faults = [
+            (".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")) for item in error.errors()
+        ]
+        lines = [f"  {key}: {message}" if key else f"  {message}" for key, message in faults]
         raise ConfigError(f"{path}:\n" + "\n".join(lines)) from error
