@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import soundfile
 from fake_codec import FakeCodec
+from full_disk import largest_file
 from raw_recordings import RATE, KnowingAsr, KnowingEars, Talk, make_talk
 
 from higgstune.data.audio import read_audio
 from higgstune.data.importers import read_source
 from higgstune.data.prepare import prepare
-from higgstune.errors import ConfigError, DataError
+from higgstune.errors import ConfigError, DataError, WorkError
 from higgstune.raw.collect import CollectSummary, collect
 from higgstune.raw.names import CACHE, EDITS
 from higgstune.raw.recipe import CollectRecipe
@@ -428,3 +429,10 @@ def test_a_changed_table_is_applied(talk: Talk, tmp_path: Path):
     summary = collect(talk.path, out, asr=asr, apply=changed)
     assert summary.refused == {"dropped": 1}
     assert collect(talk.path, out, asr=asr).refused == {"dropped": 1}
+
+
+def test_a_full_disk_says_what_to_do_and_loses_nothing(talk: Talk, tmp_path: Path):
+    with largest_file(100_000), pytest.raises(WorkError, match=r"full\.f32 cannot be written.*is kept.*run it again"):
+        collect(talk.path, tmp_path / "out", asr=KnowingAsr(talk))
+    assert not list((tmp_path / "out").rglob("*.f32"))
+    assert collect(talk.path, tmp_path / "out", asr=KnowingAsr(talk)).utterances
