@@ -216,6 +216,33 @@ def test_speech_that_the_text_lacks_is_flagged(talk: Talk, tmp_path: Path):
     assert set(summary.refused) <= {"text"}  # an utterance with speech of both kinds
 
 
+@pytest.mark.parametrize("name", ["other.srt", "words.txt", "folder"])
+def test_a_text_that_lies_elsewhere_is_used(name: str, talk: Talk, tmp_path: Path):
+    said = " ".join(one.text for one in talk.said)
+    (tmp_path / "talk.wav").write_bytes(talk.path.read_bytes())
+    (tmp_path / "folder").mkdir()
+    times = f"00:00:{talk.said[0].start:06.3f} --> 00:00:{talk.said[-1].end:06.3f}"
+    (tmp_path / "other.srt").write_text(f"1\n{times}\n{said.upper()}\n")
+    (tmp_path / "words.txt").write_text(said.upper())
+    (tmp_path / "folder" / "talk.txt").write_text(said.upper())
+    collect(tmp_path / "talk.wav", tmp_path / "out", transcripts=tmp_path / name, asr=KnowingAsr(talk))
+    found = rows(tmp_path / "out") + rows(tmp_path / "out", "refused.jsonl")
+    found.sort(key=lambda row: row["segment"]["start"])
+    assert words(" ".join(row["text"] for row in found)) == words(said.upper())
+
+
+def test_texts_that_cannot_be_meant_are_an_error(talk: Talk, tmp_path: Path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for name in ("one.wav", "two.wav"):
+        (raw / name).write_bytes(talk.path.read_bytes())
+    (tmp_path / "text.srt").write_text("1\n00:00:00,000 --> 00:00:02,000\nHello.\n")
+    with pytest.raises(ConfigError, match="does not exist: name a text"):
+        collect(raw, tmp_path / "out", transcripts=tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="one text for 2 recordings"):
+        collect(raw, tmp_path / "out", transcripts=tmp_path / "text.srt")
+
+
 def test_speech_beside_subtitles_of_something_else_is_flagged(talk: Talk, tmp_path: Path):
     (tmp_path / "talk.wav").write_bytes(talk.path.read_bytes())
     (tmp_path / "talk.srt").write_text("1\n01:00:00,000 --> 01:00:02,000\nWords of another film.\n")
