@@ -51,6 +51,12 @@ def test_prepare_does_both(raw: Path, tmp_path: Path, command: Command) -> None:
     assert "--asr belongs to --collect" in err
 
 
+def test_a_shard_without_recordings_is_not_a_failure(raw: Path, tmp_path: Path, command: Command) -> None:
+    code, out, _ = command("collect", raw, "--out", tmp_path / "out", "--shard", "2/2")
+    assert code == 0
+    assert "0 recordings" in out
+
+
 def test_json_is_the_summary_alone(raw: Path, tmp_path: Path, command: Command) -> None:
     code, out, _ = command("collect", raw, "--out", tmp_path / "out", "--json")
     assert code == 0

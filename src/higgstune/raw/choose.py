@@ -30,7 +30,7 @@ _MIN_DEVIATION = 0.15  # of the median rate: less spread is that of few utteranc
 _NORMAL = 1.4826  # median deviation -> standard deviation of a normal distribution
 _LINK_SHARE = 0.75  # of the distance that parts speakers, below which centres in two recordings are one speaker's
 _MAX_STEM = 120  # bytes of the 255 that a file's name may have: a clip's temporary one also names host and process
-_AT_END = 0.05  # seconds: speech that ends nearer to the end of what is left of a damaged recording goes on behind it
+_AT_END = 0.05  # seconds: speech that ends nearer to the end of what is left of a damaged recording continues behind it
 _SAME_SPEECH = 0.8  # of the shorter utterance, in a duplicate
 
 Verdict = Literal["kept", "flagged", "refused"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import soundfile
 
-from higgstune.data.importers.subtitles import TextBeside, text_beside
+from higgstune.data.importers.subtitles import TextBeside, text_beside, text_in
 from higgstune.data.rejection import RowError
 from higgstune.data.source import path_within
 from higgstune.errors import ConfigError, DataError, WorkError
@@ -112,6 +112,8 @@ def collect(
         raise ConfigError(f"--speakers {speakers}: at least one speaks")
     recordings, left = find_recordings(raw)
     recordings = [path for path in recordings if not path.resolve().is_relative_to(out.resolve())]
+    if transcripts is not None:
+        _check_texts(Path(transcripts).expanduser(), len(recordings))
     if not recordings:
         reasons = "; ".join(f"{path.name}: {why}" for path, why in left[:_MANY])
         raise DataError(f"{raw} holds no recording{f' ({reasons})' if reasons else ''}: wav, flac, mp3, ogg or opus")
@@ -281,7 +283,9 @@ class _Worker:
             return complete(path, part, self._recipe, self._loaded(), self._cache, folder)
 
     def _beside(self, path: Path) -> TextBeside:
-        where = self._where_texts_are(path)
+        if self._transcripts is not None and not self._transcripts.is_dir():
+            return text_in(self._transcripts)
+        where = path if self._transcripts is None else self._transcripts / path.name  # as if it lay there
         beside = text_beside(where, language=self._language)
         if beside.path is not None:
             path_within(where.parent, beside.path.name, allow_outside=False)  # it may be a link
@@ -303,13 +307,15 @@ class _Worker:
                 "versions of Higgstune and its models, and no recording may change meanwhile; run it again"
             ) from error
 
-    def _where_texts_are(self, path: Path) -> Path:
-        """The recording, as if it lay where its text is looked for."""
-        if self._transcripts is None:
-            return path
-        if self._transcripts.is_dir():
-            return self._transcripts / path.name
-        return self._transcripts.with_name(f"{self._transcripts.name}{path.suffix}")
+
+def _check_texts(transcripts: Path, recordings: int) -> None:
+    if not transcripts.exists():
+        raise ConfigError(f"--transcripts {transcripts} does not exist: name a text, or a folder of texts")
+    if recordings > 1 and not transcripts.is_dir():
+        raise ConfigError(
+            f"--transcripts {transcripts} is one text for {recordings} recordings: name a folder, in which each has "
+            "one of its name"
+        )
 
 
 def _state(model: str | Path | None) -> Any:

@@ -49,6 +49,8 @@ class CollectRecipe(BaseModel):
     def _check(self) -> Self:
         if self.shortest >= self.longest:
             raise ValueError(f"shortest ({self.shortest:g} s) must be below longest ({self.longest:g} s)")
+        if self.min_seconds >= self.max_seconds:
+            raise ValueError(f"min_seconds ({self.min_seconds:g} s) must be below max_seconds ({self.max_seconds:g} s)")
         return self
 
     @property

@@ -17,11 +17,13 @@ import soxr
 from higgstune.data.audio import AUDIO_SUFFIXES, read_recording
 from higgstune.data.rejection import RowError
 from higgstune.data.source import FOREIGN_SUFFIXES
+from higgstune.files import writing
 
 RATE = 16_000  # Hz, at which speech is found, recognised and compared
 LOSSLESS = (".wav", ".flac")
 _HIGH_PASS = 20.0  # Hz: below it there is DC, and no speech
 _MIN_SECONDS = 0.5
+_KEPT = "what was computed before is kept"
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class _Writer:
             self._sosfilt = sosfilt
         mono = np.ascontiguousarray(block.mean(axis=1, dtype=np.float64), dtype=np.float32)
         self.broken = self.broken or not np.isfinite(mono).all()
-        mono.tofile(self._full)
+        _put(self._full, mono)
         if not self.count:
             self._state = sosfilt_zi(self._filter) * float(mono[:rate].mean())  # as if it had lasted for ever
         self.count += len(mono)
@@ -162,11 +164,19 @@ class _Writer:
         """Write what the resampler still holds."""
         if self.rate:
             self._write_speech(self._resampler.resample_chunk(np.empty(0, np.float32), last=True))
+        for file in (self._full, self._speech):
+            with writing(Path(file.name), _KEPT):
+                file.flush()
 
     def _write_speech(self, block: np.ndarray) -> None:
         if len(block):
             block, self._state = self._sosfilt(self._filter, block, zi=self._state)
-            block.astype(np.float32).tofile(self._speech)
+            _put(self._speech, block.astype(np.float32))
+
+
+def _put(file: BinaryIO, block: np.ndarray) -> None:
+    with writing(Path(file.name), _KEPT):
+        file.write(block.data)  # `tofile` would not say why the disk refuses
 
 
 def _hash_of(path: Path, rate: int) -> str:

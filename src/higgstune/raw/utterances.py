@@ -98,7 +98,7 @@ class Part:
     @property
     def has_text(self) -> bool:
         """Whether a text beside it was used."""
-        return any(one.given is not None for one in self.utterances)
+        return self.text is not None
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Part":

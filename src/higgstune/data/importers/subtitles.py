@@ -172,6 +172,16 @@ def text_beside(recording: Path, *, language: str | None = None) -> TextBeside:
     )
 
 
+def text_in(path: Path) -> TextBeside:
+    """A file that is named as the text of a recording. Raises RowError where it is not one."""
+    name = path.name.lower()
+    ending = next((one for one in (*_EXACT, *_SUBTITLES, *_NOT_READ) if name.endswith(one)), _TEXTS[0])
+    order = _order(path, ending)
+    if isinstance(order, str):
+        raise RowError("no_transcript", f"{path.name}: {order}")
+    return TextBeside(path, has_times=_rank(order) < 2)
+
+
 def _fit(of_file: str | None, language: str | None) -> int | None:
     """How well a file's language fits the one that is spoken, 0 is best; None for another one.
 
