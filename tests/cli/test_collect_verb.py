@@ -40,6 +40,14 @@ def test_it_ends_with_minutes_reasons_and_the_next_command(raw: Path, tmp_path: 
     assert "train: " in prepared
 
 
+def test_the_next_command_works_without_copies_too(raw: Path, tmp_path: Path, command: Command) -> None:
+    _, out, _ = command("collect", raw, "--out", tmp_path / "data", "--no-copy")
+    miniature = Path(__file__).parents[2] / "src/higgstune/demo/assets/codec"
+    code, prepared, _ = command(*next_command(out), "--codec", miniature)
+    assert code == 0
+    assert "train: " in prepared
+
+
 def test_prepare_does_both(raw: Path, tmp_path: Path, command: Command) -> None:
     miniature = Path(__file__).parents[2] / "src/higgstune/demo/assets/codec"
     code, _, _ = command("prepare", raw, "--out", tmp_path / "store", "--collect", "--codec", miniature)

@@ -141,7 +141,8 @@ def collect(
     else:
         _print(summary, raw, out, shard)
         if summary.utterances and shard is None:
-            print_next("higgstune", "prepare", str(out), "--out", f"{out}-codes")
+            outside = [] if copy else ["--allow-outside"]  # the originals are not in the data set
+            print_next("higgstune", "prepare", str(out), "--out", f"{out}-codes", *outside)
     if not summary.utterances and shard is None:  # a part may well have none
         raise typer.Exit(2)
 
