@@ -342,6 +342,7 @@ def test_a_cluster_without_progress_is_given_up(cluster: Any, tmp_path: Path, mo
     monkeypatch.setattr(engines, "_PATIENCE", 30.0)
     with pytest.raises(WorkError, match="no recording has progressed"):
         finish(Notes(tmp_path), jobs_of(tmp_path / "raw", "wait 6000"), "ray", None, lambda seconds: None)
+    wait_for(lambda: not psutil.pid_exists(int(tries(tmp_path, 0)[0])))
 
 
 @pytest.mark.proof

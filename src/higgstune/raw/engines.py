@@ -36,6 +36,7 @@ _MEMORY = 500_000_000  # bytes that a process needs beside its models
 _TRIES = 3  # of a recording whose process is killed, maybe by what is in it
 _PATIENCE = 1800.0  # seconds without progress of a cluster; a recording of 10 h takes a third to find its speech
 _POLL = 1.0  # seconds
+_ENDING = 30.0  # seconds
 _SHARE = 0.9  # of one CPU that Ray reserves for all workers together: see `_in_cluster`
 _ENDED = "{} processes that worked on it ended{}: is there memory enough?"
 _RESUMES = "what was computed is kept"
@@ -300,6 +301,7 @@ def _result(work: Work, path: Path, report: Report) -> "str | Exception | None":
 
 def _with_ray(work: Work, jobs: Sequence[Job], workers: int | None, progress: _Progress) -> dict[Path, str]:
     """By Ray Data, in the cluster of RAY_ADDRESS or one of this machine. Raises ConfigError, WorkError."""
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread of Ray Data would begin anew what has ended
     try:
         import ray
         import ray.data
@@ -358,7 +360,8 @@ def _in_cluster(ray: Any, work: Work, jobs: Sequence[Job], count: int, progress:
     )
     context.enable_progress_bars, context.max_errored_blocks = quiet, tolerant  # `done` has its own
     rows: Queue[Any] = Queue()
-    threading.Thread(target=_pass_on, args=(done, rows), daemon=True).start()
+    thread = threading.Thread(target=_pass_on, args=(done, rows), daemon=True)
+    thread.start()
     found: dict[Path, str | None] = {}
     moved = time.monotonic()
     try:
@@ -381,9 +384,15 @@ def _in_cluster(ray: Any, work: Work, jobs: Sequence[Job], count: int, progress:
                     f"{ray.available_resources().get('CPU', 0):.1f} CPUs are free: see `ray status`; {_RESUMES}: run "
                     "it again"
                 )
+        return _refused(found)
+    except BaseException:  # also Ctrl-C: Ray Data ends when its workers do, and has no other way
+        with suppress(ray.exceptions.RayError):
+            for worker in ray.get(board.workers.remote(), timeout=_ENDING):
+                ray.kill(worker)
+        raise
     finally:
-        ray.kill(board)  # workers that continue would find no recording to begin with
-    return _refused(found)
+        thread.join(_ENDING)
+        ray.kill(board)
 
 
 def _pass_on(done: Any, rows: "Queue[Any]") -> None:
@@ -401,9 +410,12 @@ class _Board:
     def __init__(self) -> None:
         self._begun: Counter[int] = Counter()
         self._news: dict[int, float] = {}
+        self._workers: list[Any] = []
 
-    def begin(self, number: int) -> int:
-        """A worker begins a recording. -> for the which time."""
+    def begin(self, number: int, worker: Any) -> int:
+        """A worker, an actor, begins a recording. -> for the which time."""
+        if worker not in self._workers:
+            self._workers.append(worker)
         self._begun[number] += 1
         self._news[number] = 0.0
         return self._begun[number]
@@ -411,6 +423,10 @@ class _Board:
     def reached(self, number: int, share: float) -> None:
         """A worker has done a share of a recording."""
         self._news[number] = share
+
+    def workers(self) -> list[Any]:
+        """All that have begun."""
+        return self._workers
 
     def news(self) -> dict[int, float]:
         """What was reported since the last call."""
@@ -429,7 +445,7 @@ class _RayWorker:
         import ray
 
         number, path = int(row["number"]), Path(os.fsdecode(row["path"]))
-        if ray.get(self._board.begin.remote(number)) > _TRIES:
+        if ray.get(self._board.begin.remote(number, ray.get_runtime_context().current_actor)) > _TRIES:
             result: Any = _ENDED.format(_TRIES, "")
         else:
             result = _result(self._work, path, partial(self._board.reached.remote, number))
