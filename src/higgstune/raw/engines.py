@@ -316,7 +316,7 @@ def _with_ray(work: Work, jobs: Sequence[Job], workers: int | None, progress: _P
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says is raised here
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"there is no Ray cluster at {os.environ.get('RAY_ADDRESS')}: {error}") from error
     try:
