@@ -36,7 +36,6 @@ test: $(INSTALLED)
 	$(PYTEST) -m "not proof"
 
 proof: $(INSTALLED)
-	$(PIP) install --constraint constraints.txt --editable ".[ray]"
 	$(BIN)/python -m pytest -m proof
 	$(BIN)/python tools/faults/random_faults.py --faults 50
 	set -e; for name in endurance train_step data_path codec generation planning; do \
