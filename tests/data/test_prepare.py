@@ -191,6 +191,11 @@ def test_rows_that_are_held_out_are_for_validation(tmp_path: Path) -> None:
     manifest(tmp_path / "in", *rows)
     for _ in range(2):
         assert run(tmp_path / "in", tmp_path / "out").rows == {"train": 4, "validation": 2}
+    moved = [{**row, "held_out": not row["held_out"], "text": f"{row['text']} Again."} for row in rows]
+    manifest(tmp_path / "in", *moved)  # a recording stays where it is
+    assert run(tmp_path / "in", tmp_path / "out").rows == {"train": 4, "validation": 2}
+    manifest(tmp_path / "in", *rows)
+    run(tmp_path / "in", tmp_path / "out")
     assert {row.text for row in CodeStore.open(tmp_path / "out") if row.split == "validation"} == {
         "Number 1.",
         "Number 4.",

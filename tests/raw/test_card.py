@@ -18,7 +18,7 @@ from higgstune.data.importers import read_source
 from higgstune.evaluation.test_sets import read_sentences
 from higgstune.raw.advice import VOICE_MINUTES, advise, common_pairs, next_sentences, units_of
 from higgstune.raw.card import COST, HTML, MARKDOWN, write_card
-from higgstune.raw.choose import choose
+from higgstune.raw.choose import choose, find_baseline
 from higgstune.raw.collect import _summary
 from higgstune.raw.dataset import CACHE, MANIFEST, clip_path, write_lists
 from higgstune.raw.measure import UtteranceMeasures
@@ -70,7 +70,7 @@ def a_card(out: Path, parts: list[Part], recipe: CollectRecipe | None = None, *,
     """A data set in a folder as `collect` leaves it, with clips of noise: its `collect.json`."""
     recipe = recipe or a_recipe()
     (out / CACHE).mkdir(parents=True, exist_ok=True)
-    chosen = choose(parts, recipe, {}, copied=copied)
+    chosen = choose(parts, recipe, {}, find_baseline(parts, recipe, copied=copied))
     for one in chosen if copied else []:
         if one.refused is None:
             clip_path(out, one.id).parent.mkdir(exist_ok=True)
@@ -85,7 +85,7 @@ def a_card(out: Path, parts: list[Part], recipe: CollectRecipe | None = None, *,
 
 def the_advice(parts: list[Part], **settings: Any) -> str:
     recipe = a_recipe(**settings)
-    return "\n".join(advise(choose(parts, recipe, {}, copied=True), parts, recipe))
+    return "\n".join(advise(choose(parts, recipe, {}, find_baseline(parts, recipe, copied=True)), parts, recipe))
 
 
 def page_of(out: Path) -> Page:

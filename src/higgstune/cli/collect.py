@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 RAW, _SCALE = "Raw recordings", "Large jobs"
 _SHOWN = 5
 
-AsrOption = Annotated[
+TextAsrOption = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
@@ -61,7 +61,7 @@ def collect(
     recipe: Annotated[
         Path | None, typer.Option(parser=path, metavar="FILE", help="Settings that differ from the defaults (YAML).")
     ] = None,
-    asr: AsrOption = None,
+    asr: TextAsrOption = None,
     transcripts: Annotated[
         Path | None,
         typer.Option(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from higgstune.cli.collect import RAW, AsrOption, SpeakerModelOption, collect_for
+from higgstune.cli.collect import RAW, SpeakerModelOption, TextAsrOption, collect_for
 from higgstune.cli.endings import print_prepared
 from higgstune.cli.inspect import STORED, LimitOption, check_limits
 from higgstune.cli.options import DeviceOption, JsonOption, check_model, path, within
@@ -88,7 +88,7 @@ def prepare(
             "--collect", help="Raw recordings: cut them first, as `collect` does, into OUT-raw.", rich_help_panel=RAW
         ),
     ] = False,
-    asr: AsrOption = None,
+    asr: TextAsrOption = None,
     speaker_model: SpeakerModelOption = None,
     limit: LimitOption = None,
     drop: Annotated[

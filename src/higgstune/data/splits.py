@@ -55,7 +55,8 @@ class RecordingGroups:
 
     def join(self, entry: Entry) -> bool:
         """Link the recordings of a new row; False, without any change, where that would link the two splits."""
-        return self._join(self._linked(entry), entry.split)
+        linked = self._linked(entry)
+        return self._join(linked, entry.split) or self._join(linked)  # what is stored stays in its split
 
     def decide(self, entries: list[Entry], fraction: float) -> None:
         """Set the split of every row; a group without one gets it by the group's hash, so the order does not matter.

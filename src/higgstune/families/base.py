@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from higgstune.codec.base import WhisperFeatures
 from higgstune.data.messages import Message
 from higgstune.data.rules import NORMALIZED, TextRules
+from higgstune.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +128,15 @@ class LoraTargets:
 
     pattern: str  # a regular expression over full module paths
     in_full: tuple[str, ...] = ()  # names of modules that are trained in full (peft's `modules_to_save`)
+
+
+def check_vocabulary(tokenizer: Any, config: Any, folder: Path) -> None:
+    """Raise CheckpointError for a tokenizer with more tokens than the model."""
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model {config.vocab_size}: "
+            "tokenizer and weights are not of the same checkpoint"
+        )
 
 
 class Prompter(Protocol):

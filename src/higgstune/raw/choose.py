@@ -71,13 +71,36 @@ class Chosen:
         return [check.what for check in self.checks if check.verdict == "flagged"]
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """What follows from the recordings alone, so that no decision of a person changes the other clips."""
+
+    gains: Mapping[tuple[str, int | None], float]  # dB, of each speaker in each recording
+    held_from: Mapping[str, float]  # of each recording, the second from which it is for validation
+
+
+def find_baseline(parts: Sequence[Part], recipe: CollectRecipe, *, copied: bool) -> Baseline:
+    """Gains and splits by the utterances as they were found, without noise and clipping where there are others.
+
+    A recording that is not `copied` into clips is in one split as a whole.
+    """
+    groups: dict[tuple[str, int | None], list[Utterance]] = defaultdict(list)
+    for part in parts:
+        for one in part.utterances:
+            groups[part.path, one.speaker].append(one)
+    sound = {key: [one for one in members if _sounds_good(one, recipe)] or members for key, members in groups.items()}
+    return Baseline(
+        {key: _gain_of(members, recipe) for key, members in sound.items()},
+        _held_from(parts, recipe.validation, copied=copied),
+    )
+
+
 def choose(
-    parts: Sequence[Part], recipe: CollectRecipe, edits: Mapping[str, Mapping[str, Any]], *, copied: bool
+    parts: Sequence[Part], recipe: CollectRecipe, edits: Mapping[str, Mapping[str, Any]], baseline: Baseline
 ) -> list[Chosen]:
     """All utterances in order, each with its speaker, text, checks, gain and split.
 
-    A recording that is not `copied` into clips is in one split as a whole. `edits` are a person's decisions by id:
-    `text`, `speaker`, and `keep`, which comes before every threshold.
+    `edits` are a person's decisions by id: `text`, `speaker`, and `keep`, which comes before every threshold.
     """
     found: list[Chosen] = []
     names = name_speakers(parts, recipe.speaker_distance)
@@ -100,9 +123,12 @@ def choose(
             one.checks = [
                 replace(check, verdict="flagged") if check.verdict == "refused" else check for check in one.checks
             ]
-    kept = [one for one in found if one.refused is None]
-    _set_gains(kept, recipe)
-    _set_splits(kept, recipe.validation, copied=copied)
+    for one in found:
+        whole = baseline.gains.get((one.part.path, one.utterance.speaker))
+        if whole is None or recipe.level == "utterance":
+            whole = _gain_of([one.utterance], recipe)
+        one.gain = whole
+        one.split = VALIDATION if one.utterance.start >= baseline.held_from[one.part.path] else TRAIN
     return found
 
 
@@ -133,7 +159,7 @@ def name_speakers(parts: Sequence[Part], distance: float) -> list[list[str | Non
 
 
 def _checks(one: Chosen, recipe: CollectRecipe) -> Iterable[Check]:
-    utterance, measures = one.utterance, one.utterance.measures
+    utterance = one.utterance
     seconds = round(utterance.seconds, 3)
     if utterance.speaker is None:
         yield Check("two speakers", None, None, "refused", "it begins and ends with different voices")
@@ -143,18 +169,25 @@ def _checks(one: Chosen, recipe: CollectRecipe) -> Iterable[Check]:
         yield Check("too long", seconds, recipe.max_seconds, "refused", f"{seconds} s without a pause")
     if one.part.damage is not None and utterance.speech[-1][1] >= one.part.seconds - _AT_END:
         yield Check("cut off", None, None, "refused", "the recording is cut off in its last word")
-    snr = measures.snr
+    yield from _check_sound(utterance, recipe)
+    if one.part.hum is not None:
+        verdict: Verdict = "flagged" if one.part.hum > recipe.high_hum else "kept"
+        yield Check("hum", one.part.hum, recipe.high_hum, verdict, f"mains hum stands out by {one.part.hum:.1f} dB")
+    yield from _check_text(one, recipe)
+
+
+def _check_sound(one: Utterance, recipe: CollectRecipe) -> Iterable[Check]:
+    snr, clipped = one.measures.snr, one.measures.clipped
     if snr is not None:
         verdict: Verdict = "refused" if snr < recipe.min_snr else "flagged" if snr < recipe.low_snr else "kept"
         yield Check("noise", snr, recipe.min_snr, verdict, f"speech is {snr:.1f} dB above noise or music")
-    clipped = measures.clipped
     if clipped is not None:
         verdict = "refused" if clipped > recipe.max_clipped else "kept"
         yield Check("clipped", clipped, recipe.max_clipped, verdict, f"{100 * clipped:.2f} % of its samples")
-    if one.part.hum is not None:
-        verdict = "flagged" if one.part.hum > recipe.high_hum else "kept"
-        yield Check("hum", one.part.hum, recipe.high_hum, verdict, f"mains hum stands out by {one.part.hum:.1f} dB")
-    yield from _check_text(one, recipe)
+
+
+def _sounds_good(one: Utterance, recipe: CollectRecipe) -> bool:
+    return all(check.verdict != "refused" for check in _check_sound(one, recipe))
 
 
 def _check_text(one: Chosen, recipe: CollectRecipe) -> Iterable[Check]:
@@ -174,6 +207,10 @@ def _check_text(one: Chosen, recipe: CollectRecipe) -> Iterable[Check]:
             "refused" if share > recipe.max_difference else "flagged" if share > recipe.high_difference else "kept"
         )
         yield Check("text", share, recipe.max_difference, verdict, f"{100 * share:.0f} % of its characters differ")
+    if (logprob := one.utterance.logprob) is not None and given is None:
+        verdict = "flagged" if logprob < recipe.low_logprob else "kept"
+        message = f"the mean log-probability of its words is {logprob:.2f}: unclear, or several speak at once"
+        yield Check("unsure", round(logprob, 2), recipe.low_logprob, verdict, message)
 
 
 def _check_rates(found: Sequence[Chosen], recipe: CollectRecipe) -> None:
@@ -198,11 +235,12 @@ def _check_rates(found: Sequence[Chosen], recipe: CollectRecipe) -> None:
 
 
 def _check_duplicates(found: Sequence[Chosen]) -> None:
-    """Refuse all but the first of utterances that are the same recording."""
+    """Of utterances that are the same recording, refuse all but the first, or the first with a given text."""
     usable = [one for one in found if one.refused is None]
     prints = [bytes(unpacked(one.utterance.print, np.uint8)) for one in usable]
     for pair in find_duplicates(prints):
-        first, second = usable[pair.first], usable[pair.second]
+        pairs = (usable[pair.first], usable[pair.second])
+        first, second = sorted(pairs, key=lambda one: one.utterance.given is None)
         if first.refused is not None or second.refused is not None:
             continue
         shorter = min(first.utterance.seconds, second.utterance.seconds)
@@ -212,53 +250,42 @@ def _check_duplicates(found: Sequence[Chosen]) -> None:
         second.checks.append(Check("duplicate", round(pair.cosine, 3), None, verdict, message))
 
 
-def _set_gains(kept: Sequence[Chosen], recipe: CollectRecipe) -> None:
-    groups: dict[Any, list[Chosen]] = defaultdict(list)
-    for number, one in enumerate(kept):
-        whole = (one.part.path, one.utterance.speaker)
-        groups[whole if recipe.level == "recording" else number].append(one)
-    for members in groups.values():
-        loud = [(one.utterance.seconds, one.utterance.measures.loudness) for one in members]
-        powers = [(seconds, 10 ** (found / 10)) for seconds, found in loud if found is not None]
-        if not powers:
-            continue
-        power = sum(seconds * power for seconds, power in powers) / sum(seconds for seconds, _ in powers)
-        peak = max(one.utterance.measures.true_peak for one in members)
-        for one in members:
-            one.gain = round(gain(10 * math.log10(power), peak, recipe.loudness, recipe.true_peak), 2)
+def _gain_of(members: Sequence[Utterance], recipe: CollectRecipe) -> float:
+    """The gain in dB for all of them; 0 for what is too short or too quiet to have a loudness."""
+    loud = [(one.seconds, one.measures.loudness) for one in members]
+    powers = [(seconds, 10 ** (found / 10)) for seconds, found in loud if found is not None]
+    if not powers:
+        return 0.0
+    power = sum(seconds * power for seconds, power in powers) / sum(seconds for seconds, _ in powers)
+    peak = max(one.measures.true_peak for one in members)
+    return round(gain(10 * math.log10(power), peak, recipe.loudness, recipe.true_peak), 2)
 
 
-def _set_splits(kept: Sequence[Chosen], share: float, *, copied: bool) -> None:
+def _held_from(parts: Sequence[Part], share: float, *, copied: bool) -> dict[str, float]:
     """Whole recordings for validation, chosen by their hashes; of one long recording, its end."""
-    by_recording: dict[str, list[Chosen]] = defaultdict(list)
-    for one in kept:
-        by_recording[one.part.sha256].append(one)
-    total = sum(one.utterance.seconds for one in kept)
-    wanted, held = share * total, 0.0
-    if not kept or not share:
-        return
-    order = sorted(by_recording, key=lambda sha256: hashlib.sha256(sha256.encode()).hexdigest())
-    for sha256 in order:
-        seconds = sum(one.utterance.seconds for one in by_recording[sha256])
-        if held < wanted and held + seconds <= 2 * wanted and len(by_recording) > 1:
-            held += seconds
-            for one in by_recording[sha256]:
-                one.split = VALIDATION
-    if held >= wanted / 2 or not copied:
-        return
-    longest = max(by_recording.values(), key=lambda members: sum(one.utterance.seconds for one in members))
-    if len(longest) > 1:
-        for one in longest[_border(longest, wanted - held) :]:
-            one.split = VALIDATION
+    seconds = {part.path: sum(one.seconds for one in part.utterances) for part in parts}
+    held_from = dict.fromkeys(seconds, math.inf)
+    wanted, held = share * sum(seconds.values()), 0.0
+    if not wanted:
+        return held_from
+    for part in sorted(parts, key=lambda part: hashlib.sha256(part.sha256.encode()).hexdigest()):
+        if held < wanted and held + seconds[part.path] <= 2 * wanted and len(parts) > 1:
+            held += seconds[part.path]
+            held_from[part.path] = 0.0
+    if held < wanted / 2 and copied:
+        longest = max(parts, key=lambda part: seconds[part.path])
+        if len(longest.utterances) > 1:
+            held_from[longest.path] = _border(longest.utterances, wanted - held)
+    return held_from
 
 
-def _border(members: Sequence[Chosen], wanted: float) -> int:
-    """The first utterance of a recording's end, of about `wanted` seconds: behind the longest pause thereabouts."""
+def _border(utterances: Sequence[Utterance], wanted: float) -> float:
+    """Where a recording's end of about `wanted` seconds of speech begins: behind the longest pause thereabouts."""
     options, seconds = [], 0.0
-    for index in range(len(members) - 1, 0, -1):
-        seconds += members[index].utterance.seconds
-        pause = members[index].utterance.start - members[index - 1].utterance.end
-        options.append((abs(math.log(seconds / wanted)) - 0.2 * min(pause, 5.0), index))
+    for index in range(len(utterances) - 1, 0, -1):
+        seconds += utterances[index].seconds
+        pause = utterances[index].start - utterances[index - 1].end
+        options.append((abs(math.log(seconds / wanted)) - 0.2 * min(pause, 5.0), utterances[index].start))
     return min(options)[1]
 
 

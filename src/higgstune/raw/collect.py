@@ -24,11 +24,11 @@ from higgstune.files import alone_in, check_folder, write_file
 from higgstune.progress import Progress, silent
 from higgstune.raw.advice import advise
 from higgstune.raw.card import COST, write_card
-from higgstune.raw.choose import Chosen, choose, stems
+from higgstune.raw.choose import Chosen, choose, find_baseline, stems
 from higgstune.raw.dataset import write_clips, write_lists
 from higgstune.raw.edits import Decision, DecisionLog, recut
 from higgstune.raw.engines import Engine, Job, finish, remove_work, work_folder
-from higgstune.raw.names import CACHE, EDITS, SUMMARY
+from higgstune.raw.names import CACHE, CLIPS, EDITS, SUMMARY
 from higgstune.raw.recipe import CollectRecipe, load_collect_recipe
 from higgstune.raw.recording import find_recordings
 from higgstune.raw.review_table import apply_table
@@ -110,6 +110,8 @@ def collect(
         raise ConfigError(f"{out} holds the recordings: give the data set its own folder")
     if speakers is not None and speakers < 1:
         raise ConfigError(f"--speakers {speakers}: at least one speaks")
+    if speakers is not None and speaker_model is None:
+        raise ConfigError(f"--speakers {speakers}: nothing tells them apart; name a --speaker-model")
     recordings, left = find_recordings(raw)
     recordings = [path for path in recordings if not path.resolve().is_relative_to(out.resolve())]
     if transcripts is not None:
@@ -132,17 +134,20 @@ def collect(
             speakers,
             transcripts,
         )
-        parts, unreadable = worker.run(mine, progress, engine, workers)
-        unreadable |= {_name(path, raw): why for path, why in left}
         if apply is not None:
             apply_table(out, Path(apply))
+        parts, unreadable = worker.run(mine, progress, engine, workers)
+        unreadable |= {_name(path, raw): why for path, why in left}
+        baseline = find_baseline(parts, recipe, copied=copy)
         parts, edits, unused = recut(parts, stems(parts), DecisionLog(out).active)
         parts = [worker.completed(part) for part in parts]
-        chosen = choose(parts, recipe, edits, copied=copy)
+        chosen = choose(parts, recipe, edits, baseline)
         if shard is None:
             kept = [one for one in chosen if one.refused is None]
-            if copy:
-                write_clips(kept, raw, out, recipe, lambda done, total: progress("writing clips", done, total))
+            if copy or (out / CLIPS).is_dir():
+                write_clips(
+                    kept if copy else [], raw, out, recipe, lambda done, total: progress("writing clips", done, total)
+                )
             write_lists(chosen, out, raw, copied=copy, origin=recipe.origin)
         summary = _summary(out, parts, chosen, unreadable, unused)
         if shard is None:
@@ -216,6 +221,8 @@ class _Worker:
     def _loaded(self) -> Models:
         if self._models is None:
             self._models = self._wanted.load()
+            if self._models.asr is not None and self._language is not None:
+                self._models.asr.transcribe_clips([], self._language)  # raises where it does not support the language
         return self._models
 
     def run(
@@ -377,7 +384,7 @@ def _summary(
         unreadable=unreadable,
         notes=[f"{part.path}: {note}" for part in parts for note in part.notes]
         + [f"line {one.number} of {EDITS} fits no utterance any more" for one in unused],
-        models=parts[0].models if parts else {},
+        models=parts[0].models if parts else dict.fromkeys(("vad", "speakers", "asr")),
     )
 
 

@@ -36,6 +36,7 @@ class CollectRecipe(BaseModel):
     max_clipped: float = Field(0.001, ge=0, le=1, description="share of samples; refuse above")
     max_difference: float = Field(0.4, ge=0, description="character errors of given and recognised text; refuse above")
     high_difference: float = Field(0.1, ge=0, description="the same; flag above")
+    low_logprob: float = Field(-0.5, le=0, description="mean log-probability of recognised words; flag below")
     rate_deviations: float = Field(
         3.0, gt=0, description="refuse a speech rate so many median deviations away from that of the language"
     )

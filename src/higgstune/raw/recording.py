@@ -23,6 +23,8 @@ RATE = 16_000  # Hz, at which speech is found, recognised and compared
 LOSSLESS = (".wav", ".flac")
 _HIGH_PASS = 20.0  # Hz: below it there is DC, and no speech
 _MIN_SECONDS = 0.5
+_MOST_BROKEN = 0.01  # share of samples that are not finite
+_CANCELLED = 1e-3  # share of the loudest channel's energy
 _KEPT = "what was computed before is kept"
 
 
@@ -60,6 +62,7 @@ class Decoded:
     speech: Samples  # at 16 kHz, above 20 Hz
     channels: int
     damage: str | None  # why its end is missing, if it is
+    broken: int  # samples that are not finite, which count as silence
 
     @property
     def seconds(self) -> float:
@@ -122,8 +125,14 @@ def decode(path: Path, folder: Path) -> Decoded:
         writer.finish()
     if not sha256:
         sha256 = _hash_of(full, writer.rate)
-    if writer.broken:
-        raise RowError("not_finite", "a sample is infinite or not a number: write the file again")
+    if writer.broken > _MOST_BROKEN * writer.count:
+        raise RowError("not_finite", f"{writer.broken} samples are infinite or not numbers: write the file again")
+    if writer.cancels:
+        raise RowError(
+            "channels_cancel",
+            "its channels cancel each other, one has its polarity reversed: keep one of them, for example with "
+            "ffmpeg -i IN.wav -af pan='mono|c0=c0' OUT.wav",
+        )
     if writer.count < _MIN_SECONDS * max(writer.rate, 1):
         raise RowError("too_short", f"{writer.count / max(writer.rate, 1):.2f} s are too short for speech")
     return Decoded(
@@ -132,6 +141,7 @@ def decode(path: Path, folder: Path) -> Decoded:
         Samples(speech, RATE, os.path.getsize(speech) // 4),
         writer.channels,
         damage,
+        writer.broken,
     )
 
 
@@ -141,7 +151,8 @@ class _Writer:
     def __init__(self, full: BinaryIO, speech: BinaryIO) -> None:
         self._full, self._speech = full, speech
         self.rate = self.count = self.channels = 0
-        self.broken = False
+        self.broken = 0  # samples that are not finite
+        self._energy, self._loudest = 0.0, np.zeros(1)  # of the mean of the channels, and of each of them
 
     def add(self, block: np.ndarray, rate: int) -> None:
         """The next [samples, channels] float32 at a rate in Hz."""
@@ -152,13 +163,23 @@ class _Writer:
             self._resampler = soxr.ResampleStream(rate, RATE, 1, dtype="float32", quality="HQ")
             self._filter = butter(2, _HIGH_PASS, "highpass", fs=RATE, output="sos")
             self._sosfilt = sosfilt
+        finite = np.isfinite(block)
+        if not finite.all():
+            self.broken += int((~finite).any(axis=1).sum())
+            block = np.where(finite, block, np.float32(0))
         mono = np.ascontiguousarray(block.mean(axis=1, dtype=np.float64), dtype=np.float32)
-        self.broken = self.broken or not np.isfinite(mono).all()
+        self._energy += float(np.square(mono, dtype=np.float64).sum())
+        self._loudest = np.add(self._loudest, np.square(block, dtype=np.float64).sum(axis=0))
         _put(self._full, mono)
         if not self.count:
             self._state = sosfilt_zi(self._filter) * float(mono[:rate].mean())  # as if it had lasted for ever
         self.count += len(mono)
         self._write_speech(self._resampler.resample_chunk(mono))
+
+    @property
+    def cancels(self) -> bool:
+        """Whether the channels are far louder than their mean: one has its polarity reversed."""
+        return self._energy < _CANCELLED * self._loudest.max()
 
     def finish(self) -> None:
         """Write what the resampler still holds."""

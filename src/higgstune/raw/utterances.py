@@ -15,6 +15,7 @@ import numpy as np
 
 from higgstune.data.importers.subtitles import Cue, TextBeside, read_cues
 from higgstune.data.importers.transcripts import read_transcript
+from higgstune.data.rejection import RowError
 from higgstune.evaluation.judges.base import ClipTranscriber, Embedder
 from higgstune.raw.duplicates import print_of
 from higgstune.raw.journal import Journal, key_of, packed, unpacked
@@ -193,7 +194,7 @@ class _Recording:
             channels=decoded.channels,
             damage=decoded.damage,
             lossless=self._lossless,
-            text=None if beside.path is None else beside.path.name,
+            text=beside.path.name if beside.path is not None and (cues or text) else None,
             language=language,
             voices=[[round(float(x), 5) for x in voice] for voice in voices],
             models=self._models.names,
@@ -330,13 +331,16 @@ class _Recording:
 
 
 def _text_of(beside: TextBeside) -> tuple[Sequence[Cue], str | None, list[str]]:
-    """The cues of a file with times, or a plain text; and what of it is not used. Raises RowError for a broken file."""
+    """The cues of a file with times, or a plain text; and what of it is not used, as a file that is broken."""
     notes = [f"not used: {other}" for other in beside.passed_over]
     if beside.path is None:
         return [], None, notes
-    if not beside.has_times:
-        return [], read_transcript(beside.path), notes
-    cues = read_cues(beside.path)
+    try:
+        if not beside.has_times:
+            return [], read_transcript(beside.path), notes
+        cues = read_cues(beside.path)
+    except RowError as error:
+        return [], None, [*notes, f"{beside.path.name} is not used: {error}"]
     return cues.cues, None, [*notes, f"{beside.path.name} is read as {cues.read_as}", *cues.notes()]
 
 
@@ -345,6 +349,8 @@ def _notes(
 ) -> Iterator[str]:
     if not regions:
         yield "no speech is found in it"
+    if decoded.broken:
+        yield f"samples that are not finite, and silence here: {decoded.broken}"
     if decoded.damage is not None:
         yield f"only its first {decoded.seconds:.0f} s are used: {decoded.damage}"
     if text is not None and not has_asr:

@@ -20,7 +20,7 @@ import numpy as np
 from higgstune.codec.base import WhisperFeatures
 from higgstune.data.messages import DEFAULT_SCENE, DEFAULT_SYSTEM, VOICE_LABEL, Message, content_parts
 from higgstune.errors import CheckpointError, DataError
-from higgstune.families.base import Audio, Codes, Example, TextTargets
+from higgstune.families.base import Audio, Codes, Example, TextTargets, check_vocabulary
 from higgstune.families.higgs_tts_3.delay import delay, labels_of
 from higgstune.families.higgs_tts_3.tokens import (
     AUDIO,
@@ -227,11 +227,7 @@ def check_tokenizer(tokenizer: Any, config: Any, folder: Path) -> None:
                 f"the tokenizer in {folder} gives {token} the id {found}, {offset} after {FIRST} is expected: it is "
                 "not that of Higgs TTS 3 (Qwen3's own has other tokens there); copy tokenizer.json of the checkpoint"
             )
-    if len(tokenizer) > config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model {config.vocab_size}: "
-            "tokenizer and weights are not of the same checkpoint"
-        )
+    check_vocabulary(tokenizer, config, folder)
 
 
 def read_prompter(tokenizer: Any, written: Mapping[str, Any], folder: Path) -> Prompter | None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from higgstune.codec.base import WhisperFeatures
 from higgstune.data.messages import Message, content_parts
 from higgstune.errors import CheckpointError, DataError
-from higgstune.families.base import Audio, Codes, Example, TextTargets
+from higgstune.families.base import Audio, Codes, Example, TextTargets, check_vocabulary
 from higgstune.families.higgs_v2.delay import build_frames
 from higgstune.families.higgs_v2.prompt import AUDIO_EOS, AUDIO_IN, AUDIO_OUT, AUDIO_OUT_BOS, END_OF_TURN, Piece, pieces
 from higgstune.kernels import IGNORE
@@ -226,11 +226,7 @@ def check_tokenizer(tokenizer: Any, config: Any, folder: Path) -> None:
                 f"the tokenizer in {folder} gives {token} the id {found}, the config says {expected}: "
                 "tokenizer and weights are not of the same checkpoint"
             )
-    if len(tokenizer) > config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model {config.vocab_size}: "
-            "tokenizer and weights are not of the same checkpoint"
-        )
+    check_vocabulary(tokenizer, config, folder)
 
 
 def read_prompter(tokenizer: Any, written: Mapping[str, Any], folder: Path) -> Prompter | None:
