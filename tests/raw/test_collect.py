@@ -211,10 +211,6 @@ def test_speech_that_the_text_lacks_is_flagged(talk: Talk, tmp_path: Path):
     summary = collect(raw, tmp_path / "out", asr=KnowingAsr(talk))
     assert "not in the text" in summary.flagged
     flagged = [
-        row
-        for row in rows(tmp_path / "out")
-        if any(check["what"] == "not in the text" for check in row["history"])
-    ]
         row for row in rows(tmp_path / "out") if any(check["what"] == "not in the text" for check in row["history"])
     ]
     assert words(" ".join(row["text"] for row in flagged)) == words(
