@@ -111,7 +111,7 @@ def collect(
     if speakers is not None and speakers < 1:
         raise ConfigError(f"--speakers {speakers}: at least one speaks")
     if speakers is not None and speaker_model is None:
-        raise ConfigError(f"--speakers {speakers}: nothing tells them apart; name a --speaker-model")
+        raise ConfigError(f"--speakers {speakers} needs a --speaker-model")
     recordings, left = find_recordings(raw)
     recordings = [path for path in recordings if not path.resolve().is_relative_to(out.resolve())]
     if transcripts is not None:
