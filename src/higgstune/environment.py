@@ -120,3 +120,15 @@ def choose_dtype(dtype: "str | torch.dtype | None", device: "torch.device") -> "
 def to_device_async(value: "Tensor", device: "torch.device") -> "Tensor":
     """Copy a CPU tensor to a device, from pinned memory, so that the copy does not block a GPU's queue."""
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
+def free_memory(device: "torch.device") -> int:
+    """Free bytes: in RAM, or on a GPU with those that this process has reserved but does not use."""
+    if device.type != "cuda":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    import torch
+
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused

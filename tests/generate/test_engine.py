@@ -1,5 +1,6 @@
 """Training is generation: the same logits, and a clip that was learned is spoken back."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -116,21 +117,25 @@ def test_an_overfitted_clip_is_spoken_back_exactly_and_stops_by_itself() -> None
     np.testing.assert_array_equal(alone.codes, made[1][2])
 
 
-def sampler(sampling: Sampling, **changes: Any) -> RowSampler:
-    settings: dict[str, Any] = {"max_frames": 5, "seed": 3}
-    spec = spec_of(tiny_config(tiny_tokenizer(), codes=32))
-    return RowSampler(spec, sampling, **(settings | changes))
+def sampler(sampling: Sampling, *, max_frames: int = 5, seed: int = 3) -> RowSampler:
+    made = RowSampler(spec_of(tiny_config(tiny_tokenizer(), codes=32)), 1)
+    made.admit(0, sampling, max_frames=max_frames, seed=seed)
+    return made
+
+
+def rows_of(drawn: RowSampler, slot: int = 0) -> np.ndarray:
+    return drawn.rows[slot, : int(drawn.count[slot])].numpy()
 
 
 def test_rows_follow_the_delay_pattern_and_the_cap_ends_a_clip() -> None:
     drawn = sampler(Sampling())
     generator = torch.Generator().manual_seed(0)
-    while not drawn.finished:
-        logits = torch.randn(8, 34, generator=generator)
-        logits[:, 33] = -20.0  # never ends by itself
+    while not drawn.finished[0]:
+        logits = torch.randn(1, 8, 34, generator=generator)
+        logits[..., 33] = -20.0  # never ends by itself
         drawn.step(logits)
-    assert drawn.hit_cap
-    rows = np.array(drawn.rows)
+    assert drawn.hit_cap[0]
+    rows = rows_of(drawn)
     codes = np.stack([rows[1 + k : 6 + k, k] for k in range(8)], axis=1)
     np.testing.assert_array_equal(rows, build_frames(codes, bos_id=32, eos_id=33)[0])
 
@@ -138,41 +143,70 @@ def test_rows_follow_the_delay_pattern_and_the_cap_ends_a_clip() -> None:
 @pytest.mark.parametrize("codebook", [0, 3, 7])
 def test_the_first_eos_of_any_codebook_fixes_the_end_as_training_has_it(codebook: int) -> None:
     drawn = sampler(GREEDY, max_frames=50)
-    while not drawn.finished:
-        logits = torch.zeros(8, 34)
-        logits[:, 7] = 1.0
-        if len(drawn.rows) == 12:
-            logits[codebook, 33] = 2.0
+    while not drawn.finished[0]:
+        logits = torch.zeros(1, 8, 34)
+        logits[..., 7] = 1.0
+        if drawn.count[0] == 12:
+            logits[0, codebook, 33] = 2.0
         drawn.step(logits)
     frames = 12 - 1 - codebook
-    assert not drawn.hit_cap
-    assert drawn.frames == frames
-    rows = np.array(drawn.rows)
+    assert not drawn.hit_cap[0]
+    rows = rows_of(drawn)
     assert len(rows) == frames + 9
     for k in range(8):
         first_eos = int((rows[:, k] == 33).argmax())
         # A codebook that was ahead of the one that ended has said a little more, which is trimmed.
         assert first_eos == max(frames + 1 + k, 12 if k < codebook else 0)
         assert (rows[first_eos:, k] == 33).all()
-    assert codes_from_frames(rows, eos_id=33).shape == (frames, 8)
+    assert drawn.codes(0).shape == codes_from_frames(rows, eos_id=33).shape == (frames, 8)
 
 
 def test_repetition_aware_sampling_limits_repeats_but_not_greedy_nor_the_end() -> None:
-    likely = torch.zeros(8, 34)
-    likely[:, 5] = 4.0  # two draws in three give code 5; top-p 0.5 leaves nothing else
-    likely[:, 33] = -30.0
+    likely = torch.zeros(1, 8, 34)
+    likely[..., 5] = 4.0  # two draws in three give code 5; top-p 0.5 leaves nothing else
+    likely[..., 33] = -30.0
 
     def share_of_code_5(sampling: Sampling) -> float:
         drawn = sampler(sampling, max_frames=200)
-        while not drawn.finished:
+        while not drawn.finished[0]:
             drawn.step(likely)
-        return float((np.array(drawn.rows)[10:200, 0] == 5).mean())
+        return float((rows_of(drawn)[10:200, 0] == 5).mean())
 
     assert share_of_code_5(Sampling(top_p=0.5, repeat_window=0)) == 1.0
     assert share_of_code_5(Sampling(temperature=0)) == 1.0
     assert share_of_code_5(Sampling(temperature=5e-324)) == 1.0
     assert share_of_code_5(Sampling(top_p=5e-324, repeat_window=0)) == 1.0
     assert 0.4 < share_of_code_5(Sampling(top_p=0.5)) < 0.85  # drawn anew, from all codes
+
+
+def filtered(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The probabilities [V] of one draw, the plain way."""
+    scores = scores.double() / sampling.temperature
+    if sampling.top_k:
+        scores[scores < scores.topk(min(sampling.top_k, len(scores))).values[-1]] = -torch.inf
+    ordered, order = scores.softmax(-1).sort(descending=True)
+    kept = ordered.cumsum(-1) - ordered < sampling.top_p
+    return torch.zeros_like(scores).scatter(0, order, ordered * kept) / ordered[kept].sum()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 5, 1.0), Sampling(1.4, 0, 0.6), Sampling(1.0, 0, 1.0)])
+def test_codes_are_drawn_as_often_as_temperature_top_k_and_top_p_say(sampling: Sampling) -> None:
+    sampling = dataclasses.replace(sampling, repeat_window=0)
+    logits = 2 * torch.randn(34, generator=torch.Generator().manual_seed(1))
+    logits[33] = -30.0
+    drawn = RowSampler(spec_of(tiny_config(tiny_tokenizer(), codes=32)), 20)
+    for slot in range(20):
+        # Beside others, whose settings do not count.
+        drawn.admit(slot, sampling if slot else Sampling(0.1, 1), max_frames=400, seed=slot)
+    while not drawn.finished.all():
+        drawn.step(logits.expand(20, 8, 34))
+    codes = np.concatenate([drawn.codes(slot).ravel() for slot in range(1, 20)])
+    found = torch.from_numpy(np.bincount(codes, minlength=34))
+    logits[32] = -torch.inf
+    expected = filtered(logits, sampling)
+    assert (found[expected == 0] == 0).all()
+    deviation = (expected * (1 - expected) / found.sum()).sqrt()
+    assert ((found / found.sum() - expected).abs() < 4.5 * deviation + 1e-12).all()
 
 
 def test_a_seed_repeats_a_clip_whatever_stands_beside_it_in_the_batch() -> None:

@@ -28,7 +28,7 @@ from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.families.higgs_v2.prompt import render
 from higgstune.families.sampling import Sampling
 from higgstune.generate.chunks import expected_seconds, frame_cap, join, split_text
-from higgstune.generate.engine import Generated
+from higgstune.generate.engine import Engine, Generated
 from higgstune.generate.speaker import Request, Speaker, Speech, Voice, load
 from higgstune.inputs import BaseSpec
 from higgstune.model.load import ModelAndTokenizers
@@ -143,8 +143,8 @@ def test_a_cap_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_clip_of_another_length_than_its_text_is_warned_about(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, frames: int, warned: bool
 ) -> None:
-    said = [Generated(np.zeros((frames, 8), dtype=np.uint16), hit_cap=False)]
-    monkeypatch.setattr("higgstune.generate.speaker.generate", lambda *_, **__: said)
+    said = Generated(np.zeros((frames, 8), dtype=np.int64), hit_cap=False)
+    monkeypatch.setattr(Engine, "run", lambda _, more: ((job, said) for job in more(1)))
     with caplog.at_level(logging.WARNING):
         make_speaker().speak("Hello.")
     assert ("where about 1.0 s were expected: 'Hello.' (try another seed" in caplog.text) == warned

@@ -34,7 +34,7 @@ from higgstune.families.base import (
     base_of,
 )
 from higgstune.families.padded import left_padded
-from higgstune.families.sampling import Sampling, filtered
+from higgstune.families.rows import RowSampler
 from higgstune.kernels.attention import Segments, attend
 from higgstune.kernels.fused import Order, feed_forward, gather, linear, linears, rms_norm, scatter
 from higgstune.kernels.loss import IGNORE, Sums, head_sums
@@ -213,40 +213,32 @@ def _embedded(model: TinySpeech, batch: Mapping[str, Tensor]) -> Tensor:
     return embedded.masked_scatter((ids == slot)[..., None], rows)
 
 
-class TinySampler:
+class TinySampler(RowSampler):
     """Codebook 0 ends a clip, once every codebook has begun."""
 
-    def __init__(self, spec: Spec, sampling: Sampling, *, max_frames: int, seed: int) -> None:
-        self.sampling, self.max_frames = sampling, max_frames
-        self.generator = torch.Generator().manual_seed(seed)
-        self.rows: list[list[int]] = []
-        self.frames: int | None = None
-        self.hit_cap = False
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.frames = torch.zeros_like(self.count)
 
-    @property
-    def finished(self) -> bool:
-        return self.frames is not None and len(self.rows) == self.frames + CODEBOOKS - 1
-
-    def step(self, logits: Tensor) -> list[int]:
-        index = len(self.rows)
-        row = self._drawn(logits)
-        row = [BOS if codebook > index else code for codebook, code in enumerate(row)]
-        if self.frames is None and index >= CODEBOOKS and (row[0] == EOS or index >= self.max_frames):
-            self.frames, self.hit_cap = index, row[0] != EOS
-        self.rows.append(row)
-        return row
-
-    def codes(self) -> np.ndarray:
-        assert self.frames is not None
-        frame, codebook = np.indices((self.frames, CODEBOOKS))
-        codes = np.array(self.rows)[frame + codebook, codebook]
+    def codes(self, slot: int) -> np.ndarray:
+        frame, codebook = np.indices((int(self.frames[slot]), CODEBOOKS))
+        codes = self.rows[slot].numpy()[frame + codebook, codebook]
         return np.where(codes < CODES, codes, 0)
 
-    def _drawn(self, logits: Tensor) -> list[int]:
-        if self.sampling.temperature == 0:
-            return logits.argmax(-1).tolist()
-        scores = filtered(logits / self.sampling.temperature, self.sampling).softmax(-1)
-        return torch.multinomial(scores, 1, generator=self.generator).squeeze(-1).tolist()
+    def _state(self) -> tuple[Tensor, ...]:
+        return *super()._state(), self.frames
+
+    def _scores(self, logits: Tensor, slots: slice) -> Tensor:
+        return logits
+
+    def _row(self, drawn: Tensor, slots: slice) -> Tensor:
+        index, frames = self.count[slots], self.frames[slots]
+        ends = (frames == 0) & (index >= CODEBOOKS) & ((drawn[:, 0] == EOS) | (index >= self.max_frames[slots]))
+        frames = torch.where(ends, index, frames)
+        self.frames[slots] = frames
+        self.hit_cap[slots] |= ends & (drawn[:, 0] != EOS)
+        self.finished[slots] = (frames > 0) & (index + 1 >= frames + CODEBOOKS - 1)
+        return torch.where(torch.arange(CODEBOOKS) > index[:, None], BOS, drawn)
 
 
 class TinyExport:
@@ -319,6 +311,9 @@ class TinyFamily:
     four_bits = lora_patterns[0]
     decoder = TinyDecoder
     sampler = TinySampler
+
+    def decoder_parts(self, model: Any) -> None:
+        return None
 
     def read_config(self, folder: Path) -> TinyConfig:
         written = read_json(folder / "config.json", "a checkpoint folder needs it")

@@ -11,10 +11,11 @@ from higgstune import torchaudio_compat
 from higgstune.config.recipe import Recipe
 from higgstune.diagnostics.report import Finding
 from higgstune.diagnostics.without_libraries import ENVIRONMENT, check_disk, check_versions
+from higgstune.environment import free_memory
 from higgstune.families.base import Conditioning, Family, Spec
 from higgstune.files import format_bytes
 from higgstune.planning.dry_run import ADAPTER, GRADIENTS, OPTIMIZER, WEIGHTS
-from higgstune.planning.survey import free_memory, machine_for
+from higgstune.planning.survey import machine_for
 
 __all__ = ["CHECK", "Plan", "check_memory", "free_memory", "speaking_plan", "training_plan"]
 CHECK = "memory"

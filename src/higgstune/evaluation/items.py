@@ -169,21 +169,19 @@ def synthesize_items(
     places = [folder / _SPEECH / f"{_key(item.request, system, sampling)}.json" for item in items]
     remove_left((folder / _SPEECH).glob("*.tmp"))
     missing = [index for index, place in enumerate(places) if _read_note(place) is None]
-    for first in range(0, len(missing), batch_size):
-        batch = missing[first : first + batch_size]
-        spoken = speaker.speak_all([items[index].request for index in batch], sampling=sampling, batch_size=batch_size)
-        for index, speech in zip(batch, spoken, strict=True):
-            speech.save(places[index].with_suffix(".wav"))
-            note = {
-                "text": speech.text,
-                "seed": items[index].request.seed,
-                "hit_cap": speech.hit_cap,
-                "system": system,
-                **({"generated_by": speech.generated_by} if speech.generated_by else {}),
-            }
-            write_file(places[index], json.dumps(note, ensure_ascii=False))
+    spoken = speaker.speak_all([items[index].request for index in missing], sampling=sampling, batch_size=batch_size)
+    for done, (index, speech) in enumerate(zip(missing, spoken, strict=True), 1):
+        speech.save(places[index].with_suffix(".wav"))
+        note = {
+            "text": speech.text,
+            "seed": items[index].request.seed,
+            "hit_cap": speech.hit_cap,
+            "system": system,
+            **({"generated_by": speech.generated_by} if speech.generated_by else {}),
+        }
+        write_file(places[index], json.dumps(note, ensure_ascii=False))
         if progress is not None:
-            progress(what, first + len(batch), len(missing))
+            progress(what, done, len(missing))
     return [_spoken(item, place) for item, place in zip(items, places, strict=True)]
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from higgstune.codec.whisper_encoder import WhisperTower
-    from higgstune.families.sampling import Sampling
+    from higgstune.families.rows import RowSampler
 
 TRAINS_TABLE = "+audio_embedding"  # after the kind of a stage
 TextTargets = Literal["transcript", "assistant", "none"]
@@ -169,28 +169,40 @@ class Prompter(Protocol):
         ...
 
 
-class RowSampler(Protocol):
-    """Draws the rows of codes of one clip, one after the other: delay pattern, start and stop."""
+@dataclass(frozen=True)
+class Pathway:
+    """What rows of one kind, text or audio, pass in a layer beside the attention that all share."""
 
-    rows: list[list[int]]  # so far; starts with the rows that the family gives, if any
-    hit_cap: bool  # the frame cap ended the clip, not the model
+    norm: "nn.Module"  # before attention
+    mlp_norm: "nn.Module"
+    mlp: "nn.Module"  # gated by silu: gate_proj, up_proj, down_proj
 
-    @property
-    def finished(self) -> bool:
-        """Whether the clip has ended."""
-        ...
 
-    def step(self, logits: "Tensor") -> list[int]:
-        """Draw the next row [K] from logits [K, V] (float32, on the CPU) and append it to `rows`."""
-        ...
+@dataclass(frozen=True)
+class LayerParts:
+    """A decoder layer."""
 
-    def codes(self) -> NDArray[np.int64]:
-        """The clip [T, K]."""
-        ...
+    attention: "nn.Module"  # q_proj, k_proj, v_proj, o_proj; and q_norm and k_norm, where heads are normed
+    text: Pathway
+    audio: Pathway  # the same object in a model with one pathway
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """The modules with which a model speaks, for an engine with a forward of its own (see `generate.stack`)."""
+
+    layers: Sequence[LayerParts]
+    norm: "nn.Module"
+    rotary: "nn.Module"  # of transformers
+    embed_text: "Callable[[Tensor], Tensor]"  # ids [...] -> [..., D]
+    embed_rows: "Callable[[Tensor], Tensor]"  # rows [..., K] -> [..., D]
+    head: "nn.Module"  # with a `weight` [K * V, D]
 
 
 class Decoder(Protocol):
-    """The model's side of generation: the KV cache of a batch of prompts, extended row by row."""
+    """The model's own forward as a side of generation, for models without `DecoderParts`, and for several processes:
+    the KV cache of a batch of prompts, extended row by row.
+    """
 
     logits: "Tensor | None"  # [B, K, V] of the first row; None if the sampler gives that row
 
@@ -286,8 +298,12 @@ class Family(Protocol):
         """Run prompts of unequal lengths through the model, as the start of generation."""
         ...
 
-    def sampler(self, spec: Spec, sampling: "Sampling", *, max_frames: int, seed: int) -> RowSampler:
-        """The sampler of one clip."""
+    def decoder_parts(self, model: Any) -> DecoderParts | None:
+        """The model's modules for the engine; None for an architecture that only its own forward computes."""
+        ...
+
+    def sampler(self, spec: Spec, slots: int, device: "torch.device") -> "RowSampler":
+        """The rows of as many clips."""
         ...
 
     def pack_forward(self, model: Any) -> Any:

@@ -1,16 +1,12 @@
-"""Sampling settings, which a base or an adapter may bring, and the filters that every family's sampler uses."""
+"""Sampling settings, which a base or an adapter may bring. `families.rows` draws with them."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from higgstune.checkpoint_files import read_json
 from higgstune.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:  # settings are checked before PyTorch is imported
-    from torch import Tensor
 
 MAX_TEMPERATURE = 100.0  # all codes are equally likely long before
 _GREEDY = 1e-4  # below this, scores divided by the temperature would overflow
@@ -96,17 +92,3 @@ def read_sampling(values: Mapping[str, Any], path: Path) -> Sampling:
         return Sampling(**found)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-def filtered(scores: "Tensor", sampling: Sampling) -> "Tensor":
-    """Scores [K, V], with -inf for codes that top-k and top-p exclude."""
-    if sampling.top_k and sampling.top_k < scores.shape[-1]:
-        smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < smallest, -math.inf)
-    if sampling.top_p < 1:
-        ordered, order = scores.sort(dim=-1, descending=True)
-        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-        dropped = before >= sampling.top_p
-        dropped[..., 0] = False  # the likeliest stays, however small top_p is
-        scores = scores.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
-    return scores

@@ -1,10 +1,16 @@
-"""Step-by-step generation with a KV cache, for a batch of prompts of unequal lengths.
+"""Speaks many clips at once: each has a slot, joins while others speak, and leaves when it ends.
 
-The model reads each prompt once, then one row of codes at a time. The family decides how: see `Decoder` and
-`RowSampler` in `families.base`.
+The engine knows tokens, rows of codes and slots; nothing of text, files or adapters' names. A clip depends on its own
+prompt, settings and seed alone, up to the rounding of batched arithmetic. Two ways compute the logits:
+
+- `Stack`, a forward of our own with a cache of fixed size, for every model that the family takes apart into
+  `DecoderParts`: from copies of its weights, merged and laid out for speed, or from the modules themselves (a model in
+  training, 4 bits, DoRA).
+- The family's `Decoder`, the model's own forward: for other architectures, and for several processes that run one model
+  together. Its clips begin together, and a new one waits until all have ended.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from higgstune.environment import free_memory
 from higgstune.families import family_of
-from higgstune.families.base import Example, base_of
+from higgstune.families.base import Decoder, Example, base_of
 from higgstune.families.sampling import Sampling
+from higgstune.generate.stack import Stack
+
+SLOTS = 8
+_REFILL = 4  # a quarter of the slots must be free before prompts are read
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,149 @@ class Generated:
 
     codes: NDArray[np.int64]  # [frames, K]
     hit_cap: bool  # the frame cap ended it, not the model
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A clip to speak: its prompt (see `Prompter.prompt`), at most `max_frames` long."""
+
+    prompt: Example
+    max_frames: int
+    seed: int
+    sampling: Sampling
+
+
+class Engine:
+    """A model that speaks. `model` is a loaded model or a peft model around one, in eval mode."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        slots: int = SLOTS,
+        live: bool = False,
+        sync_logits: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """`slots` is the most clips at once. A `live` engine makes no copies and speaks with the weights as they are at
+        each step, as training needs; others copy what fits into memory, once.
+
+        If several processes run one model together, `sync_logits` gives all of them the logits of one. Otherwise a
+        rounding difference would make them draw different codes, and one would stop while the others wait for it.
+        """
+        self._model, self._sync = model, sync_logits
+        self._family, self._device = family_of(model), next(model.parameters()).device
+        self._spec = self._family.spec(base_of(model).config)
+        self._jobs: list[Job | None] = []  # of slots 0, 1, ...; None: given up, but its neighbours still need its place
+        self._rows = torch.empty(0)  # [n, K] the last row of each
+        self.slots = slots
+        with torch.inference_mode():
+            self._sampler = self._family.sampler(self._spec, slots, self._device)
+            parts = None if sync_logits is not None else self._family.decoder_parts(model)
+            self._stack = None
+            if parts is not None:
+                self._stack = Stack(parts, self._spec, slots, copy=not live and _fits(model))
+        self._decoder: Decoder | None = None  # of the model's own forward
+
+    @property
+    def speaking(self) -> int:
+        """Clips in work."""
+        return len(self._jobs)
+
+    @property
+    def free(self) -> int:
+        """Clips that `insert` takes now."""
+        return 0 if self._jobs and self._stack is None else self.slots - len(self._jobs)
+
+    @torch.inference_mode()
+    def insert(self, jobs: Sequence[Job]) -> None:
+        """Read the prompts of clips, at most `free`, and draw their first rows."""
+        assert 0 < len(jobs) <= self.free
+        first, prompts, start = len(self._jobs), [job.prompt for job in jobs], self._sampler.start
+        for slot, job in enumerate(jobs, first):
+            self._sampler.admit(slot, job.sampling, max_frames=job.max_frames, seed=job.seed)
+        if self._stack is not None:
+            rows = self._sampler.rows.shape[1]
+            self._stack.reserve(max(len(prompt) for prompt in prompts) + rows)
+            logits = self._stack.prefill(prompts, start, first)
+        else:
+            self._decoder = self._family.decoder(self._model, prompts)
+            logits = self._decoder.logits
+            if logits is None:
+                logits = self._decoder.step(self._sampler.rows[: len(jobs), 0])
+        self._jobs += jobs
+        self._draw(logits, first)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Job, Generated]]:
+        """Draw the next row of every clip in work; the clips that have ended, which leave their slots."""
+        ended = [slot for slot, done in enumerate(self._sampler.finished[: len(self._jobs)].tolist()) if done]
+        if self._stack is None and len(ended) < len(self._jobs):
+            ended = []  # clips that began together leave together
+        found = [
+            (job, Generated(self._sampler.codes(slot), bool(self._sampler.hit_cap[slot])))
+            for slot in ended
+            if (job := self._jobs[slot]) is not None
+        ]
+        for slot in reversed(ended):
+            self._leave(slot)
+        if self._jobs:
+            self.advance()
+        return found
+
+    def remove(self, job: Job) -> None:
+        """Give up a clip."""
+        slot = self._jobs.index(job)
+        with torch.inference_mode():
+            if self._stack is not None:
+                self._leave(slot)
+            else:
+                self._jobs[slot], self._sampler.finished[slot] = None, True
+                if not any(self._jobs):
+                    self._jobs = []
+
+    def advance(self) -> None:
+        """Draw the next row of every clip in work, without a look at it."""
+        decoder = self._decoder if self._stack is None else self._stack
+        assert decoder is not None
+        self._draw(decoder.step(self._rows), 0)
+
+    def run(
+        self, more: Callable[[int], Sequence[Job]], on_row: Callable[[], None] | None = None
+    ) -> Iterator[tuple[Job, Generated]]:
+        """Speak the clips that `more(n)` gives, at most n, whenever slots are free, until there are none left; each is
+        yielded when it has ended. `on_row` is called after each row.
+        """
+        while True:
+            # Several prompts are read together for little more than the time of one.
+            if self.free >= self.slots // _REFILL or not self._jobs:
+                if jobs := more(self.free):
+                    self.insert(jobs)
+                elif not self._jobs:
+                    return
+            yield from self.step()
+            if on_row is not None:
+                on_row()
+
+    def generate(self, jobs: Sequence[Job], on_row: Callable[[], None] | None = None) -> list[Generated]:
+        """Speak clips, as many at once as there are slots; in their order."""
+        waiting = list(reversed(jobs))
+        found = dict(self.run(lambda free: [waiting.pop() for _ in range(min(free, len(waiting)))], on_row))
+        return [found[job] for job in jobs]
+
+    def _draw(self, logits: Tensor, first: int) -> None:
+        if self._sync is not None:
+            logits = self._sync(logits.float().cpu()).to(self._device)
+        rows = self._sampler.step(logits, first)
+        self._rows = torch.cat((self._rows[:first], rows)) if first else rows
+
+    def _leave(self, slot: int) -> None:
+        last = len(self._jobs) - 1
+        if slot < last and self._stack is not None:
+            self._sampler.move(last, to=slot)
+            self._stack.move(last, to=slot)
+            self._jobs[slot], self._rows[slot] = self._jobs[last], self._rows[last]
+        self._jobs.pop()
+        self._rows = self._rows[:last]
 
 
 def generate(
@@ -36,30 +190,15 @@ def generate(
     on_row: Callable[[], None] | None = None,
     sync_logits: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Generated]:
-    """Generate the clips of a batch of prompts (see `Prompter.prompt`). A clip depends only on its own prompt and seed,
-    up to the rounding of batched arithmetic. `model` is a loaded model or a peft model around one, in eval mode.
-
-    If several processes run one model together, `sync_logits` gives all of them the logits of one. Otherwise a rounding
-    difference would make them draw different codes, and one would stop while the others wait for it.
-    """
-    family = family_of(model)
-    spec = family.spec(base_of(model).config)
-    samplers = [
-        family.sampler(spec, sampling or Sampling(), max_frames=cap, seed=seed)
-        for cap, seed in zip(max_frames, seeds, strict=True)
+    """Speak prompts all at once, with an engine for this call alone: see `Engine`."""
+    jobs = [
+        Job(prompt, cap, seed, sampling or Sampling())
+        for prompt, cap, seed in zip(prompts, max_frames, seeds, strict=True)
     ]
-    with torch.inference_mode():
-        decoder = family.decoder(model, prompts)
-        logits = decoder.logits
-        while not all(sampler.finished for sampler in samplers):
-            if logits is None:
-                logits = decoder.step(torch.tensor([sampler.rows[-1] for sampler in samplers]))
-            drawn_from = logits.float().cpu()
-            drawn_from = drawn_from if sync_logits is None else sync_logits(drawn_from)
-            for sampler, row_logits in zip(samplers, drawn_from, strict=True):
-                if not sampler.finished:
-                    sampler.step(row_logits)
-            logits = None
-            if on_row is not None:
-                on_row()
-    return [Generated(sampler.codes(), sampler.hit_cap) for sampler in samplers]
+    return Engine(model, slots=len(jobs), sync_logits=sync_logits).generate(jobs, on_row)
+
+
+def _fits(model: Any) -> bool:
+    """Whether memory has room for copies of a model's weights, and as much again for the caches."""
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return 2 * needed < free_memory(next(model.parameters()).device)

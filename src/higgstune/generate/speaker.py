@@ -2,6 +2,7 @@
 
 import base64
 import logging
+from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from higgstune.families import family_in, family_info
 from higgstune.families.base import Audio, Example, FamilyInfo, WhisperSpec
 from higgstune.families.sampling import Sampling, base_sampling, read_sampling
 from higgstune.generate.chunks import FAR_OFF, expected_seconds, frame_cap, join, split_text
-from higgstune.generate.engine import Generated, generate
+from higgstune.generate.engine import SLOTS, Engine, Generated, Job
 from higgstune.hub import fetch
 from higgstune.inputs import BaseSpec, base_and_adapter
 from higgstune.model.adapter_folder import (
@@ -36,6 +37,7 @@ from higgstune.model.adapter_folder import (
 from higgstune.model.load import ModelAndTokenizers, load_base
 
 logger = logging.getLogger(__name__)
+_WINDOW = 8  # times the clips at once: texts that are put in order by length, so that the first does not wait for all
 _ADVICE = "try another seed or a lower temperature; if many texts are spoken so, see the verdict in the run's report"
 
 
@@ -104,7 +106,8 @@ class Speaker:
         reference_place: ReferencePlace | None = None,
         whisper: str | Path | None = None,
     ) -> None:
-        """`model` is `loaded.model` with its adapter already loaded, as in training. `reference_place` is the place of
+        """`model` is `loaded.model` with its adapter already loaded, as in training; it speaks with its weights as they
+        are at each call. `reference_place` is the place of
         a reference in the prompt (None: as the adapter was trained). `whisper` names the Whisper checkpoint of a model
         that uses Whisper, if it has moved.
 
@@ -114,6 +117,8 @@ class Speaker:
         if reference_place not in (None, *get_args(ReferencePlace)):
             raise InputError(f"reference_place {reference_place!r}: one of {', '.join(get_args(ReferencePlace))}")
         self.loaded = loaded
+        self._live = model is not None
+        self._engine: Engine | None = None
         self.codec = loaded.audio_tokenizer
         self.prompter = loaded.prompter
         if adapter is not None:
@@ -237,37 +242,62 @@ class Speaker:
         *,
         sampling: Sampling | None = None,
         max_seconds: float | None = None,
-        batch_size: int = 8,
+        batch_size: int = SLOTS,
         sync_logits: Callable[[Tensor], Tensor] | None = None,
         warn: bool = True,
     ) -> Iterator[Speech]:
-        """Speak texts in their order, each in its own voice, `batch_size` at a time when the first of them is due.
+        """Speak texts, each in its own voice, at most `batch_size` at a time; they are yielded in their order.
 
         Long texts are split into pieces; the prompt of each piece has the one before as context. `sampling` takes the
         place of what adapter and base recommend (`Speaker.sampling`). `max_seconds` caps every piece, instead of the
-        cap from the text's length. `sync_logits`: see `generate`. `warn` logs a warning for each piece that the
+        cap from the text's length. `sync_logits`: see `Engine`. `warn` logs a warning for each piece that the
         cap ends. Raises DataError for a text without a letter and a digit, or with control tokens, before any is
         spoken.
         """
         if max_seconds is not None and not 0 < max_seconds <= MAX_SECONDS:
             raise InputError(f"max_seconds is {max_seconds}: it must be above 0 and at most {MAX_SECONDS:g}")
         clips = [_Clip(request, max_seconds, self.texts) for request in requests]
-        for first in range(0, len(clips), batch_size):
-            batch = clips[first : first + batch_size]
-            while pending := [clip for clip in batch if not clip.done]:
-                prompts = [self._prompt(clip) for clip in pending]
-                caps = [self._cap(clip.next_text, clip.max_seconds) for clip in pending]
-                spoken = generate(
-                    self.model,
-                    prompts,
-                    max_frames=caps,
-                    seeds=[clip.request.seed for clip in pending],
-                    sampling=sampling or self.sampling,
-                    sync_logits=sync_logits,
-                )
-                for clip, piece in zip(pending, spoken, strict=True):
-                    clip.spoken.append(piece)
-            yield from (self._speech(clip, warn) for clip in batch)
+        engine = self._engine_for(min(batch_size, len(clips)), sync_logits)
+        for first in range(0, len(clips), _WINDOW * batch_size):
+            window = clips[first : first + _WINDOW * batch_size]
+            due = 0
+            for _ in self._spoken(window, engine, sampling or self.sampling, batch_size):
+                while due < len(window) and window[due].done:
+                    yield self._speech(window[due], warn)
+                    due += 1
+
+    def _engine_for(self, slots: int, sync_logits: Callable[[Tensor], Tensor] | None) -> Engine:
+        """The engine of the last call, which keeps its copies of the weights, unless it is too small or at work."""
+        if self._engine is None or self._engine.slots < slots or self._engine.speaking or sync_logits is not None:
+            self._engine = Engine(self.model, slots=slots, live=self._live, sync_logits=sync_logits)
+        return self._engine
+
+    def _spoken(self, clips: Sequence["_Clip"], engine: Engine, sampling: Sampling, batch_size: int) -> Iterator[None]:
+        """Speak the pieces of clips, those with the most to say first, so that few slots are idle at the end; yields
+        after each piece.
+        """
+        waiting = sorted(clips, key=_Clip.left)
+        spoken: dict[Job, _Clip] = {}
+
+        def more(free: int) -> list[Job]:
+            taken = [waiting.pop() for _ in range(min(free, batch_size - engine.speaking, len(waiting)))]
+            jobs = [
+                Job(self._prompt(clip), self._cap(clip.next_text, clip.max_seconds), clip.request.seed, sampling)
+                for clip in taken
+            ]
+            spoken.update(zip(jobs, taken, strict=True))
+            return jobs
+
+        try:
+            for job, piece in engine.run(more):
+                clip = spoken.pop(job)
+                clip.spoken.append(piece)
+                if not clip.done:
+                    insort(waiting, clip, key=_Clip.left)
+                yield
+        finally:  # the caller may have enough before all are spoken
+            for job in spoken:
+                engine.remove(job)
 
     def _prompt(self, clip: "_Clip") -> Example:
         reference, scene = clip.request.voice, clip.request.scene
@@ -320,6 +350,10 @@ class _Clip:
     @property
     def next_text(self) -> str:
         return self.pieces[len(self.spoken)]
+
+    def left(self) -> float:
+        """The expected seconds of what is left to say."""
+        return sum(map(expected_seconds, self.pieces[len(self.spoken) :]))
 
 
 def load(

@@ -21,7 +21,7 @@ from higgstune.batch.packing import Pack, PackSampler
 from higgstune.codec import CODEC_FOLDER, CODEC_PREFIX
 from higgstune.config.recipe import Recipe, Stage
 from higgstune.data.whisper_features import FeatureIndex
-from higgstune.environment import choose_device
+from higgstune.environment import choose_device, free_memory
 from higgstune.errors import CheckpointError, ConfigError
 from higgstune.families import family_in, load_family
 from higgstune.families.base import Conditioning, Family, Prompter, Spec, WhisperSpec
@@ -243,14 +243,6 @@ def machine_for(recipe: Recipe, *, memory: int | None = None, device: str | None
     if memory is None and here:
         memory = free_memory(torch.device(kind)) + (psutil.Process().memory_info().rss if kind == "cpu" else 0)
     return Machine("cuda" if kind == "cuda" else "cpu", memory, here)
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes: in RAM, or on a GPU with those that this process has reserved but does not use."""
-    if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def parse_memory(text: str) -> int:

@@ -6,7 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from higgstune.families.base import TRAINS_TABLE, Conditioning, LoraTargets, NoExtensions, base_of
+from higgstune.families.base import (
+    TRAINS_TABLE,
+    Conditioning,
+    DecoderParts,
+    LayerParts,
+    LoraTargets,
+    NoExtensions,
+    Pathway,
+    base_of,
+)
 from higgstune.families.higgs_tts_3 import INFO, checkpoint, prompter
 from higgstune.families.higgs_tts_3.checkpoint import PROJECTIONS, TABLE
 from higgstune.families.higgs_tts_3.checks import HiggsTTS3Checks
@@ -56,6 +65,18 @@ class HiggsTTS3Family:
     def lora_targets(self, kind: str, conditioning: Conditioning, attention: str) -> LoraTargets:
         """The seven projections of every layer, and where the kind says so the table, which stays one tensor."""
         return LoraTargets(PROJECTIONS, (TABLE,) if kind.endswith(TRAINS_TABLE) else ())
+
+    def decoder_parts(self, model: Any) -> DecoderParts | None:
+        """The modules for the engine; None for another activation than silu."""
+        base = base_of(model)
+        if base.config.hidden_act != "silu":
+            return None
+        layers = []
+        for layer in base.model.layers:
+            pathway = Pathway(layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)
+            layers.append(LayerParts(layer.self_attn, text=pathway, audio=pathway))
+        inner = base.model
+        return DecoderParts(layers, inner.norm, inner.rotary_emb, inner.embed_tokens, base.embed_rows, base.audio_table)
 
     def label_logits(
         self, model: Any, batch: Mapping[str, Tensor], limit: int, gathered: AbstractContextManager[None]

@@ -56,7 +56,7 @@ from higgstune.peft_compat import (
 _LOGITS, _LOSS = 1e-5, 1e-4
 _LABELLED: tuple[Labelled, ...] = ("codes", "codes_and_stop", "codes_and_eoc")
 _GREEDY = Sampling(temperature=0)
-_ENDLESS = 1 << 30  # frames
+_ENDLESS = 4096  # frames
 
 
 class Golden:
@@ -322,21 +322,22 @@ class Golden:
         """Item 5: greedy rows, countdown and codes, of each case alone and of all in a batch."""
         values, wrong = self.values("generation"), 0
         for names in (*([name] for name in self.cases), list(self.cases)):
-            samplers = [RowSampler(self.spec, _GREEDY, max_frames=_ENDLESS, seed=0) for _ in names]
+            sampler = self._sampler(len(names))
             countdowns: list[list[int]] = [[] for _ in names]
             decoder = Decoder(self.model, [self.prompt(name) for name in names])
             logits, steps = decoder.logits, max(len(values[f"{name}.rows"]) for name in names)
             for _ in range(steps):
                 assert logits is not None
-                for sampler, countdown, scores in zip(samplers, countdowns, logits, strict=True):
-                    if not sampler.finished:
-                        sampler.step(scores)
-                        countdown.append(sampler.countdown)
-                logits = decoder.step(torch.tensor([sampler.rows[-1] for sampler in samplers]))
-            for name, sampler, countdown in zip(names, samplers, countdowns, strict=True):
-                wrong += _unequal(np.array(sampler.rows), values[f"{name}.rows"].numpy())
-                wrong += _unequal(np.array(countdown), values[f"{name}.countdown"].numpy())
-                wrong += _unequal(sampler.codes(), values[f"{name}.codes"].numpy())
+                ended = sampler.finished.tolist()
+                rows = sampler.step(logits)
+                for slot, countdown in enumerate(countdowns):
+                    if not ended[slot]:
+                        countdown.append(int(sampler.countdown[slot]))
+                logits = decoder.step(rows)
+            for slot, name in enumerate(names):
+                wrong += _unequal(_rows(sampler, slot), values[f"{name}.rows"].numpy())
+                wrong += _unequal(np.array(countdowns[slot]), values[f"{name}.countdown"].numpy())
+                wrong += _unequal(sampler.codes(slot), values[f"{name}.codes"].numpy())
         return wrong
 
     def sampler(self) -> float:
@@ -344,18 +345,25 @@ class Golden:
         wrong = 0
         for script in read_json(self.folder / "sampler.json", "the folder needs it")["scripts"]:
             expected = script["sglang"]
-            sampler, countdown = RowSampler(self.spec, _GREEDY, max_frames=_ENDLESS, seed=0), []
+            sampler, countdown = self._sampler(1), []
             for first, second in zip(script["first_choice"], script["second_choice"], strict=True):
-                if sampler.finished:
+                if sampler.finished[0]:
                     break
                 logits = torch.zeros(self.spec.num_codebooks, self.spec.classes)
                 logits.scatter_(1, torch.tensor(second)[:, None], 5.0).scatter_(1, torch.tensor(first)[:, None], 10.0)
-                sampler.step(logits)
-                countdown.append(sampler.countdown)
-            wrong += sampler.rows != expected["rows"] or countdown != expected["countdown"]
-            wrong += sampler.finished != expected["stopped"]
-            wrong += undelay(sampler.rows).tolist() != expected["codes"]
+                sampler.step(logits[None])
+                countdown.append(int(sampler.countdown[0]))
+            rows = _rows(sampler, 0)
+            wrong += rows.tolist() != expected["rows"] or countdown != expected["countdown"]
+            wrong += bool(sampler.finished[0]) != expected["stopped"]
+            wrong += undelay(rows).tolist() != expected["codes"]
         return wrong
+
+    def _sampler(self, clips: int) -> RowSampler:
+        sampler = RowSampler(self.spec, clips)
+        for slot in range(clips):
+            sampler.admit(slot, _GREEDY, max_frames=_ENDLESS, seed=0)
+        return sampler
 
     def all_turns(self) -> float:
         """Item 7: every piece of a case with earlier pieces supervised in one sequence."""
@@ -481,6 +489,10 @@ def _released_config(keys: dict[str, Any]) -> HiggsTTS3Config:
         num_key_value_heads=layer["self_attn.k_proj.weight"][0] // head, head_dim=head,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )  # fmt: skip
+
+
+def _rows(sampler: RowSampler, slot: int) -> np.ndarray:
+    return sampler.rows[slot, : int(sampler.count[slot])].numpy()
 
 
 def _gap(ours: Tensor, theirs: Tensor) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from higgstune.families.base import base_of
+from higgstune.families.base import DecoderParts, LayerParts, Pathway, base_of
 from higgstune.families.higgs_v2 import INFO, checkpoint, extensions, lora, prompter
 from higgstune.families.higgs_v2.checks import HiggsV2Checks
 from higgstune.families.higgs_v2.decoder import Decoder
@@ -65,6 +65,24 @@ class HiggsV2:
         """The norm between the layers and the heads."""
         norm: nn.Module = base_of(model).model.norm
         return norm
+
+    def decoder_parts(self, model: Any) -> DecoderParts | None:
+        """The modules for the engine; None with audio attention or Whisper, or another activation than silu."""
+        base = base_of(model)
+        if extensions.conditioning_of(base) or base.config.hidden_act != "silu":
+            return None
+        inner = base.model
+        layers = [
+            LayerParts(
+                layer.self_attn,
+                text=Pathway(layer.input_layernorm, layer.post_attention_layernorm, layer.mlp),
+                audio=Pathway(layer.audio_input_layernorm, layer.audio_post_attention_layernorm, layer.audio_mlp),
+            )
+            for layer in inner.layers
+        ]
+        return DecoderParts(
+            layers, inner.norm, inner.rotary_emb, inner.embed_tokens, inner.embed_audio_tokens, base.audio_lm_head
+        )
 
     def label_logits(
         self, model: Any, batch: Mapping[str, Tensor], limit: int, gathered: AbstractContextManager[None]

@@ -1,86 +1,65 @@
-"""Draws the rows of a clip: delay pattern, start and stop."""
+"""Draws the rows of clips: delay pattern, start and stop."""
+
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from higgstune.families import rows
 from higgstune.families.base import Spec
 from higgstune.families.higgs_v2.delay import codes_from_frames
-from higgstune.families.sampling import Sampling, filtered
 
 
-class RowSampler:
-    """Draws the rows of one clip, one after the other, and decides when it ends.
+class RowSampler(rows.RowSampler):
+    """Draws the rows of clips and decides when each ends.
 
     Row 0 is all BOS. In row r, codebook k is still delayed (BOS) while r <= k. The first EOS of any codebook fixes the
     number of frames T, and codebook k ends in row T + 1 + k exactly as in training; the native processor ends it one
     row later.
     """
 
-    def __init__(self, spec: Spec, sampling: Sampling, *, max_frames: int, seed: int) -> None:
-        self.sampling = sampling
-        self.num_codebooks = spec.num_codebooks
-        self.bos_id = spec.stream_bos
-        self.eos_id = spec.stream_eos
-        self.max_frames = max_frames
-        self.generator = torch.Generator().manual_seed(seed)
-        self.rows = [[self.bos_id] * self.num_codebooks]
-        self.frames: int | None = None  # T, once known
-        self.hit_cap = False
+    def __init__(self, spec: Spec, *args: Any, **kwargs: Any) -> None:
+        super().__init__(spec, *args, **kwargs)
+        self._codes = spec.codes
+        self.start = [self.bos_id] * self.num_codebooks
+        self.frames = torch.zeros_like(self.count)  # T, once known; before, 0: a clip has at least one frame
+        self._codebook = torch.arange(self.num_codebooks, device=self.count.device)
 
-    @property
-    def finished(self) -> bool:
-        """Whether all codebooks have ended."""
-        return self.frames is not None and len(self.rows) > self.frames + self.num_codebooks
+    def codes(self, slot: int) -> NDArray[np.int64]:
+        """The clip in a slot [T, K]."""
+        return codes_from_frames(self.rows[slot, : int(self.count[slot])].cpu().numpy(), eos_id=self.eos_id)
 
-    def step(self, logits: Tensor) -> list[int]:
-        """Draw the next row [K] from logits [K, V] (float32, on the CPU) and append it to `rows`."""
-        row_index = len(self.rows)
-        row = self._draw(logits, row_index)
-        if self.frames is None:
-            ended = [row_index - 1 - k for k in range(min(row_index, self.num_codebooks)) if row[k] == self.eos_id]
-            if ended:
-                self.frames = min(ended)
-            elif row_index > self.max_frames:
-                self.frames, self.hit_cap = self.max_frames, True
-        row = [self._forced(k, row_index, code) for k, code in enumerate(row)]
-        self.rows.append(row)
-        return row
+    def _state(self) -> tuple[Tensor, ...]:
+        return *super()._state(), self.frames
 
-    def codes(self) -> NDArray[np.int64]:
-        """The clip [T, K]."""
-        return codes_from_frames(self.rows, eos_id=self.eos_id)
-
-    def _forced(self, k: int, row_index: int, code: int) -> int:
-        if row_index <= k:
-            return self.bos_id
-        return self.eos_id if self.frames is not None and row_index >= self.frames + 1 + k else code
-
-    def _draw(self, logits: Tensor, row_index: int) -> list[int]:
+    def _scores(self, logits: Tensor, slots: slice) -> Tensor:
+        # A clip has at least one frame; once T is fixed, only `_row` writes EOS.
+        may_end = (self._codebook <= self.count[slots, None] - 2) & (self.frames[slots, None] == 0)
         scores = logits.clone()
-        scores[:, self.bos_id] = -torch.inf
-        codes_only = scores.clone()
-        codes_only[:, self.eos_id] = -torch.inf
-        # A clip has at least one frame; once T is fixed, only `_forced` writes EOS.
-        at_least_one = torch.arange(self.num_codebooks) <= row_index - 2
-        may_end = at_least_one if self.frames is None else torch.zeros_like(at_least_one)
-        scores[~may_end, self.eos_id] = -torch.inf
-        if self.sampling.greedy:
-            return scores.argmax(dim=-1).tolist()
-        drawn = self._multinomial(filtered(scores / self.sampling.temperature, self.sampling))
-        repeated = self._repeated(drawn)
-        if repeated.any():
-            drawn[repeated] = self._multinomial(codes_only[repeated])
-        return drawn.tolist()
+        scores[..., self.bos_id] = -torch.inf
+        scores[..., self.eos_id] = scores[..., self.eos_id].masked_fill(~may_end, -torch.inf)
+        return scores
 
-    def _multinomial(self, scores: Tensor) -> Tensor:
-        return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator).squeeze(-1)
+    def _again(self, drawn: Tensor, logits: Tensor, slots: slice) -> Tensor:
+        """Repetition-aware sampling: a code that is too frequent is drawn again, from all codes as they are."""
+        if not any(setting.repeat_window for setting in self._settings[slots]):
+            return drawn
+        codes = logits[..., : self._codes].softmax(-1)
+        again = rows.pick(codes, self._uniform_at(slots, 1))
+        return torch.where(self._repeated(drawn, slots), again, drawn)
 
-    def _repeated(self, drawn: Tensor) -> Tensor:
-        """Which codebooks [K] have drawn a code that is too frequent in the window; never BOS or EOS."""
-        window = self.rows[1:][-self.sampling.repeat_window :] if self.sampling.repeat_window else []
-        if not window:
-            return torch.zeros(self.num_codebooks, dtype=torch.bool)
-        counts = (torch.tensor(window) == drawn).sum(0)
-        return (counts >= self.sampling.max_repeats) & (drawn != self.bos_id) & (drawn != self.eos_id)
+    def _row(self, drawn: Tensor, slots: slice) -> Tensor:
+        index, frames = self.count[slots, None], self.frames[slots, None]
+        ends = index - 1 - self._codebook  # T, if codebook k ends here
+        first = ends.masked_fill((drawn != self.eos_id) | (ends < 0), torch.iinfo(ends.dtype).max).amin(-1, True)
+        at_cap = (frames == 0) & (first > index) & (index > self.max_frames[slots, None])
+        ended = torch.where(first <= index, first, torch.where(at_cap, self.max_frames[slots, None], 0))
+        frames = torch.where(frames == 0, ended, frames)
+        row = torch.where((frames > 0) & (ends >= frames), self.eos_id, drawn)
+        row = torch.where(ends < 0, self.bos_id, row)
+        self.frames[slots] = frames[:, 0]
+        self.hit_cap[slots] |= at_cap[:, 0]
+        self.finished[slots] = ((frames > 0) & (index + 1 > frames + self.num_codebooks))[:, 0]
+        return row
