@@ -1,28 +1,33 @@
 """Training is generation: the same logits, and a clip that was learned is spoken back."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_checkpoint import random_codes, tiny_config, tiny_prompter, tiny_tokenizer
+from tiny_checkpoint import random_codes, tiny_config, tiny_model, tiny_prompter, tiny_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from higgstune.batch.collate import PaddedCollator, pack
 from higgstune.batch.dataset import TARGET
 from higgstune.config.recipe import Lora
 from higgstune.data.messages import speech_messages
-from higgstune.families.base import Example
+from higgstune.errors import CheckpointError, InputError
+from higgstune.families.base import Example, base_of
 from higgstune.families.higgs_v2.checkpoint import spec_of
 from higgstune.families.higgs_v2.decoder import Decoder
 from higgstune.families.higgs_v2.delay import build_frames, codes_from_frames
+from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.families.higgs_v2.prompter import Prompter
 from higgstune.families.higgs_v2.sampler import RowSampler
 from higgstune.families.sampling import Sampling
-from higgstune.generate.engine import generate
+from higgstune.generate.engine import Engine, Job, generate
+from higgstune.generate.stack import Stack
 from higgstune.kernels.loss import LossWeights, combine, label_counts
-from higgstune.model.adapters import adapted_layers, add_lora
+from higgstune.model.adapters import adapted_layers, add_lora, unload_adapter
 
 CODES = 64
 GREEDY = Sampling(temperature=0)
@@ -41,11 +46,12 @@ def clips(prompter: Prompter) -> list[tuple[Example, Example, np.ndarray]]:
     return made
 
 
-def with_random_lora(model: Any, *, dora: bool = False) -> Any:
-    adapted = add_lora(model, Lora(r=4, alpha=8, dora=dora), "full")
+def with_random_lora(model: Any, *, kind: str = "full", seed: int = 0, **lora: Any) -> Any:
+    adapted = add_lora(model, Lora(**{"r": 4, "alpha": 8, **lora}), kind)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     return adapted.eval()
 
 
@@ -64,30 +70,46 @@ def teacher_forced(model: Any, examples: list[Example]) -> list[torch.Tensor]:
     return result
 
 
-def step_by_step(model: Any, made: list[tuple[Example, Example, np.ndarray]]) -> list[torch.Tensor]:
-    """The same logits from generation: a batch of left-padded prompts, row after row through the KV cache."""
-    eos, bos = model.config.audio_stream_eos_id, model.config.audio_stream_bos_id
-    rows = [build_frames(target, bos_id=bos, eos_id=eos)[0] for _, _, target in made]
-    collected: list[list[torch.Tensor]] = [[] for _ in made]
+def step_by_step(
+    model: Any, made: list[tuple[Example, Example, np.ndarray]], *, copy: bool | None = None
+) -> list[torch.Tensor]:
+    """The same logits from generation, row after row through a cache: of the engine's forward, with copies of the
+    weights or without, or of the model's own (None).
+    """
+    spec = spec_of(base_of(model).config)
+    rows = [build_frames(target, bos_id=spec.stream_bos, eos_id=spec.stream_eos)[0] for _, _, target in made]
+    prompts = [prompt for _, prompt, _ in made]
     with torch.inference_mode():
-        decoder = Decoder(model, [prompt for _, prompt, _ in made])
-        for r in range(max(len(x) for x in rows) - 1):
-            logits = decoder.step(torch.tensor(np.stack([x[min(r, len(x) - 1)] for x in rows])))
-            for b, x in enumerate(rows):
-                if r < len(x) - 1:
-                    collected[b].append(logits[b].float())
-    return [torch.stack(logits) for logits in collected]
+        if copy is None:
+            decoder: Any = Decoder(model, prompts)
+            steps = [decoder.step(torch.tensor(np.stack([x[0] for x in rows])))]
+        else:
+            decoder = stack_of(model, len(made), copy=copy)
+            decoder.reserve(max(map(len, prompts)) + max(map(len, rows)))
+            steps = [decoder.prefill(prompts, rows[0][0].tolist(), first=0)]
+        for r in range(1, max(len(x) for x in rows) - 1):
+            steps.append(decoder.step(torch.tensor(np.stack([x[min(r, len(x) - 1)] for x in rows]))))
+    return [torch.stack([step[b] for step in steps[: len(x) - 1]]).float() for b, x in enumerate(rows)]
 
 
+def stack_of(model: Any, slots: int, *, copy: bool) -> Stack:
+    parts = FAMILY.decoder_parts(model)
+    assert parts is not None
+    return Stack(parts, spec_of(base_of(model).config), slots, copy=copy)
+
+
+@pytest.mark.parametrize("copy", [None, False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
 @pytest.mark.parametrize("dora", [False, True])
-def test_teacher_forced_logits_equal_step_by_step_generation(dtype: torch.dtype, tolerance: float, dora: bool) -> None:
+def test_teacher_forced_logits_equal_step_by_step_generation(
+    dtype: torch.dtype, tolerance: float, dora: bool, copy: bool | None
+) -> None:
     model, prompter = tiny_prompter(codes=CODES)
     adapted = with_random_lora(model.to(dtype), dora=dora)
     assert len(adapted_layers(adapted)) == 2 * 10
     made = clips(prompter)
     forced = teacher_forced(adapted, [example for example, _, _ in made])
-    stepped = step_by_step(adapted, made)
+    stepped = step_by_step(adapted, made, copy=copy)
     for a, b in zip(forced, stepped, strict=True):
         assert a.shape == b.shape
         assert (a - b).abs().max() < tolerance
@@ -217,3 +239,122 @@ def test_a_seed_repeats_a_clip_whatever_stands_beside_it_in_the_batch() -> None:
     np.testing.assert_array_equal(together[2].codes, alone[0].codes)
     other = generate(model, prompts[2:], max_frames=[12], seeds=[4])
     assert other[0].codes.shape != alone[0].codes.shape or (other[0].codes != alone[0].codes).any()
+
+
+def jobs_of(prompts: list[Example], adapters: Sequence[str] = ("",), frames: int = 30) -> list[Job]:
+    """Greedy clips of unequal length: each prompt with each adapter."""
+    return [
+        Job(prompt, frames - 7 * index, seed=0, sampling=GREEDY, adapter=adapter)
+        for index, prompt in enumerate(prompts)
+        for adapter in adapters
+    ]
+
+
+def own_forward(model: Any, job: Job) -> np.ndarray:
+    """The clip alone, by the model's own forward."""
+    alone = Engine(model, slots=1, sync_logits=lambda logits: logits)
+    return alone.generate([dataclasses.replace(job, adapter="")])[0].codes
+
+
+def test_clips_that_join_and_leave_say_what_each_says_alone_by_the_models_own_forward() -> None:
+    model, prompter = tiny_prompter(codes=CODES)
+    prompts = [prompt for _, prompt, _ in clips(prompter)]
+    waiting = jobs_of(prompts) * 2 + jobs_of(prompts, frames=300)  # so long that the cache must grow
+    waiting = [dataclasses.replace(job) for job in waiting]
+    for live in (False, True):
+        engine = Engine(model, slots=4, live=live)
+        given_up = dataclasses.replace(waiting[0])
+        queue = list(waiting)
+        engine.insert([given_up, queue.pop(), queue.pop()])
+        for _ in range(3):
+            assert engine.step() == []
+        engine.remove(given_up)
+        found = dict(engine.run(lambda free, queue=queue: [queue.pop() for _ in range(min(free, len(queue), 2))]))
+        assert engine.speaking == 0
+        assert found.keys() == set(waiting)
+        for job in waiting:
+            np.testing.assert_array_equal(found[job].codes, own_forward(model, job))
+
+
+VOICES: dict[str, dict[str, Any]] = {
+    **{f"rank {r}": {"r": r, "rslora": r > 2} for r in (1, 2, 3, 8)},
+    **{f"seed {seed}": {"seed": seed} for seed in range(11)},
+    "text alone": {"kind": "text"},
+}
+
+
+def test_each_row_of_a_batch_speaks_with_its_own_adapter() -> None:
+    base, prompter = tiny_prompter(codes=CODES)
+    prompts = [prompt for _, prompt, _ in clips(prompter)]
+    engine = Engine(base, slots=24)
+    for name, settings in VOICES.items():
+        adapted = with_random_lora(base, **settings)
+        engine.add_adapter(name, adapted)
+        unload_adapter(adapted)
+    jobs = jobs_of(prompts, ("", *VOICES))
+    found = engine.generate(jobs)
+    said = set()
+    for name in ("", *VOICES):
+        model = tiny_prompter(codes=CODES)[0]
+        model = with_random_lora(model, **VOICES[name]) if name else model
+        for job, clip in zip(jobs, found, strict=True):
+            if job.adapter == name:
+                np.testing.assert_array_equal(clip.codes, own_forward(model, job))
+                said |= {clip.codes.tobytes()}
+    assert len(said) == len(jobs)  # another adapter says something else
+    engine.insert(jobs[:2])
+    with pytest.raises(InputError, match=f"adapter {jobs[1].adapter} is speaking"):
+        engine.remove_adapter(jobs[1].adapter)
+    engine.remove(jobs[1])
+    engine.remove_adapter(jobs[1].adapter)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_what_rows_cannot_choose_is_refused_as_an_adapter_and_spoken_as_the_model(live: bool) -> None:
+    base, prompter = tiny_prompter(codes=CODES)
+    adapted = with_random_lora(base, dora=True)
+    [job, *_] = jobs_of([clips(prompter)[0][1]])
+    with pytest.raises(CheckpointError, match="DoRA"):
+        Engine(base).add_adapter("anna", adapted)
+    np.testing.assert_array_equal(Engine(adapted, live=live).generate([job])[0].codes, own_forward(adapted, job))
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators, without those that only look at memory another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not function.is_view and function.__name__ != "_unsafe_view.default":
+            self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_no_value_and_computes_what_is_needed_once() -> None:
+    config = tiny_config(tiny_tokenizer(), codes=CODES)
+    config.num_hidden_layers = 28
+    model = tiny_model(config)
+    prompter = tiny_prompter(codes=CODES)[1]
+    prompts = [clips(prompter)[index % 3][1] for index in range(8)]
+    counted = {}
+    for adapters in (("",), ("anna", "ben")):
+        engine = Engine(model, slots=8)
+        for seed, name in enumerate(adapters):
+            if name:
+                adapted = with_random_lora(model, seed=seed)
+                engine.add_adapter(name, adapted)
+                unload_adapter(adapted)
+        engine.insert([Job(prompt, 40, 0, Sampling(), adapters[i % len(adapters)]) for i, prompt in enumerate(prompts)])
+        engine.advance()
+        with Operators() as operators:
+            engine.advance()
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "item", "_to_copy", "index.")
+        import collections
+
+        print(collections.Counter(operators.names))
+        assert [name for name in operators.names if name.startswith(waits)] == []
+        counted[len(adapters)] = len(operators.names)
+    assert counted[1] <= 550
+    assert counted[2] <= 750

@@ -12,6 +12,7 @@ prompt, settings and seed alone, up to the rounding of batched arithmetic. Two w
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from higgstune.environment import free_memory
+from higgstune.errors import CheckpointError, InputError
 from higgstune.families import family_of
 from higgstune.families.base import Decoder, Example, base_of
 from higgstune.families.sampling import Sampling
@@ -45,6 +47,7 @@ class Job:
     max_frames: int
     seed: int
     sampling: Sampling
+    adapter: str = ""  # of those added to the engine; "": the model as it is
 
 
 class Engine:
@@ -88,22 +91,47 @@ class Engine:
         """Clips that `insert` takes now."""
         return 0 if self._jobs and self._stack is None else self.slots - len(self._jobs)
 
+    def add_adapter(self, name: str, model: Any) -> None:
+        """LoRA that clips may name, from a peft model around the engine's model, which may lose it afterwards.
+
+        Raises CheckpointError for what has no form of its own for each row: DoRA, modules that were trained in full.
+        """
+        if self._stack is None:
+            raise CheckpointError("this model speaks by its own forward, which takes one adapter for all: merge it")
+        lora, dtype = {}, next(base_of(model).parameters()).dtype
+        for path, layer in model.named_modules():
+            if type(layer).__name__ == "ModulesToSaveWrapper":
+                raise CheckpointError(f"trained {path} in full, which rows of one batch cannot choose: merge it")
+            for key in getattr(layer, "lora_A", {}):
+                if layer.lora_magnitude_vector or layer.lora_bias.get(key):
+                    raise CheckpointError("was trained with DoRA or biases, which rows cannot choose: merge it")
+                scaled = layer.lora_B[key].weight.detach() * layer.scaling[key]
+                lora[layer.base_layer] = layer.lora_A[key].weight.detach().to(dtype), scaled.to(dtype)
+        try:
+            self._stack.add_adapter(name, lora)
+        except ValueError as error:
+            raise CheckpointError(f"changes {error}: merge it") from error
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises InputError while a clip is spoken with it."""
+        if any(job is not None and job.adapter == name for job in self._jobs):
+            raise InputError(f"the adapter {name} is speaking: wait until its clips have ended")
+        if self._stack is not None:
+            self._stack.remove_adapter(name)
+
     @torch.inference_mode()
     def insert(self, jobs: Sequence[Job]) -> None:
         """Read the prompts of clips, at most `free`, and draw their first rows."""
         assert 0 < len(jobs) <= self.free
-        first, prompts, start = len(self._jobs), [job.prompt for job in jobs], self._sampler.start
+        jobs = sorted(jobs, key=lambda job: job.adapter)
+        first = len(self._jobs)
         for slot, job in enumerate(jobs, first):
             self._sampler.admit(slot, job.sampling, max_frames=job.max_frames, seed=job.seed)
         if self._stack is not None:
-            rows = self._sampler.rows.shape[1]
-            self._stack.reserve(max(len(prompt) for prompt in prompts) + rows)
-            logits = self._stack.prefill(prompts, start, first)
+            logits = self._read(jobs, first, self._stack)
         else:
-            self._decoder = self._family.decoder(self._model, prompts)
-            logits = self._decoder.logits
-            if logits is None:
-                logits = self._decoder.step(self._sampler.rows[: len(jobs), 0])
+            self._decoder = decoder = self._family.decoder(self._model, [job.prompt for job in jobs])
+            logits = decoder.step(self._sampler.rows[: len(jobs), 0]) if decoder.logits is None else decoder.logits
         self._jobs += jobs
         self._draw(logits, first)
 
@@ -135,8 +163,11 @@ class Engine:
                 if not any(self._jobs):
                     self._jobs = []
 
+    @torch.inference_mode()
     def advance(self) -> None:
         """Draw the next row of every clip in work, without a look at it."""
+        if self._stack is not None:
+            self._stack.select([job.adapter for job in self._jobs if job is not None])
         decoder = self._decoder if self._stack is None else self._stack
         assert decoder is not None
         self._draw(decoder.step(self._rows), 0)
@@ -163,6 +194,16 @@ class Engine:
         waiting = list(reversed(jobs))
         found = dict(self.run(lambda free: [waiting.pop() for _ in range(min(free, len(waiting)))], on_row))
         return [found[job] for job in jobs]
+
+    def _read(self, jobs: Sequence[Job], slot: int, stack: Stack) -> Tensor:
+        stack.reserve(max(len(job.prompt) for job in jobs) + self._sampler.rows.shape[1])
+        logits = []
+        for adapter, group in groupby(jobs, key=lambda job: job.adapter):
+            prompts = [job.prompt for job in group]
+            stack.select([adapter])
+            logits.append(stack.prefill(prompts, self._sampler.start, slot))
+            slot += len(prompts)
+        return torch.cat(logits)
 
     def _draw(self, logits: Tensor, first: int) -> None:
         if self._sync is not None:

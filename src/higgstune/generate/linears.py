@@ -3,21 +3,98 @@
 A layer that cannot be copied (4 bits, DoRA), or must not be (a model in training), stays live: its own module computes.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Linear = Callable[[Tensor], Tensor]  # [..., in] -> [..., out]
+
+class Linear(Protocol):
+    """A product [n, in] -> [n, out], added to a residual [n, out] where there is one."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+
+
+_ROWS = 8  # of a product, for which oneDNN lays a weight out; others are as right
+
+
+class Adapters:
+    """Which adapter each row of the next products is for; "" is the base."""
+
+    def __init__(self) -> None:
+        self.of_rows: Sequence[str] = ()  # one for each row; a single one is for all of them
+        self.changes = 0
+
+    def select(self, names: Sequence[str]) -> None:
+        """The adapters of the next rows, in their order, or the one of all rows."""
+        chosen = tuple(names) if len(set(names)) > 1 else (names[0],)
+        if chosen != self.of_rows:
+            self.of_rows, self.changes = chosen, self.changes + 1
+
+
+class Adaptable:
+    """Linear layers of one input side by side, whose rows may each have an adapter of their own."""
+
+    def __init__(self, layers: Sequence[nn.Module], plain: Linear, adapters: Adapters) -> None:
+        self.layers: list[Any] = [getattr(layer, "base_layer", layer) for layer in layers]
+        self._plain, self._adapters = plain, adapters
+        self._pairs: dict[str, tuple[Tensor, Tensor]] = {}  # A [in, R], B [R, out] of each adapter with these layers
+        self._of_rows: tuple[Tensor, Tensor] | None = None  # [n, in, R], [n, R, out]
+        self._change = 0
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[n, in] -> [n, out]."""
+        names, plain = self._adapters.of_rows, self._plain(x, residual)
+        if not any(name in self._pairs for name in names):
+            return plain
+        if len(names) == 1:
+            a, b = self._pairs[names[0]]
+            return torch.addmm(plain, x @ a, b)
+        if self._change != self._adapters.changes:
+            self._of_rows, self._change = self._stacked(names), self._adapters.changes
+        assert self._of_rows is not None
+        a, b = self._of_rows
+        return torch.baddbmm(plain[:, None], torch.bmm(x[:, None], a), b)[:, 0]
+
+    def add(self, name: str, found: Sequence[tuple[Tensor, Tensor] | None]) -> None:
+        """An adapter's A [r, in] and B [out, r], scaled, of each layer that it has."""
+        ranks = [0 if pair is None else len(pair[0]) for pair in found]
+        if not any(ranks):
+            return
+        a = torch.cat([pair[0] for pair in found if pair is not None]).T.contiguous()
+        b, row, column = a.new_zeros((sum(ranks), sum(layer.out_features for layer in self.layers))), 0, 0
+        for layer, pair, rank in zip(self.layers, found, ranks, strict=True):
+            if pair is not None:
+                b[row : row + rank, column : column + layer.out_features] = pair[1].T
+            row, column = row + rank, column + layer.out_features
+        self._pairs[name], self._change = (a, b), -1
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter."""
+        self._pairs.pop(name, None)
+        self._change = -1
+
+    def _stacked(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        rank = max(len(b) for b in (self._pairs[name][1] for name in names if name in self._pairs))
+        some_a, some_b = next(iter(self._pairs.values()))
+        none = some_a.new_zeros((len(some_a), rank)), some_b.new_zeros((rank, some_b.shape[1]))
+        pairs = [self._pairs.get(name, none) for name in names]
+        return (
+            torch.stack([F.pad(a, (0, rank - a.shape[1])) for a, _ in pairs]),
+            torch.stack([F.pad(b, (0, 0, 0, rank - len(b))) for _, b in pairs]),
+        )
 
 
 def live(layers: Sequence[nn.Module]) -> Linear:
     """Linear layers of one input side by side, each computed by its module."""
-    if len(layers) == 1:
-        return layers[0]
-    return lambda x: torch.cat([layer(x) for layer in layers], dim=-1)
+
+    def multiply(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        found = layers[0](x) if len(layers) == 1 else torch.cat([layer(x) for layer in layers], dim=-1)
+        return found if residual is None else residual + found
+
+    return multiply
 
 
 def fused(layers: Sequence[nn.Module]) -> Linear:
@@ -33,16 +110,25 @@ def fused(layers: Sequence[nn.Module]) -> Linear:
 
 
 def product(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """x -> x @ weight.T + bias. On a CPU the weight is reordered once, where this PyTorch can."""
+    """x @ weight.T + bias. On a CPU the weight is reordered once, where this PyTorch can."""
     weight = weight.detach()
-    if not (weight.device.type == "cpu" and _can_reorder(weight.dtype)):
-        return lambda x: F.linear(x, weight, bias)
-    reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8)
+    if weight.device.type == "cpu" and _can_reorder(weight.dtype):
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
 
-    def multiply(x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], "")
+        def multiply(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            if residual is None:
+                return torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], "")
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, reordered, bias, "add")
 
-    return multiply
+        return multiply
+    transposed = weight.T
+
+    def add(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is None:
+            return F.linear(x, weight, bias)
+        return torch.addmm(residual if bias is None else residual + bias, x, transposed)
+
+    return add
 
 
 def merged_weight(layer: nn.Module) -> Tensor | None:

@@ -8,7 +8,7 @@ H query heads, G key heads, d head size, K codebooks, V classes of a codebook.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from higgstune.families.base import DecoderParts, Example, LayerParts, Pathway, Spec
-from higgstune.generate.linears import Linear, fused, live
+from higgstune.generate.linears import Adaptable, Adapters, Linear, fused, live
 
 _GROWTH = 256  # positions
+_Rows = Callable[[Tensor], Tensor]  # of hidden states
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class _FeedForward:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         gate, up = self.gate_up(_normed(hidden, self.norm)).chunk(2, dim=-1)
-        return hidden + self.down(F.silu(gate) * up)
+        return self.down(F.silu(gate) * up, hidden)
 
 
 class _Layer(NamedTuple):
-    text_norm: Linear
-    audio_norm: Linear
+    text_norm: _Rows
+    audio_norm: _Rows
     qkv: Linear
     head_norm: tuple[Tensor, float] | None  # weights of q and k heads [H + G, d], and epsilon
     output: Linear
@@ -48,10 +49,16 @@ class Stack:
 
     def __init__(self, parts: DecoderParts, spec: Spec, slots: int, *, copy: bool) -> None:
         """`copy` speaks faster, from copies of the weights; without, from the model's own as they are at each step."""
-        join = fused if copy else live
+        self._adapters = Adapters()
+        self._adaptable: list[Adaptable] = []
+
+        def join(layers: Sequence[nn.Module]) -> Linear:
+            self._adaptable.append(Adaptable(layers, fused(layers) if copy else live(layers), self._adapters))
+            return self._adaptable[-1]
+
         self._parts, self._spec = parts, spec
         self._layers = [_layer(layer, spec, join) for layer in parts.layers]
-        self._head = join([parts.head])
+        self._head = fused([parts.head]) if copy else live([parts.head])
         weight: Any = parts.norm.weight
         self._cache = torch.zeros(
             (len(self._layers), slots, 0, 2 * spec.key_value_heads, spec.head_dim),
@@ -71,6 +78,25 @@ class Stack:
             more = _GROWTH * -(-positions // _GROWTH) - self.positions
             self._cache = F.pad(self._cache, (0, 0, 0, 0, 0, more))
             self._rotary = _rotary(self._parts.rotary, self.positions, self._cache)
+
+    def add_adapter(self, name: str, lora: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> None:
+        """LoRA that rows may choose: A [r, in] and B [out, r], scaled, of each linear layer that it changes.
+
+        Raises ValueError for layers that are not among those of the stack.
+        """
+        if strange := lora.keys() - {layer for linear in self._adaptable for layer in linear.layers}:
+            raise ValueError(f"{len(strange)} layers outside the decoder layers, such as {strange.pop()}")
+        for linear in self._adaptable:
+            linear.add(name, [lora.get(layer) for layer in linear.layers])
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+        for linear in self._adaptable:
+            linear.remove(name)
+
+    def select(self, adapters: Sequence[str]) -> None:
+        """The adapters of the rows to come, in the order of slots; one alone is for all. "" is the base."""
+        self._adapters.select(adapters)
 
     def prefill(self, prompts: Sequence[Example], start: list[int] | None, first: int) -> Tensor:
         """Read prompts, and after each the row `start` [K] where the family gives it, into the slots from `first` on;
@@ -97,7 +123,7 @@ class Stack:
                 self._cache[index, slot, :length] = kv[part]
                 attended.append(_causal(q[part], kv[part]))
                 begin += length
-            hidden = hidden + layer.output(torch.cat(attended))
+            hidden = layer.output(torch.cat(attended), hidden)
             hidden = _by_pathway(hidden, of_text, of_audio, layer.text, layer.audio)
         last = torch.tensor(lengths).cumsum(0) - 1
         return self._logits(hidden[last.to(hidden.device)])
@@ -120,7 +146,7 @@ class Stack:
             # The query heads of a key head are rows of one attention, so that no key is repeated.
             grouped = q.unflatten(1, (k.shape[1], -1))
             attended = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
-            hidden = layer.audio(hidden + layer.output(attended.flatten(1)))
+            hidden = layer.audio(layer.output(attended.flatten(1), hidden))
         self._end[:count] += 1
         for slot in range(count):
             self.lengths[slot] += 1
@@ -161,7 +187,7 @@ def _layer(parts: LayerParts, spec: Spec, join: Callable[[Sequence[nn.Module]], 
     return _Layer(text[0], audio[0], qkv, head_norm, join([attention.o_proj]), text[1], audio[1])
 
 
-def _pathway(pathway: Pathway, join: Callable[[Sequence[nn.Module]], Linear]) -> tuple[Linear, _FeedForward]:
+def _pathway(pathway: Pathway, join: Callable[[Sequence[nn.Module]], Linear]) -> tuple[_Rows, _FeedForward]:
     mlp: Any = pathway.mlp
     feed_forward = _FeedForward(pathway.mlp_norm, join([mlp.gate_proj, mlp.up_proj]), join([mlp.down_proj]))
     return functools.partial(_normed, norm=pathway.norm), feed_forward
@@ -177,7 +203,7 @@ def _rows(prompt: Example, start: list[int] | None) -> tuple[Tensor, Tensor, Ten
     return mask, ids, rows
 
 
-def _by_pathway(hidden: Tensor, of_text: Tensor, of_audio: Tensor, text: Linear, audio: Linear) -> Tensor:
+def _by_pathway(hidden: Tensor, of_text: Tensor, of_audio: Tensor, text: _Rows, audio: _Rows) -> Tensor:
     if text is audio or not len(of_audio):
         return text(hidden)
     changed = torch.empty_like(hidden)
