@@ -351,9 +351,7 @@ def test_a_step_reads_no_value_and_computes_what_is_needed_once() -> None:
         with Operators() as operators:
             engine.advance()
         waits = ("_local_scalar_dense", "nonzero", "masked_select", "item", "_to_copy", "index.")
-        import collections
 
-        print(collections.Counter(operators.names))
         assert [name for name in operators.names if name.startswith(waits)] == []
         counted[len(adapters)] = len(operators.names)
     assert counted[1] <= 550
