@@ -105,7 +105,9 @@ class RowSampler(ABC):
         probability = likeliest.masked_fill((top_k > 0) & (rank >= top_k), -torch.inf).softmax(-1)
         before = probability.cumsum(-1) - probability
         kept = (before < top_p) | (rank == 0)  # the likeliest stays, however small top_p is
-        return classes.gather(-1, pick(probability * kept, self._uniform_at(slots, 0))[..., None])[..., 0]
+        # In the order of codes: likeliest first, a rounding difference between two alike would exchange them.
+        weights = torch.zeros_like(scores).scatter_(-1, classes, probability * kept)
+        return pick(weights, self._uniform_at(slots, 0))
 
     def _uniform_at(self, slots: slice, which: int) -> Tensor:
         """The uniform numbers [n, K] of the next row."""
