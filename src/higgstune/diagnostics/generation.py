@@ -15,6 +15,7 @@ from higgstune.diagnostics.prompt import as_spoken, as_trained, two_unequal
 from higgstune.diagnostics.report import Finding
 from higgstune.families import family_of
 from higgstune.families.base import Example, Prompter, base_of
+from higgstune.generate.engine import forced_logits
 from higgstune.kernels import IGNORE
 
 CHECK = "generation"
@@ -89,14 +90,4 @@ def _step_by_step(model: Any, prompts: list[Example], examples: list[Example], c
     rows = [
         example.audio_input_ids[-(len(clip.codes) + extra) :] for example, clip in zip(examples, clips, strict=True)
     ]
-    with torch.inference_mode():
-        decoder = family.decoder(model, prompts)
-        first = [] if decoder.logits is None else [decoder.logits.flatten(1).float().cpu()]
-        collected = [[logits[b] for logits in first] for b in range(len(rows))]
-        for step in range(max(map(len, rows)) - 1):
-            fed = np.stack([clip[min(step, len(clip) - 1)] for clip in rows])
-            logits = decoder.step(torch.from_numpy(fed)).flatten(1).float().cpu()
-            for b, clip in enumerate(rows):
-                if step < len(clip) - 1:
-                    collected[b].append(logits[b])
-    return [torch.stack(logits) for logits in collected]
+    return [logits.flatten(1) for logits in forced_logits(model, prompts, rows)]

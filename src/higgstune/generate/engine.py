@@ -239,6 +239,30 @@ def generate(
     return Engine(model, slots=len(jobs), sync_logits=sync_logits).generate(jobs, on_row)
 
 
+@torch.inference_mode()
+def forced_logits(model: Any, prompts: Sequence[Example], rows: Sequence[NDArray[np.int64]]) -> list[Tensor]:
+    """The logits [R - 1, K, V], or [R, K, V] where the family draws the first row, with which generation would draw
+    rows [R, K] of clips that are all fed to it, on the CPU in float32.
+    """
+    family = family_of(model)
+    spec, device = family.spec(base_of(model).config), next(model.parameters()).device
+    start, parts = family.sampler(spec, 0, device).start, family.decoder_parts(model)
+    if parts is None:
+        decoder: Any = family.decoder(model, prompts)
+        found = [] if decoder.logits is None else [decoder.logits]
+    else:
+        decoder = Stack(parts, spec, len(prompts), copy=_fits(model))
+        decoder.reserve(max(map(len, prompts)) + max(map(len, rows)))
+        found = [decoder.prefill(prompts, start, 0)]
+    fed = len(found) if start is not None else len(found) - 1
+    longest = max(map(len, rows))
+    padded = torch.stack([torch.from_numpy(np.pad(clip, ((0, longest - len(clip)), (0, 0)))) for clip in rows])
+    for row in range(fed, longest - 1):
+        found.append(decoder.step(padded[:, row].to(device)))
+    drawn = [len(clip) - (start is not None) for clip in rows]
+    return [torch.stack([logits[b] for logits in found[:count]]).float().cpu() for b, count in enumerate(drawn)]
+
+
 def _fits(model: Any) -> bool:
     """Whether memory has room for copies of a model's weights, and as much again for the caches."""
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
