@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from commands import Command
 from fake_codec import FakeCodec
 from recordings import speech, write
@@ -123,6 +124,17 @@ def test_from_recordings_to_speech(world: Path, command: Command) -> None:
     )  # fmt: skip
     assert code == 0
     assert json.loads(out) == {"files": [str(speech)]}
+    said = ("speak", "Hello there.", "--adapter", run, "--max-seconds", 0.3, "--device", "cpu", "--temperature", 0)
+    assert command(*said, "--out", speech)[0] == command(*said, "--out", world / "grown.wav", "--stream")[0] == 0
+    whole, grown = (soundfile.read(file)[0] for file in (speech, world / "grown.wav"))
+    np.testing.assert_allclose(whole, grown, atol=2 / 32768)
+    piped = subprocess.run(
+        [sys.executable, "-m", "higgstune", *map(str, said), "--stream", "--out", "-"], capture_output=True, check=True
+    )
+    assert piped.stdout[44:] == (world / "grown.wav").read_bytes()[44:]
+    code, _, err = command("speak", "--file", recipe, "--model", world / "base", "--stream")
+    assert code == 2
+    assert "leave out --file" in err
     lines = world / "lines.txt"
     lines.write_text("Hello.\n\n... !\nGood morning.\n", encoding="utf-16")
     code, out, err = command(

@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,12 +23,12 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint, tiny_prompter
 from tiny_runs import DEMO_CODEC
 
-from higgstune.data.audio import write_wav
+from higgstune.data.audio import WavStream, origin_of, write_wav
 from higgstune.errors import CheckpointError, ConfigError, DataError, InputError, WorkError
 from higgstune.families.higgs_v2.family import FAMILY
 from higgstune.families.higgs_v2.prompt import render
 from higgstune.families.sampling import Sampling
-from higgstune.generate.chunks import expected_seconds, frame_cap, join, split_text
+from higgstune.generate.chunks import Pace, expected_seconds, frame_cap, join, split_text
 from higgstune.generate.engine import Engine, Generated
 from higgstune.generate.speaker import Request, Speaker, Speech, Voice, load
 from higgstune.inputs import BaseSpec
@@ -308,3 +309,62 @@ def test_doubts_about_an_adapter_are_said_once(tmp_path: Path, caplog: pytest.Lo
     (base / "higgstune.json").write_text(json.dumps({"merged": {"adapter_sha256": checksum}}))
     with pytest.raises(CheckpointError, match=r"was merged into .* already"):
         said(plain)
+
+
+class Windowed(FakeCodec):
+    """With a context that it does not need."""
+
+    context = 2
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        return np.repeat(np.asarray(codes, dtype=np.float32).mean(1) / self.codebook_size, 960)
+
+    def decode_part(self, codes: np.ndarray, wanted: slice, **_: Any) -> tuple[np.ndarray, None]:
+        return self.decode(codes)[960 * wanted.start : 960 * wanted.stop], None
+
+
+@pytest.mark.parametrize("codec", [FakeCodec(), Windowed()])
+def test_a_stream_is_the_speech_in_parts(codec: FakeCodec, tmp_path: Path) -> None:
+    text = "The sun rises in the east, and it sets in the west again. " * 8
+    speaker = make_speaker(codec)
+    whole = speaker.speak(text, seed=3).waveform
+    parts = list(speaker.stream(text, seed=3))
+    np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-6)
+    spoken = 2 * len(split_text(text)) - 1  # with a pause between two pieces
+    assert len(parts) > spoken if isinstance(codec, Windowed) else len(parts) == spoken
+    # A player that stops early leaves an engine that speaks on.
+    stream = speaker.stream(text, seed=3)
+    np.testing.assert_array_equal(next(stream), parts[0])
+    stream.close()
+    np.testing.assert_array_equal(speaker.speak(text, seed=3).waveform, whole)
+    with (tmp_path / "growing.wav").open("wb") as file:
+        growing = WavStream(file, 24_000, {"family": "x", "licence": "y"})
+        for part in parts:
+            growing.write(part)
+            said, _ = soundfile.read(io.BytesIO((tmp_path / "growing.wav").read_bytes()))  # of unknown length
+            assert len(said) > 0
+        growing.close()
+    write_wav(tmp_path / "whole.wav", np.concatenate(parts), 24_000, {"family": "x", "licence": "y"})
+    assert (tmp_path / "growing.wav").stat().st_size == (tmp_path / "whole.wav").stat().st_size
+    assert origin_of(tmp_path / "growing.wav") == {"family": "x", "licence": "y"}
+    found, expected = (soundfile.read(tmp_path / name)[0] for name in ("growing.wav", "whole.wav"))
+    np.testing.assert_allclose(found, expected, atol=1.01 / 32768)
+
+
+@pytest.mark.parametrize("rate", [0.4, 0.9, 1.5, 8.0])
+def test_whoever_plays_a_stream_at_once_need_not_wait(rate: float) -> None:
+    """`rate`: seconds of speech that are made in a second."""
+    clock = [0.0]
+    pace = Pace(10.0, clock=lambda: clock[0])
+    playing_until, given = None, 0.0
+    for frame in range(1, 251):
+        made = frame / 25
+        clock[0] = made / rate
+        if frame == 250 or pace.is_due(made):
+            assert playing_until is None or clock[0] <= playing_until, f"nothing to play at {clock[0]} s"
+            if playing_until is None:
+                first, playing_until = clock[0], clock[0]
+            playing_until += made - given
+            pace.give(made)
+            given = made
+    assert first <= max(0.2, 10 * (1 / rate - 0.8)) + 0.3

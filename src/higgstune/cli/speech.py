@@ -1,8 +1,10 @@
 """The verb `speak`."""
 
 import re
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, BinaryIO, NamedTuple
 
 import typer
 
@@ -27,9 +29,10 @@ from higgstune.cli.options import (
 )
 from higgstune.cli.output import Bar, announced, errors, print_result
 from higgstune.errors import ConfigError, DataError, WorkError
-from higgstune.files import check_folder
+from higgstune.files import NOTHING_KEPT, check_folder, writing
 from higgstune.inputs import check_wav_name
 
+_PIPE = Path("-")
 _FRAME_RATE = 25.0  # frames a second of the codecs so far; the one that is loaded checks a reference by its own
 
 
@@ -39,6 +42,9 @@ def speak(
         Path | None,
         typer.Option(parser=path, metavar="FILE", help="A .wav file (speech.wav); with --file, a folder (speech)."),
     ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Write the speech while it is made; --out - writes to a player's pipe.")
+    ] = False,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -112,8 +118,10 @@ def speak(
     from higgstune.data.messages import DEFAULT_SCENE, check_control_tokens
     from higgstune.data.rules import TAGGED
 
+    if stream and (file is not None or as_json):
+        raise ConfigError("--stream speaks one text for a player: leave out --file and --json")
     if text is not None and file is None:
-        clips, refused = _one_clip(text, out or Path("speech.wav"))
+        clips, refused = _one_clip(text, out or Path("speech.wav"), piped=stream and out == _PIPE)
     elif file is not None and text is None:
         clips, refused = _clips_of_lines(file, out or Path("speech"))
     else:
@@ -134,6 +142,7 @@ def speak(
     for reason in refused:
         errors.print(f"not spoken: {reason}")
     with announced("loading the model", as_json):
+        from higgstune.data.audio import WavStream
         from higgstune.generate.speaker import (
             Request,
             Speaker,
@@ -152,6 +161,19 @@ def speak(
     scene = DEFAULT_SCENE if scene is None else scene or None
     requests = [Request(clip.text, voice, scene, seed + clip.place) for clip in clips]
     sampling = speaker.sampling.with_(temperature=temperature, top_k=top_k, top_p=top_p)
+    if stream:
+        with _opened(clips[0].out) as target:
+            growing = WavStream(target, speaker.codec.sample_rate, speaker.generated_by)
+            try:
+                for part in speaker.stream(
+                    clips[0].text, reference=voice, scene=scene, sampling=sampling, seed=seed, max_seconds=max_seconds
+                ):
+                    growing.write(part)
+            finally:  # what was spoken can be played, whatever ended it
+                growing.close()
+        if clips[0].out != _PIPE:
+            print_result({"files": [str(clips[0].out)]}, as_json)
+        return
     spoken = speaker.speak_all(requests, sampling=sampling, max_seconds=max_seconds, batch_size=batch_size)
     with Bar() as bar:
         for done, (clip, speech) in enumerate(zip(clips, spoken, strict=True), 1):
@@ -169,12 +191,21 @@ class _Clip(NamedTuple):
     out: Path
 
 
-def _one_clip(text: str, out: Path) -> tuple[list[_Clip], list[str]]:
+def _opened(out: Path) -> AbstractContextManager[BinaryIO]:
+    if out == _PIPE:
+        return nullcontext(sys.stdout.buffer)
+    with writing(out, NOTHING_KEPT):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return out.open("wb")
+
+
+def _one_clip(text: str, out: Path, *, piped: bool) -> tuple[list[_Clip], list[str]]:
     """As `_clips_of_lines`, for one text. Raises InputError for a text or a file name that cannot be."""
     from higgstune.data.clips import spoken_text  # imports pydantic and soundfile, in 0.1 s
     from higgstune.data.rules import TAGGED
 
-    check_wav_name(out)
+    if not piped:
+        check_wav_name(out)
     if not text.strip():
         raise ConfigError("the text to speak is empty")
     spoken_text(text, "the text to speak", TAGGED)  # allows most: the speaker knows the rules of its model

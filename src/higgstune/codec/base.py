@@ -1,7 +1,7 @@
 """The interface of a codec, waveform -> codes -> waveform, checks of both, and the type of Whisper features."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,51 @@ class Codec(Protocol):
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """[frames, num_codebooks] of any integer type -> [samples] float32 at `sample_rate`."""
         ...
+
+
+@runtime_checkable
+class StreamingCodec(Codec, Protocol):
+    """A codec that decodes a clip in parts."""
+
+    context: int | None  # frames on either side that a frame's samples depend on; None: on all frames of a clip
+
+    def decode_part(self, codes: np.ndarray, wanted: slice, *, first: int, state: Any) -> tuple[np.ndarray, Any]:
+        """The samples of the `wanted` frames of a window of a clip that starts at frame `first`. `state` is what the
+        part before gave back, None at the start.
+        """
+        ...
+
+
+class PieceDecoder:
+    """Decodes a clip as its codes come, to the samples that `Codec.decode` gives for the whole clip, but for rounding.
+
+    A frame is decoded together with the codec's context on either side, so it comes `context` frames late. With a codec
+    that has none, everything comes at the end.
+    """
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self.context = codec.context if isinstance(codec, StreamingCodec) else None
+        self._codes = np.zeros((0, codec.num_codebooks), dtype=np.int64)
+        self._given = 0  # frames
+        self._state: Any = None  # of the codec
+
+    def push(self, codes: np.ndarray, *, last: bool = False) -> np.ndarray:
+        """The codes [frames, num_codebooks] that come next -> the samples that are sure by now, float32."""
+        self._codes = np.concatenate([self._codes, codes])
+        total = len(self._codes)
+        if not isinstance(self._codec, StreamingCodec) or self.context is None:
+            return self._codec.decode(self._codes) if last else np.zeros(0, dtype=np.float32)
+        end = total if last else max(self._given, total - self.context)
+        first = max(0, self._given - self.context)
+        wanted = slice(self._given - first, end - first)
+        if wanted.start == wanted.stop:
+            return np.zeros(0, dtype=np.float32)
+        samples, self._state = self._codec.decode_part(
+            self._codes[first : min(total, end + self.context)], wanted, first=first, state=self._state
+        )
+        self._given = end
+        return samples
 
 
 def whole_frames(waveform: np.ndarray, frame_samples: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The Higgs Audio v2 codec of transformers as a `Codec`."""
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 
 from higgstune import torchaudio_compat
 from higgstune.checkpoint_files import malformed_errors, read_json, weight_files
@@ -49,6 +51,7 @@ class HiggsCodec:
         self.codebook_size: int = config.codebook_size
         self.revision = revision
         self.reference_seconds = reference_seconds
+        self.context: int | None = math.ceil(_reach(self._model.acoustic_decoder) / self.frame_samples) - 1
         self._fills_frames = fills_frames
 
     @torch.inference_mode()
@@ -76,6 +79,10 @@ class HiggsCodec:
             waveform = self._model.decode(tokens[None], return_dict=False)  # [1, 1, samples]
         return waveform[0, 0].cpu().numpy()
 
+    def decode_part(self, codes: np.ndarray, wanted: slice, **_: Any) -> tuple[np.ndarray, None]:
+        """See `StreamingCodec`: convolutions look the same everywhere, and have no state."""
+        return self.decode(codes)[wanted.start * self.frame_samples : wanted.stop * self.frame_samples], None
+
     def _float32(self) -> torch.autocast:
         """Codes must not depend on whether the caller is inside a trainer's autocast."""
         return torch.autocast(self._model.device.type, enabled=False)
@@ -100,6 +107,19 @@ class HiggsCodec:
                 f"Download the folder again."
             )
         return cls(model, folder_revision(Path(folder)), device)
+
+
+def _reach(decoder: nn.Module) -> float:
+    """How many samples a code changes before its frame, or from the frame's start on: the sum over the convolutions."""
+    reach, samples = 0.0, 1
+    for layer in reversed([part for part in decoder.modules() if isinstance(part, nn.Conv1d | nn.ConvTranspose1d)]):
+        if isinstance(layer, nn.ConvTranspose1d):
+            before, stride = int(layer.padding[0]), layer.stride[0]
+            reach += samples * max(before, layer.kernel_size[0] - before - stride)
+            samples *= stride
+        else:
+            reach += samples * layer.dilation[0] * (layer.kernel_size[0] - 1) / 2
+    return reach + samples
 
 
 def _check_folder(folder: Path) -> None:

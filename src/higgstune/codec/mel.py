@@ -159,6 +159,7 @@ class MelCodec:
         self._spectrum = Spectrum(config.sample_rate, config.n_fft, config.hop, config.num_mels, config.max_hz)
         self.sample_rate = config.sample_rate
         self.reference_seconds = 0.0
+        self.context = None if decoder is None else -(-source_filter.CONTEXT // config.mels_per_frame)
         self.frame_rate = config.sample_rate / self.frame_samples
         self.num_codebooks = config.num_codebooks
         self.codebook_size = config.codebook_size
@@ -194,6 +195,17 @@ class MelCodec:
             return np.clip(self.decoder(log_mel), -1, 1)
         mel = np.maximum(np.exp(log_mel) - self.config.floor, 0)
         return np.clip(self._spectrum.invert(mel, self.config.iterations, self.config.momentum), -1, 1)
+
+    def decode_part(
+        self, codes: np.ndarray, wanted: slice, *, first: int, state: float | None
+    ) -> tuple[np.ndarray, float]:
+        """See `StreamingCodec`; the state is where the pulses of the voice are in their period."""
+        assert self.decoder is not None
+        columns = self.config.mels_per_frame
+        samples, after = self.decoder.part(
+            self.log_mel(codes), slice(wanted.start * columns, wanted.stop * columns), first * columns, state or 0.0
+        )
+        return np.clip(samples, -1, 1), after
 
     def log_mel(self, codes: np.ndarray) -> np.ndarray:
         """[frames, num_codebooks] -> [frames * mels_per_frame, num_mels], natural log. Raises DataError as `decode`."""

@@ -9,6 +9,7 @@ Inference only, in numpy; `tools/demo/train_decoder.py` has the training. The ne
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ PITCH_BINS = np.geomspace(62.0, 430.0, 120).astype(np.float32)  # Hz
 KERNEL, PITCH_BLOCKS, FILTER_BLOCKS = 7, 4, 5
 PITCH_CONTEXT = KERNEL // 2 * (1 + PITCH_BLOCKS)  # columns
 FILTER_CONTEXT = KERNEL // 2 * (1 + FILTER_BLOCKS)
+CONTEXT = PITCH_CONTEXT + FILTER_CONTEXT + N_FFT // HOP  # columns that a sample depends on, but for the pulses' phase
 MEL_SHIFT, MEL_SCALE = 3.0, 1.5  # the networks' input is (log-mel + 3) / 1.5
 _HIGHEST_HARMONIC = 11_500.0  # Hz
 _NOISE_BLOCK = 4096  # samples
@@ -36,15 +38,19 @@ def network_input(mel: Floats, f0: Floats, voiced: Floats) -> Floats:
     return np.concatenate([mel, voiced[:, None], np.log(f0 / 150)[:, None]], axis=1).astype(np.float32)
 
 
-def excitation(f0: Floats, voiced: Floats, lock: Floats | None = None) -> Floats:
+def turns(f0: Floats) -> NDArray[np.float64]:
+    """F0 [T] in Hz, a value a column -> periods since the start, at each sample [T * HOP]."""
+    return np.cumsum(np.interp(_columns(len(f0)), np.arange(len(f0)), f0) / SAMPLE_RATE)
+
+
+def excitation(f0: Floats, voiced: Floats, lock: Any = None) -> Floats:
     """F0 [T] in Hz and voicing [T] in 0..1, a value a column -> pulses [T * HOP] of about unit power where voiced.
 
-    Each pulse has all harmonics below 11.5 kHz as cosines. `lock` [T * HOP] is added to the phase.
+    Each pulse has all harmonics below 11.5 kHz as cosines. `lock`, one number or [T * HOP], is added to the phase.
     """
-    at = (np.arange(len(f0) * HOP) + 0.5) / HOP - 0.5
-    columns = np.arange(len(f0))
+    at, columns = _columns(len(f0)), np.arange(len(f0))
     hertz = np.interp(at, columns, f0)
-    phase = np.cumsum(hertz / SAMPLE_RATE) * 2 * np.pi
+    phase = turns(f0) * 2 * np.pi
     if lock is not None:
         phase = phase + lock
     harmonics = np.floor(_HIGHEST_HARMONIC / hertz)
@@ -55,11 +61,16 @@ def excitation(f0: Floats, voiced: Floats, lock: Floats | None = None) -> Floats
     return (pulses * np.interp(at, columns, voiced)).astype(np.float32)
 
 
-def noise(samples: int) -> Floats:
-    """[samples] of white noise; a sample's value depends on its place alone, so that a stream has the same."""
-    blocks = range(-(-samples // _NOISE_BLOCK))
+def _columns(count: int) -> NDArray[np.float64]:
+    """The place of each sample [count * HOP] among the middles of columns."""
+    return (np.arange(count * HOP) + 0.5) / HOP - 0.5
+
+
+def noise(samples: int, first: int = 0) -> Floats:
+    """[samples] of white noise from sample `first` on; a value depends on its place alone, so a stream has the same."""
+    blocks = range(first // _NOISE_BLOCK, -(-(first + samples) // _NOISE_BLOCK))
     drawn = [np.random.default_rng((7, block)).standard_normal(_NOISE_BLOCK, dtype=np.float32) for block in blocks]
-    return np.concatenate([*drawn, np.zeros(0, np.float32)])[:samples]
+    return np.concatenate([*drawn, np.zeros(0, np.float32)])[first % _NOISE_BLOCK :][:samples]
 
 
 def stft(waveform: Floats) -> NDArray[np.complex64]:
@@ -116,13 +127,22 @@ class SourceFilterDecoder:
 
     def __call__(self, log_mel: Floats) -> Floats:
         """[T, num_mels] natural log of mean magnitudes -> [T * HOP] samples."""
+        return self.part(log_mel, slice(0, len(log_mel)))[0]
+
+    def part(self, log_mel: Floats, wanted: slice, first: int = 0, before: float = 0.0) -> tuple[Floats, float]:
+        """The samples of the `wanted` columns of a window [T, num_mels] of a clip, which starts at column `first`, and
+        the periods of the pulses up to their end. Those up to their start were `before`.
+        """
         mel = ((log_mel + MEL_SHIFT) / MEL_SCALE).astype(np.float32)
         f0, voiced = self.pitch(mel)
         filters = self._network("filter", network_input(mel, f0, voiced), FILTER_BLOCKS)
         gain, phase, noise_gain = np.split(filters, 3, axis=1)
-        spectrum = stft(excitation(f0, voiced)) * np.exp(np.minimum(gain, 7) + 1j * phase)
-        spectrum = spectrum + stft(noise(len(mel) * HOP)) * np.exp(np.minimum(noise_gain, 7))
-        return overlap_add(spectrum.astype(np.complex64))
+        begin, end = wanted.start * HOP, wanted.stop * HOP
+        periods = np.concatenate([np.zeros(1), turns(f0)])
+        missing = before - periods[begin]  # of this window, whose periods begin at 0
+        spectrum = stft(excitation(f0, voiced, 2 * np.pi * missing)) * np.exp(np.minimum(gain, 7) + 1j * phase)
+        spectrum = spectrum + stft(noise(len(mel) * HOP, first * HOP)) * np.exp(np.minimum(noise_gain, 7))
+        return overlap_add(spectrum.astype(np.complex64))[begin:end], float(missing + periods[end]) % 1.0
 
     def pitch(self, mel: Floats) -> tuple[Floats, Floats]:
         """[T, num_mels] scaled log-mel -> F0 [T] in Hz, everywhere, and voicing [T], 0 or 1."""

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -351,6 +352,35 @@ def wav_bytes(waveform: np.ndarray, sample_rate: int, generated_by: Mapping[str,
             file.comment = json.dumps({GENERATED_BY: dict(generated_by)})
         file.write(np.clip(waveform, -1, 1))
     return buffer.getvalue()
+
+
+class WavStream:
+    """A 16-bit WAV file that grows: players take it while its length is unknown, which is written at the end."""
+
+    def __init__(self, file: BinaryIO, sample_rate: int, generated_by: Mapping[str, str] | None = None) -> None:
+        """`file` may be a pipe, whose header then stays without a length."""
+        self._file, self._header = file, bytearray(wav_bytes(np.zeros(0), sample_rate, generated_by))
+        self._bytes = 0
+        assert self._header[-8:-4] == b"data"
+        file.write(self._sized(0xFFFFFFFF))
+
+    def write(self, waveform: np.ndarray) -> None:
+        """Append [samples] float32 in [-1, 1]."""
+        samples = np.round(np.clip(waveform, -1, 1) * 32767).astype("<i2").tobytes()
+        self._bytes += len(samples)
+        self._file.write(samples)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write the length, where the file allows."""
+        if self._file.seekable():
+            self._file.seek(0)
+            self._file.write(self._sized(self._bytes))
+
+    def _sized(self, size: int) -> bytes:
+        whole = min(size + len(self._header) - 8, 0xFFFFFFFF)
+        self._header[4:8], self._header[-4:] = whole.to_bytes(4, "little"), size.to_bytes(4, "little")
+        return bytes(self._header)
 
 
 def origin_of(path: str | Path) -> dict[str, str] | None:

@@ -1,8 +1,9 @@
 """Long texts: splits them, caps the length of their pieces, and joins the spoken pieces."""
 
 import re
+import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,6 +13,8 @@ FAR_OFF = 3.0  # speech of less than a third, or more than three times, of its e
 _DIGIT = 5  # characters
 _PAUSE = 0.15  # seconds of silence between pieces
 _FADE = 0.01  # seconds; a cut that starts or ends away from zero clicks
+_SHORTEST, _LONGEST = 0.2, 1.0  # seconds of a part that is given out while speech is made
+_MARGIN = 1.25  # of time, for speech that is longer than expected and for what else the machine does
 # A sentence ends at a mark of its script: before white space, or between characters of a script without spaces.
 _WIDE = r"\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef"
 _BETWEEN_WIDE = rf"(?<=[{_WIDE}].)(?=[{_WIDE}])"
@@ -54,11 +57,45 @@ def split_text(text: str, max_seconds: float = MAX_CHUNK_SECONDS) -> list[str]:
 
 def join(waveforms: Sequence[np.ndarray], sample_rate: int) -> np.ndarray:
     """Spoken pieces [samples] -> one waveform: each faded in and out, with a short pause between."""
-    pause = np.zeros(round(_PAUSE * sample_rate), dtype=np.float32)
     parts: list[np.ndarray] = []
     for waveform in waveforms:
-        parts += [pause, _faded(waveform, sample_rate)] if parts else [_faded(waveform, sample_rate)]
+        parts += [pause(sample_rate), faded(waveform, sample_rate)] if parts else [faded(waveform, sample_rate)]
     return np.concatenate(parts)
+
+
+def pause(sample_rate: int) -> np.ndarray:
+    """The silence between two pieces [samples]."""
+    return np.zeros(round(_PAUSE * sample_rate), dtype=np.float32)
+
+
+class Pace:
+    """When to give out speech that is still being made, so that whoever plays it never waits for more.
+
+    The first part is short where speech is made faster than it plays, and waits for what it must where it is not; later
+    ones are longer, as far as what is yet to be played allows.
+    """
+
+    def __init__(self, expected: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`expected`: seconds of speech in all."""
+        self._expected, self._clock, self._start = expected, clock, clock()
+        self._given, self._playing_since = 0.0, 0.0
+
+    def is_due(self, made: float) -> bool:
+        """Whether to give out all of the `made` seconds of speech."""
+        now, new = self._clock(), made - self._given
+        if new < _SHORTEST:
+            return False
+        a_second = (now - self._start) / made  # takes this long to make
+        if not self._given:
+            return _MARGIN * (self._expected - made) * a_second <= self._expected
+        left = self._given - (now - self._playing_since)
+        return new >= min(_LONGEST, left / _MARGIN / max(a_second, 1e-9) / 2)
+
+    def give(self, made: float) -> None:
+        """All of the `made` seconds were given out."""
+        if not self._given:
+            self._playing_since = self._clock()
+        self._given = made
 
 
 def _fitting(sentence: str, max_seconds: float) -> list[str]:
@@ -75,10 +112,13 @@ def _fitting(sentence: str, max_seconds: float) -> list[str]:
     return [piece for half in (parts[:middle], parts[middle:]) for piece in _fitting("".join(half), max_seconds)]
 
 
-def _faded(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
+def faded(waveform: np.ndarray, sample_rate: int, *, start: bool = True, end: bool = True) -> np.ndarray:
+    """A copy of a waveform [samples] that rises from zero and falls to it."""
     length = min(round(_FADE * sample_rate), len(waveform) // 2)
-    faded = waveform.astype(np.float32, copy=True)
+    found = waveform.astype(np.float32, copy=True)
     ramp = np.linspace(0, 1, length, dtype=np.float32)
-    faded[:length] *= ramp
-    faded[len(faded) - length :] *= ramp[::-1]
-    return faded
+    if start:
+        found[:length] *= ramp
+    if end:
+        found[len(found) - length :] *= ramp[::-1]
+    return found

@@ -152,6 +152,14 @@ class Engine:
             self.advance()
         return found
 
+    def frames(self, job: Job) -> int:
+        """How many frames `codes` has at least."""
+        return int(self._sampler.count[self._jobs.index(job)]) - self._spec.extra_rows
+
+    def codes(self, job: Job) -> NDArray[np.int64]:
+        """The frames so far [T, K] of a clip in work."""
+        return self._sampler.codes(self._jobs.index(job))
+
     def remove(self, job: Job) -> None:
         """Give up a clip."""
         slot = self._jobs.index(job)

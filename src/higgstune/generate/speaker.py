@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from higgstune.checkpoint_files import folder_card
-from higgstune.codec.base import WhisperFeatures, encode_reference
+from higgstune.codec.base import PieceDecoder, WhisperFeatures, encode_reference
 from higgstune.codec.whisper_encoder import WhisperTower, load_whisper
 from higgstune.data.audio import MAX_SECONDS, resample, wav_bytes, write_wav
 from higgstune.data.clips import read_reference, spoken_text
@@ -23,7 +23,7 @@ from higgstune.errors import CheckpointError, InputError
 from higgstune.families import family_in, family_info
 from higgstune.families.base import Audio, Example, FamilyInfo, WhisperSpec
 from higgstune.families.sampling import Sampling, base_sampling, read_sampling
-from higgstune.generate.chunks import FAR_OFF, expected_seconds, frame_cap, join, split_text
+from higgstune.generate.chunks import FAR_OFF, Pace, expected_seconds, faded, frame_cap, join, pause, split_text
 from higgstune.generate.engine import SLOTS, Engine, Generated, Job
 from higgstune.hub import fetch
 from higgstune.inputs import BaseSpec, base_and_adapter
@@ -226,15 +226,66 @@ class Speaker:
         `speak_all`. Raises InputError for a missing transcript, DataError as `reference` and `speak_all`,
         CheckpointError as `reference`.
         """
-        if reference_text and (reference is None or isinstance(reference, Voice)):
-            raise InputError("reference_text has no effect: it goes with the path of a recording in `reference`")
-        if reference is not None and not isinstance(reference, Voice):
-            check_transcript(self.loaded.family.info, self.reference_place, reference_text)
-            reference = self.reference(reference, reference_text)
-        requests = [Request(text, reference, scene, seed)]
-        [speech] = self.speak_all(requests, sampling=sampling, max_seconds=max_seconds)
+        request = Request(text, self._voice(reference, reference_text), scene, seed)
+        [speech] = self.speak_all([request], sampling=sampling, max_seconds=max_seconds)
         warn_of_duration(speech)
         return speech
+
+    def stream(
+        self,
+        text: str,
+        *,
+        reference: Voice | str | Path | None = None,
+        reference_text: str = "",
+        scene: str | None = DEFAULT_SCENE,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        max_seconds: float | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Speak one text and yield it while it is made: waveforms [samples] float32 at `codec.sample_rate`.
+
+        Joined, they are the waveform of `speak`, but for rounding: the codec decodes parts together with the frames
+        around them (see `PieceDecoder`; a codec without such a context gives a sentence or more at a time). By the
+        speed so far, whoever plays the first one at once need not wait for the next (see `Pace`).
+        Raises as `speak`.
+        """
+        clip = _Clip(Request(text, self._voice(reference, reference_text), scene, seed), max_seconds, self.texts)
+        return self._stream(clip, sampling or self.sampling)
+
+    def _stream(self, clip: "_Clip", sampling: Sampling) -> Iterator[np.ndarray]:
+        engine, rate = self._engine_for(1, None), self.codec.sample_rate
+        pace, made = Pace(clip.left()), 0.0
+        while not clip.done:
+            job = Job(self._prompt(clip), self._cap(clip.next_text, clip.max_seconds), clip.request.seed, sampling)
+            decoder, given = PieceDecoder(self.codec), 0
+            engine.insert([job])
+            try:
+                while not (ended := engine.step()):
+                    sure = engine.frames(job) - (decoder.context or 0)
+                    if decoder.context is not None and pace.is_due(made + sure / self.codec.frame_rate):
+                        codes = engine.codes(job)
+                        yield faded(decoder.push(codes[given:]), rate, start=not given, end=False)
+                        given = len(codes)
+                        pace.give(made + sure / self.codec.frame_rate)
+            finally:
+                if engine.speaking:
+                    engine.remove(job)
+            [(_, piece)] = ended
+            clip.spoken.append(piece)
+            yield faded(decoder.push(piece.codes[given:], last=True), rate, start=not given)
+            made += len(piece.codes) / self.codec.frame_rate
+            pace.give(made)
+            if not clip.done:
+                yield pause(rate)
+        self._warn_of_cap(clip)
+
+    def _voice(self, reference: Voice | str | Path | None, text: str) -> Voice | None:
+        if text and (reference is None or isinstance(reference, Voice)):
+            raise InputError("reference_text has no effect: it goes with the path of a recording in `reference`")
+        if reference is None or isinstance(reference, Voice):
+            return reference
+        check_transcript(self.loaded.family.info, self.reference_place, text)
+        return self.reference(reference, text)
 
     def speak_all(
         self,
@@ -324,13 +375,17 @@ class Speaker:
 
     def _speech(self, clip: "_Clip", warn: bool) -> Speech:
         hit_cap = any(piece.hit_cap for piece in clip.spoken)
-        for text in (text for text, piece in zip(clip.pieces, clip.spoken, strict=True) if piece.hit_cap and warn):
+        if warn:
+            self._warn_of_cap(clip)
+        waveform = join([self.codec.decode(piece.codes) for piece in clip.spoken], self.codec.sample_rate)
+        return Speech(clip.text, waveform, self.codec.sample_rate, hit_cap, self.generated_by)
+
+    def _warn_of_cap(self, clip: "_Clip") -> None:
+        for text in (text for text, piece in zip(clip.pieces, clip.spoken, strict=True) if piece.hit_cap):
             logger.warning(
                 "speech did not stop by itself and was cut at the frame cap, %.1f s: %r (%s)",
                 self._cap(text, clip.max_seconds) / self.codec.frame_rate, text, _ADVICE,
             )  # fmt: skip
-        waveform = join([self.codec.decode(piece.codes) for piece in clip.spoken], self.codec.sample_rate)
-        return Speech(clip.text, waveform, self.codec.sample_rate, hit_cap, self.generated_by)
 
 
 class _Clip:
