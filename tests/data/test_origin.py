@@ -27,8 +27,8 @@ def source(folder: Path, *stated: dict[str, Any]) -> Path:
 
 
 def test_statements_become_columns_that_a_later_preparation_corrects(tmp_path: Path, command: Command) -> None:
-    talk = {"messages": [{"role": "assistant", "content": [{"type": "audio", "url": "1.wav"}]}], **STATED}
-    talk["messages"].insert(0, {"role": "user", "content": "Good morning."})
+    spoken = {"role": "assistant", "content": [{"type": "audio", "url": "1.wav"}]}
+    talk = {"messages": [{"role": "user", "content": "Good morning."}, spoken], **STATED}
     path = source(tmp_path / "raw", STATED, {"licence": ""})
     rows = [json.loads(path.read_text().splitlines()[0]), talk, {"audio": "1.wav", "text": "Two.", "licence": ""}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -92,5 +92,6 @@ def test_a_card_says_what_most_rows_say_and_takes_anything(monkeypatch: pytest.M
     assert in_words(one["source"]) == "b (3 rows); c (2 rows); a (1 row); not stated (1 row)"
     assert in_words({None: 4}) == in_words({}) == "not stated"
     assert in_words({str(n): 1 for n in range(25)}).endswith("; 19 (1 row); 5 others")
+    odd: Any
     for odd in (None, [], {"source": 3, "licence": [{"says": 1, "rows": 2}, 5, {"says": "a", "rows": "b"}]}):
         assert origin_from_json(odd) == join_origins([])
