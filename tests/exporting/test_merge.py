@@ -106,6 +106,8 @@ def test_the_folder_says_what_was_merged(world: Path, merged: Path) -> None:
     assert note["base_fingerprint"] == card(world / "plain" / "adapter")["base_fingerprint"]
     assert card(merged)["files"].keys() == {"model.safetensors", "codec/decoder.safetensors", "codec/model.safetensors"}
     assert card(merged)["adapter"]["stages"][1]["steps"] == 300
+    licence = [{"says": "CC-BY-4.0", "rows": 4}, {"says": None, "rows": 2}]
+    assert card(merged)["adapter"]["data"]["origin"]["licence"] == licence
     for name in ("higgstune.json", "README.md", "config.json"):  # it is passed on to strangers
         assert str(world) not in (merged / name).read_text()
 
@@ -125,7 +127,9 @@ def test_the_card_says_what_a_stranger_must_know(world: Path, merged: Path) -> N
         "| stage1 | text | 40 | eval_text_loss 2.5 |", "| stage2 | full | 300 | not measured |",
         "Boson AI's community licence", "Meta's Llama 3 licence", "Apache-2.0", "[LICENSE](LICENSE)",
         "[codec/LICENSE](codec/LICENSE)", "--model THIS_FOLDER", "from_pretrained", "tolerance 5e-04",
-        "validation clips of the store data", "must have consented",
+        "validation clips of the store data", "must have consented", "- source of the recordings: phone\n",
+        "- licence of the recordings: CC-BY-4.0 (4 rows); not stated (2 rows)\n",
+        "\nConsent: not stated *(to be filled in)*.",
     ):  # fmt: skip
         assert part in text, part
 
@@ -141,6 +145,7 @@ def test_an_adapter_without_records_is_merged_and_says_so(world: Path, tmp_path:
     text = (result.folder / "README.md").read_text()
     assert "Stages: not recorded" in text
     assert "| train | not recorded | not recorded |" in text
+    assert "- licence of the recordings: not stated\n" in text
     assert "[codec/LICENSE]" in text
     assert (result.folder / "codec" / "model.safetensors").exists()  # the adapter's, as the base brings none
 

@@ -105,6 +105,10 @@ def make_adapter(
         "data": {
             "store": str(world / "data"), "train_rows": 4, "validation_rows": 2, "train_hours": 0.25,
             "validation_hours": 0.125,
+            "origin": {
+                "source": [{"says": str(world / "phone"), "rows": 6}],
+                "licence": [{"says": "CC-BY-4.0", "rows": 4}, {"says": None, "rows": 2}],
+            },
         },
         "recipe": {
             "lora": shape.model_dump(),

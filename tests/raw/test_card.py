@@ -184,7 +184,8 @@ def test_origin_travels_into_manifest_rows(tmp_path: Path):
     a_card(tmp_path / "out", [a_part([an_utterance(0, "Good morning.")])], recipe)
     row = json.loads((tmp_path / "out" / MANIFEST).read_text())
     assert (row["source"], row["licence"], row["consent"]) == ("own phone", "CC-BY-4.0", "Anna, 2026")
-    assert [one.content.text for one in read_source(tmp_path / "out")] == ["Good morning."]
+    [found] = [one.content for one in read_source(tmp_path / "out")]
+    assert (found.text, found.licence, found.consent) == ("Good morning.", "CC-BY-4.0", "Anna, 2026")
 
 
 def test_cost_is_of_all_calls(tmp_path: Path):

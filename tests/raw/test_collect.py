@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,16 @@ def everything(out: Path) -> dict[str, bytes]:
         for path in sorted(out.rglob("*"))
         if path.is_file() and CACHE not in path.parts and path.suffix != ".lock"
     }
+
+
+def subtitles_of(talk: Talk, error: float, late: float = 0.0) -> str:
+    """SubRip, each time wrong by up to `error` seconds, and all of them late; a cue may begin at 0 at the earliest."""
+    random, lines = np.random.default_rng(0), []
+    for n, said in enumerate(talk.said, 1):
+        times = (max(time + late + random.uniform(-error, error), 0.0) for time in (said.start, said.end))
+        start, end = (f"00:{int(time // 60):02d}:{time % 60:06.3f}".replace(".", ",") for time in times)
+        lines.append(f"{n}\n{start} --> {end}\n{said.text}\n")
+    return "\n".join(lines)
 
 
 def words(text: str) -> list[str]:
@@ -190,14 +201,9 @@ def test_subtitles_need_no_asr(talk: Talk, tmp_path: Path):
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / "talk.wav").write_bytes(talk.path.read_bytes())
-    random = np.random.default_rng(0)
-    cues = "\n".join(
-        f"{n}\n00:00:{said.start + random.uniform(-0.25, 0.25):06.3f} --> "
-        f"00:00:{said.end + random.uniform(-0.25, 0.25):06.3f}\n{said.text}\n"
-        for n, said in enumerate(talk.said, 1)
-    )
-    (raw / "talk.srt").write_text(cues.replace(".", ",").replace(",\n", ".\n"))
-    collect(raw, tmp_path / "out")
+    (raw / "talk.srt").write_text(subtitles_of(talk, 0.25))
+    summary = collect(raw, tmp_path / "out")
+    assert summary.moved_texts == 0
     assert words(" ".join(row["text"] for row in rows(tmp_path / "out"))) == words(
         " ".join(said.text for said in talk.said)
     )
@@ -500,6 +506,24 @@ def test_of_two_copies_the_one_with_a_given_text_is_kept(talk: Talk, tmp_path: P
     summary = collect(raw, tmp_path / "out", asr=KnowingAsr(talk))
     assert summary.refused["duplicate"] == summary.utterances
     assert {row["segment"]["recording"] for row in rows(tmp_path / "out")} == {"b/talk.wav"}
+
+
+@pytest.mark.parametrize("late", [1.0, -0.4, 6.0])
+def test_subtitles_that_are_late_throughout_are_moved(talk: Talk, tmp_path: Path, late: float):
+    (tmp_path / "talk.wav").write_bytes(talk.path.read_bytes())
+    (tmp_path / "talk.srt").write_text(subtitles_of(talk, 0.1, late))
+    summary = collect(tmp_path / "talk.wav", tmp_path / "out")
+    found = rows(tmp_path / "out")
+    assert words(" ".join(row["text"] for row in found)) == words(" ".join(said.text for said in talk.said))
+    for row in found:  # no text is beside its neighbour's speech
+        first = next(said for said in talk.said if row["text"].startswith(said.text))
+        assert row["segment"]["speech"][0][0] == pytest.approx(first.start, abs=0.15)
+        [check] = [check for check in row["history"] if check["what"] == "text times"]
+        assert check["value"] == pytest.approx(late, abs=0.1)
+    assert summary.moved_texts == 1
+    assert summary.flagged == {}
+    word = "late" if late > 0 else "early"
+    assert any(re.search(rf"talk.wav: the times of its text are [0-9.]+ s {word}", note) for note in summary.notes)
 
 
 def test_unsure_words_are_flagged(talk: Talk, tmp_path: Path):

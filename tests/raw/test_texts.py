@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from higgstune.data.importers.subtitles import Cue
 from higgstune.raw.speech import Region
-from higgstune.raw.texts import align_text, join_words, keeps_border, place_cues
+from higgstune.raw.texts import align_text, find_offset, join_words, keeps_border, place_cues
 
 WORDS = ["aye", "bee", "sea", "dee.", "eee,", "eff"]
 
@@ -49,6 +49,32 @@ def test_speech_in_no_cue_has_no_text_and_a_cue_without_speech_is_named():
     assert placed.texts == ["One.", None, "Three."]
     assert placed.speakers == ["Anna", None, "Bo"]
     assert placed.unspoken == ["Nobody says this."]
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 10_000), st.floats(-20, 20))
+def test_a_constant_offset_is_found_and_none_where_there_is_none(seed: int, late: float):
+    random = np.random.default_rng(seed)
+    regions, sentences = spoken(24, random)
+    off = random.uniform(-0.2, 0.2, (len(sentences), 2))
+    cues = [
+        Cue(regions[a].start + late + first, regions[b].end + late + last, "", None)
+        for (a, b), (first, last) in zip(sentences, off, strict=True)
+    ]
+    assert find_offset(cues, regions) == pytest.approx(
+        late if abs(late) > 0.5 else 0.0, abs=0.2 if abs(late) > 0.5 else 0.6
+    )
+    others, sentences = spoken(24, random)  # of another film
+    cues = [Cue(others[a].start, others[b].end, "", None) for a, b in sentences]
+    assert find_offset(cues, regions) == 0.0
+
+
+def test_a_drift_or_few_cues_are_no_offset():
+    regions, sentences = spoken(40, np.random.default_rng(1))
+    drift = [Cue(1.04 * regions[a].start, 1.04 * regions[b].end, "", None) for a, b in sentences]
+    assert find_offset(drift, regions) == 0.0
+    few = [Cue(regions[a].start + 1, regions[b].end + 1, "", None) for a, b in sentences[:5]]
+    assert find_offset(few, regions) == find_offset([], regions) == find_offset(few, []) == 0.0
 
 
 def test_cues_without_a_pause_between_them_are_one():

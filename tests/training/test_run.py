@@ -23,6 +23,7 @@ from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError, ConfigError, DataError, VerificationError
 from higgstune.generate.speaker import load
 from higgstune.inputs import find_adapter
+from higgstune.model.adapter_folder import adapter_card
 from higgstune.model.adapters import load_adapter
 from higgstune.model.load import load_model
 from higgstune.training.run import train
@@ -38,10 +39,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     save_tiny_checkpoint(folder / "base")
     shutil.copytree(DEMO_CODEC, folder / "base" / "codec")
-    higgstune.prepare(
-        make_recordings(folder / "recordings", step=4, glide=30), folder / "data", codec=folder / "base" / "codec",
-        validation_fraction=0.2,
-    )  # fmt: skip
+    recordings = make_recordings(folder / "recordings", step=4, glide=30)
+    rows = [
+        {"audio": path.name, "text": path.with_suffix(".txt").read_text(), "licence": "CC0-1.0"}
+        for path in sorted(recordings.glob("*.wav"))
+    ]
+    (recordings / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    higgstune.prepare(recordings, folder / "data", codec=folder / "base" / "codec", validation_fraction=0.2)
     return folder
 
 
@@ -71,6 +75,8 @@ def test_two_stages_leave_a_proven_adapter(world: Path, finished: Path) -> None:
         assert list((finished / stage / "tensorboard").glob("events*"))
         card = json.loads((finished / stage / "adapter" / "higgstune.json").read_text())
         assert card["checkpoint"] == str(world / "base")
+        assert card["data"]["origin"]["licence"] == [{"says": "CC0-1.0", "rows": 8}]
+        assert card["data"]["origin"]["consent"] == [{"says": None, "rows": 8}]
     resolved = yaml.safe_load((finished / "recipe.yaml").read_text())
     assert parse_recipe(resolved, where="saved") == recipe(world, stages=LONGER)
 
@@ -308,6 +314,8 @@ def test_an_adapter_is_continued_or_refused(world: Path, finished: Path, tmp_pat
     first = next(entry for entry in history(tmp_path / "more", "more") if "eval_loss" in entry)
     last = [entry for entry in history(finished, "stage2") if "eval_loss" in entry][-1]
     assert first["eval_audio_loss"] == pytest.approx(last["eval_audio_loss"], abs=1e-6)
+    origin = adapter_card(tmp_path / "more" / "more" / "adapter")["data"]["origin"]
+    assert origin["licence"] == [{"says": "CC0-1.0", "rows": 16}]  # of both runs
     with pytest.raises(ConfigError, match="same LoRA shape"):
         train(recipe(world, stages=full, init_adapter=str(finished), lora={"r": 8, "alpha": 8}), tmp_path / "shape")
     other = tmp_path / "other"

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from higgstune.cli.output import many, print_next, print_table
+from higgstune.data.origin import in_words, origin_from_json
 from higgstune.data.rejection import reasons_in_words
 from higgstune.progress import duration
 
@@ -29,6 +30,7 @@ def print_store(found: "StoreOverview", store: Path) -> None:
         typer.echo(f"  {split}: {many(amount.rows, 'clip')}, {duration(amount.seconds)}")
     typer.echo(f"speakers: {_named(found.speakers)}")
     typer.echo(f"languages: {_named(found.languages)}")
+    typer.echo("; ".join(f"{name}: {in_words(stated)}" for name, stated in origin_from_json(found.origin).items()))
     shortest, low, median, high, longest = found.lengths
     typer.echo(f"lengths: {shortest:g} to {longest:g} s, half of them {low:g} to {high:g} s, median {median:g} s")
     most = max(count for *_, count in found.histogram)

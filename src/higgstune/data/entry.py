@@ -51,6 +51,9 @@ class Entry:
     frames: int = 0
     context_frames: int = 0
     split: str | None = None
+    source: str | None = None
+    licence: str | None = None
+    consent: str | None = None
 
     @property
     def recording(self) -> Recording:
@@ -133,6 +136,9 @@ def new_entry(candidate: Candidate, source_key: str) -> Entry:
         recording_sketch=list(target.recording.sketch),
         source_key=source_key,
         measures=target.measures,
+        source=utterance.source or None,
+        licence=utterance.licence or None,
+        consent=utterance.consent or None,
     )
 
 

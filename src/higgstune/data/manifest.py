@@ -25,7 +25,8 @@ class Utterance(BaseModel):
     """A row: either `audio` and `text`, or `messages`. Paths are relative to the manifest's folder.
 
     `start` and `end` are seconds within `audio`. `held_out` says whether the row is for validation; without it, that
-    follows from the recordings. No message before `start_index` (from 0) is a target.
+    follows from the recordings. No message before `start_index` (from 0) is a target. `source`, `licence` and `consent`
+    are what is stated of the recordings, in any words.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -43,6 +44,9 @@ class Utterance(BaseModel):
     held_out: bool | None = None
     messages: list[dict[str, Any]] | None = None
     start_index: int | None = None
+    source: str | None = None
+    licence: str | None = None
+    consent: str | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:

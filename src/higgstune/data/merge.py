@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from higgstune.data.entry import Entry
+from higgstune.data.origin import ORIGIN
 from higgstune.data.rejection import RowError
 from higgstune.data.splits import RecordingGroups
 
@@ -169,4 +170,5 @@ class _Pool:
 
 
 def _contents(entry: Entry) -> tuple[object, ...]:
-    return (entry.content, entry.id, entry.speaker, entry.language, entry.scene, entry.reference_text)
+    labels = ("id", "speaker", "language", "scene", "reference_text", *ORIGIN)
+    return (entry.content, *(getattr(entry, label) for label in labels))

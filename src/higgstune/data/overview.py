@@ -5,11 +5,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from higgstune.data.entry import Entry, stored_entries
 from higgstune.data.measures import Measures
+from higgstune.data.origin import origin_as_json
 from higgstune.data.outliers import Outlier, store_outliers
 from higgstune.data.shard_reader import REJECTED_NAME, SPLITS, StoreInfo
 from higgstune.data.store import CodeStore
@@ -43,6 +45,7 @@ class StoreOverview:
     first_refused: list[tuple[str, str]]  # where, and why
     outliers: dict[str, int]  # by limit
     outlier_rows: int
+    origin: dict[str, list[dict[str, Any]]]  # what is stated of the recordings, as `origin_as_json`
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def store_overview(folder: str | Path) -> StoreOverview:
         first_refused=first,
         outliers=dict(Counter(outlier.kind for outlier in outliers)),
         outlier_rows=_rows_of(outliers),
+        origin=origin_as_json(store.origin()),
     )
 
 

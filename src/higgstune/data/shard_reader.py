@@ -185,6 +185,10 @@ def store_schema(num_codebooks: int) -> pa.Schema:
         "silent_channels": pa.int32(),
         "mix_loss": pa.float64(),  # dB
         "longest_pause": pa.float64(),  # seconds
+        # What is stated of the recordings, null where nothing is.
+        "source": pa.string(),
+        "licence": pa.string(),
+        "consent": pa.string(),
     }
     return pa.schema(list(columns.items()))
 

@@ -1,7 +1,7 @@
 """A prepared code store: its rows by index, by split, without their codes, and mixed with rows of another store."""
 
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -12,6 +12,7 @@ from typing import Any, Self, overload
 import numpy as np
 import pyarrow as pa
 
+from higgstune.data.origin import ORIGIN, Origin, not_stated
 from higgstune.data.shard_reader import (
     CODE_COLUMNS,
     ROWS_PER_GROUP,
@@ -220,6 +221,14 @@ class CodeStore(SplitView):
             messages=_without_nulls(values["messages"]),
             context_codes=context_codes,
         )
+
+    def origin(self) -> Origin:
+        """What is stated of the recordings."""
+        found = not_stated(len(self))
+        for name in set(ORIGIN) & set(self.metadata.column_names):  # an earlier version had none of these columns
+            counts = self.metadata[name].value_counts().to_pylist()
+            found[name] = Counter({item["values"]: item["counts"] for item in counts})
+        return found
 
     def contexts(self) -> Iterator[Context]:
         """The reference and context audio of every row, in order, without reading codes."""

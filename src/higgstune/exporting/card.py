@@ -11,6 +11,7 @@ import yaml
 import higgstune
 from higgstune.checkpoint_files import MERGED, folder_card, write_checksums
 from higgstune.codec import CODEC_FOLDER
+from higgstune.data.origin import Origin, in_words, origin_from_json
 from higgstune.exporting.layouts import LayoutName, licence_files
 from higgstune.exporting.source import Source
 from higgstune.exporting.verify import ExportCheck, HeldOut, Logits
@@ -22,9 +23,10 @@ Kind = Literal["native", "extended", "original", "peft"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CONSENT = (
     "A voice belongs to a person. The speakers of the recordings must have consented to this use; whoever passes this "
-    "folder on answers for that, and writes here who consented, to what and when: *(to be filled in)*. Do not pass the "
-    "model's speech off as a person's own words, and say that it is synthetic where people could take it for real."
+    "folder on answers for that, and writes here who consented, to what and when. Do not pass the model's speech off "
+    "as a person's own words, and say that it is synthetic where people could take it for real."
 )
+_TO_FILL_IN = " *(to be filled in)*"
 _IN_PYTHON = """In Python:
 
 ```python
@@ -90,7 +92,7 @@ def model_card(source: Source, facts: CardFacts) -> str:
         "## Licence",
         _licence(source, facts),
         "## Consent",
-        _CONSENT,
+        _consent(source.card),
     ]
     return _front_matter(source, facts) + "\n\n".join(sections) + "\n"
 
@@ -183,7 +185,19 @@ def _data(card: Mapping[str, Any]) -> str:
         (split, _number(data.get(f"{split}_rows"), "{:d}"), _number(data.get(f"{split}_hours"), "{:.4g}"))
         for split in ("train", "validation")
     ]
-    return _table(("split", "rows", "hours of audio"), rows)
+    origin = _origin(card)
+    stated = [f"- {name} of the recordings: {_plain(in_words(origin[name]))}" for name in ("source", "licence")]
+    return "\n".join([_table(("split", "rows", "hours of audio"), rows), "", *stated])
+
+
+def _origin(card: Mapping[str, Any]) -> Origin:
+    return origin_from_json(_without_folders((card.get("data") or {}).get("origin")))
+
+
+def _consent(card: Mapping[str, Any]) -> str:
+    stated = _origin(card)["consent"]
+    missing = None in stated or not stated
+    return f"{_CONSENT}\n\nConsent: {_plain(in_words(stated))}{_TO_FILL_IN if missing else ''}."
 
 
 def _training(card: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from statistics import median
 
 import numpy as np
 
+from higgstune.data.origin import ORIGIN
 from higgstune.data.splits import VALIDATION
 from higgstune.data.text import is_wide
 from higgstune.evaluation.test_sets import LANGUAGES, read_sentences
@@ -112,7 +113,7 @@ def _validation(kept: Sequence[Chosen], recipe: CollectRecipe) -> Advice:
 
 
 def _origin(recipe: CollectRecipe) -> Advice:
-    missing = [name for name in ("source", "licence", "consent") if name not in recipe.origin]
+    missing = [name for name in ORIGIN if name not in recipe.origin]
     if missing:
         basis = "keys of the file for --recipe; a voice belongs to a person, who must consent"
         yield f"State before you publish it: {', '.join(missing)}", basis

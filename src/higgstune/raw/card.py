@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from higgstune.data.origin import NOT_STATED, ORIGIN
 from higgstune.data.splits import TRAIN, VALIDATION
 from higgstune.data.text import is_wide, spoken_length
 from higgstune.evaluation.report.curves import SERIES, Panel, inline_svg, new_axis
@@ -32,7 +33,6 @@ from higgstune.raw.utterances import Part
 
 HTML, MARKDOWN = "data_card.html", "data_card.md"
 COST = ".cost.json"  # of each part in the cache: the CPU seconds that it took
-NOT_STATED = "not stated"
 _SHOWN_CLIPS, _SHOWN_ROWS, _SHOWN_MISSING = 10, 40, 30
 _FREQUENT = 1000  # words
 _BINS = 30
@@ -237,18 +237,17 @@ def _duplicates(kept: Sequence[Chosen]) -> Table:
 
 def _facts(out: Path, content: Mapping[str, Any], seconds: float, parts: Sequence[Part]) -> dict[str, dict[str, str]]:
     recipe = content["recipe"]
-    origin = ("source", "licence", "consent")
     hours = sum(part.seconds for part in parts) / 3600
     cost = {"CPU time of the recordings": f"{duration(seconds)}, in all calls with any settings"} if seconds else {}
     if seconds and hours:
         cost["for an hour of them"] = duration(seconds / hours)
     cost["clips on the disk"] = format_bytes(sum(path.stat().st_size for path in (out / CLIPS).glob("*.flac")))
     return {
-        "Origin": {name: recipe[name] or NOT_STATED for name in origin},
+        "Origin": {name: recipe[name] or NOT_STATED for name in ORIGIN},
         "Models": {name: model or "none" for name, model in content["models"].items()}
         | {"higgstune": content["higgstune"]},
         "Recipe": {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in recipe.items()
-                   if name not in origin},
+                   if name not in ORIGIN},
         "Cost": cost,
         "Not used": {name: _FOLDERS.sub("", why) for name, why in content["unreadable"].items()},
         "Notes": {str(number): _FOLDERS.sub("", note) for number, note in enumerate(content["notes"], 1)},

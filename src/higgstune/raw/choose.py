@@ -22,7 +22,7 @@ from higgstune.raw.journal import unpacked
 from higgstune.raw.measure import gain
 from higgstune.raw.recipe import CollectRecipe
 from higgstune.raw.texts import difference
-from higgstune.raw.utterances import Part, Utterance
+from higgstune.raw.utterances import Part, Utterance, late
 from higgstune.raw.voices import link
 
 _MIN_RATES = 20  # utterances of a language, below which its speech rate is not known
@@ -207,6 +207,8 @@ def _check_text(one: Chosen, recipe: CollectRecipe) -> Iterable[Check]:
             "refused" if share > recipe.max_difference else "flagged" if share > recipe.high_difference else "kept"
         )
         yield Check("text", share, recipe.max_difference, verdict, f"{100 * share:.0f} % of its characters differ")
+    if given is not None and (offset := one.part.offset):
+        yield Check("text times", offset, None, "kept", f"the times of its text are {late(offset)}, and are moved")
     if (logprob := one.utterance.logprob) is not None and given is None:
         verdict = "flagged" if logprob < recipe.low_logprob else "kept"
         message = f"the mean log-probability of its words is {logprob:.2f}: unclear, or several speak at once"

@@ -58,6 +58,7 @@ class CollectSummary:
     languages: dict[str, float]
     splits: dict[str, int]
     unreadable: dict[str, str]  # recordings that cannot be used, with reasons
+    moved_texts: int = 0  # recordings whose text was late or early by a constant time
     notes: list[str] = field(default_factory=list)
     models: dict[str, str | None] = field(default_factory=dict)
     advice: list[str] = field(default_factory=list)  # in words, each with what it is based on
@@ -382,6 +383,7 @@ def _summary(
         languages={name: hours(seconds) for name, seconds in _longest_first(languages)},
         splits=dict(Counter(one.split for one in kept)),
         unreadable=unreadable,
+        moved_texts=sum(part.offset != 0 for part in parts),
         notes=[f"{part.path}: {note}" for part in parts for note in part.notes]
         + [f"line {one.number} of {EDITS} fits no utterance any more" for one in unused],
         models=parts[0].models if parts else dict.fromkeys(("vad", "speakers", "asr")),

@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from higgstune.config.yaml import MAX_BYTES, parse_yaml
+from higgstune.data.origin import ORIGIN
 from higgstune.data.rejection import did_you_mean
 from higgstune.errors import ConfigError
 
@@ -63,8 +64,7 @@ class CollectRecipe(BaseModel):
     @property
     def origin(self) -> dict[str, str]:
         """Source, licence and consent, as far as they are stated."""
-        stated = {"source": self.source, "licence": self.licence, "consent": self.consent}
-        return {name: text for name, text in stated.items() if text is not None}
+        return {name: text for name in ORIGIN if (text := getattr(self, name)) is not None}
 
 
 def load_collect_recipe(path: Path | None) -> CollectRecipe:

@@ -24,13 +24,13 @@ from higgstune.raw.pack import Cut, is_suspicious, pack
 from higgstune.raw.recipe import CollectRecipe
 from higgstune.raw.recording import LOSSLESS, Decoded, decode
 from higgstune.raw.speech import Region, SpeechDetector, find_regions, levels_of, refine
-from higgstune.raw.texts import Placed, align_text, join_words, keeps_border, place_cues
+from higgstune.raw.texts import Placed, align_text, find_offset, join_words, keeps_border, place_cues
 from higgstune.raw.voices import assign
 
 _CONTEXT = 0.3  # seconds on both sides of an utterance, in which its noise is measured
 _STRETCH = 28.0  # seconds that are recognised at once, with the gaps between clips
 _GAP = 1.0
-_VERSION = 1  # of what is done here: another one does it anew
+_VERSION = 2  # of what is done here: another one does it anew
 _SHOWN = 80  # characters
 
 Report = Callable[[float], None]  # the share of a recording that is done
@@ -94,6 +94,7 @@ class Part:
     utterances: list[Utterance] = field(default_factory=list)
     unspoken: list[str] = field(default_factory=list)  # of the given text, what nobody says
     notes: list[str] = field(default_factory=list)
+    offset: float = 0.0  # seconds that all times of the text were late: its cues are moved
     models: dict[str, str | None] = field(default_factory=dict)  # that found all of it
 
     @property
@@ -160,6 +161,9 @@ class _Recording:
         found = find_regions(probabilities, recipe.speech_threshold, recipe.min_pause, recipe.min_speech)
         regions = refine(found, levels)
         cues, text, notes = _text_of(beside)
+        if offset := find_offset(cues, regions):
+            cues = [replace(cue, start=cue.start - offset, end=cue.end - offset) for cue in cues]
+            notes.append(f"the times of its text are {late(offset)} throughout, and are moved")
         placed = place_cues(join_words(cues, regions), regions) if cues else _nothing_placed(regions)
         labels, voices = self._speakers(regions, placed, speakers)
         self._report(0.35)
@@ -201,6 +205,7 @@ class _Recording:
             hum=self._hum(),
             utterances=utterances,
             unspoken=unspoken,
+            offset=offset,
             notes=[*notes, *_notes(decoded, regions, text, unspoken, self._models.asr is not None)],
         )
 
@@ -342,6 +347,11 @@ def _text_of(beside: TextBeside) -> tuple[Sequence[Cue], str | None, list[str]]:
     except RowError as error:
         return [], None, [*notes, f"{beside.path.name} is not used: {error}"]
     return cues.cues, None, [*notes, f"{beside.path.name} is read as {cues.read_as}", *cues.notes()]
+
+
+def late(offset: float) -> str:
+    """An offset in words."""
+    return f"{abs(offset):.2f} s {'late' if offset > 0 else 'early'}"
 
 
 def _notes(

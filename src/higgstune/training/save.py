@@ -10,6 +10,7 @@ from torch import Tensor
 
 import higgstune
 from higgstune.config.recipe import Recipe
+from higgstune.data.origin import origin_as_json
 from higgstune.data.shard_reader import SPLITS
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import portable_name
@@ -67,6 +68,7 @@ def adapter_card_of(
             "store": portable_name(str(store.folder)),
             **{f"{split}_rows": store.info.rows[split] for split in SPLITS},
             **{f"{split}_hours": store.info.hours[split] for split in SPLITS},
+            "origin": origin_as_json(setup.origin),
         },
         "sampling": base_sampling(loaded.folder).with_(temperature=recipe.evaluation.temperature).generation_config(),
         "recipe": recipe.model_dump(mode="json"),

@@ -8,12 +8,15 @@ from typing import Any
 from higgstune.batch.dataset import Rendering, RowExamples
 from higgstune.config.recipe import AttentionTraining, Recipe
 from higgstune.data.messages import requests_whisper, whisper_clips
+from higgstune.data.origin import Origin, join_origins, not_stated, origin_from_json
+from higgstune.data.shard_reader import SPLITS
 from higgstune.data.store import CodeStore
 from higgstune.data.whisper_features import JoinedFeatureStore
 from higgstune.errors import CheckpointError, ConfigError, DataError
 from higgstune.families.base import Conditioning
+from higgstune.inputs import find_adapter
 from higgstune.kernels.quantize import is_quantized
-from higgstune.model.adapter_folder import base_fingerprint
+from higgstune.model.adapter_folder import adapter_card, base_fingerprint
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.planning.survey import whisper_spec
 from higgstune.planning.training_data import TrainingData
@@ -28,6 +31,7 @@ class RunSetup:
     rendering: Rendering
     base_fingerprint: str
     base_identity: dict[str, Any]  # configuration and tokenizer
+    origin: Origin  # of the recordings, also of replayed ones and of those of `init_adapter`
 
 
 def resolve_setup(recipe: Recipe, data: TrainingData, loaded: ModelAndTokenizers) -> RunSetup:
@@ -70,7 +74,17 @@ def resolve_setup(recipe: Recipe, data: TrainingData, loaded: ModelAndTokenizers
         Rendering(recipe.data.reference, features),
         base_fingerprint(loaded.model),
         loaded.identity,
+        join_origins([*(store.origin() for store in data.stores), *_origin_before(recipe)]),
     )
+
+
+def _origin_before(recipe: Recipe) -> list[Origin]:
+    """Of the recordings that the adapter from which training continues was trained on."""
+    if recipe.init_adapter is None:
+        return []
+    data = adapter_card(find_adapter(recipe.init_adapter)).get("data", {})
+    rows = sum(n for split in SPLITS if isinstance(n := data.get(f"{split}_rows"), int))
+    return [origin_from_json(data["origin"]) if "origin" in data else not_stated(rows)]
 
 
 def check_packs(recipe: Recipe, splits: Sequence[RowExamples]) -> None:

@@ -57,6 +57,9 @@ _NAMES = {
     "audios": ("audios",),
     "start_index": ("startindex",),
     "held_out": ("heldout",),
+    "source": ("source",),
+    "licence": ("licence", "license"),
+    "consent": ("consent",),
 }
 _CONVERSATION = ("messages", "audios", "start_index")
 ROLES = tuple(name for name in _NAMES if name not in _CONVERSATION)

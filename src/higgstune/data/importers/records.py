@@ -11,6 +11,7 @@ from higgstune.data.importers.columns import UNUSED, Reading, by_name, is_known
 from higgstune.data.importers.recordings import Recordings
 from higgstune.data.manifest import Utterance, parse_utterance, read_json_lines
 from higgstune.data.messages import audio_parts
+from higgstune.data.origin import ORIGIN
 from higgstune.data.rejection import RowError, shown
 from higgstune.data.source import Source, SourceRow, decode, read_whole
 from higgstune.errors import DataError
@@ -19,6 +20,7 @@ _TEXTS = ("speaker", "language", "id")  # numbers are accepted for them
 _MAX_TIME = 1e9  # seconds
 _PLACEHOLDER = "<audio>"  # of ms-swift, for the next of the row's audios
 _KEYS = tuple(Utterance.model_fields)
+_SPELT = tuple(key for key in _KEYS if key not in ORIGIN)  # other programs have `source_id` and `content`
 _FOLDERS = ("", "wavs", "wav", "audio", "clips")  # paths are relative to the file; some name recordings alone
 _WHISPER = ("start", "end", "text")  # keys of a segment
 
@@ -189,7 +191,7 @@ def _values(
 ) -> dict[str, Any]:
     unused = {name for name, role in zip(reading.names, reading.roles, strict=True) if role == UNUSED}
     for key in unused.intersection(record) if check_spelling else ():
-        if not is_known(key) and (near := get_close_matches(str(key)[:100], _KEYS, n=1, cutoff=0.8)):
+        if not is_known(key) and (near := get_close_matches(str(key)[:100], _SPELT, n=1, cutoff=0.8)):
             raise RowError("bad_row", f"the key {shown(key)} is unknown; did you mean {near[0]!r}?")
     values = _renamed(record, reading)
     duration = values.pop("duration", None)
@@ -213,7 +215,7 @@ def _renamed(record: Mapping[str, Any], reading: Reading, skip: Sequence[str] = 
     for key, value in record.items():
         role = roles.get(key, UNUSED)
         if role != UNUSED and role not in skip and value is not None:
-            values[role] = _name(value) if role in _TEXTS else value
+            values[role] = _name(value) if role in _TEXTS else _statement(value) if role in ORIGIN else value
     if values.get("normalised"):
         values["text"] = values["normalised"]
     values.pop("normalised", None)
@@ -249,6 +251,11 @@ def _seconds(value: Any, place: str = "") -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_TIME:
         raise RowError("bad_row", f"a time{place} is {shown(value)}, not a number of seconds")
     return float(value)
+
+
+def _statement(value: Any) -> str:
+    """What is stated of a recording as text: other programs have a number, or an object with an address."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _name(value: Any) -> Any:

@@ -10,6 +10,7 @@ from higgstune.data.importers.columns import UNUSED, Reading, by_content, by_nam
 from higgstune.data.importers.recordings import Recordings
 from higgstune.data.manifest import Utterance, parse_utterance
 from higgstune.data.messages import is_unicode
+from higgstune.data.origin import ORIGIN
 from higgstune.data.rejection import RowError
 from higgstune.data.source import Source, SourceRow, decode_lines, read_whole, without_audio_suffix
 from higgstune.errors import DataError
@@ -238,7 +239,7 @@ def _utterance(line: _Line, reading: Reading, recordings: Recordings, separator:
         "audio": audio,
         "text": values.get("normalised") or values["text"],
         "id": without_audio_suffix(values.get("id") or (values["audio"] if values["audio"] in audio else audio)),
-        **{name: values.get(name) for name in ("speaker", "language", "scene")},
+        **{name: values.get(name) for name in ("speaker", "language", "scene", *ORIGIN)},
         "reference_audio": reference and recordings.find(reference),
         "reference_text": values.get("reference_text") if reference else None,
         "start": start,
@@ -278,6 +279,6 @@ def _fitted(line: _Line, reading: Reading, separator: str, raw: str) -> Sequence
             f"{len(cells)} cells, and the table has {width} columns: put the text in quotes, or write it in the last "
             "column",
         )
-    if set(reading.roles[len(cells) :]) - {"normalised", UNUSED}:
+    if set(reading.roles[len(cells) :]) - {"normalised", UNUSED, *ORIGIN}:
         raise RowError("bad_row", f"{len(cells)} cells, and the table has {width} columns")
     return cells
