@@ -60,7 +60,7 @@ def make_store(folder: Path, rows: int, *, seed: int = 0, codec: Path | None = N
             rows={"train": rows, "validation": 0},
             hours={"train": float(lengths.sum()) / 3600, "validation": 0.0},
         )
-        write_store(folder, list(entries.values()), lambda sha256: _codes(entries[sha256]), info)
+        write_store(folder, list(entries.values()), lambda sha256: _codes(entries[sha256]), lambda _: None, info)
     return CodeStore.open(folder)
 
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import unicodedata
@@ -698,6 +699,17 @@ def test_a_fault_of_a_row_refuses_the_row(tmp_path: Path) -> None:
     assert read(read_source(make(tmp_path / "f", WAVS, {"rows.json": f"[{one}]"}) / "rows.json")) == ["bad_row"]
     with pytest.raises(DataError, match=r"rows\.json: the key 'text' occurs twice"):
         read_source(make(tmp_path / "g", WAVS, {"rows.json": one}) / "rows.json")
+    inner = '{"role": "user", "role": "system", "content": "Hi."}'
+    for number, content in enumerate(
+        (
+            '[{"audio": "wavs/1.wav", "text": {"a": "One.", "a": "Two."}}]',
+            '[{"audio": "wavs/1.wav", "text": ["One.", {"a": "One.", "a": "Two."}]}]',
+            f'[{{"messages": [{inner}, {{"role": "assistant", "content": [{{"type": "audio"}}]}}]}}]',
+            '{"samples": [{"audio_file": "wavs/1.wav", "transcript": {"a": "One.", "a": "Two."}}]}',
+        )
+    ):
+        (row,) = read_source(make(tmp_path / f"nested{number}", WAVS, {"rows.json": content}) / "rows.json")
+        assert re.fullmatch("the key '(a|role)' occurs twice", str(row.content))
     files: dict[str, str | bytes] = {"wav.scp": "u1 a.wav\n", "text": "u1 K\xe4se\nu1 again\n".encode("latin-1")}
     assert read(read_source(make(tmp_path / "c", ("a.wav",), files))) == ["bad_row", "duplicate_id"]
     table = "file_name,text,speaker\n1.wav,nan,anna\n2.wav,Two.,nan\n"

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from preparing import ids, manifest, rejected, run
-from recordings import RATE, CountingCodec, clip, speech, write
+from recordings import RATE, CountingCodec, babble, clip, speech, write
 
+from higgstune.data.audio import resample
 from higgstune.data.measures import LIMITS, parse_limits
 from higgstune.data.outliers import SAME_AUDIO, OutlierReport, store_outliers
 from higgstune.data.rejection import REASONS
@@ -115,6 +116,43 @@ def test_the_same_audio_with_another_text(tmp_path: Path, suffix: str) -> None:
     (source / "copy.txt").write_text(f"{SENTENCE.upper()}, a!")
     run(source, tmp_path / "out")
     assert SAME_AUDIO not in found(store_outliers(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("change", ["trimmed", "with more silence", "at another rate", "in another format", "quieter"])
+def test_the_same_audio_of_another_length(tmp_path: Path, change: str) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    silence = 1e-4 * np.random.default_rng(0).standard_normal(RATE).astype(np.float32)
+    sound = np.concatenate([silence[:11_000], babble(3, 1), silence[:9_000]])
+    cut = sound[7_777:-6_000]
+    changed = {
+        "trimmed": (cut, RATE, "wav"),
+        "with more silence": (np.concatenate([silence[:5_555], sound, silence]), RATE, "wav"),
+        "at another rate": (resample(cut, RATE, 44_100), 44_100, "flac"),
+        "in another format": (cut, RATE, "mp3"),
+        "quieter": (np.stack([0.05 * cut, 0.04 * cut], axis=1), RATE, "wav"),
+    }[change]
+    row(source, "a", sound, "These are the words that are spoken")
+    write(source / f"b.{changed[2]}", *changed[:2])
+    (source / "b.txt").write_text("Here are entirely different ones")
+    row(source, "same_words", 0.7 * cut, "These are the words that are spoken!")
+    row(source, "longer", np.concatenate([cut, babble(2, 2)]), "These are the words that are spoken, and more")
+    row(source, "other", babble(3, 3), "This is another sentence altogether")
+    for encoded in (5, 0):
+        assert run(source, out).encoded == encoded
+        assert sorted(found(store_outliers(out))[SAME_AUDIO]) == ["a", "b", "same_words"]
+
+
+def test_rows_without_prints_are_compared_as_they_were(tmp_path: Path) -> None:
+    """A store of an earlier version, to which a clip is added."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    row(source, "a", babble(3, 1), "These are the words that are spoken")
+    run(source, out, validation_fraction=0.0)
+    as_earlier_version(out, "print")
+    assert SAME_AUDIO not in found(store_outliers(out))
+    row(source, "b", 0.5 * babble(3, 1)[2000:], "Here are entirely different ones")
+    row(source, "c", babble(3, 1)[1000:], "And here are others again")
+    run(source, out)
+    assert found(store_outliers(out))[SAME_AUDIO] == ["b", "c"]
 
 
 def test_limits_can_be_changed_and_are_kept_with_the_store(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def make_world(folder: Path) -> Path:
         sample_rate=24_000, frame_rate=25.0, num_codebooks=8, codebook_size=1024, text_normalization="none",
         higgstune_version="test", rows={"train": ROWS, "validation": 2}, hours={"train": 0.0, "validation": 0.0},
     )  # fmt: skip
-    write_store(folder / "data", entries, codes.__getitem__, info)
+    write_store(folder / "data", entries, codes.__getitem__, {}.get, info)
     return folder
 
 

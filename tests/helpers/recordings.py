@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import soundfile
 from fake_codec import FakeCodec
+from scipy.signal import lfilter
 
 RATE = 16_000
 FORMATS: dict[str, dict[str, str]] = {
@@ -23,6 +24,19 @@ def speech(seconds: float, seed: int = 0, rate: int = RATE) -> np.ndarray:
     noise = np.random.default_rng(seed).standard_normal(round(seconds * rate)).cumsum()
     noise -= np.convolve(noise, np.ones(400) / 400, mode="same")
     return (0.3 * noise / np.abs(noise).max()).astype(np.float32)
+
+
+def babble(seconds: float, seed: int) -> np.ndarray:
+    """Something like speech: noise through resonances that change five times a second: [samples] float32."""
+    rng = np.random.default_rng(seed)
+    pieces = []
+    for _ in range(round(seconds * 5)):
+        sound = rng.standard_normal(RATE // 5)
+        for low, high in ((300, 900), (900, 2500), (2500, 4500)):
+            frequency, radius = rng.uniform(low, high), 0.97
+            sound = lfilter([1.0], [1.0, -2 * radius * np.cos(2 * np.pi * frequency / RATE), radius**2], sound)
+        pieces.append(10 ** (rng.uniform(-15, 0) / 20) * sound / sound.std())
+    return (0.05 * np.concatenate(pieces)).astype(np.float32)
 
 
 def write(path: Path, waveform: np.ndarray, rate: int = RATE, **options: Any) -> Path:

@@ -1,4 +1,7 @@
-"""Encodes each clip once: codes come from the store, the journal of an interrupted preparation, or the codec."""
+"""Encodes each clip once: codes come from the store, the journal of an interrupted preparation, or the codec.
+
+With its codes a clip gets its print, by which the same speech is found in other clips: see `duplicates`.
+"""
 
 import hashlib
 import os
@@ -14,26 +17,27 @@ import numpy as np
 from higgstune.codec.base import Codec
 from higgstune.data.audio import resample
 from higgstune.data.clips import MIN_FRAMES, Candidate, Clip
+from higgstune.data.duplicates import print_of
 from higgstune.data.rejection import RowError
 from higgstune.data.shard_reader import PARTIAL_NAME
 from higgstune.data.store import CodeStore
 from higgstune.errors import CheckpointError
 from higgstune.files import writing
 
-_HEADER = struct.Struct("<32sI")  # SHA-256 of the clip's samples, frames
+_HEADER = struct.Struct("<32sII")  # SHA-256 of the clip's samples, frames, bytes of its print
 _CHECKSUM = struct.Struct("<I")
 _KEPT = "the clips encoded so far are kept"
 _SYNC_SECONDS = 20.0  # of work that a power cut may cost; a kill costs the clip that is being encoded
 
 
 class CodeJournal:
-    """An append-only file of codes by audio hash; opening it drops a record that was cut short."""
+    """An append-only file of codes and prints by audio hash; opening it drops a record that was cut short."""
 
     def __init__(self, path: Path, num_codebooks: int) -> None:
         """Open or create the file. Raises WorkError where that fails."""
         self.path = path
         self._num_codebooks = num_codebooks
-        self._places: dict[str, tuple[int, int]] = {}  # offset of the codes, frames
+        self._places: dict[str, tuple[int, int, int]] = {}  # offset of the codes, frames, bytes of the print
         self._synced = time.monotonic()
         with writing(path, _KEPT):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,21 +63,29 @@ class CodeJournal:
 
     def read(self, sha256: str) -> np.ndarray:
         """The codes of a clip in the journal, [frames, num_codebooks] uint16."""
-        offset, frames = self._places[sha256]
+        offset, frames, _ = self._places[sha256]
         self._file.seek(offset)
         data = self._file.read(self._bytes(frames))
         return np.frombuffer(data, "<u2").reshape(frames, self._num_codebooks).astype(np.uint16)
 
-    def append(self, sha256: str, codes: np.ndarray) -> None:
-        """Record the codes of a clip, [frames, num_codebooks]. Raises WorkError where the disk refuses them."""
-        body = _HEADER.pack(bytes.fromhex(sha256), len(codes)) + codes.astype("<u2").tobytes()
+    def print(self, sha256: str) -> bytes:
+        """The print of a clip in the journal."""
+        offset, frames, size = self._places[sha256]
+        self._file.seek(offset + self._bytes(frames))
+        return self._file.read(size)
+
+    def append(self, sha256: str, codes: np.ndarray, print: bytes = b"") -> None:
+        """Record the codes of a clip, [frames, num_codebooks], and its print. Raises WorkError where the disk refuses
+        them.
+        """
+        body = _HEADER.pack(bytes.fromhex(sha256), len(codes), len(print)) + codes.astype("<u2").tobytes() + print
         with writing(self.path, _KEPT):
             offset = self._file.seek(0, os.SEEK_END)
             self._write(body + _CHECKSUM.pack(zlib.crc32(body)))
             if time.monotonic() - self._synced > _SYNC_SECONDS:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
-        self._places[sha256] = (offset + _HEADER.size, len(codes))
+        self._places[sha256] = (offset + _HEADER.size, len(codes), len(print))
 
     def _write(self, record: bytes) -> None:
         """Write all of a record: a disk that is almost full accepts a part before it refuses the rest."""
@@ -85,13 +97,13 @@ class CodeJournal:
         end, size = 0, self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
         while len(header := self._file.read(_HEADER.size)) == _HEADER.size:
-            sha256, frames = _HEADER.unpack(header)
-            if self._bytes(frames) > size:
+            sha256, frames, print_size = _HEADER.unpack(header)
+            if (length := self._bytes(frames) + print_size) > size:
                 break
-            codes, checksum = self._file.read(self._bytes(frames)), self._file.read(_CHECKSUM.size)
-            if len(checksum) < _CHECKSUM.size or zlib.crc32(header + codes) != _CHECKSUM.unpack(checksum)[0]:
+            content, checksum = self._file.read(length), self._file.read(_CHECKSUM.size)
+            if len(checksum) < _CHECKSUM.size or zlib.crc32(header + content) != _CHECKSUM.unpack(checksum)[0]:
                 break
-            self._places[sha256.hex()] = (end + _HEADER.size, frames)
+            self._places[sha256.hex()] = (end + _HEADER.size, frames, print_size)
             end = self._file.tell()
         return end
 
@@ -100,7 +112,7 @@ class CodeJournal:
 
 
 class Encoder:
-    """Codes by audio hash. `encoded` and `reused` count clips."""
+    """Codes and prints by audio hash. `encoded` and `reused` count clips."""
 
     def __init__(self, codec: Codec, journal: CodeJournal, store: CodeStore | None) -> None:
         self.encoded = 0
@@ -110,6 +122,7 @@ class Encoder:
         self._store = store
         self._stored = {} if store is None else _stored_clips(store)
         self._frames = None if store is None else store.frames
+        self._prints = {} if store is None else store.prints()
         self._seen: set[str] = set()
 
     def encode_decoded(self, candidate: Candidate, decoded: Mapping[str, tuple[np.ndarray, int]]) -> None:
@@ -136,7 +149,7 @@ class Encoder:
         return sha256 in self._journal or sha256 in self._stored
 
     def _encode(self, clip: Clip, sound: tuple[np.ndarray, int]) -> None:
-        self._journal.append(clip.sha256, encode_clip(self._codec, clip, *sound))
+        self._journal.append(clip.sha256, *encode_clip(self._codec, clip, *sound))
         self.encoded += 1
         self._seen.add(clip.sha256)
 
@@ -149,6 +162,10 @@ class Encoder:
         codes = self._store.codes_in(index, column)
         return codes if number is None else codes[number]
 
+    def print(self, sha256: str) -> bytes | None:
+        """The print of a clip; None where an earlier version encoded it."""
+        return self._journal.print(sha256) if sha256 in self._journal else self._prints.get(sha256)
+
     def frames(self, sha256: str) -> int:
         """The number of frames of a clip."""
         if sha256 in self._journal:
@@ -159,8 +176,8 @@ class Encoder:
         return int(self._frames[index]) if column == "codes" else len(self.codes(sha256))
 
 
-def encode_clip(codec: Codec, clip: Clip, waveform: np.ndarray, rate: int) -> np.ndarray:
-    """The codes of a clip with this waveform [samples], at a rate in Hz: [frames, num_codebooks] uint16.
+def encode_clip(codec: Codec, clip: Clip, waveform: np.ndarray, rate: int) -> tuple[np.ndarray, bytes]:
+    """The codes of a clip with this waveform [samples], at a rate in Hz, [frames, num_codebooks] uint16; its print.
 
     Raises CheckpointError where a codec returns something else.
     """
@@ -171,7 +188,7 @@ def encode_clip(codec: Codec, clip: Clip, waveform: np.ndarray, rate: int) -> np
         raise CheckpointError(f"the codec returned codes of shape {codes.shape} and type {codes.dtype} for {clip.path}")
     if codes.size and not 0 <= codes.min() <= codes.max() < codec.codebook_size:
         raise CheckpointError(f"the codec returned codes outside of 0 to {codec.codebook_size - 1} for {clip.path}")
-    return codes.astype(np.uint16)
+    return codes.astype(np.uint16), print_of(waveform, codec.sample_rate, coarse=True)
 
 
 def journal_path(folder: Path, codec: Codec) -> Path:

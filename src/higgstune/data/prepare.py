@@ -24,7 +24,7 @@ from higgstune.data.importers import read_source
 from higgstune.data.measures import parse_limits
 from higgstune.data.merge import Merger, Pairing, resolve_references
 from higgstune.data.messages import whisper_clips
-from higgstune.data.outliers import find_outliers, not_measured
+from higgstune.data.outliers import Outlier, find_outliers, not_measured
 from higgstune.data.readings import READINGS_NAME, Readings
 from higgstune.data.rejection import Rejection, RowError, count_reasons
 from higgstune.data.rules import TextRules, rules_of
@@ -255,13 +255,14 @@ class Preparation:
             if not merger.entries:
                 raise DataError(nothing_usable(rejections, self._out / REJECTED_NAME, list(source.notes())))
             pairing = self._write(merger.entries, encoder, source.read_as)
+            outliers = find_outliers(merger.entries, parse_limits(self._options.limits), encoder.print)
             unfinished = not rows and len(journal) > 0  # of an interrupted run, which resumes with its source
         if not unfinished:
             shutil.rmtree(self._out / PARTIAL_NAME, ignore_errors=True)
         forget_features(self._out, self._dropped.clips_without_use(merger.entries))
         stale = self._stale([rows[index] for index in refused | later], merger)
         dropped = before - len(self._stored)
-        summary = self._summary(source, merger, encoder, pairing, rejections, stale)
+        summary = self._summary(source, merger, encoder, pairing, outliers, rejections, stale)
         summary = replace(summary, dropped=dropped, restored=len(set(restore)))
         if not rows:
             return replace(summary, not_in_source=[], warnings=[*summary.warnings, *warn_of_pairs(pairing, self._out)])
@@ -395,7 +396,7 @@ class Preparation:
             elif entry.reference_id is not None:
                 entry.context_frames += frames[entry.reference_id]
         self._progress("writing", 0, 1)
-        write_store(self._out, entries, encoder.codes, self._info(entries, read_as))
+        write_store(self._out, entries, encoder.codes, encoder.print, self._info(entries, read_as))
         self._progress("writing", 1, 1)
         return pairing
 
@@ -432,6 +433,7 @@ class Preparation:
         merger: Merger,
         encoder: Encoder,
         pairing: Pairing,
+        outliers: list[Outlier],
         rejections: list[Rejection],
         stale: list[str],
     ) -> PrepareSummary:
@@ -450,7 +452,7 @@ class Preparation:
             encoded=encoder.encoded,
             reused=encoder.reused,
             references=pairing,
-            outliers=find_outliers(merger.entries, parse_limits(self._options.limits)),
+            outliers=outliers,
             not_measured=not_measured(merger.entries),
             stale=stale,
             not_in_source=rows_not_in_source(merger, stale),

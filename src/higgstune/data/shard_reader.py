@@ -37,6 +37,7 @@ LENGTHS_PREFIX = ".lengths-"  # of files with the lengths of examples: see `batc
 SPLITS = ("train", "validation")
 SHARD_NAME = re.compile(r"(train|validation)-\d{5}-[0-9a-f]{12}\.parquet")
 CODE_COLUMNS = ("codes", "reference_codes", "context_codes")
+PRINT = "print"  # the column of prints
 ROWS_PER_GROUP = 64  # the rows that one random access has to decode
 ROWS_PER_SHARD = 8192
 _BLOCK = 1 << 16  # bytes of a file with a checksum of their own
@@ -185,6 +186,7 @@ def store_schema(num_codebooks: int) -> pa.Schema:
         "silent_channels": pa.int32(),
         "mix_loss": pa.float64(),  # dB
         "longest_pause": pa.float64(),  # seconds
+        PRINT: pa.binary(),  # of the target, see `duplicates.print_of`
         # What is stated of the recordings, null where nothing is.
         "source": pa.string(),
         "licence": pa.string(),
@@ -277,10 +279,10 @@ def codes_of(value: pa.Scalar) -> Any:
 
 
 def read_metadata(folder: Path, shards: list[Shard], files: list[pq.ParquetFile]) -> pa.Table:
-    """Every column but the codes, of all shards in order. Raises DataError for a store without rows."""
+    """Every column but codes and prints, of all shards in order. Raises DataError for a store without rows."""
     tables = []
     for shard, file in zip(shards, files, strict=True):
-        names = [name for name in file.schema_arrow.names if name not in CODE_COLUMNS]
+        names = [name for name in file.schema_arrow.names if name not in (*CODE_COLUMNS, PRINT)]
         with named_in_errors(folder, shard):
             tables.append(file.read(columns=names, use_threads=False))
     if not tables:

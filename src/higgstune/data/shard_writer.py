@@ -16,6 +16,7 @@ from higgstune.data.entry import Entry
 from higgstune.data.shard_reader import (
     LENGTHS_PREFIX,
     PARTIAL_NAME,
+    PRINT,
     ROWS_PER_GROUP,
     ROWS_PER_SHARD,
     SHARD_NAME,
@@ -31,10 +32,11 @@ from higgstune.files import refusal, sync_folder, write_file, writing
 from higgstune.inputs import INDEX_NAME
 
 CodesOf = Callable[[str], np.ndarray]  # audio hash -> [frames, num_codebooks] uint16
+PrintOf = Callable[[str], bytes | None]  # audio hash -> see `duplicates.print_of`
 _UNCHANGED = "the store is unchanged, and the encoded clips are kept"
 
 
-def write_store(folder: Path, entries: list[Entry], codes_of: CodesOf, info: StoreInfo) -> None:
+def write_store(folder: Path, entries: list[Entry], codes_of: CodesOf, print_of: PrintOf, info: StoreInfo) -> None:
     """Replace the store in a folder by one of these rows. Until the index is replaced, the old store stays intact.
 
     Raises WorkError where the disk refuses; the old store is intact then.
@@ -44,7 +46,7 @@ def write_store(folder: Path, entries: list[Entry], codes_of: CodesOf, info: Sto
         shutil.rmtree(assembly, ignore_errors=True)
         assembly.mkdir(parents=True)
         shards = [
-            _write_shard(assembly, split, number, rows, codes_of, info.num_codebooks)
+            _write_shard(assembly, split, number, rows, codes_of, print_of, info.num_codebooks)
             for split in SPLITS
             for number, rows in enumerate(_chunks([entry for entry in entries if entry.split == split]))
         ]
@@ -66,7 +68,13 @@ def write_store(folder: Path, entries: list[Entry], codes_of: CodesOf, info: Sto
 
 
 def _write_shard(
-    folder: Path, split: str, number: int, rows: list[Entry], codes_of: CodesOf, num_codebooks: int
+    folder: Path,
+    split: str,
+    number: int,
+    rows: list[Entry],
+    codes_of: CodesOf,
+    print_of: PrintOf,
+    num_codebooks: int,
 ) -> Shard:
     temporary = folder / f"{split}-{number:05d}"
     schema = store_schema(num_codebooks)
@@ -74,7 +82,7 @@ def _write_shard(
         with open(temporary, "wb") as file:
             with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
                 for first in range(0, len(rows), ROWS_PER_GROUP):
-                    writer.write_table(_table(rows[first : first + ROWS_PER_GROUP], codes_of, schema))
+                    writer.write_table(_table(rows[first : first + ROWS_PER_GROUP], codes_of, print_of, schema))
             file.flush()
             os.fsync(file.fileno())
         with open(temporary, "rb") as file:
@@ -84,7 +92,7 @@ def _write_shard(
         return Shard(name, split, len(rows), (folder / name).stat().st_size, sha256)
 
 
-def _table(rows: list[Entry], codes_of: CodesOf, schema: pa.Schema) -> pa.Table:
+def _table(rows: list[Entry], codes_of: CodesOf, print_of: PrintOf, schema: pa.Schema) -> pa.Table:
     num_codebooks = schema.field("codes").type.value_type.list_size
     context = [codes_of(sha256) for entry in rows for sha256 in entry.context_sha256]
     columns: dict[str, Any] = {
@@ -96,6 +104,7 @@ def _table(rows: list[Entry], codes_of: CodesOf, schema: pa.Schema) -> pa.Table:
         "context_codes": pa.ListArray.from_arrays(
             _offsets([len(entry.context_sha256) for entry in rows]), _code_lists(context, num_codebooks)
         ),
+        PRINT: [print_of(entry.audio_sha256) for entry in rows],
     }
     for name in schema.names:
         if name not in columns:

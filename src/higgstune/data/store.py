@@ -15,6 +15,7 @@ import pyarrow as pa
 from higgstune.data.origin import ORIGIN, Origin, not_stated
 from higgstune.data.shard_reader import (
     CODE_COLUMNS,
+    PRINT,
     ROWS_PER_GROUP,
     SPLITS,
     StoreIndex,
@@ -123,7 +124,7 @@ class CodeStore(SplitView):
         self.shards = sorted(index.shards, key=lambda shard: (SPLITS.index(shard.split), shard.name))
         # All are opened now and stay open: preparing the store again, or deleting it, does not affect a running reader.
         self._files = {number: open_shard(folder, shard) for number, shard in enumerate(self.shards)}
-        self.metadata = read_metadata(folder, self.shards, list(self._files.values()))  # every column but the codes
+        self.metadata = read_metadata(folder, self.shards, list(self._files.values()))  # but codes and prints
         self._ends = list(accumulate(shard.rows for shard in self.shards))
         self._ids: dict[str, int] | None = None
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
@@ -239,6 +240,19 @@ class CodeStore(SplitView):
             if reference is None and values["reference_id"] is not None:
                 reference = hashes[self.index_of(values["reference_id"])]
             yield Context(_without_nulls(values["messages"]), reference, values["context_sha256"])
+
+    def prints(self) -> dict[str, bytes]:
+        """The prints of clips by audio hash, see `duplicates.print_of`; without those that an earlier version stored.
+
+        Raises DataError for a shard that was damaged since the store was opened.
+        """
+        found: dict[str, bytes | None] = {}
+        for number, file in self._files.items():
+            if PRINT in file.schema_arrow.names:
+                with _READING, named_in_errors(self.folder, self.shards[number]):
+                    table = file.read(columns=["audio_sha256", PRINT], use_threads=False)
+                found |= zip(*(column.to_pylist() for column in table.columns), strict=True)
+        return {sha256: value for sha256, value in found.items() if value is not None}
 
     def _shard_of(self, index: int) -> int:
         return bisect_right(self._ends, index)

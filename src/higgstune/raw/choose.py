@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from higgstune.data.duplicates import find_duplicates
 from higgstune.data.messages import find_control_tokens
 from higgstune.data.splits import TRAIN, VALIDATION
 from higgstune.data.text import is_speakable, normalize_text, spoken_length
-from higgstune.raw.duplicates import find_duplicates
 from higgstune.raw.journal import unpacked
 from higgstune.raw.measure import gain
 from higgstune.raw.recipe import CollectRecipe

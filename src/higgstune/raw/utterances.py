@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from higgstune.data.duplicates import print_of
 from higgstune.data.importers.subtitles import Cue, TextBeside, read_cues
 from higgstune.data.importers.transcripts import read_transcript
 from higgstune.data.rejection import RowError
 from higgstune.evaluation.judges.base import ClipTranscriber, Embedder
-from higgstune.raw.duplicates import print_of
 from higgstune.raw.journal import Journal, key_of, packed, unpacked
 from higgstune.raw.measure import HumMeter, UtteranceMeasures, measure
 from higgstune.raw.pack import Cut, is_suspicious, pack

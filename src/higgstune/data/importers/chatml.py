@@ -54,6 +54,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RowError:
         return RowError("bad_row", str(error))
 
 
+def check_keys(item: Any) -> None:
+    """Raise the RowError that stands in a row of `load_json`, at any depth, for an object that has a key twice."""
+    if isinstance(item, RowError):
+        raise item
+    for part in item.values() if isinstance(item, dict) else item if isinstance(item, list) else ():
+        check_keys(part)
+
+
 def is_trainer_json(data: Any) -> bool:
     """Whether decoded JSON is one of the two formats."""
     if isinstance(data, dict):
@@ -82,6 +90,7 @@ def _converted(
     item = {key: None if _is_nan(value) else value for key, value in item.items()}  # NaN stands for a missing value
     row = replace(row, id=_text(item.get("id")), audio=_text(item.get("audio_file")))
     try:
+        check_keys(item)
         return replace(row, content=convert(row, item))
     except RowError as error:
         return replace(row, content=error)

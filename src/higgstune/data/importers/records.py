@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from higgstune.data.importers.chatml import check_keys
 from higgstune.data.importers.columns import UNUSED, Reading, by_name, is_known
 from higgstune.data.importers.recordings import Recordings
 from higgstune.data.manifest import Utterance, parse_utterance, read_json_lines
@@ -171,8 +172,7 @@ def _row(
     check_spelling: bool,
 ) -> SourceRow:
     try:
-        if isinstance(record, RowError):
-            raise record
+        check_keys(record)
         if not isinstance(record, dict):
             raise RowError("bad_row", f"a row must be an object with keys, but this is {shown(record)}")
         row = parse_utterance(_values(record, reading, recordings, check_spelling=check_spelling))

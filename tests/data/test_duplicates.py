@@ -6,25 +6,13 @@ from time import process_time
 
 import numpy as np
 import pytest
+from recordings import babble
 from scipy.signal import lfilter
 
 from higgstune.data.audio import resample
-from higgstune.raw.duplicates import FRAME, RATE, Duplicate, find_duplicates, print_of
+from higgstune.data.duplicates import FRAME, RATE, Duplicate, find_duplicates, print_of
 
 RAW = Path(__file__).parents[3] / "shared" / "raw"
-
-
-def babble(seconds: float, seed: int) -> np.ndarray:
-    """Something like speech: noise through resonances that change five times a second: [samples] float32."""
-    rng = np.random.default_rng(seed)
-    pieces = []
-    for _ in range(round(seconds * 5)):
-        sound = rng.standard_normal(RATE // 5)
-        for low, high in ((300, 900), (900, 2500), (2500, 4500)):
-            frequency, radius = rng.uniform(low, high), 0.97
-            sound = lfilter([1.0], [1.0, -2 * radius * np.cos(2 * np.pi * frequency / RATE), radius**2], sound)
-        pieces.append(10 ** (rng.uniform(-15, 0) / 20) * sound / sound.std())
-    return (0.05 * np.concatenate(pieces)).astype(np.float32)
 
 
 def found_in(*sounds: np.ndarray) -> list[Duplicate]:

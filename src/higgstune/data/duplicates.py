@@ -4,6 +4,8 @@ An utterance has a print: how the spectrum's slope changes from frame to frame. 
 leave most of it as it was. Pairs are found as in Haitsma and Kalker, "A Highly Robust Audio Fingerprinting System"
 (ISMIR 2002): by signs of coefficients, of which the least certain are tried both ways, so that the work grows with the
 number of utterances and not with its square. What is found that way is verified by the prints themselves.
+
+`collect` compares utterances of recordings, `prepare` the clips of a store, which holds their prints.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,13 +16,13 @@ from itertools import chain, pairwise
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-RATE = 16_000  # Hz, of the samples that prints are made of
+RATE = 16_000  # Hz, of the samples that `collect` makes prints of
 FRAME = 0.08  # seconds of a print's frame
 
 # Prints.
-_SPECTRUM, _HOP, _FFT = 400, 160, 512  # samples: spectra of 25 ms every 10 ms
-_HOPS = round(FRAME * RATE) // _HOP
-_POOLED = 2 * _HOPS  # spectra in a frame, weighted by a Hann window: cuts between two frames change little
+_SPECTRUM = 0.025  # seconds of a spectrum
+_FINE = 0.01, 0.032, 1  # seconds from spectrum to spectrum, and of one that is filled with zeros; units of int8
+_COARSE = 0.02, 0.025, 8  # the same: a third of the time, and half of the room once it is compressed
 _AT_ONCE = 1_000  # spectra, for the memory
 _SLOPES = 20  # of one band to the next
 _LOWEST, _HIGHEST = 150.0, 5000.0  # Hz
@@ -32,6 +34,7 @@ _STEP = 0.5  # dB a unit of int8
 _WINDOW = 12  # frames: 1 s
 _BITS_IN_TIME, _BITS_IN_FREQUENCY = 4, 7  # cosines of a window, whose signs are its key
 _DOUBTFUL = 6  # bits of a key that are tried both ways
+_EVERY = 6  # windows: of clips that are the same from end to end, one in six is looked up
 _MOST = 32  # windows of one key that a window is compared with
 _LEAST_CHANGE = 2.0  # dB: the standard deviation of a window's slopes; less is a pause or a tone
 _WINDOW_COSINE = 0.5
@@ -56,32 +59,42 @@ class Duplicate:
     cosine: float  # between the prints of it: 1 for the same samples, 0.6 and more
 
 
-def print_of(samples: np.ndarray) -> bytes:
-    """The print of an utterance, about 250 bytes a second: [samples] float32 at 16 kHz, all of them finite."""
-    if len(samples) < _SPECTRUM:
+def print_of(samples: np.ndarray, rate: int = RATE, *, coarse: bool = False) -> bytes:
+    """The print of an utterance, about 250 bytes a second: [samples] float32 at a rate in Hz, all of them finite.
+
+    Prints are compared with prints of the same rate, `coarse` or not. A frame weighs its spectra by a Hann window twice
+    as long as it is, so that cuts between two frames change little.
+    """
+    from scipy.fft import next_fast_len, rfft  # takes long to import
+
+    hop, filled, units = _COARSE if coarse else _FINE
+    size, bins, hops = round(_SPECTRUM * rate), next_fast_len(round(filled * rate), real=True), round(FRAME / hop)
+    if len(samples) < size:
         return b""
-    frames = sliding_window_view(np.asarray(samples, np.float32), _SPECTRUM)[::_HOP]
+    frames = sliding_window_view(np.asarray(samples, np.float32), size)[:: round(hop * rate)]
     bands = np.empty((len(frames), _SLOPES + 1), np.float32)
     for start in range(0, len(frames), _AT_ONCE):
-        spectra = np.fft.rfft(frames[start : start + _AT_ONCE] * _hann(_SPECTRUM), _FFT, axis=1)
-        bands[start : start + _AT_ONCE] = (spectra.real**2 + spectra.imag**2) @ _mel_bands()
-    padded = np.pad(bands, ((_POOLED // 2, _POOLED // 2), (0, 0)), mode="edge")
-    pooled = sliding_window_view(padded, _POOLED, axis=0)[::_HOPS] @ _hann(_POOLED)
+        spectra = rfft(frames[start : start + _AT_ONCE] * _hann(size), bins, axis=1)
+        bands[start : start + _AT_ONCE] = (spectra.real**2 + spectra.imag**2) @ _mel_bands(bins, rate)
+    padded = np.pad(bands, ((hops, hops), (0, 0)), mode="edge")
+    pooled = sliding_window_view(padded, 2 * hops, axis=0)[::hops] @ _hann(2 * hops)
     around = np.pad(pooled, ((_NEARBY, _NEARBY), (0, 0)), mode="edge")
     loud = sliding_window_view(around, 2 * _NEARBY + 1, axis=0).max(axis=-1)
     levels = 10 * np.log10(pooled + _RANGE * loud + 1e-12)
-    return np.clip(np.round(np.diff(levels, axis=1) / _STEP), -127, 127).astype(np.int8).tobytes()
+    slopes = units * np.round(np.diff(levels, axis=1) / (units * _STEP))
+    return np.clip(slopes, -127, 127).astype(np.int8).tobytes()
 
 
-def find_duplicates(prints: Sequence[bytes]) -> list[Duplicate]:
+def find_duplicates(prints: Sequence[bytes], *, whole: bool = False) -> list[Duplicate]:
     """All pairs of utterances that share at least 1.5 s of speech, in the order of their positions.
 
     Where the same speech occurs in more than 30 utterances, each is paired with some of the others, so that groups
-    hold together; otherwise with all of them.
+    hold together; otherwise with all of them. `whole`: those that are the same from end to end are enough, which takes
+    a third of the time.
     """
     slopes = [np.frombuffer(each, np.int8).reshape(-1, _SLOPES) for each in prints]
     found = []
-    for first, second, offsets in _candidates(slopes):
+    for first, second, offsets in _candidates(slopes, _EVERY if whole else 1):
         matches = [match for offset in offsets if (match := _verified(slopes[first], slopes[second], offset))]
         if matches:
             shift, frames, cosine = max(matches, key=lambda match: match[1] * match[2])
@@ -97,11 +110,11 @@ def _hann(size: int) -> np.ndarray:
 
 
 @cache
-def _mel_bands() -> np.ndarray:
+def _mel_bands(size: int, rate: int) -> np.ndarray:
     """[bins, bands] float32 triangles, evenly spaced in mel."""
     lowest, highest = 2595 * np.log10(1 + np.array([_LOWEST, _HIGHEST]) / 700)
     edges = 700 * (10 ** (np.linspace(lowest, highest, _SLOPES + 3) / 2595) - 1)
-    bins = np.arange(_FFT // 2 + 1)[:, None] * RATE / _FFT
+    bins = np.arange(size // 2 + 1)[:, None] * rate / size
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
     return np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
@@ -142,14 +155,17 @@ class _Windows:
         """The utterance that a frame is of."""
         return np.searchsorted(self.starts, at, side="right") - 1
 
-    def with_keys(self, between: bool = False) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Some windows at a time: [windows], where, and [windows, 2^doubtful bits] uint32, their keys; the first is
-        the window's own, the others have doubtful bits the other way. `between` two frames: half a frame later."""
-        flips = np.arange(1 << _DOUBTFUL)[:, None] >> np.arange(_DOUBTFUL) & 1
+    def with_keys(
+        self, flips: int = 0, every: int = 1, between: bool = False
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Some windows at a time, one in `every`: [windows], where, and [windows, 2^flips] uint32, their keys; the
+        first is the window's own, the others have doubtful bits the other way. `between` two frames: half a frame
+        later."""
+        ways = np.arange(1 << flips)[:, None] >> np.arange(flips) & 1
         powers = np.uint32(1) << np.arange(_BITS_IN_TIME * _BITS_IN_FREQUENCY, dtype=np.uint32)
         usual: np.ndarray | None = None
-        for start in range(0, len(self.at), _CHUNK):
-            at = self.at[start : start + _CHUNK]
+        for start in range(0, len(self.at), _CHUNK * every):
+            at = self.at[start : start + _CHUNK * every : every]
             values = self.values(at)
             changing = values.std(axis=1) >= _LEAST_CHANGE
             at, values = at[changing], values[changing]
@@ -158,15 +174,18 @@ class _Windows:
             if between:  # the last window of an utterance gets a frame of the next one, and is one of many
                 values = (values + self.values(np.minimum(at + 1, len(self.frames) - _WINDOW))) / 2
             coefficients = values @ _cosines()
+            own = ((coefficients > 0) * powers).sum(axis=1, dtype=np.uint32)
+            if not flips:
+                yield at, own[:, None]
+                continue
             if usual is None:  # the sizes of coefficients, so that doubt is relative to them
                 usual = np.sqrt(np.square(coefficients).mean(axis=0)) + 1e-6
-            own = ((coefficients > 0) * powers).sum(axis=1, dtype=np.uint32)
-            doubtful = np.argpartition(np.abs(coefficients) / usual, _DOUBTFUL, axis=1)[:, :_DOUBTFUL]
-            masks = (powers[doubtful][:, None, :] * flips.astype(np.uint32)).sum(axis=2, dtype=np.uint32)
+            doubtful = np.argpartition(np.abs(coefficients) / usual, flips, axis=1)[:, :flips]
+            masks = (powers[doubtful][:, None, :] * ways.astype(np.uint32)).sum(axis=2, dtype=np.uint32)
             yield at, own[:, None] ^ masks
 
 
-def _candidates(slopes: Sequence[np.ndarray]) -> Iterator[tuple[int, int, list[int]]]:
+def _candidates(slopes: Sequence[np.ndarray], every: int) -> Iterator[tuple[int, int, list[int]]]:
     """Pairs of utterances with the offsets, in frames, at which windows of them are alike, most votes first."""
     windows = _Windows(slopes)
     known = [(at, keys[:, 0]) for at, keys in windows.with_keys()]
@@ -178,7 +197,7 @@ def _candidates(slopes: Sequence[np.ndarray]) -> Iterator[tuple[int, int, list[i
     present = np.zeros(1 << 24, bool)  # by a hash of the key: most probes end here
     present[_hash(keys)] = True
     votes = []
-    for here, probes in chain(windows.with_keys(), windows.with_keys(between=True)):
+    for here, probes in chain(windows.with_keys(_DOUBTFUL, every), windows.with_keys(_DOUBTFUL, every, between=True)):
         rows, columns = np.nonzero(present[_hash(probes)])
         votes.append(_alike(windows, here[rows], probes[rows, columns], at, keys))
     pairs, numbers = np.unique(np.concatenate(votes), axis=0, return_counts=True)
