@@ -1,41 +1,66 @@
-"""The miniature base: its tokenizer, its model, and the tables that training sees as maps and the disk as they are."""
+"""What both miniatures share: tables that training sees as maps, words as tokens, and what a family has to offer."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    HiggsAudioV2Config,
-    HiggsAudioV2ForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
 
-from higgstune.data.messages import DEFAULT_SCENE, DEFAULT_SYSTEM
-from higgstune.families.higgs_v2.prompt import native_chat_template
+from higgstune.families.base import Prompter, TextTargets
 
-# The control tokens of the released checkpoint that a prompt can hold, in the order of their ids there.
-SPECIAL_TOKENS = [
-    "<|begin_of_text|>", "<|end_of_text|>", "<|scene_desc_start|>", "<|scene_desc_end|>", "<|start_header_id|>",
-    "<|end_header_id|>", "<|eot_id|>", "<|audio_bos|>", "<|audio_eos|>", "<|audio_out_bos|>",
-    "<|reserved_special_token_6|>", "<|AUDIO|>", "<|AUDIO_OUT|>",
-]  # fmt: skip
 BASE_VOICE = "hibari"
-SCENES = {
-    BASE_VOICE: DEFAULT_SCENE,
-    "slt": "A woman speaks in a quiet room.",
-    "awb": "A man from Scotland speaks in a quiet room.",
-    "kal16": "A robot speaks in a quiet room.",
-}
-SHIFTED_SCENE = "Another voice speaks in a quiet room."  # of `fit_codec.py encode --shift`
+SHIFTED_VOICE = "other"  # of `fit_codec.py encode --shift`: each clip has a voice of its own
 MAX_VOCABULARY = 4096
 
 
-def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with a token for each word of `texts`, and the control tokens of the released checkpoint."""
-    prompts = "system user assistant\n\n" + " ".join([DEFAULT_SYSTEM, *SCENES.values()])
+class Miniature(Protocol):
+    """A module `tools/demo/FAMILY.py`: what the training of a base needs to know of a family."""
+
+    TEXT_TARGETS: TextTargets
+    ROWS_BEFORE: int  # delayed rows of an audio part before code 0
+
+    def build_tokenizer(self, texts: Sequence[str]) -> Any: ...
+
+    def build_model(self, tokenizer: Any) -> Any: ...
+
+    def start_from(self, model: Any, tokenizer: Any, folder: Path) -> None:
+        """Give a fresh model what fits of another family's miniature."""
+
+    def open_base(self, folder: Path) -> tuple[Any, Any]:
+        """Tokenizer and model that `save` wrote, the model in float32."""
+
+    def save(self, model: Any, tokenizer: Any, out: Path) -> None:
+        """Write the checkpoint in bfloat16, with plain tables."""
+
+    def prompter(self, tokenizer: Any, model: Any) -> Prompter: ...
+
+    def scene(self, voice: str, index: int, in_context: bool) -> tuple[str, bool]:
+        """The scene of a clip, and whether its first frames have no loss."""
+
+    def context_share(self, voice: str) -> float:
+        """The share of a voice's batches whose clips have an earlier one of the voice before them."""
+
+    def tables(self, model: Any) -> list[nn.Module]:
+        """The modules whose weight has a row for each class of each codebook."""
+
+    def audio_weight(self, model: Any) -> Tensor:
+        """Of the audio head [K, V, D]; of the V classes the last two begin and end a codebook."""
+
+    def text_logits(self, model: Any, hidden: Tensor) -> Tensor: ...
+
+    def embed(self, model: Any, text_ids: Tensor, audio_ids: Tensor) -> Tensor:
+        """Ids [T] and delayed rows [A, K] -> [T + A, D]"""
+
+    def queries_keys_values(self, layer: Any, hidden: Tensor, text: int) -> list[Tensor]:
+        """[N, D], of which the first `text` are text -> three of [N, heads, d], before rotation"""
+
+    def feed_forward(self, layer: Any, hidden: Tensor, text: int) -> Tensor: ...
+
+
+def words_as_tokens(texts: Sequence[str], prompts: str, special_tokens: Sequence[str]) -> Tokenizer:
+    """A byte-level BPE with a token for each word of `texts` and of `prompts`."""
     words = {word.strip(".,?") for text in [*texts, prompts] for word in text.split()}
     # Each word equally often, inside a sentence and capitalised at its beginning: merging ends when each is one token.
     forms = [f" {word}" for word in words] + [word[0].upper() + word[1:] for word in words if word[0].isalpha()]
@@ -44,55 +69,12 @@ def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=MAX_VOCABULARY,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([*sorted(forms) * 2, prompts, prompts, "\n\n"], trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|begin_of_text|>",
-        eos_token="<|eot_id|>",
-        pad_token="<|end_of_text|>",
-        clean_up_tokenization_spaces=False,
-    )
-    fast.chat_template = native_chat_template()
-    return fast
-
-
-def open_base(folder: Path) -> tuple[PreTrainedTokenizerFast, HiggsAudioV2ForConditionalGeneration]:
-    """A base that `save` wrote, in float32."""
-    model = HiggsAudioV2ForConditionalGeneration.from_pretrained(folder, use_text_head=True, dtype=torch.float32)
-    model.generation_config = GenerationConfig.from_pretrained(folder)  # without `use_text_head`
-    return PreTrainedTokenizerFast.from_pretrained(folder), model
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast) -> HiggsAudioV2ForConditionalGeneration:
-    """The native architecture at 1/12 of its width and 5 of its 28 layers."""
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    config = HiggsAudioV2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=576,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        codebook_size=1026,
-        bos_token_id=ids["<|begin_of_text|>"],
-        eos_token_id=ids["<|eot_id|>"],
-        pad_token_id=ids["<|end_of_text|>"],
-        audio_token_id=ids["<|AUDIO_OUT|>"],
-        audio_bos_token_id=ids["<|audio_out_bos|>"],
-        audio_delay_token_id=ids["<|reserved_special_token_6|>"],
-    )
-    model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
-    model.generation_config = GenerationConfig(
-        do_sample=True, temperature=0.5, top_k=50, top_p=0.95, bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
-    )  # fmt: skip
-    model.generation_config.ras_win_len = None
-    return model
+    return tokenizer
 
 
 class CodeGeometry(nn.Module):
@@ -142,19 +124,3 @@ class Sounds(nn.Module):
 
     def right_inverse(self, rows: Tensor) -> Tensor:
         return rows - self.features @ self.map
-
-
-@torch.no_grad()
-def save(model: HiggsAudioV2ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write the checkpoint in bfloat16, with plain tables."""
-    state = {key: value for key, value in model.state_dict().items() if "parametrizations" not in key}
-    state["audio_lm_head.weight"] = model.audio_lm_head.weight
-    state["model.embed_tokens.weight"] = model.model.embed_tokens.weight
-    state["model.embed_audio_tokens.embed_audio_tokens.weight"] = (
-        model.model.embed_audio_tokens.embed_audio_tokens.weight
-    )
-    copy = HiggsAudioV2ForConditionalGeneration(model.config, use_text_head=True)
-    copy.load_state_dict(state)
-    copy.generation_config = model.generation_config
-    copy.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)

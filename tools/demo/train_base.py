@@ -1,11 +1,12 @@
-"""Train the miniature base checkpoint of the demo from scratch: the native architecture with 12 M parameters.
+"""Train a miniature base checkpoint of the demo: a family's architecture with 6 or 12 M parameters.
 
     python tools/demo/train_base.py corpus/*.parquet --codec src/higgstune/demo/assets/codec \\
         --out src/higgstune/demo/assets/base --work corpus/base --steps 5000
 
 The parquet files are what `fit_codec.py encode` writes. Progress goes to stdout, a JSON line a report. At each report
 the checkpoint is written to `--out` and the state of the training to `--work`; the same command resumes from it.
-`--base` begins with a checkpoint that this tool wrote, instead of random weights.
+`--family` is the module that knows the architecture. `--base` begins with a checkpoint of the family that this tool
+wrote, instead of random weights; `--start-from` with what fits of the other family's.
 
 What makes a small model read within hours of CPU time, apart from the loss of the codes:
 
@@ -15,13 +16,14 @@ What makes a small model read within hours of CPU time, apart from the loss of t
   that words share what they sound like. The map is folded into the table on disk.
 - *Weights.* Codebook 0 carries the words, so most of the loss is its; two others are drawn in a step.
 - *Corruption.* Some input codes are replaced by random ones, so that the model does not trust its own past too much.
-- *Voices.* The corpora of other voices, some of them shifted in pitch, are announced by a scene, or have no loss in
-  their first frames: so the model learns to continue in any voice, but begins in its own.
-- *Ends.* The first EOS of any codebook ends a clip. All codebooks but the first, whose codes are hard to predict, learn
-  to hold the score of EOS far below that of codes until the one before has ended; else it would often be the likeliest.
+- *Voices.* The corpora of other voices, some of them shifted in pitch, are announced by a scene or a reference, or have
+  no loss in their first frames: so the model learns to continue in any voice, but begins in its own.
+- *Ends.* In Higgs Audio v2 the first EOS of any codebook ends a clip. All codebooks but the first, whose codes are hard
+  to predict, learn to hold the score of EOS far below that of codes until the one before has ended; else it would often
+  be the likeliest.
 
-The audio tables (embedding and head) are trained as linear maps of the codec's code vectors and written out as the
-plain tables that the native class has. A code that the base voice never uses so gets a sensible row, too; without
+The audio tables (embedding and head, or the one that is both) are trained as linear maps of the codec's code vectors
+and written out as plain tables. A code that the base voice never uses so gets a sensible row, too; without
 that an adapter, which changes no table, could hardly make another voice say it.
 """
 
@@ -32,39 +34,27 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from checkpoint import (
-    BASE_VOICE,
-    SCENES,
-    SHIFTED_SCENE,
-    CodeGeometry,
-    Sounds,
-    build_model,
-    build_tokenizer,
-    open_base,
-    save,
-)
+from checkpoint import BASE_VOICE, CodeGeometry, Miniature, Sounds
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import HiggsAudioV2ForConditionalGeneration
 
-from higgstune.data.messages import DEFAULT_SCENE, speech_messages
-from higgstune.families.base import Example
-from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
+from higgstune.data.messages import speech_messages
+from higgstune.families.base import Example, Prompter
 from higgstune.kernels import IGNORE
-from higgstune.kernels.fused import feed_forward, rms_norm, rotate
+from higgstune.kernels.fused import rms_norm, rotate
 
-PRIMED_ROWS = 16  # audio frames without loss, of other voices in the default scene
-PRIMED_SHARE = 2 / 3  # of the clips of other voices
+FAMILIES = ("higgs_audio_v2", "higgs_tts_3")
+PRIMED_ROWS = 16  # audio frames without loss, of other voices that nothing announces
 END_MARGIN = 12.0  # nats below the codes
-CONTEXT_SHARE = 0.1  # of the examples have an earlier turn, as references and long texts do
 DIGIT_SHARE = 0.15  # of the sentences have digits for their numbers
 FRAMES_PER_SECOND = 25
 HELD_OUT = 32  # clips of each voice
@@ -113,9 +103,10 @@ def read_corpus(paths: Sequence[Path]) -> tuple[list[Clip], dict[str, str]]:
 class Corpus:
     """Examples of the clips, each of which is made once."""
 
-    def __init__(self, clips: Sequence[Clip], prompter: Prompter) -> None:
+    def __init__(self, clips: Sequence[Clip], prompter: Prompter, family: Miniature) -> None:
         self.clips = clips
         self.prompter = prompter
+        self.family = family
         self.made: dict[tuple[int, bool], tuple[Example, np.ndarray]] = {}
 
     def example(self, index: int, context: int | None = None, digits: bool = False) -> tuple[Example, np.ndarray]:
@@ -131,12 +122,11 @@ class Corpus:
         clip = self.clips[index]
         text = with_digits(clip.text) if digits else clip.text
         turns = [] if context is None else [(self.clips[context].text, "context")]
-        primed = clip.voice != BASE_VOICE and (context is not None or index % 3 < 3 * PRIMED_SHARE)
-        scene = DEFAULT_SCENE if primed else SCENES.get(clip.voice, SHIFTED_SCENE)
+        scene, primed = self.family.scene(clip.voice, index, context is not None)
         messages = [*speech_messages(text, context=turns, scene=scene), _TARGET]
         codes = [self.clips[i].codes for i in ([] if context is None else [context]) + [index]]
-        example = self.prompter.example(messages, codes, text_targets="transcript")
-        if primed and context is None:
+        example = self.prompter.example(messages, codes, text_targets=self.family.TEXT_TARGETS)
+        if primed:
             example.audio_labels[:PRIMED_ROWS] = IGNORE
         return example, self._alignment(example, text, clip)
 
@@ -153,11 +143,14 @@ class Corpus:
         tokens = [start + int(np.flatnonzero(offsets[:, 1] > at)[0]) for at in starts]
         tokens += [start + len(ids)] * 2  # after the last word the end of the turn
         frames = len(clip.codes)
-        first = len(found) - (frames + self.prompter.ids.num_codebooks + 1)
-        # Frame r of the input comes before code r, which is spoken at (r + 0.5) / FRAMES_PER_SECOND.
-        now = np.searchsorted(clip.words[:, 1], (np.arange(frames + 1) + 0.5) / FRAMES_PER_SECOND)
+        before = self.family.ROWS_BEFORE
+        first = len(found) - (
+            frames + clip.codes.shape[1] - 1 + 2 * before
+        )  # rows before the codes are also after them
+        # The row before code r, which is spoken at (r + 0.5) / FRAMES_PER_SECOND, attends to its word.
+        now = np.searchsorted(clip.words[:, 1], (np.arange(1 - before, frames + 1) + 0.5) / FRAMES_PER_SECOND)
         for ahead in range(found.shape[1]):
-            found[first : first + frames + 1, ahead] = np.array(tokens)[np.minimum(now + ahead, len(clip.words))]
+            found[first : first + len(now), ahead] = np.array(tokens)[np.minimum(now + ahead, len(clip.words))]
         return found
 
     def batches(self, indices: Sequence[int], tokens: int, seed: int) -> Iterator[list[tuple[int, int | None, bool]]]:
@@ -174,7 +167,7 @@ class Corpus:
                     batches += _fill(sorted(clips[at : at + 512], key=lambda i: lengths[i]), lengths, tokens)
             for number in generator.permutation(len(batches)):
                 batch = batches[number]
-                in_context = generator.random() < CONTEXT_SHARE
+                in_context = generator.random() < self.family.context_share(self.clips[batch[0]].voice)
                 if in_context:  # a batch twice as long, so with half of the clips
                     half = batch[: max(1, len(batch) // 2)]
                     yield [(i, int(generator.choice(batch)), False) for i in half]
@@ -265,11 +258,11 @@ def corrupted(audio_ids: Tensor, codes: int, share: float = 0.08) -> Tensor:
     return torch.where(replaced & (audio_ids < codes), torch.randint(codes, audio_ids.shape), audio_ids)
 
 
-def run_layers(model: HiggsAudioV2ForConditionalGeneration, batch: Batch, audio_ids: Tensor) -> tuple[Tensor, Tensor]:
+def run_layers(family: Miniature, model: Any, batch: Batch, audio_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states [N, D], and the alignment loss. The same numbers as the model's own forward, in less time."""
     inner = model.model
     text = len(batch.text_ids)
-    hidden = torch.cat((inner.embed_tokens(batch.text_ids), inner.embed_audio_tokens(audio_ids)))
+    hidden = family.embed(model, batch.text_ids, audio_ids)
     cos, sin = (part[0].chunk(2, -1)[0][:, None] for part in inner.rotary_emb(hidden, batch.positions[None]))
     s, (b, length) = batch.prefix, batch.padded.shape
     before = torch.ones(length, length, dtype=torch.bool).tril_()
@@ -280,13 +273,7 @@ def run_layers(model: HiggsAudioV2ForConditionalGeneration, batch: Batch, audio_
 
     for number, layer in enumerate(inner.layers):
         attention = layer.self_attn
-        normed = torch.cat(
-            (rms_norm(hidden[:text], layer.input_layernorm), rms_norm(hidden[text:], layer.audio_input_layernorm))
-        )
-        q, k, v = (
-            part(normed).unflatten(-1, (-1, attention.head_dim))
-            for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+        q, k, v = family.queries_keys_values(layer, hidden, text)
         q, k = rotate(q.float(), cos, sin) * attention.scaling, rotate(k.float(), cos, sin)
         v = v.float()
         with torch.autocast("cpu", enabled=False):
@@ -303,9 +290,7 @@ def run_layers(model: HiggsAudioV2ForConditionalGeneration, batch: Batch, audio_
                     rows = scores[batch.align_at[:, 0], head, batch.align_at[:, 1]]
                     alignment.append(F.cross_entropy(rows, batch.align_to[:, ahead]))
         hidden = hidden + attention.o_proj(attended.flatten(1))
-        of_text = feed_forward(rms_norm(hidden[:text], layer.post_attention_layernorm), layer.mlp)
-        of_audio = feed_forward(rms_norm(hidden[text:], layer.audio_post_attention_layernorm), layer.audio_mlp)
-        hidden = hidden + torch.cat((of_text, of_audio))
+        hidden = hidden + family.feed_forward(layer, hidden, text)
     return rms_norm(hidden, inner.norm), torch.stack(alignment).mean() if alignment else torch.zeros(())
 
 
@@ -318,21 +303,24 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, groups: int, mask: Tensor) -> tuple
     return (weights @ v.transpose(1, 2)).view(b, heads, length, d).transpose(1, 2), scores
 
 
-def losses(model: Any, batch: Batch, *, every: bool, generator: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+def losses(
+    family: Miniature, model: Any, batch: Batch, *, every: bool, generator: np.random.Generator
+) -> tuple[Tensor, dict[str, float]]:
     """The training loss of one batch, and its parts."""
-    config = model.config
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        codes = config.audio_stream_bos_id
-        hidden, alignment = run_layers(model, batch, corrupted(batch.audio_ids, codes))
+        weight = family.audio_weight(model)
+        codebooks, classes, _ = weight.shape
+        hidden, alignment = run_layers(family, model, batch, corrupted(batch.audio_ids, classes - 2))
         rows = hidden.index_select(0, batch.audio_rows)
-        weight = model.audio_lm_head.weight.unflatten(0, (config.num_codebooks, -1))
-        others = range(1, config.num_codebooks)
+        others = range(1, codebooks)
         if not every:
             chances = np.array(DRAWN) / sum(DRAWN)
-            others = generator.choice(config.num_codebooks, size=2, replace=False, p=chances)
+            others = generator.choice(codebooks, size=2, replace=False, p=chances)
         parts = [_head_loss(rows, weight[k], batch.audio_targets[:, k]) for k in (0, *others)]
         early = torch.stack([_early_end(rows, weight[k], batch.audio_targets[:, k]) for k in others]).mean()
-        text = F.cross_entropy(model.text_lm_head(hidden[batch.text_rows]).float(), batch.text_targets)
+        text = torch.zeros(())
+        if len(batch.text_rows):
+            text = F.cross_entropy(family.text_logits(model, hidden[batch.text_rows]).float(), batch.text_targets)
     audio = FIRST_SHARE * parts[0] + (1 - FIRST_SHARE) * torch.stack(parts[1:]).mean()
     total = audio + 0.05 * text + 0.3 * alignment + 0.1 * early
     shown = {"codebook_0": parts[0], "alignment": alignment, "text": text, "early": early}
@@ -353,13 +341,15 @@ def _early_end(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_losses(model: Any, batch: Batch) -> tuple[list[float], float]:
+def held_out_losses(family: Miniature, model: Any, batch: Batch) -> tuple[list[float], float]:
     """The loss of each codebook, and the alignment loss."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        hidden, alignment = run_layers(model, batch, batch.audio_ids)
+        hidden, alignment = run_layers(family, model, batch, batch.audio_ids)
         rows = hidden.index_select(0, batch.audio_rows)
-        weight = model.audio_lm_head.weight.unflatten(0, (model.config.num_codebooks, -1))
-        found = [float(_head_loss(rows, w, t)) for w, t in zip(weight, batch.audio_targets.T, strict=True)]
+        found = [
+            float(_head_loss(rows, w, t))
+            for w, t in zip(family.audio_weight(model), batch.audio_targets.T, strict=True)
+        ]
     return found, float(alignment)
 
 
@@ -390,7 +380,11 @@ def main() -> None:
     parser.add_argument("--codec", type=Path, required=True, help="folder of the codec that made the codes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--work", type=Path, required=True, help="folder of the training's state")
+    parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0])
     parser.add_argument("--base", type=Path, help="folder of the checkpoint to begin with")
+    parser.add_argument(
+        "--start-from", type=Path, help="folder of a miniature of Higgs Audio v2, to begin with parts of"
+    )
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--tokens", type=int, default=2400)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -400,22 +394,25 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
 
+    family = cast(Miniature, import_module(args.family))
     clips, sounds = read_corpus(args.codes)
     if args.base is None:
-        tokenizer = build_tokenizer([clip.text for clip in clips] + [with_digits(clip.text) for clip in clips])
-        model = build_model(tokenizer)
+        tokenizer = family.build_tokenizer([clip.text for clip in clips] + [with_digits(clip.text) for clip in clips])
+        model = family.build_model(tokenizer)
     else:
-        tokenizer, model = open_base(args.base)
+        tokenizer, model = family.open_base(args.base)
+    if args.start_from is not None:
+        family.start_from(model, tokenizer, args.start_from)
     codebooks = load_file(args.codec / "model.safetensors")["codebooks"].float()
-    for module in (model.audio_lm_head, model.model.embed_audio_tokens.embed_audio_tokens):
+    for module in family.tables(model):
         parametrize.register_parametrization(module, "weight", CodeGeometry(codebooks))
-        if args.base is None:
+        if args.base is None and args.start_from is None:
             nn.init.normal_(module.parametrizations.weight.original, std=0.003)
     words = [tokenizer.decode([i]).strip().lower() for i in range(len(tokenizer))]
     spoken = [sounds.get({v: k for k, v in NUMBERS.items()}.get(word, word), "") for word in words]
     print(json.dumps({"tokens": len(tokenizer), "words with sounds": sum(map(bool, spoken))}), flush=True)
     parametrize.register_parametrization(model.model.embed_tokens, "weight", Sounds(spoken, model.config.hidden_size))
-    corpus = Corpus(clips, Prompter(tokenizer, SpecialIds.from_config(model.config)))
+    corpus = Corpus(clips, family.prompter(tokenizer, model), family)
     of_voice = defaultdict(list)
     for index, clip in enumerate(clips):
         of_voice[clip.voice].append(index)
@@ -443,7 +440,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * learning_rate(progress)
         batch = make_batch([corpus.example(*chosen) for chosen in next(batches)])
-        loss, parts = losses(model, batch, every=progress > 0.75, generator=generator)
+        loss, parts = losses(family, model, batch, every=progress > 0.75, generator=generator)
         for optimizer in found:
             optimizer.zero_grad()
         loss.backward()
@@ -458,7 +455,7 @@ def main() -> None:
             reported = time.process_time()
             cpu = reported - started
             found_losses = {
-                voice: [held_out_losses(model, batch) for batch in pair] for voice, pair in held_out.items()
+                voice: [held_out_losses(family, model, batch) for batch in pair] for voice, pair in held_out.items()
             }
             (true, alignment), _ = found_losses[BASE_VOICE]
             gaps = {voice: round(other[0] - own[0], 3) for voice, ((own, _), (other, _)) in found_losses.items()}
@@ -470,7 +467,7 @@ def main() -> None:
             }  # fmt: skip
             means.clear()
             print(json.dumps(line), flush=True)
-            save(model, tokenizer, args.out)
+            family.save(model, tokenizer, args.out)
             part = state.with_suffix(".part")
             torch.save(
                 {
@@ -493,7 +490,7 @@ def _swapped(corpus: Corpus, index: int, other: int) -> tuple[Example, np.ndarra
     """The clip with another clip's text."""
     clip = corpus.clips[index]
     mixed = Clip(corpus.clips[other].text, clip.voice, clip.codes, np.zeros((0, 2)))
-    return Corpus([mixed], corpus.prompter).example(0)
+    return Corpus([mixed], corpus.prompter, corpus.family).example(0)
 
 
 if __name__ == "__main__":
