@@ -19,7 +19,7 @@ from higgstune.families.base import (
 from higgstune.families.higgs_tts_3 import INFO, checkpoint, prompter
 from higgstune.families.higgs_tts_3.checkpoint import PROJECTIONS, TABLE
 from higgstune.families.higgs_tts_3.checks import HiggsTTS3Checks
-from higgstune.families.higgs_tts_3.decoder import Decoder, embed_padded
+from higgstune.families.higgs_tts_3.decoder import Decoder
 from higgstune.families.higgs_tts_3.export import HiggsTTS3Export
 from higgstune.families.higgs_tts_3.packed import with_training_forward
 from higgstune.families.higgs_tts_3.prompter import Prompter
@@ -83,14 +83,13 @@ class HiggsTTS3Family:
     ) -> dict[str, Tensor]:
         """Audio logits [M, K * V] and text logits [N, vocabulary] for the first `limit` labels of each kind."""
         base, device = base_of(model), next(model.parameters()).device
+        moved = {key: value.to(device) for key, value in batch.items()}
         with gathered:
             hidden = base.model(
-                inputs_embeds=embed_padded(base, batch, device),
-                attention_mask=batch["attention_mask"].to(device),
-                use_cache=False,
+                inputs_embeds=base.embed_padded(moved), attention_mask=moved["attention_mask"], use_cache=False
             ).last_hidden_state.flatten(0, 1)
-            audio = base.audio_logits(hidden[batch["audio_positions"][:limit].to(device)])
-            text = base.text_logits(hidden[batch["text_positions"][:limit].to(device)])
+            audio = base.audio_logits(hidden[moved["audio_positions"][:limit]])
+            text = base.text_logits(hidden[moved["text_positions"][:limit]])
         return {"audio_logits": audio, "text_logits": text}
 
 

@@ -36,7 +36,7 @@ from higgstune.families.higgs_tts_3.checkpoint import (
     spec_of,
     stored_name,
 )
-from higgstune.families.higgs_tts_3.decoder import Decoder, embed_padded
+from higgstune.families.higgs_tts_3.decoder import Decoder
 from higgstune.families.higgs_tts_3.delay import Labelled, delay, labels_of, undelay
 from higgstune.families.higgs_tts_3.model import HiggsTTS3, HiggsTTS3Config
 from higgstune.families.higgs_tts_3.packed import with_training_forward
@@ -154,7 +154,7 @@ class Golden:
     def embedded(self, name: str) -> Tensor:
         """Prompt and rows of a case but the last one, [P + T + 6, D]."""
         batch = self.batching.pad([self.example(name)])
-        return embed_padded(self.model, batch, torch.device("cpu"))[0, :-1]
+        return self.model.embed_padded(batch)[0, :-1]
 
     @torch.no_grad()
     def hidden(self, name: str, model: Any = None) -> Tensor:
@@ -304,9 +304,8 @@ class Golden:
         examples = [self.example(name) for name in self.cases]
         batch = self.batching.pad(examples)
         states = self.model.model(
-            inputs_embeds=embed_padded(self.model, batch, torch.device("cpu")),
-            attention_mask=batch["attention_mask"], use_cache=False,
-        ).last_hidden_state  # fmt: skip
+            inputs_embeds=self.model.embed_padded(batch), attention_mask=batch["attention_mask"], use_cache=False
+        ).last_hidden_state
         found = self.model.audio_logits(states.flatten(0, 1)[batch["audio_positions"]])
         return _gap(found, torch.cat([self.row_logits(name).flatten(1) for name in self.cases]))
 

@@ -1,15 +1,16 @@
 """The model: `Qwen3Model` of transformers and one table that embeds rows of codes and predicts them.
 
-Letters in shapes: S tokens, K codebooks, V classes of a codebook with BOC and EOC, D hidden size.
+Letters in shapes: B clips, S tokens, K codebooks, V classes of a codebook with BOC and EOC, D hidden size.
 """
 
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen3Config, Qwen3Model
+from transformers import Cache, PreTrainedModel, Qwen3Config, Qwen3Model
 
 # transformers 5.24 has another name for the cache that a call extends.
 CACHE = "cache" if "cache" in signature(Qwen3Model.forward).parameters else "past_key_values"
@@ -43,6 +44,22 @@ class HiggsTTS3(PreTrainedModel):
         self.audio_table = nn.Embedding(config.num_codebooks * config.codebook_size, config.hidden_size)
         self.post_init()
 
+    def forward(self, *, attention_mask: Tensor, position_ids: Tensor, cache: Cache, **batch: Any) -> Tensor:
+        """Logits [B, K, V] of the row that follows a left-padded batch, or one row [B, 1, K] of `audio_input_ids` each.
+
+        Decoders call it, not its parts: where weights are spread over processes, calls of the whole gather them.
+        """
+        embedded = self.embed_padded(batch) if "input_ids" in batch else self.embed_rows(batch["audio_input_ids"])
+        hidden = self.model(
+            inputs_embeds=embedded,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=True,
+            **{CACHE: cache},
+        ).last_hidden_state
+        config: Any = self.config
+        return self.audio_logits(hidden[:, -1]).unflatten(-1, (config.num_codebooks, config.codebook_size))
+
     def embed_rows(self, rows: Tensor) -> Tensor:
         """Rows [..., K] -> embeddings [..., D]: the plain sum over codebooks, in the dtype of the text's."""
         config: Any = self.config
@@ -53,6 +70,15 @@ class HiggsTTS3(PreTrainedModel):
         """Ids [..., S], whose places in `audio_mask` take the rows [A, K] in their order -> [..., S, D]."""
         embedded = self.model.embed_tokens(input_ids.masked_fill(audio_mask, 0))
         return embedded.masked_scatter(audio_mask[..., None], self.embed_rows(rows)) if len(rows) else embedded
+
+    def embed_padded(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """A padded batch (`left_padded`, or of `PaddedCollator`) -> its embeddings [B, S, D]."""
+        input_ids: Tensor = batch["input_ids"]
+        config: Any = self.config
+        rows = input_ids.new_zeros((0, config.num_codebooks))
+        if "audio_input_ids" in batch:
+            rows = batch["audio_input_ids"][batch["audio_input_ids_mask"]]
+        return self.embed(input_ids, input_ids < 0, rows)  # ids below 0 are slots: no token has one
 
     def audio_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states after the final norm [..., D] -> [..., K * V]."""

@@ -30,7 +30,11 @@ class HiggsTTS3ForTraining(HiggsTTS3):
 
     compiler_stance: Stance | None = None  # of compiled layers; None: layers are not compiled. See `model.compiled`
 
-    def forward(
+    def forward(self, *args: Any, lengths: tuple[int, ...] | None = None, **kwargs: Any) -> Any:
+        """With a packed batch (see `batch.collate.pack`): sums of losses. Without: the forward of generation."""
+        return super().forward(*args, **kwargs) if lengths is None else self._sums(lengths=lengths, **kwargs)
+
+    def _sums(
         self,
         *,
         text_ids: Tensor,
@@ -46,7 +50,7 @@ class HiggsTTS3ForTraining(HiggsTTS3):
         text_positions: Tensor,
         text_targets: Tensor,
     ) -> Sums:
-        """Sums of losses by codebook [K] and of the text. All arguments are those of `pack`."""
+        """Sums of losses by codebook [K] and of the text."""
         inner = self.model
         order = Order(to_sequence, from_sequence, shared_at)
         # One pathway for text and audio: the sequence is put in order once, not in every layer.
