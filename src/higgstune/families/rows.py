@@ -8,6 +8,7 @@ Letters in shapes: S slots, n clips of a call, R rows, K codebooks, V classes of
 """
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,10 +16,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from higgstune.families.base import Spec
 from higgstune.families.sampling import Sampling
 
 _NONE = Sampling(temperature=0)  # of a slot without a clip
+
+
+class Numbers(Protocol):
+    """What of a `families.base.Spec` decides the shape of rows."""
+
+    @property
+    def num_codebooks(self) -> int: ...  # noqa: D102
+    @property
+    def stream_bos(self) -> int: ...  # noqa: D102
+    @property
+    def stream_eos(self) -> int: ...  # noqa: D102
 
 
 class RowSampler(ABC):
@@ -26,7 +37,7 @@ class RowSampler(ABC):
 
     start: list[int] | None = None  # the first row [K], where the family gives it instead of drawing it
 
-    def __init__(self, spec: Spec, slots: int, device: torch.device | None = None) -> None:
+    def __init__(self, spec: Numbers, slots: int, device: torch.device | None = None) -> None:
         self.num_codebooks, self.bos_id, self.eos_id = spec.num_codebooks, spec.stream_bos, spec.stream_eos
         self.rows = torch.zeros((slots, 0, spec.num_codebooks), dtype=torch.long, device=device)
         self.count = torch.zeros(slots, dtype=torch.long, device=device)  # of rows so far
