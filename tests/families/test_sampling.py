@@ -11,7 +11,8 @@ from export_world import make_adapter, make_world
 from higgstune.errors import CheckpointError
 from higgstune.exporting.layouts import write_sampling
 from higgstune.families.sampling import GENERATION_CONFIG, Sampling, base_sampling
-from higgstune.generate.speaker import load, trained_sampling
+from higgstune.generate.added import trained_sampling
+from higgstune.generate.speaker import load
 
 
 def recommend(base: Path, **values: Any) -> None:

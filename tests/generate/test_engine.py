@@ -24,6 +24,7 @@ from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.families.higgs_v2.prompter import Prompter
 from higgstune.families.higgs_v2.sampler import RowSampler
 from higgstune.families.sampling import Sampling
+from higgstune.generate.added import lora_of
 from higgstune.generate.engine import Engine, Job, generate
 from higgstune.generate.stack import Stack
 from higgstune.kernels.loss import LossWeights, combine, label_counts
@@ -289,7 +290,7 @@ def test_each_row_of_a_batch_speaks_with_its_own_adapter() -> None:
     engine = Engine(base, slots=24)
     for name, settings in VOICES.items():
         adapted = with_random_lora(base, **settings)
-        engine.add_adapter(name, adapted)
+        engine.add_adapter(name, lora_of(adapted))
         unload_adapter(adapted)
     jobs = jobs_of(prompts, ("", *VOICES))
     found = engine.generate(jobs)
@@ -315,7 +316,7 @@ def test_what_rows_cannot_choose_is_refused_as_an_adapter_and_spoken_as_the_mode
     adapted = with_random_lora(base, dora=True)
     [job, *_] = jobs_of([clips(prompter)[0][1]])
     with pytest.raises(CheckpointError, match="DoRA"):
-        Engine(base).add_adapter("anna", adapted)
+        lora_of(adapted)
     np.testing.assert_array_equal(Engine(adapted, live=live).generate([job])[0].codes, own_forward(adapted, job))
 
 
@@ -344,7 +345,7 @@ def test_a_step_reads_no_value_and_computes_what_is_needed_once() -> None:
         for seed, name in enumerate(adapters):
             if name:
                 adapted = with_random_lora(model, seed=seed)
-                engine.add_adapter(name, adapted)
+                engine.add_adapter(name, lora_of(adapted))
                 unload_adapter(adapted)
         engine.insert([Job(prompt, 40, 0, Sampling(), adapters[i % len(adapters)]) for i, prompt in enumerate(prompts)])
         engine.advance()

@@ -143,14 +143,8 @@ def speak(
         errors.print(f"not spoken: {reason}")
     with announced("loading the model", as_json):
         from higgstune.data.audio import WavStream
-        from higgstune.generate.speaker import (
-            Request,
-            Speaker,
-            check_transcript,
-            family_to_speak,
-            trained_place,
-            warn_of_duration,
-        )
+        from higgstune.generate.added import family_to_speak, trained_place
+        from higgstune.generate.speaker import Request, Speaker, check_transcript, warn_of_duration
         from higgstune.model.load import load_base
 
     if reference is not None:  # before the model is loaded

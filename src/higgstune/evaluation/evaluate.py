@@ -35,7 +35,8 @@ from higgstune.evaluation.statistics import smallest_p
 from higgstune.evaluation.test_sets import VALIDATION, Sentence, read_sentences
 from higgstune.families.sampling import Sampling
 from higgstune.files import alone_in, write_file
-from higgstune.generate.speaker import Speaker, trained_sampling
+from higgstune.generate.added import trained_sampling
+from higgstune.generate.speaker import Speaker
 from higgstune.inputs import (
     ADAPTER,
     ADAPTER_CONFIG,

@@ -25,7 +25,7 @@ from higgstune.exporting.source import Source, stored_dtype
 from higgstune.exporting.verify import ExportCheck, Logits, audio_loss, check_merged, held_out
 from higgstune.families import family_of
 from higgstune.files import NOTHING_KEPT, writing
-from higgstune.generate.speaker import trained_sampling
+from higgstune.generate.added import trained_sampling
 from higgstune.hub import fetch
 from higgstune.model.adapter_folder import base_fingerprint, check_tokenizer, doubts_of_card
 from higgstune.model.adapters import load_adapter

@@ -25,11 +25,11 @@ class Numbers(Protocol):
     """What of a `families.base.Spec` decides the shape of rows."""
 
     @property
-    def num_codebooks(self) -> int: ...  # noqa: D102
+    def num_codebooks(self) -> int: ...
     @property
-    def stream_bos(self) -> int: ...  # noqa: D102
+    def stream_bos(self) -> int: ...
     @property
-    def stream_eos(self) -> int: ...  # noqa: D102
+    def stream_eos(self) -> int: ...
 
 
 class RowSampler(ABC):

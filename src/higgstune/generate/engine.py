@@ -10,7 +10,7 @@ prompt, settings and seed alone, up to the rounding of batched arithmetic. Two w
   together. Its clips begin together, and a new one waits until all have ended.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from higgstune.environment import free_memory
 from higgstune.errors import CheckpointError, InputError
@@ -91,26 +91,14 @@ class Engine:
         """Clips that `insert` takes now."""
         return 0 if self._jobs and self._stack is None else self.slots - len(self._jobs)
 
-    def add_adapter(self, name: str, model: Any) -> None:
-        """LoRA that clips may name, from a peft model around the engine's model, which may lose it afterwards.
+    def add_adapter(self, name: str, lora: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> None:
+        """LoRA that clips may name: A [r, in] and B [out, r], scaled, of linear layers of the model.
 
-        Raises CheckpointError for what has no form of its own for each row: DoRA, modules that were trained in full.
+        Raises CheckpointError for a model that speaks by its own forward, and for layers outside the decoder layers.
         """
         if self._stack is None:
-            raise CheckpointError("this model speaks by its own forward, which takes one adapter for all: merge it")
-        lora, dtype = {}, next(base_of(model).parameters()).dtype
-        for path, layer in model.named_modules():
-            if type(layer).__name__ == "ModulesToSaveWrapper":
-                raise CheckpointError(f"trained {path} in full, which rows of one batch cannot choose: merge it")
-            for key in getattr(layer, "lora_A", {}):
-                if layer.lora_magnitude_vector or layer.lora_bias.get(key):
-                    raise CheckpointError("was trained with DoRA or biases, which rows cannot choose: merge it")
-                scaled = layer.lora_B[key].weight.detach() * layer.scaling[key]
-                lora[layer.base_layer] = layer.lora_A[key].weight.detach().to(dtype), scaled.to(dtype)
-        try:
-            self._stack.add_adapter(name, lora)
-        except ValueError as error:
-            raise CheckpointError(f"changes {error}: merge it") from error
+            raise CheckpointError("this model speaks by its own forward, which takes one adapter for all clips")
+        self._stack.add_adapter(name, lora)
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter. Raises InputError while a clip is spoken with it."""

@@ -11,7 +11,6 @@ from typing import Any, get_args
 import numpy as np
 from torch import Tensor
 
-from higgstune.checkpoint_files import folder_card
 from higgstune.codec.base import PieceDecoder, WhisperFeatures, encode_reference
 from higgstune.codec.whisper_encoder import WhisperTower, load_whisper
 from higgstune.data.audio import MAX_SECONDS, resample, wav_bytes, write_wav
@@ -20,16 +19,13 @@ from higgstune.data.messages import DEFAULT_SCENE, ReferencePlace, speech_messag
 from higgstune.data.rejection import shown
 from higgstune.data.rules import TextRules
 from higgstune.errors import CheckpointError, InputError
-from higgstune.families import family_in, family_info
 from higgstune.families.base import Audio, Example, FamilyInfo, WhisperSpec
-from higgstune.families.sampling import Sampling, base_sampling, read_sampling
+from higgstune.families.sampling import Sampling
+from higgstune.generate.added import AddedAdapter, check_codec, read_added, trained_place, trained_sampling
 from higgstune.generate.chunks import FAR_OFF, Pace, expected_seconds, faded, frame_cap, join, pause, split_text
 from higgstune.generate.engine import SLOTS, Engine, Generated, Job
-from higgstune.hub import fetch
-from higgstune.inputs import BaseSpec, base_and_adapter
+from higgstune.inputs import BaseSpec, base_and_adapter, find_adapter
 from higgstune.model.adapter_folder import (
-    ADAPTER_CARD,
-    adapter_card,
     adapter_conditioning,
     check_merged_once,
     check_tokenizer,
@@ -52,16 +48,17 @@ class Voice:
 
 @dataclass(frozen=True)
 class Request:
-    """A text to speak, with its voice, scene and seed.
+    """A text to speak, with its voice, scene, seed and adapter (see `Speaker.add_adapter`).
 
     >>> Request("Good morning", seed=1)
-    Request(text='Good morning', voice=None, scene='Audio is recorded from a quiet room.', seed=1)
+    Request(text='Good morning', voice=None, scene='Audio is recorded from a quiet room.', seed=1, adapter='')
     """
 
     text: str
     voice: Voice | None = None
     scene: str | None = DEFAULT_SCENE
     seed: int = 0
+    adapter: str = ""  # "": what was loaded
 
 
 @dataclass(frozen=True)
@@ -140,12 +137,45 @@ class Speaker:
             raise InputError("--whisper has no effect: this model was not trained with Whisper")
         self._whisper_name = whisper
         self._loaded_tower: WhisperTower | None = None
-        trained_with = adapter_card(adapter).get("codec_revision") if adapter is not None else None
-        if trained_with not in (None, self.codec.revision):
-            raise CheckpointError(
-                f"the adapter {adapter} was trained on codes of another codec (revision {trained_with}) than "
-                f"{loaded.codec} (revision {self.codec.revision}): name its codec with --codec"
-            )
+        if adapter is not None:
+            check_codec(adapter, loaded)
+        self._adapter = adapter
+        self._added: dict[str, AddedAdapter] = {}
+
+    def add_adapter(self, name: str, adapter: str | Path) -> None:
+        """An adapter, of a run or a folder, that requests may name: clips of the base and of many adapters are spoken
+        in one batch, each with its own.
+
+        Raises InputError for a name in use, and where this speaker has an adapter of its own; CheckpointError for an
+        adapter of another base, family or codec, and for one that cannot stand beside others (DoRA, modules trained in
+        full, audio attention, Whisper): export those merged.
+        """
+        if self._adapter is not None or self._live:
+            raise InputError(f"{name}: load the base alone to add adapters; this speaker has one of its own")
+        if not name or name in self._added:
+            raise InputError(f"an adapter cannot be named {name!r}: " + ("it is in use" if name else "it is empty"))
+        added = read_added(find_adapter(adapter), self.loaded)
+        if self._engine is not None:
+            self._engine.add_adapter(name, added.lora)
+        self._added[name] = added
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an added adapter. Raises InputError for an unknown one, and while it speaks."""
+        self._find_added(name)
+        if self._engine is not None:
+            self._engine.remove_adapter(name)
+        del self._added[name]
+
+    def _find_added(self, name: str) -> AddedAdapter:
+        if name not in self._added:
+            raise InputError(f"no adapter {name!r} was added: there are {', '.join(sorted(self._added)) or 'none'}")
+        return self._added[name]
+
+    def _sampling_of(self, request: Request) -> Sampling:
+        return self._find_added(request.adapter).sampling if request.adapter else self.sampling
+
+    def _place_of(self, request: Request) -> ReferencePlace:
+        return self._find_added(request.adapter).reference_place if request.adapter else self.reference_place
 
     @property
     def whisper_spec(self) -> WhisperSpec | None:
@@ -218,6 +248,7 @@ class Speaker:
         sampling: Sampling | None = None,
         seed: int = 0,
         max_seconds: float | None = None,
+        adapter: str = "",
     ) -> Speech:
         """Speak one text; the same seed repeats the same speech.
 
@@ -226,7 +257,7 @@ class Speaker:
         `speak_all`. Raises InputError for a missing transcript, DataError as `reference` and `speak_all`,
         CheckpointError as `reference`.
         """
-        request = Request(text, self._voice(reference, reference_text), scene, seed)
+        request = Request(text, self._voice(reference, reference_text), scene, seed, adapter)
         [speech] = self.speak_all([request], sampling=sampling, max_seconds=max_seconds)
         warn_of_duration(speech)
         return speech
@@ -241,6 +272,7 @@ class Speaker:
         sampling: Sampling | None = None,
         seed: int = 0,
         max_seconds: float | None = None,
+        adapter: str = "",
     ) -> Iterator[np.ndarray]:
         """Speak one text and yield it while it is made: waveforms [samples] float32 at `codec.sample_rate`.
 
@@ -249,14 +281,15 @@ class Speaker:
         speed so far, whoever plays the first one at once need not wait for the next (see `Pace`).
         Raises as `speak`.
         """
-        clip = _Clip(Request(text, self._voice(reference, reference_text), scene, seed), max_seconds, self.texts)
-        return self._stream(clip, sampling or self.sampling)
+        request = Request(text, self._voice(reference, reference_text), scene, seed, adapter)
+        clip = _Clip(request, max_seconds, self.texts)
+        return self._stream(clip, sampling)
 
-    def _stream(self, clip: "_Clip", sampling: Sampling) -> Iterator[np.ndarray]:
+    def _stream(self, clip: "_Clip", sampling: Sampling | None) -> Iterator[np.ndarray]:
         engine, rate = self._engine_for(1, None), self.codec.sample_rate
         pace, made = Pace(clip.left()), 0.0
         while not clip.done:
-            job = Job(self._prompt(clip), self._cap(clip.next_text, clip.max_seconds), clip.request.seed, sampling)
+            job = self._job(clip, sampling)
             decoder, given = PieceDecoder(self.codec), 0
             engine.insert([job])
             try:
@@ -307,12 +340,14 @@ class Speaker:
         """
         if max_seconds is not None and not 0 < max_seconds <= MAX_SECONDS:
             raise InputError(f"max_seconds is {max_seconds}: it must be above 0 and at most {MAX_SECONDS:g}")
+        for name in {request.adapter for request in requests} - {""}:
+            self._find_added(name)
         clips = [_Clip(request, max_seconds, self.texts) for request in requests]
         engine = self._engine_for(min(batch_size, len(clips)), sync_logits)
         for first in range(0, len(clips), _WINDOW * batch_size):
             window = clips[first : first + _WINDOW * batch_size]
             due = 0
-            for _ in self._spoken(window, engine, sampling or self.sampling, batch_size):
+            for _ in self._spoken(window, engine, sampling, batch_size):
                 while due < len(window) and window[due].done:
                     yield self._speech(window[due], warn)
                     due += 1
@@ -321,9 +356,13 @@ class Speaker:
         """The engine of the last call, which keeps its copies of the weights, unless it is too small or at work."""
         if self._engine is None or self._engine.slots < slots or self._engine.speaking or sync_logits is not None:
             self._engine = Engine(self.model, slots=slots, live=self._live, sync_logits=sync_logits)
+            for name, added in self._added.items():
+                self._engine.add_adapter(name, added.lora)
         return self._engine
 
-    def _spoken(self, clips: Sequence["_Clip"], engine: Engine, sampling: Sampling, batch_size: int) -> Iterator[None]:
+    def _spoken(
+        self, clips: Sequence["_Clip"], engine: Engine, sampling: Sampling | None, batch_size: int
+    ) -> Iterator[None]:
         """Speak the pieces of clips, those with the most to say first, so that few slots are idle at the end; yields
         after each piece.
         """
@@ -332,10 +371,7 @@ class Speaker:
 
         def more(free: int) -> list[Job]:
             taken = [waiting.pop() for _ in range(min(free, batch_size - engine.speaking, len(waiting)))]
-            jobs = [
-                Job(self._prompt(clip), self._cap(clip.next_text, clip.max_seconds), clip.request.seed, sampling)
-                for clip in taken
-            ]
+            jobs = [self._job(clip, sampling) for clip in taken]
             spoken.update(zip(jobs, taken, strict=True))
             return jobs
 
@@ -350,9 +386,16 @@ class Speaker:
             for job in spoken:
                 engine.remove(job)
 
+    def _job(self, clip: "_Clip", sampling: Sampling | None) -> Job:
+        request = clip.request
+        return Job(
+            self._prompt(clip), self._cap(clip.next_text, clip.max_seconds), request.seed,
+            sampling or self._sampling_of(request), request.adapter,
+        )  # fmt: skip
+
     def _prompt(self, clip: "_Clip") -> Example:
         reference, scene = clip.request.voice, clip.request.scene
-        in_scene = reference is not None and self.reference_place == "scene"
+        in_scene = reference is not None and self._place_of(clip.request) == "scene"
         context = [reference] if reference is not None and not in_scene else []
         if clip.spoken and (self.loaded.family.info.continues_speech or not context):
             # Without a voice of its own, the first piece is the reference of those that follow.
@@ -450,34 +493,3 @@ def check_transcript(family: FamilyInfo, place: ReferencePlace, text: str) -> No
             "a reference needs both the recording (--reference) and its transcript (--reference-text), unless the "
             "adapter was trained with references in the scene"
         )
-
-
-def family_to_speak(adapter: Path | None, checkpoint: str | Path | None) -> FamilyInfo:
-    """The family of an adapter by its card, or of a checkpoint by its config.json, before any weight is read.
-
-    Raises CheckpointError.
-    """
-    if adapter is not None:
-        return family_info(adapter_card(adapter).get("family"))
-    assert checkpoint is not None
-    return family_in(fetch(checkpoint, what="checkpoint", weights=False))[0]
-
-
-def trained_sampling(adapter: Path | None, base: Path | None) -> Sampling:
-    """The sampling that an adapter records, else what its base recommends. Raises CheckpointError."""
-    recorded = None if adapter is None else adapter_card(adapter).get("sampling")
-    if adapter is None or recorded is None:
-        return base_sampling(base)
-    return read_sampling(recorded, adapter / ADAPTER_CARD)
-
-
-def trained_place(adapter: Path | None, checkpoint: Path | None) -> ReferencePlace:
-    """Where the reference stands in the prompts that an adapter, or the one in a merged checkpoint, was trained on."""
-    if adapter is not None:
-        card = adapter_card(adapter)
-    else:
-        card = {} if checkpoint is None else folder_card(checkpoint).get("adapter", {})
-    place: ReferencePlace = card.get("recipe", {}).get("data", {}).get("reference", "turn")
-    if place not in get_args(ReferencePlace):
-        raise CheckpointError(f"{adapter or checkpoint} records the place {place!r} of a reference, which is unknown")
-    return place

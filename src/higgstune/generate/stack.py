@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from higgstune.errors import CheckpointError
 from higgstune.families.base import DecoderParts, Example, LayerParts, Pathway, Spec
 from higgstune.generate.linears import Adaptable, Adapters, Linear, fused, live
 
@@ -82,10 +83,10 @@ class Stack:
     def add_adapter(self, name: str, lora: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> None:
         """LoRA that rows may choose: A [r, in] and B [out, r], scaled, of each linear layer that it changes.
 
-        Raises ValueError for layers that are not among those of the stack.
+        Raises CheckpointError for layers that are not among those of the stack.
         """
         if strange := lora.keys() - {layer for linear in self._adaptable for layer in linear.layers}:
-            raise ValueError(f"{len(strange)} layers outside the decoder layers, such as {strange.pop()}")
+            raise CheckpointError(f"the adapter {name} changes {len(strange)} layers outside the decoder layers")
         for linear in self._adaptable:
             linear.add(name, [lora.get(layer) for layer in linear.layers])
 
