@@ -1,6 +1,6 @@
 """Draws rows of codes for many clips at once: what every family's `RowSampler` shares.
 
-A clip's rows depend on its own logits, settings and seed alone. Its seed gives two uniform numbers for each cell of a
+A clip's rows depend on its own logits, settings and seed alone. Its seed gives two uniform numbers for each code of a
 row, one for the draw and one for a family that draws again; so neither the clips beside it nor the moment it began
 change what it draws. Nothing here reads a value back from the device while clips are drawn.
 
