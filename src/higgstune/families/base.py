@@ -196,7 +196,7 @@ class DecoderParts:
     rotary: "nn.Module"  # of transformers
     embed_text: "Callable[[Tensor], Tensor]"  # ids [...] -> [..., D]
     embed_rows: "Callable[[Tensor], Tensor]"  # rows [..., K] -> [..., D]
-    head: "nn.Module"  # with a `weight` [K * V, D]
+    head: "nn.Module"  # a linear layer or a table with a `weight` [K * V, D], and nothing else
 
 
 class Decoder(Protocol):

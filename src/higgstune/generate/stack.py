@@ -10,7 +10,7 @@ H query heads, G key heads, d head size, K codebooks, V classes of a codebook.
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from higgstune.errors import CheckpointError
 from higgstune.families.base import DecoderParts, Example, LayerParts, Pathway, Spec
-from higgstune.generate.linears import Adaptable, Adapters, Linear, fused, live
+from higgstune.generate.linears import Adaptable, Adapters, Linear, fused, live, product
 
 _GROWTH = 256  # positions
 _Rows = Callable[[Tensor], Tensor]  # of hidden states
@@ -59,7 +59,7 @@ class Stack:
 
         self._parts, self._spec = parts, spec
         self._layers = [_layer(layer, spec, join) for layer in parts.layers]
-        self._head = fused([parts.head]) if copy else live([parts.head])
+        self._head = product(cast(Tensor, parts.head.weight)) if copy else None
         weight: Any = parts.norm.weight
         self._cache = torch.zeros(
             (len(self._layers), slots, 0, 2 * spec.key_value_heads, spec.head_dim),
@@ -171,9 +171,10 @@ class Stack:
         return q, torch.cat((k, values), 1)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        of_head: Any = self._parts.head.weight  # float32 while it is trained
-        hidden = _normed(hidden, self._parts.norm).to(of_head.dtype)
-        return self._head(hidden).unflatten(-1, (self._spec.num_codebooks, self._spec.classes))
+        weight: Any = self._parts.head.weight  # float32 while it is trained
+        hidden = _normed(hidden, self._parts.norm).to(weight.dtype)
+        logits = F.linear(hidden, weight) if self._head is None else self._head(hidden)
+        return logits.unflatten(-1, (self._spec.num_codebooks, self._spec.classes))
 
 
 def _layer(parts: LayerParts, spec: Spec, join: Callable[[Sequence[nn.Module]], Linear]) -> _Layer:

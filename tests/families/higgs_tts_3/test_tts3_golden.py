@@ -1,6 +1,7 @@
 """Higgs TTS 3 against what its public implementations compute, and every wrong variant against the same values."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from higgstune.families.higgs_tts_3 import golden as golden_module
 from higgstune.families.higgs_tts_3.delay import labels_of
 from higgstune.families.higgs_tts_3.golden import Golden
 from higgstune.families.higgs_tts_3.model import HiggsTTS3
+from higgstune.families.sampling import Sampling
+from higgstune.generate.added import lora_of
+from higgstune.generate.engine import Engine, Job
 from higgstune.kernels import IGNORE
 
 pytestmark = NEEDED
@@ -41,6 +45,29 @@ def test_what_is_computed_is_what_public_implementations_compute(values: Golden,
     [check] = [check for check in values.checks() if check.name == name]
     [finding] = compare(check)
     assert finding.status == "ok", finding.message
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_the_engine_speaks_the_same_rows(values: Golden, live: bool) -> None:
+    expected = values.values("generation")
+    jobs = {name: Job(values.prompt(name), 200, seed=0, sampling=Sampling(temperature=0)) for name in values.cases}
+    engine = Engine(values.model, slots=2, live=live)
+    for name, clip in zip(jobs, engine.generate(list(jobs.values())), strict=True):
+        np.testing.assert_array_equal(clip.codes, expected[f"{name}.codes"].numpy())
+        assert not clip.hit_cap
+    values.adapter()
+    adapted = Engine(values.adapted, slots=3, live=live).generate(list(jobs.values()))
+    with values.adapted.disable_adapter():
+        mixed = Engine(values.adapted, slots=8)
+    mixed.add_adapter("anna", lora_of(values.adapted))
+    both = [replace(job, adapter=name) for job in jobs.values() for name in ("", "anna")]
+    for index, clip in enumerate(mixed.generate(both)):
+        name = list(jobs)[index // 2]
+        found = adapted[index // 2].codes if index % 2 else expected[f"{name}.codes"].numpy()
+        np.testing.assert_array_equal(clip.codes, found)
+    alone = Engine(values.adapted, sync_logits=lambda logits: logits)  # by the model's own forward
+    for job, clip in zip(jobs.values(), adapted, strict=True):
+        np.testing.assert_array_equal(alone.generate([job])[0].codes, clip.codes)
 
 
 def test_every_check_is_named_above(values: Golden) -> None:
