@@ -26,6 +26,7 @@ from higgstune.families.higgs_v2.sampler import RowSampler
 from higgstune.families.sampling import Sampling
 from higgstune.generate.added import lora_of
 from higgstune.generate.engine import Engine, Job, generate
+from higgstune.generate.prefixes import Prefixes
 from higgstune.generate.stack import Stack
 from higgstune.kernels.loss import LossWeights, combine, label_counts
 from higgstune.model.adapters import adapted_layers, add_lora, unload_adapter
@@ -357,3 +358,56 @@ def test_a_step_reads_no_value_and_computes_what_is_needed_once() -> None:
         counted[len(adapters)] = len(operators.names)
     assert counted[1] <= 550
     assert counted[2] <= 750
+
+
+def test_what_prompts_begin_with_is_read_once() -> None:
+    model, prompter = tiny_prompter(codes=CODES)
+    reference = random_codes(40, seed=5, codes=CODES)
+    texts = ("The sun rises.", "Good morning, everybody.", "It was the night before my birthday.", "Hello.")
+    prompts = [
+        prompter.prompt(speech_messages(text, context=[("Good day.", "reference.wav")]), [reference]) for text in texts
+    ]
+    other = random_codes(40, seed=6, codes=CODES)
+    prompts.append(prompter.prompt(speech_messages(texts[0], context=[("Good day.", "reference.wav")]), [other]))
+    jobs = jobs_of(prompts, ("", "anna")) + jobs_of(prompts[:1], ("anna", ""))  # twice, under another adapter first
+    engine, fed = Engine(model, slots=3), []
+    for seed in (1, 2):
+        adapted = with_random_lora(model, seed=seed)
+        engine.add_adapter("anna", lora_of(adapted))
+        unload_adapter(adapted)
+        watched = engine._stack._parts.embed_text
+        engine._stack._parts = dataclasses.replace(
+            engine._stack._parts, embed_text=lambda ids, watched=watched: (fed.append(len(ids)), watched(ids))[1]
+        )
+        for job, clip in zip(jobs, engine.generate(jobs), strict=True):
+            own = with_random_lora(tiny_prompter(codes=CODES)[0], seed=seed) if job.adapter else model
+            np.testing.assert_array_equal(clip.codes, own_forward(own, job))
+        assert sum(fed) < 0.5 * sum(len(job.prompt) for job in jobs)
+        fed.clear()
+        engine.remove_adapter("anna")  # the next one of this name has other keys
+    assert 0 < engine._stack._prefixes.bytes <= 1 << 28
+
+
+def test_the_prefixes_not_used_for_the_longest_leave_first() -> None:
+    _, prompter = tiny_prompter(codes=CODES)
+    prompts = [
+        prompter.prompt(
+            speech_messages("Hello.", scene=None, context=[(str(i) * 40, "x")]), [random_codes(30, seed=i, codes=CODES)]
+        )
+        for i in range(4)
+    ]
+    cache = torch.randn(2, 400, 4, 8)
+    size = cache[:, : len(prompts[0])].nbytes
+    kept = Prefixes(2 * size + size // 2)
+    for index, prompt in enumerate(prompts[:3]):
+        kept.keep(prompt, 0, cache, "")
+        if index < 2:
+            assert kept.copy(prompts[0], cache.clone(), "") == len(prompts[0])
+    assert kept.copy(prompts[1], cache.clone(), "") < len(prompts[1])  # used before the first one was
+    into = torch.zeros_like(cache)
+    assert kept.copy(prompts[2], into, "") == len(prompts[2])
+    torch.testing.assert_close(into[:, : len(prompts[2])], cache[:, : len(prompts[2])])
+    assert kept.copy(prompts[2], into, "anna") == 0
+    assert kept.bytes <= 2 * size + size // 2
+    kept.forget("")
+    assert (kept.bytes, kept.copy(prompts[2], into, "")) == (0, 0)

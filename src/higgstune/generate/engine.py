@@ -197,8 +197,11 @@ class Engine:
         for adapter, group in groupby(jobs, key=lambda job: job.adapter):
             prompts = [job.prompt for job in group]
             stack.select([adapter])
-            logits.append(stack.prefill(prompts, self._sampler.start, slot))
-            slot += len(prompts)
+            # The first one alone: the others may begin as it does.
+            for part in (prompts[:1], prompts[1:]):
+                if part:
+                    logits.append(stack.prefill(part, self._sampler.start, slot, adapter))
+                    slot += len(part)
         return torch.cat(logits)
 
     def _draw(self, logits: Tensor, first: int) -> None:

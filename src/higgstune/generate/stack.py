@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from higgstune.errors import CheckpointError
 from higgstune.families.base import DecoderParts, Example, LayerParts, Pathway, Spec
 from higgstune.generate.linears import Adaptable, Adapters, Linear, fused, live, product
+from higgstune.generate.prefixes import Prefixes
 
 _GROWTH = 256  # positions
+_PREFIX_BYTES = 1 << 28  # of keys and values of earlier prompts
 _Rows = Callable[[Tensor], Tensor]  # of hidden states
 
 
@@ -51,6 +53,7 @@ class Stack:
     def __init__(self, parts: DecoderParts, spec: Spec, slots: int, *, copy: bool) -> None:
         """`copy` speaks faster, from copies of the weights; without, from the model's own as they are at each step."""
         self._adapters = Adapters()
+        self._prefixes = Prefixes(_PREFIX_BYTES if copy else 0)  # weights that may change give other keys
         self._adaptable: list[Adaptable] = []
 
         def join(layers: Sequence[nn.Module]) -> Linear:
@@ -94,40 +97,46 @@ class Stack:
         """Forget an adapter."""
         for linear in self._adaptable:
             linear.remove(name)
+        self._prefixes.forget(name)
 
     def select(self, adapters: Sequence[str]) -> None:
         """The adapters of the rows to come, in the order of slots; one alone is for all. "" is the base."""
         self._adapters.select(adapters)
 
-    def prefill(self, prompts: Sequence[Example], start: list[int] | None, first: int) -> Tensor:
+    def prefill(self, prompts: Sequence[Example], start: list[int] | None, first: int, adapter: str = "") -> Tensor:
         """Read prompts, and after each the row `start` [K] where the family gives it, into the slots from `first` on;
-        the logits [n, K, V] of the next row.
+        the logits [n, K, V] of the next row. What an earlier prompt began with as well is not computed again.
         """
-        sequences = [_rows(prompt, start) for prompt in prompts]
-        audio = torch.cat([mask for mask, _, _ in sequences]).to(self._end.device)
-        hidden = self._parts.embed_text(torch.cat([ids for _, ids, _ in sequences]).to(audio.device))
-        rows = torch.cat([rows for _, _, rows in sequences]).to(audio.device)
+        device, spans = self._end.device, []
+        for slot, prompt in enumerate(prompts, first):
+            length = len(prompt) + (start is not None)
+            known = self._prefixes.copy(prompt, self._cache[:, slot], adapter)
+            spans.append((min(known, length - 1), length))
+        left = [_rows(prompt, start, known) for prompt, (known, _) in zip(prompts, spans, strict=True)]
+        audio, ids, rows = (torch.cat(parts).to(device) for parts in zip(*left, strict=True))
         of_audio, of_text = audio.nonzero()[:, 0], (~audio).nonzero()[:, 0]
+        hidden = self._parts.embed_text(ids)
         hidden = hidden.index_copy(0, of_audio, self._parts.embed_rows(rows).to(hidden.dtype))
-        lengths = [len(mask) for mask, _, _ in sequences]
-        for slot, length in enumerate(lengths, first):
+        for slot, (_, length) in enumerate(spans, first):
             self.lengths[slot] = length
-        self._end[first : first + len(lengths)] = torch.tensor(lengths, device=audio.device)
-        places = torch.cat([torch.arange(length) for length in lengths]).to(audio.device)
+        self._end[first : first + len(spans)] = torch.tensor([length for _, length in spans], device=device)
+        places = torch.cat([torch.arange(*span) for span in spans]).to(device)
         cos, sin = (part[places, None] for part in self._rotary)
-        for index, layer in enumerate(self._layers):
+        for layer, cache in zip(self._layers, self._cache, strict=True):
             normed = _by_pathway(hidden, of_text, of_audio, layer.text_norm, layer.audio_norm)
             q, kv = self._heads(layer, normed, cos, sin)
             attended, begin = [], 0
-            for slot, length in enumerate(lengths, first):
-                part = slice(begin, begin + length)
-                self._cache[index, slot, :length] = kv[part]
-                attended.append(_causal(q[part], kv[part]))
-                begin += length
+            for slot, (at, length) in enumerate(spans, first):
+                part = slice(begin, begin + length - at)
+                cache[slot, at:length] = kv[part]
+                attended.append(_causal(q[part], cache[slot, :length]))
+                begin = part.stop
             hidden = layer.output(torch.cat(attended), hidden)
             hidden = _by_pathway(hidden, of_text, of_audio, layer.text, layer.audio)
-        last = torch.tensor(lengths).cumsum(0) - 1
-        return self._logits(hidden[last.to(hidden.device)])
+        for slot, ((known, _), prompt) in enumerate(zip(spans, prompts, strict=True), first):
+            self._prefixes.keep(prompt, known, self._cache[:, slot], adapter)
+        last = torch.tensor([length - at for at, length in spans]).cumsum(0) - 1
+        return self._logits(hidden[last.to(device)])
 
     def step(self, rows: Tensor) -> Tensor:
         """Feed the next row [n, K] of the first n slots; the logits [n, K, V] of the one after it."""
@@ -195,10 +204,13 @@ def _pathway(pathway: Pathway, join: Callable[[Sequence[nn.Module]], Linear]) ->
     return functools.partial(_normed, norm=pathway.norm), feed_forward
 
 
-def _rows(prompt: Example, start: list[int] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """A prompt and a first row: the mask of audio frames [R], ids with 0 in their places [R], the frames [A, K]."""
+def _rows(prompt: Example, start: list[int] | None, known: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A prompt and a first row, from row `known` on: the mask of audio frames [R], ids with 0 in their places [R], the
+    frames [A, K].
+    """
     mask, rows = torch.from_numpy(prompt.audio_mask), torch.from_numpy(prompt.audio_input_ids)
-    ids = torch.from_numpy(prompt.input_ids).masked_fill(mask, 0)
+    rows, mask, ids = rows[mask[:known].sum() :], mask[known:], torch.from_numpy(prompt.input_ids)[known:]
+    ids = ids.masked_fill(mask, 0)
     if start is not None:
         mask, ids = F.pad(mask, (0, 1), value=True), F.pad(ids, (0, 1))
         rows = torch.cat((rows, torch.tensor([start])))
@@ -219,9 +231,14 @@ def _normed(hidden: Tensor, norm: Any) -> Tensor:
 
 
 def _causal(q: Tensor, kv: Tensor) -> Tensor:
-    """Attention within one prompt: q [R, H, d], keys and values [R, 2G, d] -> [R, H * d]."""
+    """Attention of a prompt's last rows: q [R, H, d], keys and values of all its rows [P, 2G, d] -> [R, H * d]."""
     k, v = kv.transpose(0, 1)[None].chunk(2, dim=1)
-    attended = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, is_causal=True, enable_gqa=True)
+    new, total, mask = len(q), len(kv), None
+    if new < total:
+        mask = torch.arange(total, device=q.device) <= torch.arange(total - new, total, device=q.device)[:, None]
+    attended = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
     return attended[0].transpose(0, 1).flatten(1)
 
 
