@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from higgstune.families.higgs_v2.delay import build_frames as build_frames
     from higgstune.families.higgs_v2.prompt import render as render
     from higgstune.families.sampling import Sampling as Sampling
-    from higgstune.generate.speaker import Request as Request
     from higgstune.generate.speaker import Speaker as Speaker
-    from higgstune.generate.speaker import Speech as Speech
-    from higgstune.generate.speaker import Voice as Voice
     from higgstune.generate.speaker import load as load
+    from higgstune.generate.speech import Request as Request
+    from higgstune.generate.speech import Speech as Speech
+    from higgstune.generate.speech import Voice as Voice
     from higgstune.inputs import BaseSpec as BaseSpec
     from higgstune.model.adapters import load_adapter as load_adapter
     from higgstune.model.load import ModelAndTokenizers as ModelAndTokenizers
@@ -50,11 +50,11 @@ _HOME = {
     "HiggstuneError": "higgstune.errors",
     "ModelAndTokenizers": "higgstune.model.load",
     "Recipe": "higgstune.config.recipe",
-    "Request": "higgstune.generate.speaker",
+    "Request": "higgstune.generate.speech",
     "Sampling": "higgstune.families.sampling",
     "Speaker": "higgstune.generate.speaker",
-    "Speech": "higgstune.generate.speaker",
-    "Voice": "higgstune.generate.speaker",
+    "Speech": "higgstune.generate.speech",
+    "Voice": "higgstune.generate.speech",
     "build_frames": "higgstune.families.higgs_v2.delay",
     "collect": "higgstune.raw.collect",
     "check_applied": "higgstune.diagnostics.adapter",

@@ -135,6 +135,11 @@ def test_from_recordings_to_speech(world: Path, command: Command) -> None:
     code, _, err = command("speak", "--file", recipe, "--model", world / "base", "--stream")
     assert code == 2
     assert "leave out --file" in err
+    asr = f"{sys.executable} {world / 'asr.py'}"
+    (world / "asr.py").write_text(ASR)
+    code, out, _ = command(*said, "--out", speech, "--check", asr, "--json")
+    assert code == 0
+    assert json.loads(out) == {"files": [str(speech)], "spoken_again": 1}
     lines = world / "lines.txt"
     lines.write_text("Hello.\n\n... !\nGood morning.\n", encoding="utf-16")
     code, out, err = command(
@@ -148,6 +153,12 @@ def test_from_recordings_to_speech(world: Path, command: Command) -> None:
     assert "not_spoken: line 3" in out
 
 
+# An ASR that finds other words in every clip.
+ASR = """
+import json, sys
+for file in sys.argv[1:]:
+    print(json.dumps({"file": file, "text": "something else"}))
+"""
 LONG = "x" * 300  # no file name can have it
 
 # Wrong in a way that needs no model to be seen: arguments, and what the error names. `run` is a run, `store` a store.

@@ -27,7 +27,8 @@ from higgstune.evaluation.evaluate import evaluate
 from higgstune.evaluation.judges.base import Judges
 from higgstune.evaluation.report.run_report import write_target_report
 from higgstune.files import alone_in
-from higgstune.generate.speaker import Request, Speaker, Speech
+from higgstune.generate.speaker import Speaker
+from higgstune.generate.speech import Request, Speech
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from export_world import make_adapter, make_world
 from higgstune.errors import CheckpointError, InputError
 from higgstune.families.base import Conditioning
 from higgstune.families.sampling import Sampling
-from higgstune.generate.speaker import Request, load
+from higgstune.generate.speaker import load
+from higgstune.generate.speech import Request
 
 GREEDY = Sampling(temperature=0)
 

@@ -30,7 +30,8 @@ from higgstune.families.higgs_v2.prompt import render
 from higgstune.families.sampling import Sampling
 from higgstune.generate.chunks import Pace, expected_seconds, frame_cap, join, split_text
 from higgstune.generate.engine import Engine, Generated
-from higgstune.generate.speaker import Request, Speaker, Speech, Voice, load
+from higgstune.generate.speaker import Speaker, load
+from higgstune.generate.speech import Request, Speech, Voice
 from higgstune.inputs import BaseSpec
 from higgstune.model.load import ModelAndTokenizers
 
@@ -368,3 +369,38 @@ def test_whoever_plays_a_stream_at_once_need_not_wait(rate: float) -> None:
             pace.give(made)
             given = made
     assert first <= max(0.2, 10 * (1 / rate - 0.8)) + 0.3
+
+
+def test_a_piece_with_wrong_words_is_spoken_again_and_the_best_is_kept() -> None:
+    speaker, checked = make_speaker(), []
+    share = {"Hello.": [0.5, 0.3, 0.4], "Good night.": [0.6, 0.1], "Fine.": [0.2]}  # of each try
+
+    def check(text: str, waveform: np.ndarray) -> float:
+        checked.append((text, len(waveform)))
+        return share[text][sum(other == text for other, _ in checked) - 1]
+
+    requests = [Request(text, seed=5) for text in share]
+    found = list(speaker.speak_all(requests, check=check, max_seconds=60.0, warn=False))
+    assert sorted(text for text, _ in checked) == [
+        "Fine.",
+        "Good night.",
+        "Good night.",
+        "Hello.",
+        "Hello.",
+        "Hello.",
+    ]
+    assert [clip.spoken_again for clip in found] == [1, 1, 0]
+    seeds = {"Hello.": 5 + 1_000_003, "Good night.": 5 + 1_000_003, "Fine.": 5}  # of what was kept
+    for clip in found:
+        alone = speaker.speak(clip.text, seed=seeds[clip.text], max_seconds=60.0)
+        np.testing.assert_array_equal(clip.waveform, alone.waveform)
+
+
+def test_a_list_that_is_left_while_clips_end_leaves_the_engine_free() -> None:
+    speaker = make_speaker()
+    requests = [Request("Hello.", seed=1), Request("Hello.", seed=1), Request("Good night, and sleep well.", seed=2)]
+    stream = speaker.speak_all(requests, max_seconds=60.0)
+    first = next(stream)  # the second clip ends with it
+    stream.close()
+    [again] = speaker.speak_all(requests[:1], max_seconds=60.0)
+    np.testing.assert_array_equal(again.waveform, first.waveform)

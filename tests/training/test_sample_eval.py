@@ -35,7 +35,8 @@ from higgstune.evaluation.evaluate import evaluate
 from higgstune.evaluation.report.run_report import write_run_report
 from higgstune.families.higgs_v2.decoder import Decoder
 from higgstune.families.sampling import Sampling
-from higgstune.generate.speaker import Request, Speaker
+from higgstune.generate.speaker import Speaker
+from higgstune.generate.speech import Request
 from higgstune.model.adapters import add_lora
 from higgstune.training.distributed import Processes, shard
 

@@ -22,7 +22,8 @@ from higgstune.demo.demo import stopped
 from higgstune.evaluation.asr_errors import word_error_rate
 from higgstune.evaluation.judges import load_judges
 from higgstune.evaluation.judges.base import Judges
-from higgstune.generate.speaker import Request, load
+from higgstune.generate.speaker import load
+from higgstune.generate.speech import Request
 from higgstune.inputs import BaseSpec
 
 ASSETS = Path("src/higgstune/demo/assets")

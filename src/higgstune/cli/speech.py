@@ -1,14 +1,14 @@
 """The verb `speak`."""
 
-import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, BinaryIO, NamedTuple
+from typing import Annotated, BinaryIO
 
 import typer
 
 from higgstune.cli.endings import warn_of_unusable
+from higgstune.cli.lines import clips_of_lines, one_clip
 from higgstune.cli.options import (
     DEVICE,
     MODEL,
@@ -28,9 +28,8 @@ from higgstune.cli.options import (
     within,
 )
 from higgstune.cli.output import Bar, announced, errors, print_result
-from higgstune.errors import ConfigError, DataError, WorkError
-from higgstune.files import NOTHING_KEPT, check_folder, writing
-from higgstune.inputs import check_wav_name
+from higgstune.errors import ConfigError, WorkError
+from higgstune.files import NOTHING_KEPT, writing
 
 _PIPE = Path("-")
 _FRAME_RATE = 25.0  # frames a second of the codecs so far; the one that is loaded checks a reference by its own
@@ -108,6 +107,15 @@ def speak(
     whisper: WhisperOption = None,
     device: DeviceOption = "auto",
     quantize: QuantizeOption = None,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JUDGE",
+            help="An ASR (a Whisper by name or folder, or a command): a piece with over a fifth of its words wrong is "
+            "spoken again, at most twice.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(metavar="N", callback=within(1), help="Clips spoken at a time.", rich_help_panel=DEVICE)
     ] = 8,
@@ -118,12 +126,12 @@ def speak(
     from higgstune.data.messages import DEFAULT_SCENE, check_control_tokens
     from higgstune.data.rules import TAGGED
 
-    if stream and (file is not None or as_json):
-        raise ConfigError("--stream speaks one text for a player: leave out --file and --json")
+    if stream and (file is not None or as_json or check is not None):
+        raise ConfigError("--stream speaks one text for a player: leave out --file, --check and --json")
     if text is not None and file is None:
-        clips, refused = _one_clip(text, out or Path("speech.wav"), piped=stream and out == _PIPE)
+        clips, refused = one_clip(text, out or Path("speech.wav"), piped=stream and out == _PIPE)
     elif file is not None and text is None:
-        clips, refused = _clips_of_lines(file, out or Path("speech"))
+        clips, refused = clips_of_lines(file, out or Path("speech"))
     else:
         raise ConfigError("give either a text or --file")
     if adapter is None and model is None:
@@ -144,9 +152,16 @@ def speak(
     with announced("loading the model", as_json):
         from higgstune.data.audio import WavStream
         from higgstune.generate.added import family_to_speak, trained_place
-        from higgstune.generate.speaker import Request, Speaker, check_transcript, warn_of_duration
+        from higgstune.generate.speaker import Speaker, check_transcript, warn_of_duration
+        from higgstune.generate.speech import Request
         from higgstune.model.load import load_base
 
+    if check is not None:
+        from higgstune.environment import choose_device
+        from higgstune.evaluation.asr_errors import word_check
+        from higgstune.evaluation.judges import load_clip_transcriber
+
+        asr = load_clip_transcriber(check, choose_device(base.device).type)
     if reference is not None:  # before the model is loaded
         place = trained_place(folder, None if model is None else Path(model))
         check_transcript(family_to_speak(folder, model), place, reference_text or "")
@@ -168,21 +183,27 @@ def speak(
         if clips[0].out != _PIPE:
             print_result({"files": [str(clips[0].out)]}, as_json)
         return
-    spoken = speaker.speak_all(requests, sampling=sampling, max_seconds=max_seconds, batch_size=batch_size)
+    spoken = speaker.speak_all(
+        requests, sampling=sampling, max_seconds=max_seconds, batch_size=batch_size,
+        check=None if check is None else word_check(asr, speaker.codec.sample_rate),
+    )  # fmt: skip
+    again = 0
     with Bar() as bar:
         for done, (clip, speech) in enumerate(zip(clips, spoken, strict=True), 1):
             speech.save(clip.out)  # at once: a long list that is stopped keeps them
             warn_of_duration(speech)
+            again += speech.spoken_again
             bar("speaking", done, len(clips))
-    print_result({"files": [str(clip.out) for clip in clips], **({"not_spoken": refused} if refused else {})}, as_json)
+    print_result(
+        {
+            "files": [str(clip.out) for clip in clips],
+            **({"spoken_again": again} if check is not None else {}),
+            **({"not_spoken": refused} if refused else {}),
+        },
+        as_json,
+    )
     if refused:
         raise WorkError(f"{len(refused)} of {len(refused) + len(clips)} lines of {file} were not spoken: correct them")
-
-
-class _Clip(NamedTuple):
-    place: int  # among the lines, from 0: its seed and its file's name follow from it
-    text: str
-    out: Path
 
 
 def _opened(out: Path) -> AbstractContextManager[BinaryIO]:
@@ -191,52 +212,3 @@ def _opened(out: Path) -> AbstractContextManager[BinaryIO]:
     with writing(out, NOTHING_KEPT):
         out.parent.mkdir(parents=True, exist_ok=True)
         return out.open("wb")
-
-
-def _one_clip(text: str, out: Path, *, piped: bool) -> tuple[list[_Clip], list[str]]:
-    """As `_clips_of_lines`, for one text. Raises InputError for a text or a file name that cannot be."""
-    from higgstune.data.clips import spoken_text  # imports pydantic and soundfile, in 0.1 s
-    from higgstune.data.rules import TAGGED
-
-    if not piped:
-        check_wav_name(out)
-    if not text.strip():
-        raise ConfigError("the text to speak is empty")
-    spoken_text(text, "the text to speak", TAGGED)  # allows most: the speaker knows the rules of its model
-    return [_Clip(0, text, out)], []
-
-
-def _clips_of_lines(file: Path, out: Path) -> tuple[list[_Clip], list[str]]:
-    """The lines of a file that can be spoken into the folder `out`, and why others cannot; blank ones are skipped.
-
-    Raises ConfigError for a file that cannot be read or has none, and for an `out` that is not a folder.
-    """
-    from higgstune.data.clips import spoken_text
-    from higgstune.data.rules import TAGGED
-
-    if out.suffix.lower() == ".wav" and not out.is_dir():
-        raise ConfigError(f"--out {out}: with --file it is a folder, of a clip for each line: name it without .wav")
-    check_folder(out)
-    clips, refused = [], []
-    for place, (number, line) in enumerate(_lines(file)):
-        try:
-            spoken_text(line, f"line {number} of {file}", TAGGED)
-            clips.append(_Clip(place, line, out / f"{place + 1:04d}.wav"))
-        except DataError as error:
-            refused.append(str(error))
-    if not clips:
-        raise ConfigError(f"--file {file} has no line that can be spoken" + (f": {refused[0]}" if refused else ""))
-    return clips, refused
-
-
-def _lines(file: Path) -> list[tuple[int, str]]:
-    """The lines that are not blank, with their numbers from 1 as in an editor."""
-    from higgstune.data.source import decode
-
-    try:
-        text = decode(file.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"--file {file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--file {file} is neither UTF-8 nor UTF-16 (byte {error.start}): convert it") from error
-    return [(n, line.strip()) for n, line in enumerate(re.split("\r\n|\r|\n", text), 1) if line.strip()]

@@ -28,7 +28,8 @@ from higgstune.evaluation.judges import load_judges
 from higgstune.evaluation.judges.base import Judges
 from higgstune.evaluation.verdict import Verdict
 from higgstune.generate.chunks import expected_seconds
-from higgstune.generate.speaker import Request, Speaker, Speech, load
+from higgstune.generate.speaker import Speaker, load
+from higgstune.generate.speech import Request, Speech
 from higgstune.progress import Progress, duration, silent
 from higgstune.training.run import train
 from higgstune.training.run_dir import RunResult

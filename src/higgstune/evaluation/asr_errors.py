@@ -7,16 +7,19 @@ import importlib
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from higgstune.data.audio import resample
 from higgstune.data.text import clean_text, without_tags
 from higgstune.errors import ConfigError, WorkError
 from higgstune.evaluation.clips import Clip
-from higgstune.evaluation.judges.base import Transcriber
+from higgstune.evaluation.judges.base import RATE, ClipTranscriber, Transcriber
 
 LEAK_SECONDS = 3.0  # of a clip's beginning
 LEAK_WORDS = 3  # fewer words of the reference are chance; two characters of a script without spaces count as a word
@@ -111,6 +114,18 @@ def word_error_rate(references: Sequence[str], transcripts: Sequence[str], langu
     if words == 0:
         return float("inf") if errors else 0.0
     return errors / words
+
+
+def word_check(asr: ClipTranscriber, sample_rate: int) -> Callable[[str, np.ndarray], float]:
+    """A function that gives the share of wrong words in speech, of its text and its waveform [samples] at
+    `sample_rate`, in the language that the ASR finds.
+    """
+
+    def check(text: str, waveform: np.ndarray) -> float:
+        [transcript] = asr.transcribe_clips([resample(waveform, sample_rate, RATE)], None)
+        return word_error_rate([text], [transcript.text], None)
+
+    return check
 
 
 def find_leak(transcript: str, reference_text: str, text: str, language: str | None = None) -> Leak:

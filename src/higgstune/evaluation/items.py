@@ -20,7 +20,8 @@ from higgstune.evaluation.clips import VOICES_FOLDER, Clip
 from higgstune.evaluation.test_sets import Sentence
 from higgstune.families.sampling import Sampling
 from higgstune.files import remove_left, write_file
-from higgstune.generate.speaker import Request, Speaker, Voice
+from higgstune.generate.speaker import Speaker
+from higgstune.generate.speech import Request, Voice
 from higgstune.progress import Progress
 
 UNNAMED = "unnamed"  # the speaker of rows that name none

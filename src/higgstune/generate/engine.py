@@ -149,7 +149,9 @@ class Engine:
         return self._sampler.codes(self._jobs.index(job))
 
     def remove(self, job: Job) -> None:
-        """Give up a clip."""
+        """Give up a clip, unless it has ended."""
+        if job not in self._jobs:
+            return
         slot = self._jobs.index(job)
         with torch.inference_mode():
             if self._stack is not None:

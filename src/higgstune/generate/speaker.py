@@ -1,19 +1,18 @@
 """A loaded checkpoint that speaks, with its requests and results."""
 
-import base64
 import logging
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 from torch import Tensor
 
-from higgstune.codec.base import PieceDecoder, WhisperFeatures, encode_reference
+from higgstune.codec.base import PieceDecoder, encode_reference
 from higgstune.codec.whisper_encoder import WhisperTower, load_whisper
-from higgstune.data.audio import MAX_SECONDS, resample, wav_bytes, write_wav
+from higgstune.data.audio import MAX_SECONDS, resample
 from higgstune.data.clips import read_reference, spoken_text
 from higgstune.data.messages import DEFAULT_SCENE, ReferencePlace, speech_messages
 from higgstune.data.rejection import shown
@@ -24,6 +23,7 @@ from higgstune.families.sampling import Sampling
 from higgstune.generate.added import AddedAdapter, check_codec, read_added, trained_place, trained_sampling
 from higgstune.generate.chunks import FAR_OFF, Pace, expected_seconds, faded, frame_cap, join, pause, split_text
 from higgstune.generate.engine import SLOTS, Engine, Generated, Job
+from higgstune.generate.speech import Request, Speech, Voice
 from higgstune.inputs import BaseSpec, base_and_adapter, find_adapter
 from higgstune.model.adapter_folder import (
     adapter_conditioning,
@@ -33,62 +33,12 @@ from higgstune.model.adapter_folder import (
 from higgstune.model.load import ModelAndTokenizers, load_base
 
 logger = logging.getLogger(__name__)
+Check = Callable[[str, np.ndarray], float]
+WRONG_WORDS = 0.2  # a share of a piece's words beyond which it is spoken again; an ASR itself errs in 2 to 5 %
+_TRIES = 3
+_OTHER_SEED = 1_000_003  # added for another try: no list of texts gets as far by counting
 _WINDOW = 8  # times the clips at once: texts that are put in order by length, so that the first does not wait for all
 _ADVICE = "try another seed or a lower temperature; if many texts are spoken so, see the verdict in the run's report"
-
-
-@dataclass(frozen=True)
-class Voice:
-    """A reference: its transcript, its codes [frames, K], and its Whisper features if the model uses Whisper."""
-
-    text: str
-    codes: np.ndarray
-    whisper_features: WhisperFeatures | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """A text to speak, with its voice, scene, seed and adapter (see `Speaker.add_adapter`).
-
-    >>> Request("Good morning", seed=1)
-    Request(text='Good morning', voice=None, scene='Audio is recorded from a quiet room.', seed=1, adapter='')
-    """
-
-    text: str
-    voice: Voice | None = None
-    scene: str | None = DEFAULT_SCENE
-    seed: int = 0
-    adapter: str = ""  # "": what was loaded
-
-
-@dataclass(frozen=True)
-class Speech:
-    """One spoken text, which a notebook plays.
-
-    >>> clip = Speech("Hi.", np.zeros(12_000, np.float32), sample_rate=24_000, hit_cap=False)
-    >>> clip.seconds
-    0.5
-    """
-
-    text: str  # normalised, as the model got it
-    waveform: np.ndarray  # [samples] float32
-    sample_rate: int
-    hit_cap: bool  # the frame cap ended a piece, not the model
-    generated_by: dict[str, str] | None = None  # family and licence, which a file carries where a licence requires it
-
-    @property
-    def seconds(self) -> float:
-        """The duration."""
-        return len(self.waveform) / self.sample_rate
-
-    def save(self, path: str | Path) -> Path:
-        """Write a 16-bit WAV file, and its folders. Raises InputError when the name does not end in .wav."""
-        write_wav(path, self.waveform, self.sample_rate, self.generated_by)
-        return Path(path)
-
-    def _repr_html_(self) -> str:
-        data = base64.b64encode(wav_bytes(self.waveform, self.sample_rate, self.generated_by)).decode()
-        return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
 
 
 class Speaker:
@@ -328,13 +278,16 @@ class Speaker:
         max_seconds: float | None = None,
         batch_size: int = SLOTS,
         sync_logits: Callable[[Tensor], Tensor] | None = None,
+        check: Check | None = None,
         warn: bool = True,
     ) -> Iterator[Speech]:
         """Speak texts, each in its own voice, at most `batch_size` at a time; they are yielded in their order.
 
         Long texts are split into pieces; the prompt of each piece has the one before as context. `sampling` takes the
         place of what adapter and base recommend (`Speaker.sampling`). `max_seconds` caps every piece, instead of the
-        cap from the text's length. `sync_logits`: see `Engine`. `warn` logs a warning for each piece that the
+        cap from the text's length. `sync_logits`: see `Engine`. `check` gives the share of words that are wrong in a
+        piece, from its text and waveform [samples]: a bad one, also one that the cap ends, is spoken again with another
+        seed, at most twice, and the best is kept. `warn` logs a warning for each piece that the
         cap ends. Raises DataError for a text without a letter and a digit, or with control tokens, before any is
         spoken.
         """
@@ -347,7 +300,7 @@ class Speaker:
         for first in range(0, len(clips), _WINDOW * batch_size):
             window = clips[first : first + _WINDOW * batch_size]
             due = 0
-            for _ in self._spoken(window, engine, sampling, batch_size):
+            for _ in self._spoken(window, engine, sampling, batch_size, check):
                 while due < len(window) and window[due].done:
                     yield self._speech(window[due], warn)
                     due += 1
@@ -361,7 +314,7 @@ class Speaker:
         return self._engine
 
     def _spoken(
-        self, clips: Sequence["_Clip"], engine: Engine, sampling: Sampling | None, batch_size: int
+        self, clips: Sequence["_Clip"], engine: Engine, sampling: Sampling | None, batch_size: int, check: Check | None
     ) -> Iterator[None]:
         """Speak the pieces of clips, those with the most to say first, so that few slots are idle at the end; yields
         after each piece.
@@ -378,7 +331,8 @@ class Speaker:
         try:
             for job, piece in engine.run(more):
                 clip = spoken.pop(job)
-                clip.spoken.append(piece)
+                wrong = 0.0 if check is None else check(clip.next_text, self.codec.decode(piece.codes))
+                clip.take(piece, 1.0 if check is not None and piece.hit_cap else wrong)
                 if not clip.done:
                     insort(waiting, clip, key=_Clip.left)
                 yield
@@ -387,11 +341,9 @@ class Speaker:
                 engine.remove(job)
 
     def _job(self, clip: "_Clip", sampling: Sampling | None) -> Job:
-        request = clip.request
-        return Job(
-            self._prompt(clip), self._cap(clip.next_text, clip.max_seconds), request.seed,
-            sampling or self._sampling_of(request), request.adapter,
-        )  # fmt: skip
+        request, cap = clip.request, self._cap(clip.next_text, clip.max_seconds)
+        seed = request.seed + _OTHER_SEED * len(clip.tries)
+        return Job(self._prompt(clip), cap, seed, sampling or self._sampling_of(request), request.adapter)
 
     def _prompt(self, clip: "_Clip") -> Example:
         reference, scene = clip.request.voice, clip.request.scene
@@ -421,7 +373,7 @@ class Speaker:
         if warn:
             self._warn_of_cap(clip)
         waveform = join([self.codec.decode(piece.codes) for piece in clip.spoken], self.codec.sample_rate)
-        return Speech(clip.text, waveform, self.codec.sample_rate, hit_cap, self.generated_by)
+        return Speech(clip.text, waveform, self.codec.sample_rate, hit_cap, clip.again, self.generated_by)
 
     def _warn_of_cap(self, clip: "_Clip") -> None:
         for text in (text for text, piece in zip(clip.pieces, clip.spoken, strict=True) if piece.hit_cap):
@@ -440,6 +392,8 @@ class _Clip:
         self.max_seconds = max_seconds
         self.pieces = split_text(self.text)
         self.spoken: list[Generated] = []
+        self.tries: list[tuple[float, Generated]] = []  # of the next piece, with the share of wrong words
+        self.again = 0  # pieces that took more than one
 
     @property
     def done(self) -> bool:
@@ -448,6 +402,14 @@ class _Clip:
     @property
     def next_text(self) -> str:
         return self.pieces[len(self.spoken)]
+
+    def take(self, piece: Generated, wrong: float) -> None:
+        """Keep a piece, or wait for a better one."""
+        self.tries.append((wrong, piece))
+        if wrong <= WRONG_WORDS or len(self.tries) == _TRIES:
+            self.spoken.append(min(self.tries, key=lambda tried: tried[0])[1])
+            self.again += len(self.tries) > 1
+            self.tries = []
 
     def left(self) -> float:
         """The expected seconds of what is left to say."""

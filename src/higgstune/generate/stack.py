@@ -105,7 +105,7 @@ class Stack:
 
     def prefill(self, prompts: Sequence[Example], start: list[int] | None, first: int, adapter: str = "") -> Tensor:
         """Read prompts, and after each the row `start` [K] where the family gives it, into the slots from `first` on;
-        the logits [n, K, V] of the next row. What an earlier prompt began with as well is not computed again.
+        the logits [n, K, V] of the next row. What an earlier prompt began with as well is copied.
         """
         device, spans = self._end.device, []
         for slot, prompt in enumerate(prompts, first):

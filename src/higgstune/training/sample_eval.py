@@ -36,7 +36,8 @@ from higgstune.evaluation.judges.cache import cached
 from higgstune.evaluation.score import score
 from higgstune.evaluation.test_sets import Sentence, read_sentences
 from higgstune.files import remove_left, write_file
-from higgstune.generate.speaker import Speaker, Speech
+from higgstune.generate.speaker import Speaker
+from higgstune.generate.speech import Speech
 from higgstune.model.load import ModelAndTokenizers
 from higgstune.training.distributed import Processes
 from higgstune.training.run_dir import Candidate, ChosenStep
