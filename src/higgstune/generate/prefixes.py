@@ -13,6 +13,7 @@ from torch import Tensor
 from higgstune.families.base import Example
 
 _LEAST = 16  # tokens for which a copy pays
+_MUCH = 64  # new tokens: a reference of 3 s, or a long text
 
 
 class _Prefix(NamedTuple):
@@ -42,8 +43,8 @@ class Prefixes:
         return longest
 
     def keep(self, prompt: Example, known: int, cache: Tensor, adapter: str) -> None:
-        """Keep a prompt of which most was new, from its slot, in place of those not used for the longest."""
-        if 2 * known >= len(prompt):
+        """Keep a prompt of which much was new, from its slot, in place of those not used for the longest."""
+        if 2 * known >= len(prompt) and len(prompt) - known < _MUCH:
             return
         size = cache[:, : len(prompt)].nbytes
         if size > self._limit:
