@@ -43,6 +43,10 @@ def rows(out: Path, name: str = "manifest.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / name).read_text().splitlines()]
 
 
+def everyone(out: Path) -> list[dict[str, Any]]:
+    return rows(out) + rows(out, "refused.jsonl")
+
+
 def everything(out: Path) -> dict[str, bytes]:
     """All files of a data set, by name."""
     return {
@@ -352,13 +356,19 @@ def test_bad_recordings_are_named_and_the_good_ones_kept(talk: Talk, tmp_path: P
 def test_recordings_never_share_an_id_whatever_their_names(talk: Talk, tmp_path: Path):
     raw = tmp_path / "raw"
     one = next(said for said in talk.said[:2] if said.end - said.start > 1)
-    names = ["a/b.wav", "a_b.wav", "c.wav", "c.flac", "c_wav.wav", f"{'long/' * 60}long.wav"]
+    names = ["a/b.wav", "c.wav", "a_b.wav", "a+b.wav", "c.flac", "c_wav.wav", f"{'long/' * 60}long.wav"]
+    first: dict[str, str] = {}
     for name in names:
         (raw / name).parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(raw / name, talk.samples[: round((one.end + 0.4) * RATE)], RATE)
         Path(f"{raw / name}.srt").write_text(f"1\n00:00:00,500 --> 00:00:{one.end:06.3f}\nthis is {name[-9:]}\n")
+        if name == "c.wav":
+            collect(raw, tmp_path / "out")
+            first = {row["id"]: row["segment"]["recording"] for row in everyone(tmp_path / "out")}
     collect(raw, tmp_path / "out")
-    found = rows(tmp_path / "out") + rows(tmp_path / "out", "refused.jsonl")
+    found = everyone(tmp_path / "out")
+    assert len(first) == 2
+    assert first.items() <= {row["id"]: row["segment"]["recording"] for row in found}.items()  # others change no id
     assert {row["segment"]["recording"] for row in found} == set(names)
     assert len({row["id"] for row in found}) == len(names)
     assert all(row["text"] == f"this is {row['segment']['recording'][-9:]}" for row in found)

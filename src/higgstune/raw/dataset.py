@@ -1,6 +1,6 @@
 """A data set on the disk: clips, the manifest that `prepare` reads, what was refused, and tables for people.
 
-clips/talk-00012340.flac   manifest.jsonl   refused.jsonl   review.csv   collect.json
+clips/talk.wav-00012340.flac   manifest.jsonl   refused.jsonl   review.csv   collect.json
 """
 
 import json
