@@ -129,7 +129,9 @@ def test_players_are_links_into_the_folder_and_every_text_is_escaped(tmp_path: P
     assert "alert(1)</script>" not in text
     markdown = (tmp_path / "out" / MARKDOWN).read_text()
     assert "<script>" not in markdown
-    assert re.search(r"a \\\| b \\`c\\` \\\[d\\\]\(http://e\)\]\(clips/odd%20%231%2520%20name%3F\.wav-\d+\.flac\)", markdown)
+    assert re.search(
+        r"a \\\| b \\`c\\` \\\[d\\\]\(http://e\)\]\(clips/odd%20%231%2520%20name%3F\.wav-\d+\.flac\)", markdown
+    )
 
 
 def test_no_path_of_the_machine_is_in_it(tmp_path: Path):
