@@ -10,6 +10,8 @@ from commands import Command
 from preparing import manifest, run
 from recordings import speech, write
 
+from higgstune.data import shard_writer
+from higgstune.data.entry import stored_entries
 from higgstune.data.importers import read_source
 from higgstune.data.manifest import Utterance
 from higgstune.data.origin import ORIGIN, in_words, join_origins, origin_as_json, origin_from_json
@@ -47,16 +49,18 @@ def test_statements_become_columns_that_a_later_preparation_corrects(tmp_path: P
 
 def test_a_store_of_an_earlier_version_states_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        from higgstune.data import shard_writer
-
         whole = shard_writer.store_schema
         patch.setattr(shard_writer, "store_schema", lambda books: without_origin(whole(books)))
-        run(source(tmp_path / "raw", STATED), tmp_path / "store")
+        run(source(tmp_path / "raw", STATED, STATED), tmp_path / "store", validation_fraction=0.0)
     [shard] = (tmp_path / "store").glob("*.parquet")
     assert not set(ORIGIN) & set(pq.read_schema(shard).names)
-    assert CodeStore.open(tmp_path / "store").origin() == {name: {None: 1} for name in ORIGIN}
-    run(source(tmp_path / "more", {}, STATED), tmp_path / "store")
-    assert CodeStore.open(tmp_path / "store").origin()["consent"] == {None: 1, STATED["consent"]: 1}
+    assert CodeStore.open(tmp_path / "store").origin() == {name: {None: 2} for name in ORIGIN}
+    monkeypatch.setattr(shard_writer, "_SHORT", 0)
+    run(source(tmp_path / "raw", {}, {}, STATED), tmp_path / "store", validation_fraction=0.0)
+    store = CodeStore.open(tmp_path / "store")
+    assert [shard.rows for shard in store.shards] == [2, 1]  # the old one stays
+    assert store.origin()["consent"] == {None: 2, STATED["consent"]: 1}
+    assert [entry.consent for entry in stored_entries(store)] == [None, None, STATED["consent"]]
 
 
 def without_origin(schema: Any) -> Any:

@@ -15,6 +15,8 @@ from recordings import CountingCodec, clip, speech, write
 from with_parent import with_parent
 
 from higgstune.data import shard_writer as shards
+from higgstune.data.audio import read_audio, resample
+from higgstune.data.shard_reader import read_index
 from higgstune.data.store import CodeStore
 from higgstune.errors import DataError, WorkError
 
@@ -44,6 +46,46 @@ def test_a_store_grows(tmp_path: Path) -> None:
     after = {row.id: row.split for row in CodeStore.open(out).rows()}
     assert {row_id: after[row_id] for row_id in splits} == splits
     assert len(list(out.glob("*.parquet"))) == 2
+
+
+def test_shards_without_a_changed_row_stay_and_new_rows_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "ROWS_PER_SHARD", 8)
+    monkeypatch.setattr(shards, "_SHORT", 2)
+    source, out = recordings(tmp_path / "in", 20), tmp_path / "out"
+    run(source, out, validation_fraction=0.0)
+    written: list[str] = []
+    real = shards._write_shard
+    monkeypatch.setattr(
+        shards, "_write_shard", lambda *given: (written.append(f"{given[1]}-{given[2]}"), real(*given))[1]
+    )
+
+    def again(count: int, new: list[str]) -> list[int]:
+        written.clear()
+        run(source, out, validation_fraction=0.0)
+        assert written == new
+        store = CodeStore.open(out)
+        assert [row.id for row in store.rows()] == [f"{n:03d}" for n in range(count)]
+        for row in store.rows():
+            assert np.array_equal(row.codes, CountingCodec().encode(read_back(source, row.id)))
+        assert len(list(out.glob("*.parquet"))) == len(store.shards)
+        return [shard.rows for shard in store.shards]
+
+    assert again(20, []) == [8, 8, 4]  # nothing new: nothing written
+    recordings(source, 1, first=20)
+    assert again(21, ["train-3"]) == [8, 8, 4, 1]
+    recordings(source, 1, first=21)
+    assert again(22, ["train-3"]) == [8, 8, 4, 2]  # a short one is written anew
+    recordings(source, 5, first=22)
+    assert again(27, ["train-2", "train-3"]) == [8, 8, 8, 3]
+    (source / "009.txt").write_text("Corrected.")
+    assert again(27, ["train-1", "train-2", "train-3"]) == [8, 8, 8, 3]
+    assert [shard.rows for shard in read_index(out).shards] == [8, 8, 8, 3]
+    assert "Corrected." in [row.text for row in CodeStore.open(out).rows()]
+
+
+def read_back(source: Path, name: str) -> np.ndarray:
+    waveform, rate = read_audio(source / f"{name}.wav")
+    return resample(waveform, rate, CountingCodec().sample_rate)
 
 
 def test_rows_that_left_the_source_stay(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def utterance(number: int, **changes: Any) -> dict[str, Any]:
     speech = [[round(start + a, 3), round(start + b, 3)] for a, b in ((0.15, 0.75), (0.95, 1.55))]
     text = f"{WORDS[number % 10]} one, {WORDS[number % 10]} two."
     row = {
-        "id": f"talk-{round(start * 1000):08d}",
+        "id": f"talk.wav-{round(start * 1000):08d}",
         "audio": f"clips/{number}.flac",
         "text": text,
         "speaker": "speaker01" if number % 2 else "speaker02",

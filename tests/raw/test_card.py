@@ -129,7 +129,9 @@ def test_players_are_links_into_the_folder_and_every_text_is_escaped(tmp_path: P
     assert "alert(1)</script>" not in text
     markdown = (tmp_path / "out" / MARKDOWN).read_text()
     assert "<script>" not in markdown
-    assert re.search(r"a \\\| b \\`c\\` \\\[d\\\]\(http://e\)\]\(clips/odd%20%231%2520%20name%3F-\d+\.flac\)", markdown)
+    assert re.search(
+        r"a \\\| b \\`c\\` \\\[d\\\]\(http://e\)\]\(clips/odd%20%231%2520%20name%3F\.wav-\d+\.flac\)", markdown
+    )
 
 
 def test_no_path_of_the_machine_is_in_it(tmp_path: Path):
@@ -160,7 +162,7 @@ def test_the_worst_come_with_their_reasons(tmp_path: Path):
     a_card(tmp_path / "out", [a_part(said)])
     worst = (tmp_path / "out" / MARKDOWN).read_text().partition("## The ten worst")[2]
     first = next(line for line in worst.splitlines() if line.startswith("- "))
-    assert "clips/talk-00085000.flac" in first
+    assert "clips/talk.wav-00085000.flac" in first
     assert "speech is 12.0 dB above noise or music" in first
     assert "of its characters differ" in first
 
@@ -205,8 +207,8 @@ def test_speech_in_both_splits_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("higgstune.raw.choose.find_duplicates", lambda prints: [pair])
     content = a_card(tmp_path / "out", [a_part(said)])
     table = (tmp_path / "out" / MARKDOWN).read_text().partition("## Duplicates")[2]
-    assert "| talk-00010000 | talk-00095000 | 1.5 s of it |" in table
-    assert "| talk-00000000 | talk-00095000 | the text" in table
+    assert "| talk.wav-00010000 | talk.wav-00095000 | 1.5 s of it |" in table
+    assert "| talk.wav-00000000 | talk.wav-00095000 | the text" in table
     assert any(
         line.startswith("The same speech is in training") and "pairs of utterances: 1;" in line
         for line in content["advice"]

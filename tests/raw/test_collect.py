@@ -19,7 +19,9 @@ from higgstune.data.importers import read_source
 from higgstune.data.prepare import prepare
 from higgstune.errors import ConfigError, DataError, WorkError
 from higgstune.evaluation.judges.base import Transcript
+from higgstune.raw import dataset
 from higgstune.raw.collect import CollectSummary, collect
+from higgstune.raw.dataset import WRITTEN
 from higgstune.raw.names import CACHE, EDITS
 from higgstune.raw.recipe import CollectRecipe
 
@@ -41,6 +43,10 @@ def dialogue(tmp_path_factory: pytest.TempPathFactory) -> Talk:
 
 def rows(out: Path, name: str = "manifest.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+def everyone(out: Path) -> list[dict[str, Any]]:
+    return rows(out) + rows(out, "refused.jsonl")
 
 
 def everything(out: Path) -> dict[str, bytes]:
@@ -352,13 +358,19 @@ def test_bad_recordings_are_named_and_the_good_ones_kept(talk: Talk, tmp_path: P
 def test_recordings_never_share_an_id_whatever_their_names(talk: Talk, tmp_path: Path):
     raw = tmp_path / "raw"
     one = next(said for said in talk.said[:2] if said.end - said.start > 1)
-    names = ["a/b.wav", "a_b.wav", "c.wav", "c.flac", "c_wav.wav", f"{'long/' * 60}long.wav"]
+    names = ["a/b.wav", "c.wav", "a_b.wav", "a+b.wav", "c.flac", "c_wav.wav", f"{'long/' * 60}long.wav"]
+    first: dict[str, str] = {}
     for name in names:
         (raw / name).parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(raw / name, talk.samples[: round((one.end + 0.4) * RATE)], RATE)
         Path(f"{raw / name}.srt").write_text(f"1\n00:00:00,500 --> 00:00:{one.end:06.3f}\nthis is {name[-9:]}\n")
+        if name == "c.wav":
+            collect(raw, tmp_path / "out")
+            first = {row["id"]: row["segment"]["recording"] for row in everyone(tmp_path / "out")}
     collect(raw, tmp_path / "out")
-    found = rows(tmp_path / "out") + rows(tmp_path / "out", "refused.jsonl")
+    found = everyone(tmp_path / "out")
+    assert len(first) == 2
+    assert first.items() <= {row["id"]: row["segment"]["recording"] for row in found}.items()  # others change no id
     assert {row["segment"]["recording"] for row in found} == set(names)
     assert len({row["id"] for row in found}) == len(names)
     assert all(row["text"] == f"this is {row['segment']['recording'][-9:]}" for row in found)
@@ -560,6 +572,36 @@ def test_channels_that_cancel_are_named(talk: Talk, tmp_path: Path):
     soundfile.write(tmp_path / "talk.wav", np.stack([talk.samples, -talk.samples], axis=1), RATE, subtype="FLOAT")
     summary = collect(tmp_path / "talk.wav", tmp_path / "out", asr=KnowingAsr(talk))
     assert "cancel each other" in summary.unreadable["talk.wav"]
+
+
+def test_what_was_written_is_appended_and_survives_a_kill(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    raw, out, asr = tmp_path / "raw", tmp_path / "out", KnowingAsr(talk)
+    raw.mkdir()
+    for first in (0, 4, 8):
+        start, end = talk.said[first].start - 0.4, talk.said[first + 3].end + 0.4
+        soundfile.write(raw / f"{first}.wav", talk.samples[round(start * RATE) : round(end * RATE)], RATE)
+    state, written = out / CACHE / WRITTEN, []
+    real_file, real_clip = dataset.write_file, dataset._write_clip
+    monkeypatch.setattr(dataset, "write_file", lambda path, text: (written.append(path), real_file(path, text)))
+
+    def stop_at(number: int, *clip: Any) -> None:
+        if len(list((out / "clips").iterdir())) == number:
+            raise KeyboardInterrupt
+        real_clip(*clip)
+
+    monkeypatch.setattr(dataset, "_write_clip", lambda *clip: stop_at(2, *clip))
+    with pytest.raises(KeyboardInterrupt):
+        collect(raw, out, asr=asr)
+    two = {path: path.stat().st_mtime_ns for path in (out / "clips").iterdir()}
+    with open(state, "a") as file:
+        file.write('{"8.wav-0000')  # as a kill leaves it
+    monkeypatch.setattr(dataset, "_write_clip", real_clip)
+    written.clear()
+    assert collect(raw, out, asr=asr).utterances == len(list((out / "clips").iterdir())) > 2
+    assert len(two) == 2
+    assert {path: path.stat().st_mtime_ns for path in two} == two
+    assert written.count(state) == 2  # not once for each recording
+    assert len(state.read_text().splitlines()) == len(list((out / "clips").iterdir()))
 
 
 def test_clips_of_an_earlier_call_go_where_none_are_copied(talk: Talk, tmp_path: Path):

@@ -12,11 +12,11 @@ from higgstune.raw.measure import UtteranceMeasures
 from higgstune.raw.utterances import Part, Utterance
 
 ITEMS = [
-    Item("talk-00001000", "talk.wav", 1.0, 6.0, ((1.15, 2.5), (3.0, 5.8)), "We went home. She stayed."),
-    Item("talk-00006000", "talk.wav", 6.0, 9.0, ((6.15, 8.8),), "And then?"),
-    Item("other-00000000", "other.wav", 0.0, 3.0, ((0.15, 2.8),), None),
+    Item("talk.wav-00001000", "talk.wav", 1.0, 6.0, ((1.15, 2.5), (3.0, 5.8)), "We went home. She stayed."),
+    Item("talk.wav-00006000", "talk.wav", 6.0, 9.0, ((6.15, 8.8),), "And then?"),
+    Item("other.wav-00000000", "other.wav", 0.0, 3.0, ((0.15, 2.8),), None),
 ]
-FIRST, SECOND = "talk-00001000", "talk-00006000"
+FIRST, SECOND = "talk.wav-00001000", "talk.wav-00006000"
 
 
 def log(folder: Path, *lines: dict[str, Any]) -> DecisionLog:
@@ -104,7 +104,7 @@ def test_a_cut_in_a_pause_keeps_the_margins_of_both_pieces() -> None:
     done = replayed({"id": FIRST, "cut": [2.8], "texts": ["We went home.", "She stayed."]})
     first, second, _ = done.of("talk.wav")
     assert (first.id, first.start, first.end, first.speech) == (FIRST, 1.0, 2.7, ((1.15, 2.5),))
-    assert (second.id, second.start, second.end) == ("talk-00002850", 2.85, 6.0)
+    assert (second.id, second.start, second.end) == ("talk.wav-00002850", 2.85, 6.0)
     assert second.speech == ((3.0, 5.8),)
     assert [first.text, second.text] == ["We went home.", "She stayed."]
     assert first.made_of == second.made_of == (FIRST,)
@@ -122,7 +122,7 @@ def test_a_cut_beside_speech_trims() -> None:
     one, _ = replayed({"id": FIRST, "cut": [5.9], "texts": ["All of it.", ""]}).of("talk.wav")
     assert (one.id, one.end, one.text) == (FIRST, 5.9, "All of it.")
     one, _ = replayed({"id": FIRST, "cut": [1.1], "texts": ["", "All of it."]}).of("talk.wav")
-    assert (one.id, one.start, one.end) == ("talk-00001100", 1.1, 6.0)  # an id follows from the start
+    assert (one.id, one.start, one.end) == ("talk.wav-00001100", 1.1, 6.0)  # an id follows from the start
 
 
 def test_a_join_appends_the_next_one() -> None:
@@ -137,9 +137,9 @@ def test_a_join_appends_the_next_one() -> None:
 def test_what_was_cut_can_be_joined_and_cut_again() -> None:
     done = replayed(
         {"id": FIRST, "cut": [2.8], "texts": ["a", "b"]},
-        {"id": FIRST, "join": "talk-00002850", "text": "a b"},
+        {"id": FIRST, "join": "talk.wav-00002850", "text": "a b"},
         {"id": FIRST, "cut": [4.0], "texts": ["c", "d"]},
-        {"id": "talk-00004000", "join": SECOND},
+        {"id": "talk.wav-00004000", "join": SECOND},
     )
     first, second = done.of("talk.wav")
     assert (first.end, second.start, second.end, second.text) == (4.0, 4.0, 9.0, "d And then?")
@@ -151,9 +151,9 @@ def test_a_cut_ends_decisions_about_the_text_but_not_about_the_speaker() -> None
     done = replayed(
         {"id": FIRST, "text": "Old.", "keep": True, "speaker": "anna"},
         {"id": FIRST, "cut": [2.8], "texts": ["a", "b"]},
-        {"id": "talk-00002850", "keep": True},
+        {"id": "talk.wav-00002850", "keep": True},
     )
-    assert done.edits == {FIRST: {"speaker": "anna"}, "talk-00002850": {"speaker": "anna", "keep": True}}
+    assert done.edits == {FIRST: {"speaker": "anna"}, "talk.wav-00002850": {"speaker": "anna", "keep": True}}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_cut_ends_decisions_about_the_text_but_not_about_the_speaker() -> None
         {"id": FIRST, "cut": [0.5]},
         {"id": FIRST, "cut": [6.0]},
         {"id": SECOND, "join": FIRST},
-        {"id": FIRST, "join": "other-00000000"},
+        {"id": FIRST, "join": "other.wav-00000000"},
         {"id": SECOND, "join": "gone"},
     ],
 )
@@ -179,10 +179,10 @@ def test_a_cut_that_was_collected_already_leaves_later_decisions() -> None:
     lines = [
         {"id": FIRST, "text": "Old.", "speaker": "anna"},
         {"id": FIRST, "cut": [2.8], "texts": ["a", "b"]},
-        {"id": "talk-00002850", "text": "New."},
+        {"id": "talk.wav-00002850", "text": "New."},
     ]
     done = Replay(pieces, [Decision.parse(number, line) for number, line in enumerate(lines, 1)])
-    assert done.edits == {FIRST: {"speaker": "anna"}, "talk-00002850": {"text": "New."}}
+    assert done.edits == {FIRST: {"speaker": "anna"}, "talk.wav-00002850": {"text": "New."}}
 
 
 def test_lines_are_whole_on_the_disk(tmp_path: Path) -> None:
@@ -219,12 +219,12 @@ def test_a_part_is_cut_and_joined_and_what_is_new_is_not_measured() -> None:
     other = part_of("more/talk.wav", [utterances[1]])
     lines = [
         {"id": FIRST, "cut": [2.8], "texts": ["a", "b"]},
-        {"id": SECOND, "join": "talk-00009000"},
+        {"id": SECOND, "join": "talk.wav-00009000"},
         {"id": SECOND, "keep": True},
         {"id": "gone", "keep": True},
     ]
     decisions = [Decision.parse(number, line) for number, line in enumerate(lines, 1)]
-    (new, same), edits, unused = recut([part, other], ["talk", "more_talk"], decisions)
+    (new, same), edits, unused = recut([part, other], decisions)
     assert [(one.start, one.end, one.given) for one in new.utterances] == [
         (1.0, 2.7, "a"), (2.85, 6.0, "b"), (6.0, 12.0, "c d"), (12.0, 15.0, None),
     ]  # fmt: skip
@@ -240,5 +240,5 @@ def test_a_part_is_cut_and_joined_and_what_is_new_is_not_measured() -> None:
 def test_what_two_speakers_say_is_the_known_ones_once_it_is_joined() -> None:
     utterances = [spoken(1.0, 6.0, [1.15, 5.8], speaker=None), spoken(6.0, 9.0, [6.15, 8.8], speaker=2)]
     part = part_of("talk.wav", utterances)
-    (new,), _, _ = recut([part], ["talk"], [Decision.parse(1, {"id": FIRST, "join": SECOND})])
+    (new,), _, _ = recut([part], [Decision.parse(1, {"id": FIRST, "join": SECOND})])
     assert [(one.speaker, one.speech) for one in new.utterances] == [(2, [[1.15, 5.8], [6.15, 8.8]])]

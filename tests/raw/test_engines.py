@@ -409,7 +409,7 @@ def test_twenty_kills_of_the_command_change_nothing(tmp_path: Path):
         process.wait()
         seen += [path.name for path in temporary(out)]
         if number % 4 == 3:  # else most find all done
-            for path in [*out.glob(".cache/*.part.json"), *out.glob("clips/*"), *out.glob(".cache/written.json")]:
+            for path in [*out.glob(".cache/*.part.json"), *out.glob("clips/*"), *out.glob(".cache/written.jsonl")]:
                 path.unlink(missing_ok=True)
     assert seen
     subprocess.run([*command, out], env=environment, check=True, capture_output=True)

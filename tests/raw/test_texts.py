@@ -69,7 +69,7 @@ def test_a_constant_offset_is_found_and_none_where_there_is_none(seed: int, late
     assert find_offset(cues, regions) == 0.0
 
 
-def test_cues_that_drift_or_are_few_have_no_offset():
+def test_a_drift_or_few_cues_have_no_offset():
     regions, sentences = spoken(40, np.random.default_rng(1))
     drift = [Cue(1.04 * regions[a].start, 1.04 * regions[b].end, "", None) for a, b in sentences]
     assert find_offset(drift, regions) == 0.0

@@ -6,6 +6,7 @@ read rows -> check -> merge with stored rows, choose splits -> encode -> choose 
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -233,6 +234,7 @@ class Preparation:
         self._whisper_encoder = whisper_encoder
         self._store = _existing_store(out, codec)
         self._stored = [] if self._store is None else stored_entries(self._store)
+        self._before = [copy(entry) for entry in self._stored]  # the others will be changed
         self._rules = _rules(out, model_type, self._store)
         self._dropped = DroppedRows([] if self._store is None else self._store.info.dropped)
 
@@ -396,7 +398,9 @@ class Preparation:
             elif entry.reference_id is not None:
                 entry.context_frames += frames[entry.reference_id]
         self._progress("writing", 0, 1)
-        write_store(self._out, entries, encoder.codes, encoder.print, self._info(entries, read_as))
+        shards = [] if self._store is None else self._store.shards
+        info = self._info(entries, read_as)
+        write_store(self._out, entries, encoder.codes, encoder.print, info, shards, self._before)
         self._progress("writing", 1, 1)
         return pairing
 

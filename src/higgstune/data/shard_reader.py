@@ -287,7 +287,8 @@ def read_metadata(folder: Path, shards: list[Shard], files: list[pq.ParquetFile]
             tables.append(file.read(columns=names, use_threads=False))
     if not tables:
         raise DataError(f"{folder} is a code store without rows: prepare it again")
-    return pa.concat_tables(tables).combine_chunks()
+    # An earlier version's shards lack columns.
+    return pa.concat_tables(tables, promote_options="default").combine_chunks()
 
 
 def open_shard(folder: Path, shard: Shard) -> pq.ParquetFile:

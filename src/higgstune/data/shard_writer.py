@@ -1,10 +1,15 @@
-"""Writes a store: new shards beside the old ones, then the index in one step; then the old shards are deleted."""
+"""Writes a store: new shards beside the old ones, then the index in one step; then shards that are left over go.
+
+Shards whose rows are all as they were are kept, and new rows follow in shards of their own. A short shard at the end is
+written anew with new rows, where it has less than 1,024 or no more than these, so that a store has few shards.
+"""
 
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,38 +38,76 @@ from higgstune.inputs import INDEX_NAME
 
 CodesOf = Callable[[str], np.ndarray]  # audio hash -> [frames, num_codebooks] uint16
 PrintOf = Callable[[str], bytes | None]  # audio hash -> see `duplicates.print_of`
+_SHORT = 1024  # rows of a shard that is written anew with any that follow
 _UNCHANGED = "the store is unchanged, and the encoded clips are kept"
 
 
-def write_store(folder: Path, entries: list[Entry], codes_of: CodesOf, print_of: PrintOf, info: StoreInfo) -> None:
+def write_store(
+    folder: Path,
+    entries: list[Entry],
+    codes_of: CodesOf,
+    print_of: PrintOf,
+    info: StoreInfo,
+    old_shards: Sequence[Shard] = (),
+    old_entries: Iterable[Entry] = (),
+) -> None:
     """Replace the store in a folder by one of these rows. Until the index is replaced, the old store stays intact.
 
-    Raises WorkError where the disk refuses; the old store is intact then.
+    `old_shards` are those of the store, and `old_entries` their rows in order. Raises WorkError where the disk refuses;
+    the old store is intact then.
     """
+    rows_of_old = iter(old_entries)
+    stored = [(shard, list(islice(rows_of_old, shard.rows))) for shard in old_shards]
     assembly = folder / PARTIAL_NAME / "shards"
     try:
         shutil.rmtree(assembly, ignore_errors=True)
         assembly.mkdir(parents=True)
-        shards = [
-            _write_shard(assembly, split, number, rows, codes_of, print_of, info.num_codebooks)
-            for split in SPLITS
-            for number, rows in enumerate(_chunks([entry for entry in entries if entry.split == split]))
-        ]
-        for shard in shards:
+        shards: list[Shard] = []
+        new: list[Shard] = []
+        for split in SPLITS:
+            rows = [entry for entry in entries if entry.split == split]
+            kept = _unchanged([one for one in stored if one[0].split == split], rows)
+            left = rows[sum(shard.rows for shard in kept) :]
+            first = _number_of(kept[-1]) + 1 if kept else 0
+            written = [
+                _write_shard(assembly, split, number, chunk, codes_of, print_of, info.num_codebooks)
+                for number, chunk in enumerate(_chunks(left), first)
+            ]
+            new += written
+            shards += [*kept, *written]
+        for shard in new:
             os.replace(assembly / shard.name, folder / shard.name)
         sync_folder(folder)
         write_file(folder / INDEX_NAME, StoreIndex(info, shards).to_json(), kept=_UNCHANGED)
     except (OSError, WorkError) as error:
         shutil.rmtree(assembly, ignore_errors=True)  # on a full disk it would take up room
         with suppress(OSError, DataError):
-            _remove_stale(folder, _named_by_index(folder))
+            _remove_stale(folder, _named_by_index(folder), has_changed=False)
         if isinstance(error, WorkError):
             raise
         raise WorkError(refusal(folder, error, _UNCHANGED)) from error
     try:
-        _remove_stale(folder, {shard.name for shard in shards})
+        _remove_stale(folder, {shard.name for shard in shards}, has_changed=bool(new))
     except OSError as error:
         raise WorkError(f"{folder} has the new store, but its old shards cannot be deleted: {error}") from error
+
+
+def _unchanged(stored: list[tuple[Shard, list[Entry]]], rows: list[Entry]) -> list[Shard]:
+    """The shards that stay: the first ones whose rows are the first of these, one after the other."""
+    kept: list[Shard] = []
+    done = 0
+    for shard, before in stored:
+        if before != rows[done : done + shard.rows]:
+            break
+        kept.append(shard)
+        done += shard.rows
+    while kept and len(rows) - done > 0 and kept[-1].rows < max(_SHORT, min(len(rows) - done + 1, ROWS_PER_SHARD)):
+        done -= kept.pop().rows
+    return kept
+
+
+def _number_of(shard: Shard) -> int:
+    return int(shard.name.split("-")[1])
 
 
 def _write_shard(
@@ -138,8 +181,8 @@ def _named_by_index(folder: Path) -> set[str]:
     return {shard.name for shard in read_index(folder).shards} if has_index else set()
 
 
-def _remove_stale(folder: Path, names: set[str]) -> None:
-    """Delete shards that no index names, and the lengths of their examples."""
+def _remove_stale(folder: Path, names: set[str], *, has_changed: bool) -> None:
+    """Delete shards that no index names, and the lengths of examples where the rows have changed."""
     stale = [path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name) and path.name not in names]
-    for path in [*stale, *(folder.glob(f"{LENGTHS_PREFIX}*") if stale else ())]:
+    for path in [*stale, *(folder.glob(f"{LENGTHS_PREFIX}*") if stale or has_changed else ())]:
         path.unlink()

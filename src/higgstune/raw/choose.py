@@ -8,7 +8,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 from statistics import median
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from higgstune.data.splits import TRAIN, VALIDATION
 from higgstune.data.text import is_speakable, normalize_text, spoken_length
 from higgstune.raw.journal import unpacked
 from higgstune.raw.measure import gain
+from higgstune.raw.names import stem_for, utterance_id
 from higgstune.raw.recipe import CollectRecipe
 from higgstune.raw.texts import difference
 from higgstune.raw.utterances import Part, Utterance, late
@@ -29,7 +29,6 @@ _MIN_RATES = 20  # utterances of a language, below which its speech rate is not 
 _MIN_DEVIATION = 0.15  # of the median rate: less spread is that of few utterances
 _NORMAL = 1.4826  # median deviation -> standard deviation of a normal distribution
 _LINK_SHARE = 0.75  # of the distance that parts speakers, below which centres in two recordings are one speaker's
-_MAX_STEM = 120  # bytes of the 255 that a file's name may have: a clip's temporary one also names host and process
 _AT_END = 0.05  # seconds: speech that ends nearer to the end of what is left of a damaged recording continues behind it
 _SAME_SPEECH = 0.8  # of the shorter utterance, in a duplicate
 
@@ -104,11 +103,12 @@ def choose(
     """
     found: list[Chosen] = []
     names = name_speakers(parts, recipe.speaker_distance)
-    for part, stem, speakers in zip(parts, stems(parts), names, strict=True):
+    for part, speakers in zip(parts, names, strict=True):
+        stem = stem_for(part.path)
         for utterance in part.utterances:
             speaker = None if utterance.speaker is None else speakers[utterance.speaker]
             text = utterance.recognised if utterance.given is None else utterance.given
-            found.append(Chosen(f"{stem}-{round(utterance.start * 1000):08d}", part, utterance, speaker, text or ""))
+            found.append(Chosen(utterance_id(stem, utterance.start), part, utterance, speaker, text or ""))
     for one in found:
         edit = edits.get(one.id, {})
         one.text, one.speaker = edit.get("text", one.text), edit.get("speaker", one.speaker)
@@ -289,26 +289,3 @@ def _border(utterances: Sequence[Utterance], wanted: float) -> float:
         pause = utterances[index].start - utterances[index - 1].end
         options.append((abs(math.log(seconds / wanted)) - 0.2 * min(pause, 5.0), utterances[index].start))
     return min(options)[1]
-
-
-def stems(parts: Sequence[Part]) -> list[str]:
-    """Of each recording, what its utterances' ids begin with: its path without the suffix, where that is enough.
-
-    Clips are named by ids, so one that is too long for a file's name, or still another's, ends with a hash of the path.
-    """
-    short = [str(PurePosixPath(part.path).with_suffix("")).replace("/", "_") for part in parts]
-    count = Counter(short)
-    found = [
-        stem if count[stem] == 1 else part.path.replace("/", "_").replace(".", "_")
-        for stem, part in zip(short, parts, strict=True)
-    ]
-    count = Counter(found)
-    return [
-        stem if count[stem] == 1 and len(stem.encode()) <= _MAX_STEM else _hashed(stem, part.path)
-        for stem, part in zip(found, parts, strict=True)
-    ]
-
-
-def _hashed(stem: str, path: str) -> str:
-    begin = stem.encode()[:_MAX_STEM].decode(errors="ignore")  # not half a character
-    return f"{begin}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"

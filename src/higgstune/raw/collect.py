@@ -24,7 +24,7 @@ from higgstune.files import alone_in, check_folder, write_file
 from higgstune.progress import Progress, silent
 from higgstune.raw.advice import advise
 from higgstune.raw.card import COST, write_card
-from higgstune.raw.choose import Chosen, choose, find_baseline, stems
+from higgstune.raw.choose import Chosen, choose, find_baseline
 from higgstune.raw.dataset import write_clips, write_lists
 from higgstune.raw.edits import Decision, DecisionLog, recut
 from higgstune.raw.engines import Engine, Job, finish, remove_work, work_folder
@@ -140,7 +140,7 @@ def collect(
         parts, unreadable = worker.run(mine, progress, engine, workers)
         unreadable |= {_name(path, raw): why for path, why in left}
         baseline = find_baseline(parts, recipe, copied=copy)
-        parts, edits, unused = recut(parts, stems(parts), DecisionLog(out).active)
+        parts, edits, unused = recut(parts, DecisionLog(out).active)
         parts = [worker.completed(part) for part in parts]
         chosen = choose(parts, recipe, edits, baseline)
         if shard is None:

@@ -1,6 +1,6 @@
 """A data set on the disk: clips, the manifest that `prepare` reads, what was refused, and tables for people.
 
-clips/talk-00012340.flac   manifest.jsonl   refused.jsonl   review.csv   collect.json
+clips/talk.wav-00012340.flac   manifest.jsonl   refused.jsonl   review.csv   collect.json
 """
 
 import json
@@ -27,6 +27,7 @@ from higgstune.raw.recipe import CollectRecipe
 from higgstune.raw.recording import Decoded, decode
 from higgstune.raw.review_table import table_of
 
+WRITTEN = "written.jsonl"
 _HIGH_PASS = 20.0  # Hz
 _MARGIN = 0.1  # seconds on both sides, which filters need
 
@@ -36,13 +37,14 @@ def write_clips(
 ) -> int:
     """Write the clips that are missing, of each recording at once; remove those without an utterance. -> how many.
 
-    A clip is named by its utterance and says in `written.json` what it was made of, so an unchanged one stays.
+    A clip is named by its utterance, and `written.jsonl` says what it was made of, so an unchanged one stays. Each line
+    is appended once its clip is there.
     """
-    folder, state = out / CLIPS, out / CACHE / "written.json"
+    folder, state = out / CLIPS, out / CACHE / WRITTEN
     with writing(folder, NOTHING_KEPT):
         folder.mkdir(parents=True, exist_ok=True)
     remove_left(folder.glob("*.tmp"))
-    known: dict[str, str | None] = json.loads(state.read_text()) if state.is_file() else {}
+    known = _read_written(state)
     wanted = {one.id: _clip_key(one, recipe) for one in kept}
     by_recording: dict[str, list[Chosen]] = defaultdict(list)
     for one in kept:
@@ -50,7 +52,8 @@ def write_clips(
             by_recording[one.part.path].append(one)
     missing = sum(map(len, by_recording.values()))
     # Before a clip is written: one that is left by a kill is known, and is not taken for what it was before.
-    write_file(state, json.dumps(known | {one.id: None for members in by_recording.values() for one in members}))
+    known |= {one.id: None for members in by_recording.values() for one in members}
+    write_file(state, _lines([{name: key} for name, key in known.items()]))
     done = 0
     for path, members in by_recording.items():
         source = raw if raw.is_file() else raw / path
@@ -58,14 +61,25 @@ def write_clips(
             decoded = decode(source, place)
             for one in members:
                 _write_clip(clip_path(out, one.id), _clip(decoded, one, recipe), recipe.sample_rate)
-                known[one.id] = wanted[one.id]
+                with writing(state, "the clips written so far are kept"), open(state, "a", encoding="utf-8") as file:
+                    file.write(_lines([{one.id: wanted[one.id]}]))
                 done += 1
                 progress(done, missing)
-        write_file(state, json.dumps(known))
     for stale in known.keys() - wanted.keys():
         clip_path(out, stale).unlink(missing_ok=True)
-    write_file(state, json.dumps(wanted))
+    write_file(state, _lines([{name: key} for name, key in wanted.items()]))
     return missing
+
+
+def _read_written(state: Path) -> dict[str, str | None]:
+    """What each clip was made of; None for one that may be half written. A line that a kill cut off does not count."""
+    known: dict[str, str | None] = {}
+    if state.is_file():
+        with open(state, "rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    known.update(json.loads(line))
+    return known
 
 
 def clip_path(out: Path, utterance: str) -> Path:

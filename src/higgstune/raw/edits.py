@@ -1,11 +1,11 @@
 """A person's decisions about the utterances of a data set: `review.jsonl`, a line of JSON each, never changed.
 
-    {"id": "talk-00012340", "keep": true}                           accepted, whatever the thresholds say
-    {"id": "talk-00012340", "text": "We went home.", "keep": true}
-    {"id": "talk-00012340", "keep": false}                          dropped
-    {"ids": ["talk-00012340", "talk-00015100"], "speaker": "anna"}  a speaker renamed, or merged with another
-    {"id": "talk-00012340", "cut": [14.52], "texts": ["We went.", "She stayed."]}
-    {"id": "talk-00012340", "join": "talk-00015100", "text": "We went. She stayed."}
+    {"id": "talk.wav-00012340", "keep": true}                           accepted, whatever the thresholds say
+    {"id": "talk.wav-00012340", "text": "We went home.", "keep": true}
+    {"id": "talk.wav-00012340", "keep": false}                          dropped
+    {"ids": ["talk.wav-00012340", "talk.wav-00015100"], "speaker": "anna"}  a speaker renamed, or merged with another
+    {"id": "talk.wav-00012340", "cut": [14.52], "texts": ["We went.", "She stayed."]}
+    {"id": "talk.wav-00012340", "join": "talk.wav-00015100", "text": "We went. She stayed."}
     {"undo": 4}                                                     line 4 no longer counts; an undo can be undone
 
 A line is known by its number, from 1. The lines are replayed in order, and the last one of each key wins.
@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from higgstune.errors import DataError
 from higgstune.files import writing
-from higgstune.raw.names import EDITS, stem_of, utterance_id
+from higgstune.raw.names import EDITS, stem_for, stem_of, utterance_id
 
 if TYPE_CHECKING:
     from higgstune.raw.utterances import Part, Utterance
@@ -316,15 +316,16 @@ def read_edits(out: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def recut(
-    parts: Sequence["Part"], stems: Sequence[str], decisions: Sequence[Decision]
+    parts: Sequence["Part"], decisions: Sequence[Decision]
 ) -> tuple[list["Part"], dict[str, dict[str, Any]], list[Decision]]:
     """The parts with their utterances cut and joined, the edits by id, and the decisions that fit no utterance.
 
-    `stems` are what the ids of each part's utterances begin with; `decisions` are those that count, in order.
+    `decisions` are those that count, in order.
     """
     found: dict[str, Utterance] = {}
     items: list[Item] = []
-    for part, stem in zip(parts, stems, strict=True):
+    for part in parts:
+        stem = stem_for(part.path)
         for one in part.utterances:
             name = utterance_id(stem, one.start)
             found[name] = one

@@ -81,17 +81,20 @@ class _Folder:
         self._by_name: defaultdict[str, list[Path]] = defaultdict(list)
         self._by_place: defaultdict[tuple[str, str], list[Path]] = defaultdict(list)  # name, and that of its folder
         self._list_names: dict[Path, list[str]] = {}
-        for path in _files(folder):
-            if path.suffix.lower() in (".txt", ".lab"):
-                self._by_name[nfc(path.stem)].append(path)
-                self._by_place[nfc(path.stem), path.parent.name].append(path)
+        for root, name in _files(folder):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in (".txt", ".lab"):
+                path = Path(root, name)
+                self._by_name[nfc(stem)].append(path)
+                self._by_place[nfc(stem), os.path.basename(root)].append(path)
         self._recordings: defaultdict[str, set[Path]] = defaultdict(set)  # folders with a recording of a name
-        for path, _ in audio_files(folder, allow_outside):
+        self._audio = list(audio_files(folder, allow_outside))
+        for path, _ in self._audio:
             self._recordings[_name(path)].add(path.parent)
 
     def rows(self) -> Iterator[SourceRow]:
         """The rows, in the order of their paths."""
-        for path, siblings in audio_files(self._folder, self._allow_outside):
+        for path, siblings in self._audio:
             location = path.relative_to(self._folder).as_posix()
             is_second = path.stem.endswith("_mic2") and f"{nfc(path.stem[:-1])}1{path.suffix.lower()}" in siblings
             if is_second and next(transcript_names(path, siblings), None) is None:
@@ -123,7 +126,8 @@ class _Folder:
         if texts := sum(path not in self._used for paths in self._by_name.values() for path in paths):
             yield f"texts without a recording: {texts}"
         known = (*AUDIO_SUFFIXES, *FOREIGN_SUFFIXES, ".txt", ".lab", ".json", "")
-        other = Counter(suffix for path in _files(self._folder) if (suffix := path.suffix.lower()) not in known)
+        suffixes = (os.path.splitext(name)[1].lower() for _, name in _files(self._folder))
+        other = Counter(suffix for suffix in suffixes if suffix not in known)
         if other:
             yield f"files of other kinds: {other.total()} ({', '.join(f'{k} {n}' for k, n in other.most_common(5))})"
         if len(self._folders) > 1 and not self._named_speakers:
@@ -216,8 +220,8 @@ def _name(recording: Path) -> str:
     return _MICROPHONE.sub("", nfc(recording.stem))
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder but hidden ones."""
+def _files(folder: Path) -> Iterator[tuple[str, str]]:
+    """All files below a folder but hidden ones: their folder and name, since a path for each takes long."""
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
+        yield from ((root, name) for name in sorted(names) if not name.startswith("."))
