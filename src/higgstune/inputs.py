@@ -23,13 +23,13 @@ CLIPS_FILE = "clips.jsonl"  # of a folder of clips
 BASE, ADAPTER, CLIPS = "base", "adapter", "clips"  # kinds of what is evaluated
 HUB_PREFIX = "hf:"  # of a data set at the hub
 _SHOWN = 10  # of several folders
-_SOURCE_FILES = (".jsonl", ".ndjson", ".csv", ".tsv", ".list", ".txt", ".json")
+_SOURCE_FILES = (".jsonl", ".ndjson", ".csv", ".tsv", ".list", ".txt", ".json", ".parquet")
 _UNDERSTOOD = """What is understood:
 - a folder of recordings (wav, flac, mp3, ogg, opus), each with a .txt, .lab or .json of the same name
 - LibriSpeech, LibriTTS, VCTK and Kaldi folders
 - an LJSpeech folder, or another table of clips (.csv, .tsv, .list, .txt): id|text, or with a header: file_name,text
 - a manifest (.jsonl, .json), one JSON object a line or a list of them, or a folder with manifest.jsonl
-- a data set at the hub: hf:owner/name or hf:owner/name:split
+- a data set at the hub: hf:owner/name or hf:owner/name:split; Parquet files of one
 - a ChatML list, or a metadata.json with {"samples": [...]}, or its folder"""
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 from recordings import speech, write
 
-from higgstune.data.importers import read_source
+from higgstune.data.importers import hub, read_source
 from higgstune.data.manifest import Utterance
 from higgstune.data.rejection import RowError
 from higgstune.data.source import Source
@@ -602,6 +602,40 @@ def test_a_data_set_at_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         read_source("hf:name")
     with pytest.raises(DataError, match="cannot be read"):
         read_source("hf:owner/name:nowhere")
+
+
+def test_parquet_files_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    wavs = make(tmp_path / "wavs", ("1.wav", "2.wav"), {})
+    features = datasets.Features({"audio": datasets.Audio(decode=False), "sentence": datasets.Value("string")})
+    sounds = [{"bytes": (wavs / f"{n}.wav").read_bytes(), "path": f"{n}.wav"} for n in (1, 2)]
+    folder = tmp_path / "set" / "data"
+    folder.mkdir(parents=True)
+    for split, sound, text in zip(("test", "train"), sounds, ("Hello one.", "Hello two."), strict=True):
+        rows = pyarrow.Table.from_pylist([{"audio": sound, "sentence": text}], schema=features.arrow_schema)
+        pyarrow.parquet.write_table(rows, folder / f"{split}-00000-of-00001.parquet")
+    found = list(read_source(tmp_path / "set"))
+    contents = [row.path(row.audio or "").read_bytes() for row in found]
+    assert contents == [sound["bytes"] for sound in sounds]
+    assert [row["text"] for row in read(found)] == ["Hello one.", "Hello two."]
+    [last] = read(read_source(folder / "train-00000-of-00001.parquet"))
+    assert last["text"] == "Hello two."
+    (tmp_path / "plain").mkdir()
+    plain = pyarrow.table({"audio": sounds, "text": ["One.", "Two."], "speaker": ["anna", "ben"]})
+    pyarrow.parquet.write_table(plain, tmp_path / "plain" / "rows.parquet")
+    assert [row["speaker"] for row in read(read_source(tmp_path / "plain"))] == ["anna", "ben"]
+    paths = pyarrow.table({"audio": [{"bytes": None, "path": "/etc/hosts"}], "text": ["Hello."]})
+    pyarrow.parquet.write_table(paths, tmp_path / "plain" / "rows.parquet")
+    with pytest.raises(DataError, match=r"plain has the paths of its recordings in its rows, not their bytes"):
+        read_source(tmp_path / "plain")
+    (tmp_path / "plain" / "rows.parquet").write_bytes(b"PAR1 cut off")
+    with pytest.raises(DataError, match="plain cannot be read"):
+        read_source(tmp_path / "plain")
+    gc.collect()  # of the files that datasets leaves open, where that is not an error
+    monkeypatch.setattr(hub, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"pip install 'higgstune\[datasets\]'"):
+        read_source(tmp_path / "set")
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,16 @@ def test_a_process_that_fails_ends_them_all_with_its_own_error(world: Path, tmp_
     assert "error in process 0: another process of this run has ended: its own error says why" in failed.log()
     first = failed.log().partition("Root Cause (first observed failure)")[2]  # what torchrun sums up
     assert "rank      : 1" in first
-    assert "WorkError: this process has had enough" in first
+    assert "traceback : this process has had enough" in first
+
+
+def test_the_last_that_torchrun_prints_of_a_mistake_is_our_message(tmp_path: Path, launched: Any) -> None:
+    train = ["train", "voice", "--out", tmp_path / "run", "--set", f"data.store={tmp_path / 'nowhere'}"]
+    failed = launched(*TORCHRUN, "--standalone", "--nproc_per_node", "2", "-m", "higgstune", *train)
+    assert failed.exit_code() == 1, failed.log()
+    *_, last, _border = failed.log().splitlines()
+    assert re.fullmatch(r"  traceback : .*nowhere is not a code store: .*; make one with `higgstune prepare`", last)
+    assert "cli/main.py" not in failed.log()
 
 
 def test_sigterm_to_the_launcher_ends_it_with_a_checkpoint_and_another_resumes(

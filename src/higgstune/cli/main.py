@@ -3,11 +3,15 @@
 import atexit
 import gc
 import io
+import json
 import logging
 import os
 import signal
 import sys
+import time
 import traceback
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -80,11 +84,12 @@ def main() -> NoReturn:
         if isinstance(error.__cause__, KeyboardInterrupt):  # which some versions of typer turn into an error
             sys.exit(128 + signal.SIGINT)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that ends the others must not cut the message off
-        _report_to_launcher(error)
         rank = os.environ.get("RANK")
+        message = _message(error)
+        _report_to_launcher(message)
         if os.environ.get(_TRACEBACK):
             traceback.print_exception(error)
-        print_error(_message(error), "" if rank is None else f" in process {rank}")
+        print_error(message, "" if rank is None else f" in process {rank}")
         sys.exit(getattr(error, "exit_code", 1))
     sys.exit(code or 0)
 
@@ -109,12 +114,18 @@ def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     raise Interrupted(number)
 
 
-def _report_to_launcher(error: Exception) -> None:
-    """Leave the error where torchrun looks for that of the first process that failed."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+def _report_to_launcher(message: str) -> None:
+    """Leave the error where torchrun looks for that of the first process that failed, which it prints last.
 
-        get_error_handler().record_exception(error)
+    As `torch.distributed.elastic.multiprocessing.errors.ErrorHandler` writes it, but without the traceback that it
+    takes a hundred lines for.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"timestamp": str(int(time.time()))}
+        if os.environ.get(_TRACEBACK):
+            extra["py_callstack"] = traceback.format_exc()
+        with suppress(OSError):  # the message is printed in any case
+            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 if __name__ == "__main__":

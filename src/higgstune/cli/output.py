@@ -53,12 +53,11 @@ def announced(what: str, as_json: bool = False, *, any_version: bool = False) ->
     if not as_json and os.environ.get("RANK", "0") == "0":
         errors.print(f"{what} ...")
     with collector_paused():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # "Loading weights", "Writing model shards"
-        if sys.stderr.isatty():
+        if sys.stderr.isatty():  # elsewhere `mute_libraries` has seen to it
             from huggingface_hub.utils import enable_progress_bars
+            from transformers.utils.logging import disable_progress_bar
 
+            disable_progress_bar()  # "Loading weights", "Writing model shards"
             enable_progress_bars()  # of downloads, which the line above has disabled, too
         yield
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from higgstune.checkpoint_files import read_json
 from higgstune.codec.base import Codec
+from higgstune.environment import choose_device
 from higgstune.errors import CheckpointError
 from higgstune.hub import fetch
 
@@ -25,12 +26,12 @@ CODEC_PREFIX = "tied.embedding.modality_embeddings.0.model."  # of its tensors t
 def load_codec(
     name_or_path: str | Path,
     *,
-    device: str = "cpu",
+    device: str | None = "cpu",
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Codec:
-    """The codec in a folder or at the hub: the Higgs codec on `device`, or a fitted one, always on the CPU. A
-    checkpoint with a codec in its own weight files is a codec's folder, too.
+    """The codec in a folder or at the hub: the Higgs codec on `device` (None: CUDA where it is available), or a fitted
+    one, always on the CPU. A checkpoint with a codec in its own weight files is a codec's folder, too.
 
     `revision` and `cache_dir` are the hub's. Raises CheckpointError for what is not a codec of these kinds.
     """
@@ -43,11 +44,11 @@ def load_codec(
     if model_type in BUNDLING:
         from higgstune.codec.bundled import load_bundled
 
-        return load_bundled(folder, device=device)
+        return load_bundled(folder, device=choose_device(device))
     if model_type == HIGGS_MODEL_TYPE:
         from higgstune.codec.higgs import HiggsCodec  # imports transformers, which a fitted codec does not need
 
-        return HiggsCodec.from_pretrained(folder, device=device)
+        return HiggsCodec.from_pretrained(folder, device=choose_device(device))
     raise CheckpointError(
         f'{folder / mel.CONFIG}: "model_type" is {model_type!r}, but a codec has "{HIGGS_MODEL_TYPE}" or '
         f'"{mel.MODEL_TYPE}". Convert the original layout (model.pth) to that of transformers.'

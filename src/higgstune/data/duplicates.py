@@ -22,7 +22,7 @@ FRAME = 0.08  # seconds of a print's frame
 # Prints.
 _SPECTRUM = 0.025  # seconds of a spectrum
 _FINE = 0.01, 0.032, 1  # seconds from spectrum to spectrum, and of one that is filled with zeros; units of int8
-_COARSE = 0.02, 0.025, 8  # the same: a third of the time, and half of the room once it is compressed
+_COARSE = 0.02, 0.025, 8  # the same: a fifth of the time, and half of the room once it is compressed
 _AT_ONCE = 1_000  # spectra, for the memory
 _SLOPES = 20  # of one band to the next
 _LOWEST, _HIGHEST = 150.0, 5000.0  # Hz
@@ -38,7 +38,8 @@ _EVERY = 6  # windows: of clips that are the same from end to end, one in six is
 _MOST = 32  # windows of one key that a window is compared with
 _LEAST_CHANGE = 2.0  # dB: the standard deviation of a window's slopes; less is a pause or a tone
 _WINDOW_COSINE = 0.5
-_CHUNK = 1 << 15  # windows at a time
+_CHUNK = 1 << 15  # windows at a time; the first say how large coefficients are
+_FEW = 1 << 11  # windows at a time that fit into a processor's cache
 
 # Verification.
 _LEAST_OVERLAP = 19  # frames: 1.5 s
@@ -68,18 +69,19 @@ def print_of(samples: np.ndarray, rate: int = RATE, *, coarse: bool = False) -> 
     from scipy.fft import next_fast_len, rfft  # takes long to import
 
     hop, filled, units = _COARSE if coarse else _FINE
+    if coarse and rate > 4 * _HIGHEST:  # what lies above is not used
+        samples, rate = _halved(samples), rate // 2
     size, bins, hops = round(_SPECTRUM * rate), next_fast_len(round(filled * rate), real=True), round(FRAME / hop)
     if len(samples) < size:
         return b""
     frames = sliding_window_view(np.asarray(samples, np.float32), size)[:: round(hop * rate)]
+    mel = _mel_bands(bins, rate)
     bands = np.empty((len(frames), _SLOPES + 1), np.float32)
     for start in range(0, len(frames), _AT_ONCE):
-        spectra = rfft(frames[start : start + _AT_ONCE] * _hann(size), bins, axis=1)
-        bands[start : start + _AT_ONCE] = (spectra.real**2 + spectra.imag**2) @ _mel_bands(bins, rate)
-    padded = np.pad(bands, ((hops, hops), (0, 0)), mode="edge")
-    pooled = sliding_window_view(padded, 2 * hops, axis=0)[::hops] @ _hann(2 * hops)
-    around = np.pad(pooled, ((_NEARBY, _NEARBY), (0, 0)), mode="edge")
-    loud = sliding_window_view(around, 2 * _NEARBY + 1, axis=0).max(axis=-1)
+        spectra = rfft(frames[start : start + _AT_ONCE] * _hann(size), bins, axis=1)[:, : len(mel)]
+        bands[start : start + _AT_ONCE] = (spectra.real**2 + spectra.imag**2) @ mel
+    pooled = sliding_window_view(_padded(bands, hops), 2 * hops, axis=0)[::hops] @ _hann(2 * hops)
+    loud = sliding_window_view(_padded(pooled, _NEARBY), 2 * _NEARBY + 1, axis=0).max(axis=-1)
     levels = 10 * np.log10(pooled + _RANGE * loud + 1e-12)
     slopes = units * np.round(np.diff(levels, axis=1) / (units * _STEP))
     return np.clip(slopes, -127, 127).astype(np.int8).tobytes()
@@ -103,6 +105,17 @@ def find_duplicates(prints: Sequence[bytes], *, whole: bool = False) -> list[Dup
     return found
 
 
+def _halved(samples: np.ndarray) -> np.ndarray:
+    """Every second sample, smoothed by 1, 3, 3, 1."""
+    even, odd = samples[: len(samples) // 2 * 2 : 2], samples[1::2]
+    return even[:-1] + 3 * (odd[:-1] + even[1:]) + odd[1:]
+
+
+def _padded(frames: np.ndarray, count: int) -> np.ndarray:
+    """[frames, bands] with so many more at each end, which repeat the last; sooner than `np.pad`."""
+    return np.concatenate([frames[:1].repeat(count, axis=0), frames, frames[-1:].repeat(count, axis=0)])
+
+
 @cache
 def _hann(size: int) -> np.ndarray:
     window = np.hanning(size + 2)[1:-1].astype(np.float32)
@@ -111,10 +124,10 @@ def _hann(size: int) -> np.ndarray:
 
 @cache
 def _mel_bands(size: int, rate: int) -> np.ndarray:
-    """[bins, bands] float32 triangles, evenly spaced in mel."""
+    """[bins, bands] float32 triangles, evenly spaced in mel; for the bins of a spectrum of this size up to the last."""
     lowest, highest = 2595 * np.log10(1 + np.array([_LOWEST, _HIGHEST]) / 700)
     edges = 700 * (10 ** (np.linspace(lowest, highest, _SLOPES + 3) / 2595) - 1)
-    bins = np.arange(size // 2 + 1)[:, None] * rate / size
+    bins = np.arange(min(size // 2, int(_HIGHEST * size / rate)) + 1)[:, None] * rate / size
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
     return np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
@@ -164,8 +177,9 @@ class _Windows:
         ways = np.arange(1 << flips)[:, None] >> np.arange(flips) & 1
         powers = np.uint32(1) << np.arange(_BITS_IN_TIME * _BITS_IN_FREQUENCY, dtype=np.uint32)
         usual: np.ndarray | None = None
-        for start in range(0, len(self.at), _CHUNK * every):
-            at = self.at[start : start + _CHUNK * every : every]
+        step = every * (_CHUNK if flips else _FEW)
+        for start in range(0, len(self.at), step):
+            at = self.at[start : start + step : every]
             values = self.values(at)
             changing = values.std(axis=1) >= _LEAST_CHANGE
             at, values = at[changing], values[changing]
@@ -226,8 +240,8 @@ def _alike(windows: _Windows, here: np.ndarray, probes: np.ndarray, at: np.ndarr
     left, right = np.where(swapped, right, left), np.where(swapped, left, right)
     first, second = np.minimum(first, second), np.maximum(first, second)
     votes = []
-    for start in range(0, len(left), _CHUNK):
-        part = slice(start, start + _CHUNK)
+    for start in range(0, len(left), _FEW):
+        part = slice(start, start + _FEW)
         a, b = windows.values(left[part]), windows.values(right[part])
         cosine = (a * b).sum(axis=1) / np.sqrt(np.square(a).sum(axis=1) * np.square(b).sum(axis=1))
         alike = (cosine >= _WINDOW_COSINE) & (first[part] < second[part])

@@ -184,7 +184,8 @@ def _load_codec(codec: Codec | str | Path | None, model: str | Path | None, devi
     from higgstune.codec import checkpoint_codec, load_codec
 
     name = checkpoint_codec(model, codec)
-    return name, load_codec(name, device=str(choose_device(device)))
+    chosen = None if device in (None, "auto") else str(choose_device(device))  # else the codec, if it needs one
+    return name, load_codec(name, device=chosen)
 
 
 def _model_type(model: str | Path | None, *, at_hub: bool) -> str | None:

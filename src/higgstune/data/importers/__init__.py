@@ -12,7 +12,7 @@ from higgstune.data.audio import AUDIO_SUFFIXES
 from higgstune.data.importers.chatml import is_trainer_json, load_json, read_trainer_json
 from higgstune.data.importers.columns import by_name
 from higgstune.data.importers.folder import has_audio, has_transcripts, read_folder
-from higgstune.data.importers.hub import read_hub
+from higgstune.data.importers.hub import read_hub, read_parquet
 from higgstune.data.importers.kaldi import FILES as KALDI
 from higgstune.data.importers.kaldi import read_kaldi
 from higgstune.data.importers.records import is_record_list, read_records, records_source
@@ -24,6 +24,7 @@ from higgstune.errors import ConfigError, DataError
 from higgstune.inputs import HUB_PREFIX, INDEX_NAME, check_source, unknown_kind
 
 _JSON_LINES = (".jsonl", ".ndjson")
+_PARQUET = ".parquet"
 _TABLES = (".csv", ".tsv", ".list", ".txt")
 _USUAL = ("manifest.jsonl", "metadata.jsonl", "metadata.csv")
 _LISTS = re.compile(r".*(metadata|train|val|dev|test|all|list|transcript).*\.txt", re.IGNORECASE)
@@ -89,6 +90,10 @@ def _read_folder(folder: Path, allow_outside: bool, columns: str | None) -> Sour
     if inside:
         raise DataError(f"there is a {inside[0].name} in {inside[0].parent}: name that folder")
     if not has_audio(folder, allow_outside=allow_outside):
+        if files := sorted(folder.rglob(f"*{_PARQUET}")):
+            for path in files:
+                path_within(folder, path.relative_to(folder).as_posix(), allow_outside)
+            return read_parquet(folder, files, columns=columns)
         raise unknown_kind(folder, _seen(folder))
     return _without_columns(read_folder(folder, allow_outside=allow_outside), columns)
 
@@ -113,6 +118,8 @@ def _read_file(path: Path, allow_outside: bool, columns: str | None) -> Source:
         return read_table(path, allow_outside=allow_outside, columns=columns)
     if suffix == ".json":
         return _read_json(path, allow_outside, columns)
+    if suffix == _PARQUET:
+        return read_parquet(path, [path], columns=columns)
     raise unknown_kind(path)
 
 
