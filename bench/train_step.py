@@ -1,32 +1,33 @@
-"""One optimizer step: the native class with peft on padded batches, against packed training. The same clips in both.
+"""One optimizer step: transformers' class with peft on padded batches, against packed training. The same clips in both.
 
 Baseline: `HiggsAudioV2ForConditionalGeneration` + peft LoRA, right-padded batches, the model's own loss, in random
-order and grouped by length, each with its best batch size. Ours: the same LoRA on packs of a token budget. One step of
-fused AdamW for each batch or pack. Tokens are those of the clips, padding apart; each side computes all labels.
+order and grouped by length, each with its best batch size; for Higgs TTS 3 `Qwen3Model` and a masked loss of logits for
+all tokens. Ours: the same LoRA on packs of a token budget. One step of fused AdamW for each batch or pack. Tokens are
+those of the clips, padding apart; each side computes all labels, and the loss of a batch must be the same on both.
 """
 
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from padded import collate
 from peft import LoraConfig, get_peft_model
 from report import Case, Found, Meter, Row, alternate, finish, parser, peak_bytes, rates, same_work, values
-from workload import Shape, clip_seconds, make_examples, random_model
+from subjects import SUBJECTS, Subject
+from workload import clip_seconds
 
 from higgstune.batch.collate import count_tokens, pack
 from higgstune.batch.packing import PackSampler, PackSize, fill
-from higgstune.families.higgs_v2.packed import with_training_forward
+from higgstune.families.base import Conditioning
 from higgstune.kernels import fused
 from higgstune.kernels.loss import IGNORE, LossWeights, combine, label_counts
 
 BATCH_SIZES = (1, 2, 4, 8)
 VARIANTS = ("no-prefix", "peft-lora", "compiled")  # ours with one idea taken away, or one added
-TARGETS = r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|(?:audio_)?mlp\.(?:gate|up|down)_proj)"
+COMPARED = 4  # clips whose loss must be the same on both sides
 
 
 def main() -> None:
@@ -48,6 +49,7 @@ def main() -> None:
     found = alternate(cases, repeats=arguments.repeats, threads=arguments.threads)
     for counted in ("tokens", "text_labels", "audio_labels"):
         same_work(*found.values(), counted=counted)
+    loss = _same_loss(found)
     speed = {name: rates(one, "tokens") for name, one in found.items()}
     rows = [
         Row(best if best.startswith(order) else f"{order}: {best}", speed[best], speed["ours"], "tokens/CPU-s")
@@ -56,7 +58,7 @@ def main() -> None:
     rows += [Row(f"ours, {name}", speed[name], speed["ours"], "tokens/CPU-s") for name in arguments.variants]
     if not arguments.quick:
         rows += _memory(settings, arguments)
-    finish("train_step", rows, arguments, speed=speed, shares=_shares(found["ours"]))
+    finish("train_step", rows, arguments, speed=speed, loss=loss, shares=_shares(found["ours"]))
     ratio = statistics.median(rows[0].ratios)
     if arguments.min_ratio is not None and ratio < arguments.min_ratio:
         sys.exit(f"ours is {ratio:.2f} x the baseline in random order, less than {arguments.min_ratio:g} x")
@@ -65,8 +67,9 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     made = parser(__doc__ or "", "python bench/train_step.py --clips 64 --batch-tokens 4096 --json step.json")
     made.add_argument("--size", choices=("mini", "full"), default="mini", help="mini: CPU. full: a GPU, all in one go")
+    made.add_argument("--family", choices=SUBJECTS, default="higgs_audio_v2")
     made.add_argument("--scale", type=int, default=16, help="mini: width, vocabulary and codebooks divided by this")
-    made.add_argument("--layers", type=int, default=28)
+    made.add_argument("--layers", type=int, help="default: as many as the released model has")
     made.add_argument("--clips", type=int, help="clips to train on (default: 64; 24 with --quick; 2048 with full)")
     made.add_argument("--batch-tokens", type=int, default=4096, help="mini: ours, tokens in a pack")
     made.add_argument("--low", type=float, default=1.0, help="seconds of the shortest clip")
@@ -80,11 +83,12 @@ def _arguments() -> argparse.Namespace:
     given = made.parse_args()
     if given.size == "full" and given.quick:
         made.error("--quick is for --size mini; full takes fewer --layers")
+    given.layers = given.layers or SUBJECTS[given.family].LAYERS
     return given
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("scale", "layers", "batch_tokens", "low", "high", "median", "sigma", "rank", "seed")
+    names = ("family", "scale", "layers", "batch_tokens", "low", "high", "median", "sigma", "rank", "seed")
     clips = arguments.clips or (24 if arguments.quick else 64)
     return {name: getattr(arguments, name) for name in names} | {"clips": clips}
 
@@ -100,6 +104,14 @@ def _best(tried: dict[str, list[tuple[str, int]]], speed: dict[str, list[float]]
         names = [f"{kind}, batch {size}" for kind, size in both]
         best.append((order, max(names, key=lambda name: statistics.median(speed[name]))))
     return best
+
+
+def _same_loss(found: dict[str, list[Found]]) -> float:
+    """The loss of the same clips before a step. Raises ValueError where the sides do not have the same."""
+    losses = [one["loss"] for side in found.values() for one in side]
+    if max(losses) - min(losses) > 1e-4 * max(losses):
+        raise ValueError(f"the sides do not compute the same loss: {sorted(losses)}")
+    return losses[0]
 
 
 def _memory(settings: dict[str, Any], arguments: argparse.Namespace) -> list[Row]:
@@ -120,10 +132,9 @@ def _shares(found: Sequence[Found]) -> Found:
 
 
 def baseline(*, order: str, batch_size: int, **settings: Any) -> Found:
-    """A pass over the clips as a user of the native class would train; in a process of its own."""
-    examples = _examples(settings)
+    """A pass over the clips as a user of transformers' class would train; in a process of its own."""
+    subject, examples = _subject(settings), _examples(settings)
     model, optimizer = _model(settings)
-    config = model.get_base_model().config
     generator = np.random.default_rng(settings["seed"])
     if order == "grouped":
         indices = sorted(range(len(examples)), key=lambda i: len(examples[i]))
@@ -133,16 +144,19 @@ def baseline(*, order: str, batch_size: int, **settings: Any) -> Found:
     batches = [batches[i] for i in generator.permutation(len(batches))]
 
     def padded(batch: list[int]) -> dict[str, Any]:
-        return collate([examples[i] for i in batch], config)
+        return subject.padded([examples[i] for i in batch])
 
     def step(batch: list[int]) -> None:
-        model(**padded(batch), use_cache=False).loss.backward()
+        subject.loss(model, padded(batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
 
+    with torch.no_grad():
+        loss = float(subject.loss(model, subject.padded(examples[:COMPARED])))
     found = _measured(step, batches)
     made = [padded(batch) for batch in batches]
     return found | {
+        "loss": loss,
         "tokens": sum(int(batch["attention_mask"].sum()) for batch in made),
         "text_labels": sum(int((batch["labels"] != IGNORE).sum()) for batch in made),
         "audio_labels": sum(int((batch["audio_labels"] != IGNORE).sum()) for batch in made),
@@ -151,9 +165,9 @@ def baseline(*, order: str, batch_size: int, **settings: Any) -> Found:
 
 def ours(*, batch_tokens: int, variant: str = "", **settings: Any) -> Found:
     """A pass over the same clips, packed; in a process of its own."""
-    examples = _examples(settings)
+    subject, examples = _subject(settings), _examples(settings)
     model, optimizer = _model(settings)
-    base = with_training_forward(model.get_base_model())
+    base = subject.family.pack_forward(model.get_base_model())
     if variant == "peft-lora":
         fused._plain_lora = lambda layer: None
     if variant == "compiled":
@@ -161,20 +175,24 @@ def ours(*, batch_tokens: int, variant: str = "", **settings: Any) -> Found:
             layer.compile(dynamic=True)
     lengths = np.array([len(example) for example in examples])
     packs = PackSampler(lengths, PackSize(tokens=batch_tokens), seed=settings["seed"]).packs(0)
+    eos_id = subject.family.spec(base.config).stream_eos
 
-    def packed(chosen: list[int]) -> Any:
+    def packed(chosen: Iterable[int]) -> Any:
         return pack([examples[i] for i in chosen], share_prefix=variant != "no-prefix")
 
     def step(chosen: list[int]) -> None:
         batch = packed(chosen)
-        counts = label_counts(batch, eos_id=base.config.audio_stream_eos_id)
-        combine(model(**batch), counts, LossWeights()).backward()
+        combine(model(**batch), label_counts(batch, eos_id=eos_id), LossWeights()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
+    with torch.no_grad():
+        first = packed(range(len(examples[:COMPARED])))
+        loss = float(subject.reduced(model(**first), label_counts(first, eos_id=eos_id)))
     found = _measured(step, packs, warm_up=len(packs) if variant == "compiled" else 1)
     made = [packed(chosen) for chosen in packs]
     return found | {
+        "loss": loss,
         "tokens": sum(count_tokens(batch) for batch in made),
         "text_labels": sum(len(batch["text_targets"]) for batch in made),
         "audio_labels": sum(int((batch["audio_targets"] != IGNORE).sum()) for batch in made),
@@ -183,20 +201,23 @@ def ours(*, batch_tokens: int, variant: str = "", **settings: Any) -> Found:
     }
 
 
+def _subject(settings: dict[str, Any]) -> Subject:
+    return SUBJECTS[settings["family"]](settings["scale"], settings["layers"])
+
+
 def _examples(settings: dict[str, Any]) -> list[Any]:
     seconds = clip_seconds(
         settings["clips"], low=settings["low"], high=settings["high"], median=settings["median"],
         sigma=settings["sigma"], seed=settings["seed"],
     )  # fmt: skip
-    config = Shape(settings["scale"], settings["layers"]).config()
-    return make_examples(config, seconds, seed=settings["seed"])[: settings.get("first")]
+    return _subject(settings).examples(seconds, seed=settings["seed"])[: settings.get("first")]
 
 
 def _model(settings: dict[str, Any]) -> tuple[Any, Any]:
-    config = Shape(settings["scale"], settings["layers"]).config()
-    model = random_model(config, dtype=torch.float32, device=torch.device("cpu"), seed=settings["seed"])
-    rank = settings["rank"]
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, bias="none")
+    subject = _subject(settings)
+    model = subject.model(dtype=torch.float32, device=torch.device("cpu"), seed=settings["seed"])
+    rank, targets = settings["rank"], subject.family.lora_targets("full", Conditioning(), "lora")
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets.pattern, bias="none")
     adapted = get_peft_model(model, lora).train()
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     return adapted, torch.optim.AdamW(trained, lr=1e-4, fused=True)

@@ -19,18 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from padded import collate
 from peft import PeftModel, get_peft_model
 from report import Found, Row, say, table, write_json
-from workload import Shape, clip_seconds, make_examples, random_model
+from subjects import SUBJECTS, Subject
+from workload import clip_seconds
 
 from higgstune.batch.collate import Packed, count_tokens, pack, tensors_to
 from higgstune.batch.packing import PackSampler, PackSize
 from higgstune.config.recipe import Lora
 from higgstune.environment import to_device_async
 from higgstune.families.base import Conditioning, base_of
-from higgstune.families.higgs_v2.family import FAMILY
-from higgstune.families.higgs_v2.packed import with_training_forward
 from higgstune.kernels.loss import LossWeights, combine, label_counts
 from higgstune.kernels.memory import checkpoint_first
 from higgstune.model.adapters import lora_config
@@ -42,7 +40,7 @@ from higgstune.training.metrics import FiniteSteps
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 BATCH_TOKENS = (2048, 8192, 24576)
 PLAIN_BATCH_TOKENS = (2048, 8192)
-_SETTINGS = ("layers", "low", "high", "median", "sigma", "rank", "seed", "repeats")  # of the arguments
+_SETTINGS = ("family", "layers", "low", "high", "median", "sigma", "rank", "seed", "repeats")  # of the arguments
 _STEPS = 5  # measured for each setting
 _CLIPS = 16  # of the baseline's, at the least: a few batches of one clip would be a matter of chance
 _SMALL_CARD = 16e9
@@ -56,7 +54,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise SystemExit("--size full needs a CUDA device; without one: --size mini")
     peak = matrix_rate()
     say(f"{torch.cuda.get_device_name()}: {peak / 1e12:.0f} TFLOP/s in a bf16 product of 8192 x 8192 x 8192")
-    bench = Bench(arguments, Shape(1, arguments.layers), torch.device("cuda"))
+    bench = Bench(arguments, SUBJECTS[arguments.family](1, arguments.layers), torch.device("cuda"))
     found: Found = {"device": torch.cuda.get_device_name(), "matrix_flops_per_second": peak}
     settings = {name: getattr(arguments, name) for name in _SETTINGS} | {"clips": len(bench.examples)}
     for part in measure(bench):
@@ -161,15 +159,15 @@ def _seconds(run: Callable[[], Any]) -> float:
 class Bench:
     """Clips, and a model on the device."""
 
-    def __init__(self, arguments: argparse.Namespace, shape: Shape, device: torch.device) -> None:
+    def __init__(self, arguments: argparse.Namespace, subject: Subject, device: torch.device) -> None:
         self.device = device
-        self.config = shape.config()
+        self.subject, self.family, self.config = subject, subject.family, subject.config
         self.lora = Lora(r=arguments.rank, alpha=2 * arguments.rank)
         seconds = clip_seconds(
             arguments.clips or 2048, low=arguments.low, high=arguments.high, median=arguments.median,
             sigma=arguments.sigma, seed=arguments.seed,
         )  # fmt: skip
-        self.examples = make_examples(self.config, seconds, seed=arguments.seed)
+        self.examples = subject.examples(seconds, seed=arguments.seed)
         self.repeats, self.seed = arguments.repeats, arguments.seed
         self.lengths = np.array([len(example) for example in self.examples])
         self.order = np.random.default_rng(arguments.seed).permutation(len(self.examples))
@@ -199,7 +197,7 @@ class Bench:
         return _not_empty(found)
 
     def baseline(self, batch_sizes: Sequence[int]) -> list[Found]:
-        """The native class and loss on padded batches, in two orders, until a batch does not fit.
+        """transformers' class and the baseline's loss on padded batches, in two orders, until a batch does not fit.
 
         Adapters are in bfloat16, as the base: with peft's float32 ones it computes more, and under autocast the native
         class fails on a GPU (it cannot put float32 embeddings of audio among those of text).
@@ -208,7 +206,7 @@ class Bench:
 
         def step(batch: dict[str, torch.Tensor]) -> None:
             on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-            model(**on_device, use_cache=False).loss.backward()
+            self.subject.loss(model, on_device).backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -216,7 +214,7 @@ class Bench:
         for order in ("random", "grouped"):
             for size in batch_sizes if order == "random" else [size for size in batch_sizes if size > 1]:
                 batches = self._padded(order, size)
-                made = [self._pinned(collate([self.examples[i] for i in batch], self.config)) for batch in batches]
+                made = [self._pinned(self.subject.padded([self.examples[i] for i in batch])) for batch in batches]
                 tokens = [int(self.lengths[batch].sum()) for batch in batches]
                 measured = self._measured(f"baseline, {order}, batch {size}", step, made, tokens)
                 if measured is None:
@@ -263,7 +261,7 @@ class Bench:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, _SMALL_CARD / total))
         try:
-            examples = make_examples(self.config, np.full(8, 15.0), seed=1)
+            examples = self.subject.examples(np.full(8, 15.0), seed=1)
             _, step = self._packed_step(quantized=True)
             checkpoint_first(self._layers(), self.config.num_hidden_layers)
             made = [self._pinned(pack(examples[i : i + 4])) for i in (0, 4)] * 3
@@ -321,13 +319,13 @@ class Bench:
         return [batches[i] for i in np.linspace(0, len(batches) - 1, count).round().astype(int)]
 
     def _adapted(self, *, quantized: bool = False, float32: bool = True) -> tuple[PeftModel, torch.optim.Optimizer]:
-        base: Any = random_model(self.config, dtype=torch.bfloat16, device=self.device)
+        base = self.subject.model(dtype=torch.bfloat16, device=self.device, seed=0)
         if quantized:
             from higgstune.kernels.quantize import quantize_layers
 
-            quantize_layers(base, FAMILY.four_bits, self.device)
+            quantize_layers(base, self.family.four_bits, self.device)
             _empty()
-        config = lora_config(self.lora, FAMILY, "full", Conditioning(), "lora")
+        config = lora_config(self.lora, self.family, "full", Conditioning(), "lora")
         self.model = get_peft_model(base, config, autocast_adapter_dtype=float32).train()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return self.model, torch.optim.AdamW(trained, lr=1e-4, fused=True)
@@ -339,12 +337,14 @@ class Bench:
     def _packed_step(self, *, quantized: bool = False) -> tuple[PeftModel, Callable[[Packed], None]]:
         """What the trainer does with a pack."""
         model, optimizer = self._adapted(quantized=quantized)
-        with_training_forward(model.get_base_model())
+        self.family.pack_forward(model.get_base_model())
         finite = FiniteSteps(lambda _: say("a step with gradients that are not finite"))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
+        eos_id = self.family.spec(self.config).stream_eos
+
         def step(batch: Packed) -> None:
-            counts = label_counts(batch, eos_id=self.config.audio_stream_eos_id)
+            counts = label_counts(batch, eos_id=eos_id)
             on_device = tensors_to(batch, self.device)
             counts = {key: to_device_async(value, self.device) for key, value in counts.items()}
             with torch.autocast(self.device.type, dtype=torch.bfloat16):
@@ -359,9 +359,9 @@ class Bench:
     def _planned(self, packs: Sequence[Packed], *, quantized: bool = False) -> int:
         """What `--plan` says of the pack with the most hidden states: bytes of tensors."""
         spec = StepSpec(
-            family=FAMILY,
+            family=self.family,
             config=self.config,
-            base=FAMILY.spec(self.config),
+            base=self.family.spec(self.config),
             dtype=torch.bfloat16,
             lora=self.lora,
             kind="full",

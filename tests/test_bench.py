@@ -195,13 +195,39 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+FAMILIES = ["higgs_audio_v2", "higgs_tts_3"]
+
+
 @pytest.fixture
-def small(gpu: Any) -> Any:
-    """What it measures on."""
+def small(gpu: Any, request: pytest.FixtureRequest) -> Any:
+    """What it measures on: the family that a test is parametrized with, or the first."""
+    subject = bench("subjects").SUBJECTS[getattr(request, "param", FAMILIES[0])]
     arguments = Namespace(clips=60, low=1.0, high=4.0, median=2.0, sigma=0.6, seed=0, rank=4, layers=2, repeats=2)
-    return gpu.Bench(arguments, bench("workload").Shape(64, 2), torch.device("cpu"))
+    return gpu.Bench(arguments, subject(64, 2), torch.device("cpu"))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_step_is_of_the_same_clips_labels_and_loss(family: str) -> None:
+    train_step = bench("train_step")
+    settings = {
+        "family": family, "scale": 64, "layers": 2, "clips": 6, "low": 1.0, "high": 3.0, "median": 2.0, "sigma": 0.6,
+        "rank": 4, "seed": 0,
+    }  # fmt: skip
+    found = {
+        "baseline": [train_step.baseline(order="random", batch_size=2, **settings)],
+        "ours": [train_step.ours(batch_tokens=400, **settings)],
+    }
+    for counted in ("tokens", "text_labels", "audio_labels"):
+        assert bench("report").same_work(*found.values(), counted=counted) > 0 or counted == "text_labels"
+    classes = bench("subjects").SUBJECTS[family](64, 2).config.codebook_size
+    chance = np.log(classes) * (8 if family == FAMILIES[0] else 1)
+    assert train_step._same_loss(found) > 0.9 * chance
+    found["ours"][0]["loss"] *= 1.001
+    with pytest.raises(ValueError, match="do not compute the same loss"):
+        train_step._same_loss(found)
+
+
+@pytest.mark.parametrize("small", FAMILIES, indirect=True)
 def test_the_bench_for_a_gpu_measures_and_reports_failures(
     gpu: Any, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +299,7 @@ def test_batches_of_the_baseline_on_a_gpu_are_like_those_of_an_epoch(gpu: Any, s
     assert np.ptp(small.lengths[grouped[0]]) < 0.5 * np.ptp(small.lengths[random[0]])
 
 
+@pytest.mark.parametrize("small", FAMILIES, indirect=True)
 def test_products_are_counted_by_hand(gpu: Any, small: Any) -> None:
     model, _ = small._packed_step()
     config = small.config
