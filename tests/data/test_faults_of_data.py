@@ -15,12 +15,13 @@ from commands import Command
 from fake_whisper_encoder import FakeWhisperEncoder
 from full_disk import largest_file
 from preparing import recordings, run
-from recordings import CountingCodec, clip
+from recordings import RATE, CountingCodec, clip, speech
 
 import higgstune
 from higgstune import files
 from higgstune.data import shard_reader, store, whisper_features
 from higgstune.data import shard_writer as shards
+from higgstune.data.duplicates import print_of
 from higgstune.data.encode import CodeJournal
 from higgstune.data.readings import READINGS_NAME
 from higgstune.data.shard_reader import PARTIAL_NAME, read_index
@@ -180,8 +181,8 @@ def test_a_preparation_that_is_killed_at_any_moment(
 
 
 def record_size() -> int:
-    """Bytes of a clip in the journal: half a second of audio."""
-    return 32 + 4 + 13 * 8 * 2 + 4
+    """Bytes of a clip in the journal: half a second of audio, with its print."""
+    return 32 + 4 + 4 + 13 * 8 * 2 + len(print_of(speech(0.5, 0), RATE)) + 4
 
 
 def test_a_record_that_was_cut_short_hides_none_after_it(tmp_path: Path) -> None:

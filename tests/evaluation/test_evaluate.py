@@ -59,13 +59,14 @@ def run(world: Path, tmp_path: Path) -> Path:
 def spoken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every text that is spoken, in order."""
     texts: list[str] = []
-    real = Speaker.speak_all
+    real = Speaker.speak_ready
 
-    def recording(self: Speaker, requests: Sequence[Request], **options: Any) -> Iterator[Speech]:
-        texts.extend(request.text for request in requests)
-        return real(self, requests, **options)
+    def recording(self: Speaker, requests: Sequence[Request], **options: Any) -> Iterator[tuple[int, Speech]]:
+        for place, speech in real(self, requests, **options):
+            texts.append(requests[place].text)
+            yield place, speech
 
-    monkeypatch.setattr(Speaker, "speak_all", recording)
+    monkeypatch.setattr(Speaker, "speak_ready", recording)
     return texts
 
 

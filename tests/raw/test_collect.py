@@ -405,7 +405,7 @@ def test_a_truncated_recording_is_used_up_to_its_end(talk: Talk, tmp_path: Path)
     ("options", "message"),
     [
         ({"speakers": 0}, "at least one speaks"),
-        ({"speakers": 2}, "name a --speaker-model"),
+        ({"speakers": 2}, "needs a --speaker-model"),
         ({"recipe": "nothing.yaml"}, "cannot be read"),
     ],
 )

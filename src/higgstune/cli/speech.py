@@ -183,14 +183,14 @@ def speak(
         if clips[0].out != _PIPE:
             print_result({"files": [str(clips[0].out)]}, as_json)
         return
-    spoken = speaker.speak_all(
+    spoken = speaker.speak_ready(
         requests, sampling=sampling, max_seconds=max_seconds, batch_size=batch_size,
         check=None if check is None else word_check(asr, speaker.codec.sample_rate),
     )  # fmt: skip
     again = 0
     with Bar() as bar:
-        for done, (clip, speech) in enumerate(zip(clips, spoken, strict=True), 1):
-            speech.save(clip.out)  # at once: a long list that is stopped keeps them
+        for done, (number, speech) in enumerate(spoken, 1):
+            speech.save(clips[number].out)  # at once: a long list that is stopped keeps them
             warn_of_duration(speech)
             again += speech.spoken_again
             bar("speaking", done, len(clips))

@@ -170,8 +170,9 @@ def synthesize_items(
     places = [folder / _SPEECH / f"{_key(item.request, system, sampling)}.json" for item in items]
     remove_left((folder / _SPEECH).glob("*.tmp"))
     missing = [index for index, place in enumerate(places) if _read_note(place) is None]
-    spoken = speaker.speak_all([items[index].request for index in missing], sampling=sampling, batch_size=batch_size)
-    for done, (index, speech) in enumerate(zip(missing, spoken, strict=True), 1):
+    spoken = speaker.speak_ready([items[index].request for index in missing], sampling=sampling, batch_size=batch_size)
+    for done, (place, speech) in enumerate(spoken, 1):
+        index = missing[place]
         speech.save(places[index].with_suffix(".wav"))
         note = {
             "text": speech.text,

@@ -37,7 +37,7 @@ Check = Callable[[str, np.ndarray], float]
 WRONG_WORDS = 0.2  # a share of a piece's words beyond which it is spoken again; an ASR itself errs in 2 to 5 %
 _TRIES = 3
 _OTHER_SEED = 1_000_003  # added for another try: no list of texts gets as far by counting
-_WINDOW = 8  # times the clips at once: texts that are put in order by length, so that the first does not wait for all
+_WINDOW = 8  # times the clips at once: texts among which the first may wait for longer ones
 _ADVICE = "try another seed or a lower temperature; if many texts are spoken so, see the verdict in the run's report"
 
 
@@ -281,29 +281,56 @@ class Speaker:
         check: Check | None = None,
         warn: bool = True,
     ) -> Iterator[Speech]:
-        """Speak texts, each in its own voice, at most `batch_size` at a time; they are yielded in their order.
+        """As `speak_ready`, in the order of the requests; those that are not spoken yet wait within windows of eight
+        times `batch_size`.
+        """
+        self._clips(requests, max_seconds)  # raises for any of them, before the first is spoken
+        for first in range(0, len(requests), _WINDOW * batch_size):
+            window = requests[first : first + _WINDOW * batch_size]
+            ready: dict[int, Speech] = {}
+            due = 0
+            for place, speech in self.speak_ready(
+                window, sampling=sampling, max_seconds=max_seconds, batch_size=batch_size, sync_logits=sync_logits,
+                check=check, warn=warn,
+            ):  # fmt: skip
+                ready[place] = speech
+                while due in ready:
+                    yield ready.pop(due)
+                    due += 1
+
+    def speak_ready(
+        self,
+        requests: Sequence[Request],
+        *,
+        sampling: Sampling | None = None,
+        max_seconds: float | None = None,
+        batch_size: int = SLOTS,
+        sync_logits: Callable[[Tensor], Tensor] | None = None,
+        check: Check | None = None,
+        warn: bool = True,
+    ) -> Iterator[tuple[int, Speech]]:
+        """Speak texts, each in its own voice, at most `batch_size` at a time and those with the most to say first; each
+        is yielded when it is spoken, with its place among the requests.
 
         Long texts are split into pieces; the prompt of each piece has the one before as context. `sampling` takes the
         place of what adapter and base recommend (`Speaker.sampling`). `max_seconds` caps every piece, instead of the
         cap from the text's length. `sync_logits`: see `Engine`. `check` gives the share of words that are wrong in a
         piece, from its text and waveform [samples]: a bad one, also one that the cap ends, is spoken again with another
-        seed, at most twice, and the best is kept. `warn` logs a warning for each piece that the
-        cap ends. Raises DataError for a text without a letter and a digit, or with control tokens, before any is
-        spoken.
+        seed, at most twice, and the best is kept. `warn` logs a warning for each piece that the cap ends. Raises
+        DataError for a text without a letter and a digit, or with control tokens, before any is spoken.
         """
+        clips = self._clips(requests, max_seconds)
+        engine = self._engine_for(min(batch_size, len(clips)), sync_logits)
+        places = {id(clip): place for place, clip in enumerate(clips)}
+        for clip in self._spoken(clips, engine, sampling, batch_size, check):
+            yield places[id(clip)], self._speech(clip, warn)
+
+    def _clips(self, requests: Sequence[Request], max_seconds: float | None) -> list["_Clip"]:
         if max_seconds is not None and not 0 < max_seconds <= MAX_SECONDS:
             raise InputError(f"max_seconds is {max_seconds}: it must be above 0 and at most {MAX_SECONDS:g}")
         for name in {request.adapter for request in requests} - {""}:
             self._find_added(name)
-        clips = [_Clip(request, max_seconds, self.texts) for request in requests]
-        engine = self._engine_for(min(batch_size, len(clips)), sync_logits)
-        for first in range(0, len(clips), _WINDOW * batch_size):
-            window = clips[first : first + _WINDOW * batch_size]
-            due = 0
-            for _ in self._spoken(window, engine, sampling, batch_size, check):
-                while due < len(window) and window[due].done:
-                    yield self._speech(window[due], warn)
-                    due += 1
+        return [_Clip(request, max_seconds, self.texts) for request in requests]
 
     def _engine_for(self, slots: int, sync_logits: Callable[[Tensor], Tensor] | None) -> Engine:
         """The engine of the last call, which keeps its copies of the weights, unless it is too small or at work."""
@@ -315,11 +342,9 @@ class Speaker:
 
     def _spoken(
         self, clips: Sequence["_Clip"], engine: Engine, sampling: Sampling | None, batch_size: int, check: Check | None
-    ) -> Iterator[None]:
-        """Speak the pieces of clips, those with the most to say first, so that few slots are idle at the end; yields
-        after each piece.
-        """
-        waiting = sorted(clips, key=_Clip.left)
+    ) -> Iterator["_Clip"]:
+        """Speak the pieces of clips, those with the most to say first, so that few slots are idle at the end."""
+        waiting = sorted(clips, key=_Clip.left, reverse=True)[::-1]  # the last one is the next
         spoken: dict[Job, _Clip] = {}
 
         def more(free: int) -> list[Job]:
@@ -333,9 +358,10 @@ class Speaker:
                 clip = spoken.pop(job)
                 wrong = 0.0 if check is None else check(clip.next_text, self.codec.decode(piece.codes))
                 clip.take(piece, 1.0 if check is not None and piece.hit_cap else wrong)
-                if not clip.done:
+                if clip.done:
+                    yield clip
+                else:
                     insort(waiting, clip, key=_Clip.left)
-                yield
         finally:  # the caller may have enough before all are spoken
             for job in spoken:
                 engine.remove(job)
