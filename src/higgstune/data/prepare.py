@@ -235,7 +235,8 @@ class Preparation:
         self._whisper_encoder = whisper_encoder
         self._store = _existing_store(out, codec)
         self._stored = [] if self._store is None else stored_entries(self._store)
-        self._before = [copy(entry) for entry in self._stored]  # the others will be changed
+        # As they are on the disk; the other entries will be changed.
+        self._on_disk = ([] if self._store is None else self._store.shards, [copy(entry) for entry in self._stored])
         self._rules = _rules(out, model_type, self._store)
         self._dropped = DroppedRows([] if self._store is None else self._store.info.dropped)
 
@@ -399,9 +400,7 @@ class Preparation:
             elif entry.reference_id is not None:
                 entry.context_frames += frames[entry.reference_id]
         self._progress("writing", 0, 1)
-        shards = [] if self._store is None else self._store.shards
-        info = self._info(entries, read_as)
-        write_store(self._out, entries, encoder.codes, encoder.print, info, shards, self._before)
+        write_store(self._out, entries, encoder.codes, encoder.print, self._info(entries, read_as), *self._on_disk)
         self._progress("writing", 1, 1)
         return pairing
 
