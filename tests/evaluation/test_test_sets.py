@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from recordings import speech, write
 
-from higgstune.data.text import clean_text
+from higgstune.data.rules import TAGS
+from higgstune.data.text import clean_text, find_control_tokens
 from higgstune.errors import ConfigError, DataError
 from higgstune.evaluation.test_sets import LANGUAGES, Sentence, read_sentences
 from higgstune.generate.chunks import MAX_CHUNK_SECONDS, expected_seconds, split_text
@@ -55,6 +56,22 @@ def test_built_in_sentences_are_well_written_and_never_split(language: str) -> N
         assert split_text(clean_text(text)) == [clean_text(text)], text
 
 
+def test_each_tag_has_a_sentence_with_the_tag_where_it_belongs() -> None:
+    sentences = read_sentences("tags")
+    assert [find_control_tokens(sentence.text) for sentence in sentences] == [[tag] for tag in TAGS]
+    assert {sentence.language for sentence in sentences} == {"en"}
+    for text in (sentence.text for sentence in sentences):
+        [tag] = find_control_tokens(text)
+        before, after = text.split(tag)
+        if "pause" in tag:
+            assert before, text
+            assert after.startswith(" "), text
+        elif "sfx" in tag:
+            assert re.match(r"\w+,? ", after), text  # the sound, as a word
+        else:
+            assert not before, text
+
+
 def test_built_in_sets_come_in_the_given_order() -> None:
     sentences = read_sentences("zh, en")
     assert [sentence.language for sentence in sentences] == ["zh"] * 100 + ["en"] * 100
@@ -63,7 +80,7 @@ def test_built_in_sets_come_in_the_given_order() -> None:
         read_sentences("eng")
     with pytest.raises(ConfigError, match="no test set ''"):
         read_sentences("en,")
-    with pytest.raises(ConfigError, match="a language twice"):
+    with pytest.raises(ConfigError, match="one of them twice"):
         read_sentences("en,de,en")
 
 

@@ -140,7 +140,7 @@ SetOption = Annotated[
         "--set",
         metavar="SET",
         help="validation (rows of the store), a .txt file with a sentence a line, a meta.lst, or built-in sentences: "
-        "en, de, zh, ar, vi, es.",
+        "en, de, zh, ar, vi, es, or tags.",
         rich_help_panel=TEXTS,
     ),
 ]

@@ -1,6 +1,7 @@
 """Test sets: sentences to be spoken for an evaluation.
 
 en,de          built in: 100 sentences per language, a third each with numbers, with names, and long
+tags           built in: an English sentence with each tag of a family that has tags, to guard them in fine-tuning
 FILE.txt       one sentence per line
 .../meta.lst   the format of Seed-TTS-eval, with references to imitate: id|prompt text|prompt wav|text, and optionally
                |wav, a recording of the text; paths are relative to the file's folder
@@ -20,6 +21,7 @@ from higgstune.errors import ConfigError, DataError
 
 VALIDATION = "validation"  # not a test set of this module: rows of a store
 LANGUAGES = ("ar", "de", "en", "es", "vi", "zh")  # built in, ISO 639-1
+TAGGED = "tags"  # built in
 PROBE_SECONDS = 0.1  # of audio that are read at once, so that a broken file fails before anything is spoken
 _FIELDS = "id|prompt text|prompt wav|text, and optionally |wav"
 _MAX_ID_BYTES = 200  # so that it fits into a file name
@@ -55,19 +57,20 @@ def read_sentences(spec: str) -> list[Sentence]:
         raise ConfigError(f"the test set {spec} is neither a .txt nor a .lst file")
     languages = [language.strip() for language in spec.split(",")]
     for language in languages:
-        if language not in LANGUAGES:
+        if language not in (*LANGUAGES, TAGGED):
             raise ConfigError(
                 f"there is no test set {shown(language)}: give validation (rows of the store), a .txt or a .lst file, "
-                f"or a built-in language; {did_you_mean(language, (VALIDATION, *LANGUAGES))}"
+                f"or a built-in one; {did_you_mean(language, (VALIDATION, *LANGUAGES, TAGGED))}"
             )
     if len(set(languages)) < len(languages):
-        raise ConfigError(f"the test sets {spec} name a language twice")
+        raise ConfigError(f"the test sets {spec} name one of them twice")
     return [sentence for language in languages for sentence in _built_in(language)]
 
 
-def _built_in(language: str) -> list[Sentence]:
-    text = (resources.files("higgstune.evaluation") / "sentences" / f"{language}.txt").read_text(encoding="utf-8")
-    return [Sentence(f"{language}-{number:03}", line, language) for number, line in enumerate(text.splitlines(), 1)]
+def _built_in(name: str) -> list[Sentence]:
+    text = (resources.files("higgstune.evaluation") / "sentences" / f"{name}.txt").read_text(encoding="utf-8")
+    language = "en" if name == TAGGED else name
+    return [Sentence(f"{name}-{number:03}", line, language) for number, line in enumerate(text.splitlines(), 1)]
 
 
 def _of_lines(path: Path) -> list[Sentence]:
