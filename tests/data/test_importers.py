@@ -242,7 +242,7 @@ def test_reference_speakers_become_turns(trainer_folder: Path) -> None:
         ("a.json", '{"samples": []}', "has no samples"),
         ("a.jsonl", "", "has no row"),
         ("a.wav", "", "unknown kind"),
-        ("a.parquet", "", "unknown kind"),
+        ("a.parquet", "", "cannot be read: Parquet file size is 0 bytes"),
     ],
 )
 def test_files_that_are_not_sources(tmp_path: Path, name: str, content: str, message: str) -> None:
