@@ -21,6 +21,7 @@ from higgstune.families.base import Example, base_of
 from higgstune.families.higgs_v2.prompter import Prompter, SpecialIds
 from higgstune.families.padded import left_padded
 from higgstune.families.sampling import Sampling
+from higgstune.generate.added import lora_of
 from higgstune.generate.engine import Engine, Job
 from higgstune.model.adapters import add_lora, unload_adapter
 
@@ -60,7 +61,7 @@ def prompts_for(model: HiggsAudioV2ForConditionalGeneration, batch: int) -> list
 
 
 def jobs_for(model: HiggsAudioV2ForConditionalGeneration, frames: list[int], adapters: list[str]) -> list[Job]:
-    """Clips of so many frames, the longest first, as `Speaker.speak_all` puts them in order."""
+    """Clips of so many frames, the longest first, as `Speaker.speak_ready` puts them in order."""
     prompts = prompts_for(model, len(frames))
     return [
         Job(prompt, cap, seed, SAMPLING, adapters[seed % len(adapters)])
@@ -69,7 +70,7 @@ def jobs_for(model: HiggsAudioV2ForConditionalGeneration, frames: list[int], ada
 
 
 def ours(frames: list[int], batch: int, size: str, device: str, dtype: str, adapters: int = 0) -> Found:
-    """The engine behind `Speaker.speak_all`; with one adapter merged into its copies, or many in one batch."""
+    """The engine behind `Speaker.speak_ready`; with one adapter merged into its copies, or many in one batch."""
     model: Any = endless_model(size, device, dtype)
     names = [f"voice {index}" for index in range(adapters)] if adapters > 1 else [""]
     if adapters == 1:
@@ -78,7 +79,7 @@ def ours(frames: list[int], batch: int, size: str, device: str, dtype: str, adap
     for index, name in enumerate(names):
         if name:
             with_adapter = adapted(model, index)
-            engine.add_adapter(name, with_adapter)
+            engine.add_adapter(name, lora_of(with_adapter))
             unload_adapter(with_adapter)
     base = base_of(model)
     engine.generate(jobs_for(base, [2] * batch, names))
