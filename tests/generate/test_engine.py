@@ -309,6 +309,8 @@ def test_each_row_of_a_batch_speaks_with_its_own_adapter() -> None:
         engine.remove_adapter(jobs[1].adapter)
     engine.remove(jobs[1])
     engine.remove_adapter(jobs[1].adapter)
+    with pytest.raises(InputError, match=f"no adapter '{jobs[1].adapter}' was added"):
+        engine.insert(jobs[1:2])
 
 
 @pytest.mark.parametrize("live", [False, True])

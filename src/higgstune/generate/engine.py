@@ -72,6 +72,7 @@ class Engine:
         self._spec = self._family.spec(base_of(model).config)
         self._jobs: list[Job | None] = []  # of slots 0, 1, ...; None: given up, but its neighbours still need its place
         self._rows = torch.empty(0)  # [n, K] the last row of each
+        self._adapters = {""}
         self.slots = slots
         with torch.inference_mode():
             self._sampler = self._family.sampler(self._spec, slots, self._device)
@@ -99,18 +100,25 @@ class Engine:
         if self._stack is None:
             raise CheckpointError("this model speaks by its own forward, which takes one adapter for all clips")
         self._stack.add_adapter(name, lora)
+        self._adapters.add(name)
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter. Raises InputError while a clip is spoken with it."""
         if any(job is not None and job.adapter == name for job in self._jobs):
             raise InputError(f"the adapter {name} is speaking: wait until its clips have ended")
+        self._adapters.discard(name)
         if self._stack is not None:
             self._stack.remove_adapter(name)
 
     @torch.inference_mode()
     def insert(self, jobs: Sequence[Job]) -> None:
-        """Read the prompts of clips, at most `free`, and draw their first rows."""
+        """Read the prompts of clips, at most `free`, and draw their first rows.
+
+        Raises InputError for an adapter that was not added.
+        """
         assert 0 < len(jobs) <= self.free
+        if unknown := {job.adapter for job in jobs} - self._adapters:
+            raise InputError(f"no adapter {unknown.pop()!r} was added")
         jobs = sorted(jobs, key=lambda job: job.adapter)
         first = len(self._jobs)
         for slot, job in enumerate(jobs, first):
