@@ -121,6 +121,17 @@ def test_a_stage_without_weight_of_audio_is_followed_by_its_text_loss() -> None:
     assert verdict(5, 9, CHANCE, **changes | {"history": log(5, 9, CHANCE)}).outcome == "not usable"
 
 
+def test_a_base_far_above_chance_is_warned_of() -> None:
+    """A store of another codec: guessing would be better, and the loss falls all the same."""
+    found = verdict(12.9, 12.3)
+    assert found.outcome == "usable"
+    assert found.warnings == [
+        "the base's audio loss, 12.900, was far above chance, 6.933, before training: the codes may be of another "
+        "codec, which `higgstune doctor --data` shows"
+    ]
+    assert not verdict(9.0, 8.0).warnings
+
+
 @pytest.mark.parametrize(
     ("losses", "changes", "cause"),
     [

@@ -162,6 +162,13 @@ def _warnings(found: Evidence) -> Iterator[str]:
         kind = name.removesuffix("_loss")
         yield f"the validation {kind} loss, {loss:.3f}, is above the base's, {base:.3f}: {_why_above(found, base)}"
 
+    audio = _at(found.base_history, 0)
+    if audio is not None and audio > GREW * found.chance:
+        yield (
+            f"the base's audio loss, {audio:.3f}, was far above chance, {found.chance:.3f}, before training: the codes "
+            "may be of another codec, which `higgstune doctor --data` shows"
+        )
+
 
 def _why_above(found: Evidence, base: float) -> str:
     """A training loss that has fallen all the same was learned by heart."""
