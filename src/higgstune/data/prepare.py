@@ -235,8 +235,7 @@ class Preparation:
         self._whisper_encoder = whisper_encoder
         self._store = _existing_store(out, codec)
         self._stored = [] if self._store is None else stored_entries(self._store)
-        # As they are on the disk; the other entries will be changed.
-        self._on_disk = ([] if self._store is None else self._store.shards, [copy(entry) for entry in self._stored])
+        self._on_disk = ([] if self._store is None else self._store.shards, list(map(copy, self._stored)))  # unchanged
         self._rules = _rules(out, model_type, self._store)
         self._dropped = DroppedRows([] if self._store is None else self._store.info.dropped)
 
