@@ -147,10 +147,6 @@ def sampler(sampling: Sampling, *, max_frames: int = 5, seed: int = 3) -> RowSam
     return made
 
 
-def rows_of(drawn: RowSampler, slot: int = 0) -> np.ndarray:
-    return drawn.rows[slot, : int(drawn.count[slot])].numpy()
-
-
 def test_rows_follow_the_delay_pattern_and_the_cap_ends_a_clip() -> None:
     drawn = sampler(Sampling())
     generator = torch.Generator().manual_seed(0)
@@ -159,7 +155,7 @@ def test_rows_follow_the_delay_pattern_and_the_cap_ends_a_clip() -> None:
         logits[..., 33] = -20.0  # never ends by itself
         drawn.step(logits)
     assert drawn.hit_cap[0]
-    rows = rows_of(drawn)
+    rows = drawn.rows_of(0)
     codes = np.stack([rows[1 + k : 6 + k, k] for k in range(8)], axis=1)
     np.testing.assert_array_equal(rows, build_frames(codes, bos_id=32, eos_id=33)[0])
 
@@ -175,7 +171,7 @@ def test_the_first_eos_of_any_codebook_fixes_the_end_as_training_has_it(codebook
         drawn.step(logits)
     frames = 12 - 1 - codebook
     assert not drawn.hit_cap[0]
-    rows = rows_of(drawn)
+    rows = drawn.rows_of(0)
     assert len(rows) == frames + 9
     for k in range(8):
         first_eos = int((rows[:, k] == 33).argmax())
@@ -194,7 +190,7 @@ def test_repetition_aware_sampling_limits_repeats_but_not_greedy_nor_the_end() -
         drawn = sampler(sampling, max_frames=200)
         while not drawn.finished[0]:
             drawn.step(likely)
-        return float((rows_of(drawn)[10:200, 0] == 5).mean())
+        return float((drawn.rows_of(0)[10:200, 0] == 5).mean())
 
     assert share_of_code_5(Sampling(top_p=0.5, repeat_window=0)) == 1.0
     assert share_of_code_5(Sampling(temperature=0)) == 1.0

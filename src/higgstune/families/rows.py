@@ -60,6 +60,10 @@ class RowSampler(ABC):
     def _row(self, drawn: Tensor, slots: slice) -> Tensor:
         """Drawn classes [n, K] -> the row, with what the delay pattern and the end of a clip force."""
 
+    def rows_of(self, slot: int) -> NDArray[np.int64]:
+        """The rows so far of the clip in a slot [R, K]."""
+        return self.rows[slot, : int(self.count[slot])].cpu().numpy()
+
     def admit(self, slot: int, sampling: Sampling, *, max_frames: int, seed: int) -> None:
         """Start a clip in a slot."""
         more = max_frames + self.num_codebooks + 2 - self.rows.shape[1]

@@ -334,7 +334,7 @@ class Golden:
                         countdown.append(int(sampler.countdown[slot]))
                 logits = decoder.step(rows)
             for slot, name in enumerate(names):
-                wrong += _unequal(_rows(sampler, slot), values[f"{name}.rows"].numpy())
+                wrong += _unequal(sampler.rows_of(slot), values[f"{name}.rows"].numpy())
                 wrong += _unequal(np.array(countdowns[slot]), values[f"{name}.countdown"].numpy())
                 wrong += _unequal(sampler.codes(slot), values[f"{name}.codes"].numpy())
         return wrong
@@ -352,7 +352,7 @@ class Golden:
                 logits.scatter_(1, torch.tensor(second)[:, None], 5.0).scatter_(1, torch.tensor(first)[:, None], 10.0)
                 sampler.step(logits[None])
                 countdown.append(int(sampler.countdown[0]))
-            rows = _rows(sampler, 0)
+            rows = sampler.rows_of(0)
             wrong += rows.tolist() != expected["rows"] or countdown != expected["countdown"]
             wrong += bool(sampler.finished[0]) != expected["stopped"]
             wrong += undelay(rows).tolist() != expected["codes"]
@@ -488,10 +488,6 @@ def _released_config(keys: dict[str, Any]) -> HiggsTTS3Config:
         num_key_value_heads=layer["self_attn.k_proj.weight"][0] // head, head_dim=head,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )  # fmt: skip
-
-
-def _rows(sampler: RowSampler, slot: int) -> np.ndarray:
-    return sampler.rows[slot, : int(sampler.count[slot])].numpy()
 
 
 def _gap(ours: Tensor, theirs: Tensor) -> float:

@@ -35,7 +35,7 @@ class RowSampler(rows.RowSampler):
 
     def codes(self, slot: int) -> NDArray[np.int64]:
         """The clip in a slot [T, K]; a BOC or EOC that was drawn in place of a code becomes 0, as in every server."""
-        codes = undelay(self.rows[slot, : int(self.count[slot])].cpu().numpy())
+        codes = undelay(self.rows_of(slot))
         return np.where(codes < self.bos_id, codes, 0)
 
     def _state(self) -> tuple[Tensor, ...]:

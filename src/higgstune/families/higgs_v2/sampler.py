@@ -29,7 +29,7 @@ class RowSampler(rows.RowSampler):
 
     def codes(self, slot: int) -> NDArray[np.int64]:
         """The clip in a slot [T, K]."""
-        return codes_from_frames(self.rows[slot, : int(self.count[slot])].cpu().numpy(), eos_id=self.eos_id)
+        return codes_from_frames(self.rows_of(slot), eos_id=self.eos_id)
 
     def _state(self) -> tuple[Tensor, ...]:
         return *super()._state(), self.frames
