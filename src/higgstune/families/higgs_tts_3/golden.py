@@ -55,8 +55,7 @@ from higgstune.peft_compat import (
 
 _LOGITS, _LOSS = 1e-5, 1e-4
 _LABELLED: tuple[Labelled, ...] = ("codes", "codes_and_stop", "codes_and_eoc")
-_GREEDY = Sampling(temperature=0)
-_ENDLESS = 4096  # frames
+_GREEDY, _ENDLESS = Sampling(temperature=0), 4096  # frames
 
 
 class Golden:
