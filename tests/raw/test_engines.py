@@ -23,7 +23,7 @@ from higgstune.errors import ConfigError, DataError, WorkError
 from higgstune.files import lock_file
 from higgstune.raw import engines
 from higgstune.raw.collect import collect
-from higgstune.raw.dataset import CACHE
+from higgstune.raw.dataset import CACHE, WRITTEN
 from higgstune.raw.engines import Job, finish, remove_work, work_folder
 
 PATIENCE = 300.0  # seconds, on a machine that has other work to do
@@ -62,7 +62,8 @@ def temporary(out: Path) -> list[Path]:
 
 def journals(out: Path) -> dict[str, list[str]]:
     """The lines of each recording's journal."""
-    return {path.name: path.read_text().splitlines() for path in sorted((out / CACHE).glob("*.jsonl"))}
+    found = sorted((out / CACHE).glob("*.jsonl"))
+    return {path.name: path.read_text().splitlines() for path in found if path.name != WRITTEN}
 
 
 def make_raw(folder: Path, lengths: Sequence[int], *, labels: bool = True) -> list[Talk]:

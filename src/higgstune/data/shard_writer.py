@@ -38,7 +38,7 @@ from higgstune.inputs import INDEX_NAME
 
 CodesOf = Callable[[str], np.ndarray]  # audio hash -> [frames, num_codebooks] uint16
 PrintOf = Callable[[str], bytes | None]  # audio hash -> see `duplicates.print_of`
-_SHORT = 1024  # rows of a shard that is written anew with any that follow
+_SHORT = 1_000  # rows of a shard that is written anew with any that follow
 _UNCHANGED = "the store is unchanged, and the encoded clips are kept"
 
 
