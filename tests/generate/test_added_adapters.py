@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from adapter_folders import copy_of
 from export_world import make_adapter, make_world
 
@@ -73,3 +74,18 @@ def test_what_cannot_stand_beside_others_is_refused_by_name(world: Path, tmp_pat
     voice.add_adapter("other", world / "ben")
     after = voice.speak("Hello.", adapter="anna", sampling=GREEDY, max_seconds=0.5).waveform
     np.testing.assert_array_equal(before, after)
+
+
+def test_a_model_that_has_changed_is_copied_anew(world: Path) -> None:
+    voice = load(world / "anna", device="cpu")
+    before = voice.speak("Hello.", sampling=GREEDY, max_seconds=0.5).waveform
+    base = load(world / "base", device="cpu").speak("Hello.", sampling=GREEDY, max_seconds=0.5).waveform
+    assert (before[: len(base)] != base[: len(before)]).any()
+    with voice.model.disable_adapter():
+        np.testing.assert_allclose(voice.speak("Hello.", sampling=GREEDY, max_seconds=0.5).waveform, base, atol=1e-6)
+    np.testing.assert_array_equal(voice.speak("Hello.", sampling=GREEDY, max_seconds=0.5).waveform, before)
+    with torch.no_grad():
+        for name, parameter in voice.model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    np.testing.assert_allclose(voice.speak("Hello.", sampling=GREEDY, max_seconds=0.5).waveform, base, atol=1e-6)

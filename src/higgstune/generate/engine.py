@@ -73,6 +73,7 @@ class Engine:
         self._jobs: list[Job | None] = []  # of slots 0, 1, ...; None: given up, but its neighbours still need its place
         self._rows = torch.empty(0)  # [n, K] the last row of each
         self._adapters = {""}
+        self._state = _state_of(model)
         self.slots = slots
         with torch.inference_mode():
             self._sampler = self._family.sampler(self._spec, slots, self._device)
@@ -91,6 +92,11 @@ class Engine:
     def free(self) -> int:
         """Clips that `insert` takes now."""
         return 0 if self._jobs and self._stack is None else self.slots - len(self._jobs)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the model has changed since its weights were copied: in place, or which of its adapters count."""
+        return self._state != _state_of(self._model)
 
     def add_adapter(self, name: str, lora: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> None:
         """LoRA that clips may name: A [r, in] and B [out, r], scaled, of linear layers of the model.
@@ -270,6 +276,12 @@ def forced_logits(model: Any, prompts: Sequence[Example], rows: Sequence[NDArray
         found.append(decoder.step(padded[:, row].to(device)))
     drawn = [len(clip) - (start is not None) for clip in rows]
     return [torch.stack([logits[b] for logits in found[:count]]).float().cpu() for b, count in enumerate(drawn)]
+
+
+def _state_of(model: Any) -> list[Any]:
+    weights = [(id(part), None if part.is_inference() else part._version) for part in model.parameters()]
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+    return [*weights, *((layer.disable_adapters, layer.merged, tuple(layer.active_adapters)) for layer in layers)]
 
 
 def _fits(model: Any) -> bool:

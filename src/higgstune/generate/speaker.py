@@ -333,12 +333,15 @@ class Speaker:
         return [_Clip(request, max_seconds, self.texts) for request in requests]
 
     def _engine_for(self, slots: int, sync_logits: Callable[[Tensor], Tensor] | None) -> Engine:
-        """The engine of the last call, which keeps its copies of the weights, unless it is too small or at work."""
-        if self._engine is None or self._engine.slots < slots or self._engine.speaking or sync_logits is not None:
-            self._engine = Engine(self.model, slots=slots, live=self._live, sync_logits=sync_logits)
+        """The engine of the last call, which keeps its copies of the weights, unless it is too small, at work, or
+        the model has changed.
+        """
+        last = self._engine
+        if last is None or last.slots < slots or last.speaking or last.outdated or sync_logits is not None:
+            self._engine = last = Engine(self.model, slots=slots, live=self._live, sync_logits=sync_logits)
             for name, added in self._added.items():
-                self._engine.add_adapter(name, added.lora)
-        return self._engine
+                last.add_adapter(name, added.lora)
+        return last
 
     def _spoken(
         self, clips: Sequence["_Clip"], engine: Engine, sampling: Sampling | None, batch_size: int, check: Check | None
