@@ -3,9 +3,9 @@
     python tools/same_numbers.py write before.json      on the commit that the change starts from
     python tools/same_numbers.py compare before.json    after it, on the same machine
 
-Both train the demo's two stages with validations that speak (30 steps each, stopped and resumed in the second one), a
-run with audio attention and Whisper, and runs on two processes (DDP and FSDP2); evaluate and export. What is
-kept: every logged loss, learning rate and gradient norm, the codes and waveforms of what was spoken, measures, planned
+Both train two stages like the demo's with validations that speak (30 steps each, stopped and resumed in the second),
+a run with audio attention and Whisper, and runs on two processes (DDP and FSDP2); evaluate and export. What is kept:
+every logged loss, learning rate and gradient norm, the codes and waveforms of what was spoken, measures, planned
 memory, and a checksum of each tensor that was written. All on one thread; a comparison is bit by bit. About 5 minutes.
 """
 
@@ -109,12 +109,13 @@ def write_whisper(folder: Path) -> None:
 
 
 def write_recipe(world: Path, name: str, *, steps: int, **changes: Any) -> Path:
-    """The demo's recipe with other lengths."""
+    """The demo's recipe with other lengths, and with a stage for text before its own."""
     recipe = yaml.safe_load((ASSETS / "recipe.yaml").read_text(encoding="utf-8"))
     recipe["model"] |= {"checkpoint": str(world / "base")} | changes.pop("model", {})
     recipe["data"] |= {"store": str(world / "data")} | changes.pop("data", {})
-    for stage in recipe["stages"]:
-        stage |= {"max_steps": steps, "warmup_steps": 5}
+    [stage] = recipe["stages"]
+    stage |= {"max_steps": steps, "warmup_steps": 5}
+    recipe["stages"] = [stage | {"name": "stage1", "kind": "text"}, stage | {"name": "stage2"}]
     recipe |= {"log_steps": 1, "eval_steps": steps // 2, "save_steps": 10, "evaluation": EVALUATION} | changes
     path = world / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
